@@ -1,0 +1,31 @@
+"""What can go wrong for a user, as exceptions that carry one sentence.
+
+    UserError            the input is wrong: the `vilseg` command prints the sentence and exits with 2
+    |- ConfigError       a key or value of a configuration
+    |- StorageError      a URI: missing, refused, unreachable
+    |- DataError         pairs, images, masks, class lists
+    `- ModelError        a model folder or checkpoint
+
+A message says what is wrong, where (file, key, value) and what to do about it. Errors of our own making are plain
+assertions; whatever else escapes is a failed run (exit code 1).
+"""
+
+
+class UserError(Exception):
+    """The user's input is wrong; ``str(error)`` is one sentence fit to be shown as it is."""
+
+
+class ConfigError(UserError):
+    """A configuration key or value is wrong."""
+
+
+class StorageError(UserError):
+    """A URI cannot be read or written."""
+
+
+class DataError(UserError):
+    """Pairs, images, masks or class lists are wrong."""
+
+
+class ModelError(UserError):
+    """A model folder or checkpoint is wrong."""
