@@ -1,0 +1,339 @@
+"""The run configuration: one tree of small parts, each handed alone to the component that it configures.
+
+A configuration is a YAML file plus ``key.sub=value`` overrides. Every key has a default whose docstring names its source;
+an unknown key is an error that names the nearest right one. The resolved tree is saved beside every run.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator
+from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from vilseg import storage
+from vilseg.errors import ConfigError, UserError
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+PositiveInt = Annotated[int, Field(gt=0)]
+Range = tuple[NonNegative, NonNegative]
+
+
+class Part(BaseModel):
+    """Base of every part: unknown keys are refused, values are checked on assignment, docstrings become descriptions."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, use_attribute_docstrings=True)
+
+
+class ColumnsConfig(Part):
+    """Names of the columns in Parquet pair shards."""
+
+    key: str = "key"
+    """Unique name of a pair; the row number stands in where the column is absent."""
+    image: str = "image"
+    """Encoded image bytes (or a struct with ``bytes``, as Hugging Face datasets write it)."""
+    path: str = "path"
+    """URI of an image, absolute or beside the shard; used where there is no ``image`` column."""
+    caption: str = "caption"
+    captions: str = "captions"
+
+
+class DataConfig(Part):
+    """Where the pairs come from and how they are read."""
+
+    source: str | None = None
+    """URI of pair shards (tar or Parquet), a folder or a single file. Needed for training."""
+    columns: ColumnsConfig = ColumnsConfig()
+    canvas: PositiveInt = 224
+    """Side in pixels of the square that images are decoded to: shorter side resized, longer side cropped at random."""
+    max_pixels: PositiveInt = 100_000_000
+    """Pictures whose header announces more pixels are rejected before decoding."""
+    max_bad_share: Share = 0.05
+    """The run stops when more than this share of the pairs read so far could not be read."""
+    feature_cache: str | None = None
+    """URI of patch features written once for a frozen image encoder; training then reads features, not pictures."""
+
+
+class ViewsConfig(Part):
+    """Augmented views of an image. Crop scales are shares of the area (DINO, Caron et al. 2021, section 3.2)."""
+
+    global_size: PositiveInt = 224
+    global_crops: Literal[1, 2] = 2
+    """Two are needed by the vision and mutual-information losses."""
+    global_scale: Range = (0.4, 1.0)
+    local_size: PositiveInt = 96
+    local_crops: Annotated[int, Field(ge=0)] = 2
+    local_scale: Range = (0.05, 0.4)
+    flip: Share = 0.5
+    brightness: Share = 0.3
+    contrast: Share = 0.3
+    saturation: Share = 0.2
+    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.03
+    """Largest photometric change, as a factor around 1 (hue: share of the circle)."""
+    feature_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of a frozen encoder's channels dropped for a whole view; with a feature cache it is what makes two views."""
+
+
+class ImageEncoderConfig(Part):
+    """One of ``checkpoint``, ``factory``, or sizes for a network from scratch."""
+
+    checkpoint: str | None = None
+    """Folder, ``s3://`` URI or hub id of a Hugging Face vision model (its Auto class decides: ViT, DINOv2, CLIP, ConvNeXt …)."""
+    factory: str | None = None
+    """Import path ``module:function``; called with ``factory_options`` it returns a module with patch features."""
+    factory_options: dict[str, Any] = {}
+    architecture: str = "local_conv"
+    """From scratch: ``local_conv`` (ours: convolutional, small receptive field) or any ``model_type`` of transformers (``vit`` …)."""
+    sizes: dict[str, Any] = {}
+    """From scratch: arguments of the architecture (``local_conv``: width, depth, patch_size, kernel; others: their HF config)."""
+    frozen: bool = False
+    """Keep the encoder as it is and train only what comes after it (LiT, Zhai et al. 2022)."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        if self.checkpoint and self.factory:
+            raise ValueError("give either 'checkpoint' or 'factory', not both")
+        return self
+
+
+class TextEncoderConfig(Part):
+    """A Hugging Face text model with its tokenizer, or a small one whose tokenizer is trained on the pairs' own captions."""
+
+    checkpoint: str | None = None
+    architecture: str = "bert"
+    sizes: dict[str, Any] = {
+        "hidden_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 512,
+    }
+    vocabulary_size: PositiveInt = 8192
+    """Word pieces of the tokenizer trained from captions."""
+    max_tokens: PositiveInt = 77
+    """Longer captions are cut (77 as in CLIP)."""
+    pooling: Literal["mean", "first", "pooler"] = "mean"
+    """Sentence embedding: mean of the tokens (Sentence-BERT), the first token (BERT), or the model's own pooled output (CLIP)."""
+    projection: Literal["linear", "identity"] = "linear"
+    """``identity`` keeps the text space of a good sentence encoder and lets the images come to it."""
+    frozen: bool = False
+
+
+class ModelConfig(Part):
+    """Both towers and the clustering head."""
+
+    image_encoder: ImageEncoderConfig = ImageEncoderConfig()
+    text_encoder: TextEncoderConfig = TextEncoderConfig()
+    embedding_dim: PositiveInt = 512
+    """Shared space of images and texts (512 as CLIP ViT-B/16); the text model's own width where its projection is ``identity``."""
+    clusters: Annotated[int, Field(ge=2, le=1024)] = 25
+    """Outputs of the clustering head; ViL-Seg compares 5 to 35."""
+
+
+class CrossModalConfig(Part):
+    """Image-caption contrast (InfoNCE; CLIP, Radford et al. 2021)."""
+
+    weight: NonNegative = 1.0
+    temperature: Positive = 0.07
+    """Start of the learnt temperature; its inverse is capped at 100 (CLIP, section 2.5)."""
+    patch_share: Share = 0.5
+    """Share of the loss that is taken on pooled patch embeddings, the rest on the global embedding; DESIGN: half and half."""
+    patch_pooling: Literal["mean", "softmax"] = "softmax"
+    """How patches meet a caption: their mean, or weighted by a soft-max of their similarity with it."""
+    pooling_temperature: Positive = 0.1
+
+
+class NounsConfig(Part):
+    """Multi-label contrast with the noun phrases of the captions."""
+
+    weight: NonNegative = 1.0
+    top_patches: PositiveInt = 8
+    """An image's score for a phrase is the mean over its best patches."""
+    max_phrases: PositiveInt = 2000
+    min_count: PositiveInt = 10
+    """Phrases rarer than this in the captions sampled are left out."""
+
+
+class VisionConfig(Part):
+    """Local against global crops with an EMA teacher (DINO, Caron et al. 2021; defaults of its section 3.2 and appendix)."""
+
+    weight: NonNegative = 0.1
+    student_temperature: Positive = 0.1
+    teacher_temperature: Positive = 0.04
+    center_momentum: Share = 0.9
+    teacher_momentum: Share = 0.996
+    """Rises to 1 by a cosine over the run."""
+    prototypes: PositiveInt = 256
+    """Outputs of the projection head (65,536 in DINO; fewer for small data)."""
+    hidden_dim: PositiveInt = 256
+
+
+class MutualInformationConfig(Part):
+    """Mutual information between cluster assignments of two views (IIC, Ji et al. 2019, equations 3 and 5)."""
+
+    weight: NonNegative = 0.1
+    entropy_weight: Annotated[float, Field(ge=1)] = 1.5
+    """Weight of the marginal entropies, 1 as in IIC up to 1.5 against collapse."""
+    radius: Annotated[int, Field(ge=0)] = 1
+    """Displacements of up to this many patches in each direction are averaged (IIC, section 3.3)."""
+    train_encoder: bool = True
+    """Let the gradient go on into the image encoder; otherwise the head alone learns from it."""
+
+
+class LossConfig(Part):
+    """The four losses; weight 0 switches one off and saves its work."""
+
+    cross_modal: CrossModalConfig = CrossModalConfig()
+    nouns: NounsConfig = NounsConfig()
+    vision: VisionConfig = VisionConfig()
+    mutual_information: MutualInformationConfig = MutualInformationConfig()
+
+
+class OptimizerConfig(Part):
+    """AdamW with linear warm-up and cosine decay."""
+
+    learning_rate: Positive = 5e-4
+    weight_decay: NonNegative = 0.05
+    betas: tuple[Share, Share] = (0.9, 0.98)
+    """As CLIP for vision transformers (Radford et al. 2021, table 20)."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 100
+    gradient_clip: NonNegative = 1.0
+    """Largest norm of the gradient; 0 leaves it alone."""
+
+
+class TrainerConfig(Part):
+    """Workers, steps and what is kept."""
+
+    workers: int = 1
+    batch_size: PositiveInt = 256
+    """Pairs a step over all workers."""
+    steps: PositiveInt = 10_000
+    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    """bfloat16 autocasts the networks; losses are always float32."""
+    checkpoint_every: PositiveInt = 500
+    keep_checkpoints: PositiveInt | None = 2
+    """The newest so many; null keeps all."""
+    log_every: PositiveInt = 20
+    max_failures: Annotated[int, Field(ge=0)] = 2
+    """A worker that dies is replaced this often before the run fails."""
+    seed: int = 0
+    storage: str = "runs"
+    """URI under which the run's folder is made."""
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> Self:
+        if self.workers < 1:
+            raise ValueError(f"workers is {self.workers}, but training needs at least 1")
+        if self.batch_size % self.workers:
+            raise ValueError(f"batch_size {self.batch_size} cannot be shared evenly by {self.workers} workers")
+        return self
+
+
+class SegmentationConfig(Part):
+    """How a trained model cuts an image into named regions; travels with the model folder."""
+
+    input_size: PositiveInt = 224
+    """Shorter side in pixels that images are resized to before encoding."""
+    max_aspect: Positive = 4.0
+    """Longer pictures are squeezed to this ratio of sides, so that one strip cannot exhaust the memory."""
+    region_weight: Share = 1.0
+    """1 names regions only, as in the paper; 0 names every patch by itself; between blends the two scores."""
+    image_mix: Share = 0.0
+    """Share of the image's mean embedding mixed into every region's."""
+    temperature: Positive = 0.05
+    """Soft-max over classes that turns cosines into scores."""
+    prompts: list[str] = ["a photo of a {}."]
+    center_text: bool = False
+    """Subtract the mean caption embedding that training recorded from images' and texts' embeddings before comparing."""
+    background_bias: float = 0.0
+    """Added to the cosine of a class named ``background``, the share of a picture that captions do not name."""
+
+
+class RunConfig(Part):
+    """Everything that a run is made of."""
+
+    name: str | None = None
+    """Name of the run's folder; made from the date where absent."""
+    data: DataConfig = DataConfig()
+    views: ViewsConfig = ViewsConfig()
+    model: ModelConfig = ModelConfig()
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    trainer: TrainerConfig = TrainerConfig()
+    segmentation: SegmentationConfig = SegmentationConfig()
+
+    @classmethod
+    def load(cls, uri: str | None = None, overrides: Iterable[str] = ()) -> RunConfig:
+        """Read YAML at ``uri`` (defaults alone where None) and apply ``key.sub=value`` overrides; values are YAML.
+
+        Raises:
+            ConfigError: file missing, not a mapping, unknown key (the nearest right one is named) or bad value.
+        """
+        tree: dict[str, Any] = {}
+        if uri is not None:
+            try:
+                tree = yaml.safe_load(storage.read_text(uri)) or {}
+            except UserError as error:
+                raise ConfigError(f"cannot read the configuration: {error}") from error
+            except yaml.YAMLError as error:
+                raise ConfigError(f"{uri} is not valid YAML: {' '.join(str(error).split())}") from error
+            if not isinstance(tree, dict):
+                raise ConfigError(f"{uri} must hold a mapping of keys to values, not {type(tree).__name__}")
+        for override in overrides:
+            _apply(tree, override)
+        try:
+            return cls.model_validate(tree)
+        except ValidationError as error:
+            raise ConfigError(_sentence(cls, error, uri)) from error
+
+    def to_yaml(self) -> str:
+        """The resolved tree, every default written out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, separator, value = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"'{override}' is not an override; write key.sub=value, for example trainer.steps=100")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"the value of {key} is not valid YAML: {value!r}") from error
+    *parents, last = key.split(".")
+    node = tree
+    for parent in parents:
+        child = node.get(parent)
+        if child is None:
+            child = node[parent] = {}
+        elif not isinstance(child, dict):
+            raise ConfigError(f"{key}: '{parent}' holds a value, not further keys")
+        node = child
+    node[last] = parsed
+
+
+def _sentence(root: type[Part], error: ValidationError, uri: str | None) -> str:
+    """The first of pydantic's complaints as one sentence."""
+    first = error.errors()[0]
+    path = [str(step) for step in first["loc"]]
+    where = f" in {uri}" if uri else ""
+    if first["type"] == "extra_forbidden":
+        key = ".".join(path)
+        nearest = difflib.get_close_matches(key, list(_keys(root)), n=1, cutoff=0)
+        return f"unknown configuration key '{key}'{where}; did you mean '{nearest[0]}'?"
+    message = first["msg"].removeprefix("Value error, ")
+    value = first.get("input")
+    shown = "" if isinstance(value, (dict, BaseModel)) else f" (it is {value!r})"
+    return f"configuration key '{'.'.join(path) or 'top level'}'{where}: {message[0].lower()}{message[1:]}{shown}"
+
+
+def _keys(part: type[Part], prefix: str = "") -> Iterator[str]:
+    for name, field in part.model_fields.items():
+        yield prefix + name
+        kind = field.annotation
+        if get_origin(kind) is Union:
+            kind = next(k for k in get_args(kind) if k is not type(None))
+        if isinstance(kind, type) and issubclass(kind, Part):
+            yield from _keys(kind, f"{prefix}{name}.")

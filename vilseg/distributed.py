@@ -1,0 +1,67 @@
+"""Rank, world size and collectives with gradient; every function is harmless without a process group.
+
+The convention that keeps gradients exact for any number of workers: each worker computes its share of a loss (or the same
+whole loss) from gathered tensors, backward through a gather sums the gradients of all workers, and data-parallel training
+averages parameter gradients. The mean over workers of the values returned is then the loss of the whole batch, and the
+averaged gradient is its gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world_size() -> int:
+    """Number of workers; 1 without a process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Number of this worker from 0; 0 without a process group."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        gathered = [torch.empty_like(rows) for _ in range(world_size())]
+        dist.all_gather(gathered, rows.contiguous())
+        return torch.cat(gathered)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return gradient.chunk(world_size())[rank()]
+
+
+class _SumOverWorkers(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        total = value.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        total = gradient.clone()
+        dist.all_reduce(total)
+        return total
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """Concatenate the rows of all workers in rank order, with gradient. Shape: (B, ...) -> (workers x B, ...)."""
+    if world_size() == 1:
+        return rows
+    return _GatherRows.apply(rows)
+
+
+def mean_over_workers(value: Tensor) -> Tensor:
+    """Mean of a tensor over the workers, with gradient; each worker's gradient is that of the mean over workers of losses."""
+    if world_size() == 1:
+        return value
+    return _SumOverWorkers.apply(value) / world_size()
