@@ -1,0 +1,1 @@
+"""How good a segmentation is: confusion, mIoU, datasets with masks, reports."""

@@ -1,0 +1,196 @@
+"""Image encoders: patch features from a Hugging Face model, from a user's own module, or from a small network of ours.
+
+Every encoder is a module with ``num_features: int`` and ``forward(images_B3HW) -> ImageFeatures``, its input RGB in 0..1;
+normalisation is its own affair. That is also the contract of a ``factory``.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, PretrainedConfig
+
+from vilseg.config import ImageEncoderConfig
+from vilseg.errors import ConfigError, ModelError
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class ImageFeatures(NamedTuple):
+    """What an encoder sees in a batch of images."""
+
+    patches: Tensor
+    """(B, N, F), row by row over the grid."""
+    pooled: Tensor | None
+    """(B, F) global feature (class token); None where the encoder has none, and the mean of the patches stands in."""
+    grid: tuple[int, int]
+    """(h, w) with h x w = N."""
+
+
+def build_image_encoder(config: ImageEncoderConfig, *, hf_config: dict[str, Any] | None = None) -> nn.Module:
+    """Make the encoder that ``config`` describes; weights are loaded only for ``checkpoint`` and by a ``factory``.
+
+    Args:
+        config: one of checkpoint, factory, architecture.
+        hf_config: the Hugging Face configuration saved with a vilseg model; builds that architecture without its
+            checkpoint, whose weights are about to be loaded from the vilseg model.
+
+    Raises:
+        ConfigError: unknown architecture, wrong sizes, or a factory that cannot be imported or is no encoder.
+        ModelError: the checkpoint cannot be loaded.
+    """
+    if config.factory:
+        return _from_factory(config.factory, config.factory_options)
+    if hf_config is not None:
+        return HuggingFaceImageEncoder(AutoModel.from_config(_hf_config(hf_config["model_type"], hf_config)))
+    if config.checkpoint:
+        return _from_checkpoint(config.checkpoint)
+    if config.architecture == "local_conv":
+        try:
+            return LocalConvEncoder(**config.sizes)
+        except TypeError as error:
+            raise ConfigError(f"model.image_encoder.sizes does not fit local_conv: {error}") from error
+    return HuggingFaceImageEncoder(AutoModel.from_config(_hf_config(config.architecture, config.sizes)))
+
+
+class LocalConvEncoder(nn.Module):
+    """A small convolutional network with a small receptive field, the default from scratch.
+
+    Locality is the point: with caption supervision alone a network that sees the whole scene from every patch learns to
+    name what co-occurs instead of what is there.
+
+    Args:
+        width: channels of the patch features.
+        depth: residual blocks at patch resolution; each widens the receptive field by (kernel - 1) x patch_size pixels.
+        patch_size: pixels a patch, a power of two; reached by 3 x 3 convolutions of stride 2.
+        kernel: side of the blocks' convolutions.
+    """
+
+    def __init__(self, width: int = 128, depth: int = 2, patch_size: int = 4, kernel: int = 3) -> None:
+        super().__init__()
+        stages = patch_size.bit_length() - 1
+        if patch_size != 2**stages or stages < 1:
+            raise ConfigError(f"model.image_encoder.sizes.patch_size must be a power of two above 1, not {patch_size}")
+        self.num_features = width
+        self.patch_size = patch_size
+        layers: list[nn.Module] = []
+        channels = 3
+        for stage in range(stages):
+            wider = width // 2 ** (stages - 1 - stage)
+            layers += [nn.Conv2d(channels, wider, 3, stride=2, padding=1), ChannelNorm(wider), nn.GELU()]
+            channels = wider
+        self.stem = nn.Sequential(*layers)
+        self.blocks = nn.Sequential(*[_ResidualBlock(width, kernel) for _ in range(depth)])
+        self.norm = ChannelNorm(width)
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, images_B3HW: Tensor) -> ImageFeatures:
+        """Shape: (B, 3, H, W) in 0..1 -> patches (B, H/patch x W/patch, width)."""
+        x_BFhw = self.norm(self.blocks(self.stem((images_B3HW - 0.5) / 0.25)))
+        return ImageFeatures(x_BFhw.flatten(2).transpose(1, 2), None, (x_BFhw.shape[2], x_BFhw.shape[3]))
+
+
+class _ResidualBlock(nn.Module):
+    def __init__(self, width: int, kernel: int) -> None:
+        super().__init__()
+        self.norm = ChannelNorm(width)
+        self.mix = nn.Conv2d(width, width, kernel, padding=kernel // 2)
+        self.act = nn.GELU()
+        self.out = nn.Conv2d(width, width, 1)
+
+    def forward(self, x_BFhw: Tensor) -> Tensor:
+        return x_BFhw + self.out(self.act(self.mix(self.norm(x_BFhw))))
+
+
+class ChannelNorm(nn.LayerNorm):
+    """Layer norm over the channels of (B, F, h, w); unlike batch norm it keeps every sample independent of its batch."""
+
+    def forward(self, x_BFhw: Tensor) -> Tensor:
+        """Shape: (B, F, h, w) -> same."""
+        return super().forward(x_BFhw.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class HuggingFaceImageEncoder(nn.Module):
+    """Patch features of a transformers vision model: transformer tokens without class and register tokens, or a feature map."""
+
+    def __init__(
+        self, model: nn.Module, *, mean: tuple[float, ...] = IMAGENET_MEAN, std: tuple[float, ...] = IMAGENET_STD
+    ) -> None:
+        super().__init__()
+        self.model = getattr(model, "vision_model", model)  # the image half of CLIP and SigLIP
+        config = self.model.config
+        hidden = getattr(config, "hidden_size", None) or config.hidden_sizes[-1]
+        self.num_features: int = hidden
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
+
+    @property
+    def hf_config(self) -> dict[str, Any]:
+        """What rebuilds the architecture without its checkpoint."""
+        return self.model.config.to_dict()
+
+    def forward(self, images_B3HW: Tensor) -> ImageFeatures:
+        """Shape: (B, 3, H, W) in 0..1 -> patches (B, N, F); position embeddings are interpolated to the image's size."""
+        pixels = (images_B3HW - self.mean) / self.std
+        patch = getattr(self.model.config, "patch_size", None)
+        positions = hasattr(self.model, "embeddings") and hasattr(self.model.embeddings, "interpolate_pos_encoding")
+        # Models that interpolate by themselves (DINOv2) take no such argument.
+        takes_flag = "interpolate_pos_encoding" in self.model.forward.__code__.co_varnames or self._flag_in_signature()
+        options = {"interpolate_pos_encoding": True} if positions and takes_flag else {}
+        output = self.model(pixel_values=pixels, **options).last_hidden_state
+        if output.ndim == 4:
+            return ImageFeatures(output.flatten(2).transpose(1, 2), None, (output.shape[2], output.shape[3]))
+        side = patch if isinstance(patch, int) else patch[0]
+        grid = (images_B3HW.shape[2] // side, images_B3HW.shape[3] // side)
+        prefix = output.shape[1] - grid[0] * grid[1]
+        return ImageFeatures(output[:, prefix:], output[:, 0] if prefix else None, grid)
+
+    def _flag_in_signature(self) -> bool:
+        import inspect
+
+        return "interpolate_pos_encoding" in inspect.signature(self.model.forward).parameters
+
+
+def _hf_config(model_type: str, values: dict[str, Any]) -> PretrainedConfig:
+    try:
+        return AutoConfig.for_model(model_type, **{k: v for k, v in values.items() if k != "model_type"})
+    except ValueError as error:
+        raise ConfigError(
+            f"model.image_encoder.architecture '{model_type}' is neither local_conv nor a model type of transformers"
+        ) from error
+
+
+def _from_checkpoint(checkpoint: str) -> HuggingFaceImageEncoder:
+    try:
+        model = AutoModel.from_pretrained(checkpoint)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model.image_encoder.checkpoint {checkpoint} cannot be loaded: {first_line(error)}") from error
+    mean, std = IMAGENET_MEAN, IMAGENET_STD
+    if not Path(checkpoint).is_dir() or (Path(checkpoint) / "preprocessor_config.json").exists():
+        processor = AutoImageProcessor.from_pretrained(checkpoint)
+        mean, std = tuple(processor.image_mean), tuple(processor.image_std)
+    return HuggingFaceImageEncoder(model, mean=mean, std=std)
+
+
+def _from_factory(path: str, options: dict[str, Any]) -> nn.Module:
+    module_name, separator, function = path.partition(":")
+    if not separator:
+        raise ConfigError(f"model.image_encoder.factory is '{path}'; write it as module:function")
+    try:
+        factory = getattr(importlib.import_module(module_name), function)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"model.image_encoder.factory '{path}' cannot be imported: {error}") from error
+    encoder = factory(**options)
+    if not isinstance(encoder, nn.Module) or not hasattr(encoder, "num_features"):
+        raise ConfigError(f"model.image_encoder.factory '{path}' must return a torch module with 'num_features'")
+    return encoder
+
+
+def first_line(error: BaseException) -> str:
+    """The first sentence of a library's long message."""
+    return str(error).strip().split("\n")[0].rstrip(".")

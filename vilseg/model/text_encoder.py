@@ -1,0 +1,95 @@
+"""The text tower: a Hugging Face text model, its tokenizer, and one embedding a text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerBase
+
+from vilseg.config import TextEncoderConfig
+from vilseg.errors import ConfigError, ModelError
+from vilseg.model.image_encoder import first_line
+
+
+class TextEncoder(nn.Module):
+    """Texts -> features. The tokenizer belongs to it, so that a text means the same wherever the model goes."""
+
+    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, pooling: str, max_tokens: int) -> None:
+        super().__init__()
+        self.model = getattr(model, "text_model", model)  # the text half of CLIP and SigLIP
+        self.tokenizer = tokenizer
+        self.pooling = pooling
+        self.max_tokens = min(max_tokens, getattr(self.model.config, "max_position_embeddings", max_tokens))
+        self.num_features: int = self.model.config.hidden_size
+
+    @property
+    def hf_config(self) -> dict[str, Any]:
+        """What rebuilds the architecture without its checkpoint."""
+        return self.model.config.to_dict()
+
+    def tokenize(self, texts: Sequence[str]) -> Tensor:
+        """Token ids, padded to the longest text. Shape: texts (B) -> (B, T) int64."""
+        encoded = self.tokenizer(list(texts), padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt")
+        return cast(Tensor, encoded["input_ids"])
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        """Shape: (B, T) -> (B, F)."""
+        mask_BT = tokens_BT != self.tokenizer.pad_token_id
+        output = self.model(input_ids=tokens_BT, attention_mask=mask_BT.long())
+        if self.pooling == "pooler":
+            return output.pooler_output
+        hidden_BTF = output.last_hidden_state
+        if self.pooling == "first":
+            return hidden_BTF[:, 0]
+        weights_BT1 = mask_BT.unsqueeze(-1).to(hidden_BTF.dtype)
+        return (hidden_BTF * weights_BT1).sum(1) / weights_BT1.sum(1)
+
+
+def build_text_encoder(
+    config: TextEncoderConfig,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    hf_config: dict[str, Any] | None = None,
+) -> TextEncoder:
+    """Make the text encoder that ``config`` describes.
+
+    Args:
+        config: a checkpoint, or an architecture with its sizes.
+        tokenizer: needed where the model is built from scratch or from ``hf_config``; a checkpoint brings its own.
+        hf_config: as for the image encoder.
+
+    Raises:
+        ConfigError: unknown architecture.
+        ModelError: the checkpoint or its tokenizer cannot be loaded.
+    """
+    if hf_config is None and config.checkpoint:
+        try:
+            model = AutoModel.from_pretrained(config.checkpoint)
+            tokenizer = AutoTokenizer.from_pretrained(config.checkpoint)
+        except (OSError, ValueError) as error:
+            raise ModelError(
+                f"model.text_encoder.checkpoint {config.checkpoint} cannot be loaded: {first_line(error)}"
+            ) from error
+    else:
+        assert tokenizer is not None, "a text model without a checkpoint needs a tokenizer"
+        values = hf_config or {
+            **config.sizes,
+            "vocab_size": len(tokenizer),
+            "max_position_embeddings": config.max_tokens,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
+        model_type = values.get("model_type", config.architecture)
+        try:
+            hf = AutoConfig.for_model(model_type, **{k: v for k, v in values.items() if k != "model_type"})
+        except ValueError as error:
+            raise ConfigError(f"model.text_encoder.architecture '{model_type}' is no model type of transformers") from error
+        model = AutoModel.from_config(hf)
+    return TextEncoder(model, tokenizer, pooling=config.pooling, max_tokens=config.max_tokens)
+
+
+def pad_tokens(rows: Sequence[Tensor], pad: int) -> Tensor:
+    """Stack token rows of unequal length. Shape: rows of (T_i,) -> (B, max T_i)."""
+    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=pad)

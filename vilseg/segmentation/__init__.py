@@ -1,0 +1,1 @@
+"""From images and class names to labelled masks."""

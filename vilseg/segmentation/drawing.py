@@ -1,0 +1,221 @@
+"""Pictures of segmentations: class colours, overlays, legends and cluster maps.
+
+H W are pixels, C classes. A label of C or more, whatever its value, means "no class": it is left untinted in an overlay
+and is not a name in a legend. Small pictures are enlarged by whole factors, so that every label stays a crisp square.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import cast
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+BACKGROUND = "background"
+"""The one class name that is drawn in neutral grey instead of a colour of the palette."""
+
+_BACKGROUND_COLOUR = (112, 117, 125)
+_NO_CLASS_COLOUR = (214, 217, 222)
+_DISTINCT_COLOURS = 256  # nobody tells more apart: the sequence repeats after these
+_MIN_SIDE = 256  # px: pictures whose shorter side is less are enlarged before anything is drawn on them
+_MAX_SIDE = 2048  # px: enlarging stops here, so that a very long strip does not become a giant picture
+
+
+def _oklab(colours: np.ndarray) -> np.ndarray:
+    """OKLab coordinates of 8-bit sRGB colours, (N, 3) -> (N, 3) float64 (Ottosson 2020, bottosson.github.io)."""
+    srgb = colours.astype(np.float64) / 255
+    linear = np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
+    to_lms = np.array(
+        [
+            [0.4122214708, 0.5363325363, 0.0514459929],
+            [0.2119034982, 0.6806995451, 0.1073969566],
+            [0.0883024619, 0.2817188376, 0.6299787005],
+        ]
+    )
+    to_lab = np.array(
+        [
+            [0.2104542553, 0.7936177850, -0.0040720468],
+            [1.9779984951, -2.4285922050, 0.4505937099],
+            [0.0259040371, 0.7827717662, -0.8086757660],
+        ]
+    )
+    return np.cbrt(linear @ to_lms.T) @ to_lab.T
+
+
+@cache
+def _colour_sequence() -> np.ndarray:
+    """The first `_DISTINCT_COLOURS` colours, each as far as can be from all before it; (N, 3) uint8.
+
+    Greedy farthest-point choice in OKLab among the sRGB colours that are neither near black, near white, grey nor neon.
+    """
+    axis = np.arange(0, 256, 15)
+    colours = np.stack(np.meshgrid(axis, axis, axis, indexing="ij"), axis=-1).reshape(-1, 3)
+    lab = _oklab(colours)
+    chroma = np.hypot(lab[:, 1], lab[:, 2])
+    usable = (lab[:, 0] >= 0.45) & (lab[:, 0] <= 0.90) & (chroma >= 0.07) & (chroma <= 0.20)
+    # Hue tells areas apart better than lightness does, because an overlay takes on the lightness of the photo below.
+    colours, lab = colours[usable], lab[usable] * (0.7, 1.0, 1.0)
+
+    first = _oklab(np.array([[40, 110, 200]]))[0] * (0.7, 1.0, 1.0)
+    chosen = [int(np.argmin(((lab - first) ** 2).sum(axis=1)))]
+    distance = np.full(len(lab), np.inf)
+    while len(chosen) < _DISTINCT_COLOURS:
+        distance = np.minimum(distance, ((lab - lab[chosen[-1]]) ** 2).sum(axis=1))
+        chosen.append(int(np.argmax(distance)))
+    sequence = colours[chosen].astype(np.uint8)
+    sequence.setflags(write=False)  # it is cached and shared
+    return sequence
+
+
+def palette(count: int) -> np.ndarray:
+    """Well distinguishable colours, always the same ones: (count, 3) uint8.
+
+    A shorter palette is the beginning of a longer one, so a class keeps its colour when others are appended. From the
+    257th on the colours repeat.
+    """
+    return _colour_sequence()[np.arange(count) % _DISTINCT_COLOURS]
+
+
+def class_colours(classes: Sequence[str]) -> np.ndarray:
+    """The colour of every class, (C, 3) uint8: the palette, with `BACKGROUND` in grey."""
+    colours = palette(len(classes))
+    for index, name in enumerate(classes):
+        if name == BACKGROUND:
+            colours[index] = _BACKGROUND_COLOUR
+    return colours
+
+
+@dataclass(frozen=True, kw_only=True)
+class LegendEntry:
+    """One line of a legend: a class that is in the picture."""
+
+    name: str
+    colour: tuple[int, int, int]
+    """8-bit sRGB."""
+    share: float
+    """Part of all pixels of the picture, in 0..1."""
+
+
+def legend_entries(labels: np.ndarray, classes: Sequence[str]) -> list[LegendEntry]:
+    """The classes present in labels (H, W), the largest first; pixels without a class count in no entry."""
+    values, counts = np.unique(labels, return_counts=True)
+    colours = class_colours(classes)
+    present = [(int(value), int(count)) for value, count in zip(values, counts, strict=True) if value < len(classes)]
+    return [
+        LegendEntry(name=classes[index], colour=rgb(colours[index]), share=count / labels.size)
+        for index, count in sorted(present, key=lambda item: (-item[1], item[0]))
+    ]
+
+
+def rgb(colour: np.ndarray) -> tuple[int, int, int]:
+    """A row of a colour table as the tuple of ints that Pillow and CSS take."""
+    red, green, blue = (int(channel) for channel in colour)
+    return red, green, blue
+
+
+def enlarging_factor(height: int, width: int, min_side: int = _MIN_SIDE) -> int:
+    """The whole factor that makes the shorter side at least min_side px, without passing 2048 px on the longer one."""
+    wanted = -(-min_side // min(height, width))
+    return max(1, min(wanted, _MAX_SIDE // max(height, width)))
+
+
+def _enlarge(array: np.ndarray, factor: int) -> np.ndarray:
+    return array if factor == 1 else array.repeat(factor, axis=0).repeat(factor, axis=1)
+
+
+def _borders(labels: np.ndarray) -> np.ndarray:
+    """Where a pixel differs from its right or lower neighbour: (H, W) bool."""
+    border = np.zeros(labels.shape, dtype=bool)
+    border[:, :-1] |= labels[:, :-1] != labels[:, 1:]
+    border[:-1] |= labels[:-1] != labels[1:]
+    return border
+
+
+def _darken(picture: Image.Image, where: np.ndarray) -> Image.Image:
+    darker = Image.blend(picture, Image.new("RGB", picture.size, (10, 12, 16)), 0.7)
+    return Image.composite(darker, picture, Image.fromarray(where))
+
+
+def draw_overlay(
+    image: np.ndarray | None,
+    labels: np.ndarray,
+    classes: Sequence[str],
+    *,
+    opacity: float = 0.55,
+    factor: int = 1,
+) -> Image.Image:
+    """Class colours laid over the image: labels (H, W), image (H, W, 3) uint8 -> RGB picture of factor * (W, H) px.
+
+    Below a class the image shows in grey, so that a tint means its class and nothing else; where there is no class
+    the image keeps its own colours. Without an image the plain class map is drawn, and `opacity` (0..1) has no effect.
+    """
+    index = _enlarge(np.minimum(labels, np.uint16(len(classes))), factor)
+    table = np.vstack([class_colours(classes), np.array([_NO_CLASS_COLOUR], dtype=np.uint8)])
+    tint = Image.fromarray(table[index])
+    if image is None:
+        return _darken(tint, _borders(index)) if factor > 1 else tint
+
+    photo = Image.fromarray(image)
+    if factor > 1:
+        photo = photo.resize(tint.size, Image.Resampling.NEAREST)
+    picture = Image.blend(photo.convert("L").convert("RGB"), tint, opacity)
+    picture = Image.composite(picture, photo, Image.fromarray(index < len(classes)))
+    return _darken(picture, _borders(index)) if factor > 1 else picture
+
+
+def draw_clusters(clusters: np.ndarray, *, factor: int = 1) -> Image.Image:
+    """Pastel map of the regions: clusters (H, W) integers >= 0 -> RGB picture of factor * (W, H) px.
+
+    Pastel, so that cluster colours are not taken for the class colours beside them: a cluster has no name.
+    """
+    index = _enlarge(clusters, factor)
+    colours = palette(int(clusters.max()) + 1).astype(np.uint16)
+    pastel = ((colours + 255) // 2).astype(np.uint8)
+    picture = Image.fromarray(pastel[index])
+    return _darken(picture, _borders(index)) if factor > 1 else picture
+
+
+def add_legend(picture: Image.Image, entries: Sequence[LegendEntry]) -> Image.Image:
+    """The picture with a legend below it on white: a colour patch, the name and the share of the area for each entry.
+
+    The letters grow with the width of the picture; names that are too long for it end in an ellipsis.
+    """
+    if not entries:
+        return picture
+    width = max(picture.width, _MIN_SIDE)
+    size = min(max(width // 32, 13), 44)  # px: one line
+    font = cast(ImageFont.FreeTypeFont, ImageFont.load_default(size=size))
+    patch, pad, line = size, size // 2, size * 3 // 2
+    texts = [_fit(_entry_text(entry), font, width - 3 * pad - patch) for entry in entries]
+    cell = int(max(font.getlength(text) for text in texts)) + patch + 2 * pad
+    columns = max(1, (width - pad) // cell)
+    rows = -(-len(texts) // columns)
+
+    canvas = Image.new("RGB", (width, picture.height + rows * line + 2 * pad), "white")
+    canvas.paste(picture, ((width - picture.width) // 2, 0))
+    draw = ImageDraw.Draw(canvas)
+    for number, (entry, text) in enumerate(zip(entries, texts, strict=True)):
+        left = pad + number % columns * cell
+        middle = picture.height + pad + number // columns * line + line // 2
+        box = (left, middle - patch // 2, left + patch, middle - patch // 2 + patch)
+        draw.rounded_rectangle(box, radius=patch // 5, fill=entry.colour)
+        draw.text((left + patch + pad, middle), text, font=font, fill=(28, 30, 34), anchor="lm")
+    return canvas
+
+
+def share_text(share: float) -> str:
+    """A share in 0..1 as whole per cent, "<1 %" for what is there but would round to nothing."""
+    return "<1 %" if 0 < share < 0.005 else f"{share:.0%}".replace("%", " %")
+
+
+def _entry_text(entry: LegendEntry) -> str:
+    return f"{entry.name}  {share_text(entry.share)}"
+
+
+def _fit(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "…") > width:
+        text = text[:-1]
+    return text + "…"

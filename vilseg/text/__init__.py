@@ -1,0 +1,1 @@
+"""Class vocabularies, noun phrases of captions, and tokenizers."""
