@@ -1,0 +1,162 @@
+"""ViLSeg: images, their patches and texts in one space, and a clustering head that cuts images into regions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vilseg.config import ModelConfig, SegmentationConfig
+from vilseg.model import pretrained
+from vilseg.model.image_encoder import ImageFeatures, build_image_encoder
+from vilseg.model.text_encoder import TextEncoder, build_text_encoder
+from vilseg.text.tokenizer import train_tokenizer
+
+MAX_LOGIT_SCALE = math.log(100.0)
+"""Cap of the inverse temperature (CLIP, Radford et al. 2021, section 2.5)."""
+
+
+class ImageEmbeddings(NamedTuple):
+    """Images in the text space; every embedding has unit length."""
+
+    pooled: Tensor
+    """(B, D), the image as a whole."""
+    patches: Tensor
+    """(B, N, D), row by row over the grid."""
+    grid: tuple[int, int]
+
+
+class ViLSeg(nn.Module):
+    """The model of ViL-Seg (arXiv 2207.08455, section 3): two encoders, their projections, and the online clustering head.
+
+    Make one with :meth:`from_config` or :meth:`from_pretrained`.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        image_encoder: nn.Module,
+        text_encoder: TextEncoder,
+        *,
+        segmentation: SegmentationConfig | None = None,
+        temperature: float = 0.07,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.segmentation = segmentation or SegmentationConfig()
+        self.image_encoder = image_encoder
+        self.text_encoder = text_encoder
+        features: int = image_encoder.num_features  # type: ignore[assignment]
+        identity = config.text_encoder.projection == "identity"
+        self.embedding_dim = text_encoder.num_features if identity else config.embedding_dim
+        self.image_projection = nn.Linear(features, self.embedding_dim)
+        self.text_projection = (
+            nn.Identity() if identity else nn.Linear(text_encoder.num_features, self.embedding_dim, bias=False)
+        )
+        self.clustering_head = nn.Sequential(nn.LayerNorm(features), nn.Linear(features, config.clusters))
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / temperature)))
+        self.register_buffer("caption_mean", torch.zeros(self.embedding_dim))
+        """Mean embedding of the captions seen in training; see ``SegmentationConfig.center_text``."""
+        if config.image_encoder.frozen:
+            image_encoder.requires_grad_(False)
+        if config.text_encoder.frozen:
+            text_encoder.requires_grad_(False)
+
+    @classmethod
+    def from_config(
+        cls,
+        config: ModelConfig,
+        captions: Sequence[str] = (),
+        *,
+        segmentation: SegmentationConfig | None = None,
+        temperature: float = 0.07,
+    ) -> ViLSeg:
+        """A new model, its checkpoints loaded and the rest at random (torch's global seed).
+
+        Args:
+            config: encoders and sizes.
+            captions: sample that a tokenizer is trained on where the text encoder has no checkpoint.
+            segmentation: inference settings that the model carries.
+            temperature: start of the learnt temperature.
+
+        Raises:
+            ConfigError, ModelError: see the encoders.
+        """
+        tokenizer = None
+        if not config.text_encoder.checkpoint:
+            tokenizer = train_tokenizer(captions, config.text_encoder.vocabulary_size)
+        image_encoder = build_image_encoder(config.image_encoder)
+        text_encoder = build_text_encoder(config.text_encoder, tokenizer=tokenizer)
+        return cls(config, image_encoder, text_encoder, segmentation=segmentation, temperature=temperature)
+
+    @classmethod
+    def from_pretrained(cls, source: str) -> ViLSeg:
+        """Load a model folder: a path, an ``s3://`` URI or a hub id. Safetensors only; nothing is unpickled.
+
+        Raises:
+            ModelError: no model folder there, or its weights do not fit its configuration.
+            StorageError: the URI cannot be read.
+        """
+        return pretrained.load(cls, source)
+
+    def save_pretrained(self, uri: str, *, card: str | None = None) -> None:
+        """Write the model folder: ``config.json``, ``model.safetensors``, tokenizer files, ``README.md`` (the card)."""
+        pretrained.save(self, uri, card=card)
+
+    def train(self, mode: bool = True) -> ViLSeg:
+        """Training mode for what is trained; frozen towers stay in evaluation mode."""
+        super().train(mode)
+        if self.config.image_encoder.frozen:
+            self.image_encoder.eval()
+        if self.config.text_encoder.frozen:
+            self.text_encoder.eval()
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.logit_scale.device
+
+    @property
+    def scale(self) -> Tensor:
+        """Inverse temperature of the contrast, capped."""
+        return self.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
+
+    def image_features(self, images: Tensor) -> ImageFeatures:
+        """Features of the image encoder. Shape: (B, 3, H, W) RGB in 0..1 -> patches (B, N, F)."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.image_encoder.frozen):
+            return self.image_encoder(images)
+
+    def embed(self, features: ImageFeatures) -> ImageEmbeddings:
+        """Bring features into the text space."""
+        pooled_BF = features.patches.mean(1) if features.pooled is None else features.pooled
+        return ImageEmbeddings(
+            F.normalize(self.image_projection(pooled_BF), dim=-1),
+            F.normalize(self.image_projection(features.patches), dim=-1),
+            features.grid,
+        )
+
+    def cluster_logits(self, features: ImageFeatures) -> Tensor:
+        """What the head thinks of every patch. Shape: -> (B, N, K)."""
+        return self.clustering_head(features.patches)
+
+    def encode_image(self, images: Tensor) -> ImageEmbeddings:
+        """Global and patch embeddings. Shape: (B, 3, H, W) RGB in 0..1 -> (B, D) and (B, N, D), unit length."""
+        return self.embed(self.image_features(images))
+
+    def assignments(self, images: Tensor) -> Tensor:
+        """Soft cluster assignments of the patches. Shape: (B, 3, H, W) -> (B, K, h, w), summing to 1 over K."""
+        features = self.image_features(images)
+        h, w = features.grid
+        return self.cluster_logits(features).softmax(-1).transpose(1, 2).unflatten(2, (h, w))
+
+    def encode_text(self, texts: Sequence[str] | Tensor) -> Tensor:
+        """Embeddings of texts, or of token rows. Shape: texts (B) or (B, T) -> (B, D), unit length."""
+        tokens = texts if isinstance(texts, Tensor) else self.text_encoder.tokenize(texts)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.text_encoder.frozen):
+            features = self.text_encoder(tokens.to(self.device))
+        return F.normalize(self.text_projection(features), dim=-1)
