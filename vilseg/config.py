@@ -211,8 +211,8 @@ class TrainerConfig(Part):
     batch_size: PositiveInt = 256
     """Pairs a step over all workers."""
     steps: PositiveInt = 10_000
-    precision: Literal["float32", "bfloat16"] = "bfloat16"
-    """bfloat16 autocasts the networks; losses are always float32."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """bfloat16 autocasts the networks; losses are always float32. ``auto`` takes it where there are matrix units for it."""
     checkpoint_every: PositiveInt = 500
     keep_checkpoints: PositiveInt | None = 2
     """The newest so many; null keeps all."""

@@ -7,6 +7,7 @@ normalisation is its own affair. That is also the contract of a ``factory``.
 from __future__ import annotations
 
 import importlib
+import inspect
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -123,9 +124,17 @@ class HuggingFaceImageEncoder(nn.Module):
     ) -> None:
         super().__init__()
         self.model = getattr(model, "vision_model", model)  # the image half of CLIP and SigLIP
+        if getattr(self.model, "pooler", None) is not None:
+            self.model.pooler = None  # weights that nothing would train
         config = self.model.config
         hidden = getattr(config, "hidden_size", None) or config.hidden_sizes[-1]
         self.num_features: int = hidden
+        # Convolutional backbones halve the picture in every stage; 32 is a multiple of what any of them wants.
+        patch = getattr(config, "patch_size", None) if hasattr(config, "num_attention_heads") else 32
+        self.patch_size: int = patch if isinstance(patch, int) else patch[0]
+        # Most transformers interpolate their position embeddings on demand, some (DINOv2) always and without a flag.
+        flag = "interpolate_pos_encoding"
+        self._options = {flag: True} if flag in _parameters(self.model) else {}
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
 
@@ -137,23 +146,17 @@ class HuggingFaceImageEncoder(nn.Module):
     def forward(self, images_B3HW: Tensor) -> ImageFeatures:
         """Shape: (B, 3, H, W) in 0..1 -> patches (B, N, F); position embeddings are interpolated to the image's size."""
         pixels = (images_B3HW - self.mean) / self.std
-        patch = getattr(self.model.config, "patch_size", None)
-        positions = hasattr(self.model, "embeddings") and hasattr(self.model.embeddings, "interpolate_pos_encoding")
-        # Models that interpolate by themselves (DINOv2) take no such argument.
-        takes_flag = "interpolate_pos_encoding" in self.model.forward.__code__.co_varnames or self._flag_in_signature()
-        options = {"interpolate_pos_encoding": True} if positions and takes_flag else {}
-        output = self.model(pixel_values=pixels, **options).last_hidden_state
+        output = self.model(pixel_values=pixels, **self._options).last_hidden_state
         if output.ndim == 4:
             return ImageFeatures(output.flatten(2).transpose(1, 2), None, (output.shape[2], output.shape[3]))
-        side = patch if isinstance(patch, int) else patch[0]
-        grid = (images_B3HW.shape[2] // side, images_B3HW.shape[3] // side)
-        prefix = output.shape[1] - grid[0] * grid[1]
+        grid = (images_B3HW.shape[2] // self.patch_size, images_B3HW.shape[3] // self.patch_size)
+        prefix = output.shape[1] - grid[0] * grid[1]  # class and register tokens come first
         return ImageFeatures(output[:, prefix:], output[:, 0] if prefix else None, grid)
 
-    def _flag_in_signature(self) -> bool:
-        import inspect
 
-        return "interpolate_pos_encoding" in inspect.signature(self.model.forward).parameters
+def _parameters(model: nn.Module) -> set[str]:
+    """Names of the arguments of a model's forward, through the decorators that transformers puts around it."""
+    return set(inspect.signature(inspect.unwrap(model.forward)).parameters)
 
 
 def _hf_config(model_type: str, values: dict[str, Any]) -> PretrainedConfig:

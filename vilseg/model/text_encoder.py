@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 
@@ -22,6 +21,8 @@ class TextEncoder(nn.Module):
         self.model = getattr(model, "text_model", model)  # the text half of CLIP and SigLIP
         self.tokenizer = tokenizer
         self.pooling = pooling
+        if pooling != "pooler" and getattr(self.model, "pooler", None) is not None:
+            self.model.pooler = None  # weights that nothing would train
         self.max_tokens = min(max_tokens, getattr(self.model.config, "max_position_embeddings", max_tokens))
         self.num_features: int = self.model.config.hidden_size
 
@@ -30,10 +31,14 @@ class TextEncoder(nn.Module):
         """What rebuilds the architecture without its checkpoint."""
         return self.model.config.to_dict()
 
-    def tokenize(self, texts: Sequence[str]) -> Tensor:
-        """Token ids, padded to the longest text. Shape: texts (B) -> (B, T) int64."""
-        encoded = self.tokenizer(list(texts), padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt")
-        return cast(Tensor, encoded["input_ids"])
+    def tokenize(self, texts: Sequence[str], *, pad_to_max: bool = False) -> Tensor:
+        """Token ids, padded to the longest text or to ``max_tokens``. Shape: texts (B) -> (B, T) int64."""
+        return tokenize(self.tokenizer, texts, self.max_tokens, pad_to_max=pad_to_max)
+
+    def trim(self, tokens_BT: Tensor) -> Tensor:
+        """Cut the padding that no row needs. Shape: (B, T) -> (B, longest)."""
+        longest = int((tokens_BT != self.tokenizer.pad_token_id).sum(1).max())
+        return tokens_BT[:, : max(1, longest)]
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         """Shape: (B, T) -> (B, F)."""
@@ -90,6 +95,15 @@ def build_text_encoder(
     return TextEncoder(model, tokenizer, pooling=config.pooling, max_tokens=config.max_tokens)
 
 
-def pad_tokens(rows: Sequence[Tensor], pad: int) -> Tensor:
-    """Stack token rows of unequal length. Shape: rows of (T_i,) -> (B, max T_i)."""
-    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=pad)
+def tokenize(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_tokens: int, *, pad_to_max: bool = False
+) -> Tensor:
+    """Token ids, padded to the longest text or to ``max_tokens``. Shape: texts (B) -> (B, T) int64."""
+    encoded = tokenizer(
+        list(texts),
+        padding="max_length" if pad_to_max else True,
+        truncation=True,
+        max_length=max_tokens,
+        return_tensors="pt",
+    )
+    return cast(Tensor, encoded["input_ids"])

@@ -154,9 +154,16 @@ class ViLSeg(nn.Module):
         h, w = features.grid
         return self.cluster_logits(features).softmax(-1).transpose(1, 2).unflatten(2, (h, w))
 
+    def text_features(self, tokens: Tensor) -> Tensor:
+        """Features of the text encoder. Shape: (B, T) -> (B, F)."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.text_encoder.frozen):
+            return self.text_encoder(tokens)
+
+    def embed_text(self, features_BF: Tensor) -> Tensor:
+        """Bring text features into the shared space. Shape: (B, F) -> (B, D), unit length."""
+        return F.normalize(self.text_projection(features_BF), dim=-1)
+
     def encode_text(self, texts: Sequence[str] | Tensor) -> Tensor:
         """Embeddings of texts, or of token rows. Shape: texts (B) or (B, T) -> (B, D), unit length."""
         tokens = texts if isinstance(texts, Tensor) else self.text_encoder.tokenize(texts)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.text_encoder.frozen):
-            features = self.text_encoder(tokens.to(self.device))
-        return F.normalize(self.text_projection(features), dim=-1)
+        return self.embed_text(self.text_features(tokens.to(self.device)))

@@ -1,0 +1,174 @@
+"""S3 connections from the environment, and what their errors mean; used by `vilseg.storage` alone."""
+
+import functools
+import os
+import re
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+from pyarrow.fs import AwsStandardS3RetryStrategy, FileType, S3FileSystem
+
+from vilseg.errors import StorageError
+
+# An address that answers nothing fails after ATTEMPTS * CONNECT_TIMEOUT_S and the pauses between, 8 s in all.
+ATTEMPTS = 3
+CONNECT_TIMEOUT_S = 2.0
+# Silence on an open connection; a busy store may need seconds to assemble a large object.
+REQUEST_TIMEOUT_S = 20.0
+# The same for the small questions of boto3, which start a job and should not keep a user waiting.
+ANSWER_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What decides a connection; two equal ones share one."""
+
+    access_key: str | None
+    secret_key: str | None = field(repr=False)
+    session_token: str | None = field(repr=False)
+    region: str | None
+    endpoint: str | None
+    ca_file: str | None
+
+
+def read_settings() -> Settings:
+    """What the environment says now; an empty variable counts as unset."""
+
+    def first(*names: str) -> str | None:
+        return next((os.environ[key] for key in names if os.environ.get(key)), None)
+
+    settings = Settings(
+        access_key=first("AWS_ACCESS_KEY_ID"),
+        secret_key=first("AWS_SECRET_ACCESS_KEY"),
+        session_token=first("AWS_SESSION_TOKEN"),
+        region=first("AWS_REGION", "AWS_DEFAULT_REGION"),
+        endpoint=first("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"),
+        ca_file=first("AWS_CA_BUNDLE"),
+    )
+    if (settings.access_key is None) != (settings.secret_key is None):
+        raise StorageError("of AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY only one is set: set both or neither")
+    if settings.endpoint is not None:
+        parts = urlsplit(settings.endpoint)
+        if "@" in parts.netloc:
+            raise StorageError("AWS_ENDPOINT_URL holds a user name or password: set AWS_ACCESS_KEY_ID and its secret")
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.path not in ("", "/"):
+            raise StorageError(
+                f"AWS_ENDPOINT_URL is {settings.endpoint!r}: give http://host:port or https://host:port and no path"
+            )
+    return settings
+
+
+@functools.lru_cache(maxsize=8)  # by the values of the environment, so that a changed environment is seen
+def connect(settings: Settings, *, delayed_open: bool = False) -> S3FileSystem:
+    """The filesystem for ``settings``.
+
+    ``delayed_open`` makes a small object one request instead of three, but then a missing bucket shows only when the
+    stream is closed, which `pyarrow.fs.copy_files` does not look at: for streams that are closed by hand.
+    """
+    options: dict[str, Any] = {}
+    if settings.access_key is not None:
+        options.update(
+            access_key=settings.access_key, secret_key=settings.secret_key, session_token=settings.session_token
+        )
+    if settings.endpoint is not None:
+        parts = urlsplit(settings.endpoint)
+        options.update(scheme=parts.scheme, endpoint_override=parts.netloc)
+    # A store of one's own has no region, but signatures name one; for Amazon the profile may know it.
+    region = settings.region or ("us-east-1" if settings.endpoint else None)
+    if region is not None:
+        options.update(region=region)
+    if settings.ca_file is not None:
+        options.update(tls_ca_file_path=settings.ca_file)
+    return S3FileSystem(
+        connect_timeout=CONNECT_TIMEOUT_S,
+        request_timeout=REQUEST_TIMEOUT_S,
+        retry_strategy=AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS),
+        allow_delayed_open=delayed_open,
+        **options,
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def boto_client(settings: Settings) -> Any:
+    """For the two questions that pyarrow cannot ask: why a bucket is refused, and the first few keys of a prefix."""
+    import boto3  # here, since it takes a third of a second that local runs and most workers need not spend
+    from botocore.config import Config
+
+    return boto3.client(
+        "s3",
+        endpoint_url=settings.endpoint,
+        aws_access_key_id=settings.access_key,
+        aws_secret_access_key=settings.secret_key,
+        aws_session_token=settings.session_token,
+        region_name=settings.region or ("us-east-1" if settings.endpoint else None),
+        verify=settings.ca_file,
+        config=Config(
+            connect_timeout=CONNECT_TIMEOUT_S,
+            read_timeout=ANSWER_TIMEOUT_S,
+            retries={"total_max_attempts": 2, "mode": "standard"},
+            proxies={},  # pyarrow takes no proxy from the environment, and a check has to travel the same way
+            s3={"addressing_style": "path" if settings.endpoint else "auto"},
+        ),
+    )
+
+
+# Names of pyarrow ("AWS Error NAME"), of the S3 protocol, HTTP states where an answer has no body, and boto3's classes.
+_UNREACHABLE = {
+    *("NETWORK_CONNECTION", "REQUEST_TIMEOUT"),
+    *("EndpointConnectionError", "ConnectTimeoutError", "ReadTimeoutError", "ConnectionClosedError", "SSLError"),
+}
+_NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "ProfileNotFound"}
+_REFUSED = {
+    *("ACCESS_DENIED", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH", "INVALID_SIGNATURE", "EXPIRED_TOKEN"),
+    *("UNRECOGNIZED_CLIENT", "INVALID_CLIENT_TOKEN_ID", "MISSING_AUTHENTICATION_TOKEN", "401", "403"),
+    *("AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken"),
+}
+_OTHER_REGION = {"301", "PERMANENT_REDIRECT", "PermanentRedirect"}
+_BUCKET_MISSING = {"NO_SUCH_BUCKET", "NoSuchBucket", "404"}
+
+
+def _code(error: Exception) -> str:
+    """What kind of failure it is: pyarrow says so only in the text, boto3 in the answer or by the class."""
+    response = getattr(error, "response", None)
+    if response is not None:
+        return str(response["Error"]["Code"])
+    match = re.search(r"AWS Error (?:UNKNOWN \(HTTP status (\d+)\)|(\w+))", str(error))
+    return (match.group(1) or match.group(2)) if match else type(error).__name__
+
+
+def sentence(uri: str, path: str, action: str, error: Exception) -> str:
+    """What ``error`` of pyarrow or boto3 means, met while ``uri`` (``path`` is "bucket/key") was read, written, ..."""
+    code = _code(error)
+    endpoint = read_settings().endpoint
+    store = f"the object store at {endpoint}" if endpoint else "Amazon S3"
+    bucket = path.partition("/")[0]
+    problem = f"cannot {action} {uri}: "
+    if code in _UNREACHABLE:
+        why = re.search(r"curlCode: \d+, ([^;]+)", str(error))
+        reason = f" ({why.group(1).strip()})" if why else ""
+        advice = "is the store running? `vilseg store up` starts the embedded one"
+        if endpoint is None:
+            advice = "set AWS_ENDPOINT_URL if the bucket is in another store, such as that of `vilseg store up`"
+        return problem + f"{store} does not answer{reason}; {advice}"
+    if code in _NO_CREDENTIALS:
+        return problem + "no AWS credentials found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+    if code in _REFUSED:
+        return problem + (
+            f"{store} refused access to bucket {bucket!r}; check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and what "
+            "they may do"
+        )
+    if code in _OTHER_REGION:
+        return problem + f"bucket {bucket!r} is in another region; set AWS_REGION to it"
+    if code in _BUCKET_MISSING or (isinstance(error, FileNotFoundError) and _lacks_bucket(bucket)):
+        return problem + f"{store} has no bucket {bucket!r}; create it or correct the URI"
+    if isinstance(error, FileNotFoundError):
+        return f"{uri} does not exist"
+    return problem + f"{store} failed ({str(error).splitlines()[0]})"
+
+
+def _lacks_bucket(bucket: str) -> bool:
+    try:
+        return connect(read_settings()).get_file_info(bucket).type == FileType.NotFound
+    except OSError:
+        return False  # keys that may read objects but not look at the bucket: then the object is what is missing

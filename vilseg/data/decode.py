@@ -1,0 +1,112 @@
+"""Encoded bytes -> RGB arrays, with the checks that keep one bad picture from stopping a job."""
+
+from __future__ import annotations
+
+import io
+import warnings
+
+import numpy as np
+import simplejpeg
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from vilseg.errors import DataError
+
+_MAX_PIXELS = 100_000_000
+_ORIENTATION = 0x0112
+_JPEG_FAST = {"Gray", "YCbCr", "RGB"}
+
+# The header is checked against the caller's own limit before anything is decoded.
+Image.MAX_IMAGE_PIXELS = None
+
+
+def decode_image(data: bytes, *, max_pixels: int | None = None, min_side: int | None = None) -> np.ndarray:
+    """Decode a picture upright, as RGB, first frame only, transparency over white.
+
+    Args:
+        data: an encoded image of any format that Pillow knows.
+        max_pixels: largest width x height that the header may announce; 100 million where None.
+        min_side: a JPEG may come out smaller, by 1/2, 1/4 or 1/8, as long as both sides stay at least this long.
+
+    Returns:
+        Shape: (H, W, 3), uint8.
+
+    Raises:
+        DataError: not an image, damaged, or too many pixels.
+    """
+    if not data:
+        raise DataError("the image has no bytes")
+    limit = _MAX_PIXELS if max_pixels is None else max_pixels
+    if data[:2] == b"\xff\xd8":
+        array = _decode_jpeg(data, limit, min_side)
+        if array is not None:
+            return array
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of metadata it skips
+            image = Image.open(io.BytesIO(data))
+            _check_size(image.width, image.height, limit)
+            return np.asarray(_to_rgb(ImageOps.exif_transpose(image)))
+    except UnidentifiedImageError as error:
+        raise DataError("the bytes are not an image of a known format") from error
+    except (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, ZeroDivisionError) as error:
+        # Pillow's plugins raise any of these on damaged files.
+        raise DataError(f"the image is damaged: {str(error).strip() or type(error).__name__}") from error
+
+
+def square(image: np.ndarray, side: int, position: float = 0.5) -> np.ndarray:
+    """Resize the shorter side to ``side`` and crop the longer one; ``position`` 0..1 says where along it.
+
+    Shape: (H, W, 3) -> (side, side, 3).
+    """
+    height, width = image.shape[:2]
+    if (height, width) == (side, side):
+        return image
+    short = min(height, width)
+    top, left = round((height - short) * position), round((width - short) * position)
+    box = (left, top, left + short, top + short)
+    return np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC, box=box, reducing_gap=2.0))
+
+
+def _decode_jpeg(data: bytes, limit: int, min_side: int | None) -> np.ndarray | None:
+    """The fast path; None where Pillow should have a look (CMYK, rotated, damaged)."""
+    try:
+        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        return None
+    _check_size(width, height, limit)
+    if colorspace not in _JPEG_FAST or _is_rotated(data):
+        return None
+    try:
+        # min_factor: libjpeg scales while decoding, so a large photo costs what its small version costs.
+        return simplejpeg.decode_jpeg(data, "RGB", min_height=min_side or 0, min_width=min_side or 0, min_factor=1)
+    except ValueError:
+        return None
+
+
+def _is_rotated(data: bytes) -> bool:
+    if b"Exif\x00\x00" not in data[:65536]:
+        return False
+    try:
+        return Image.open(io.BytesIO(data)).getexif().get(_ORIENTATION, 1) not in (0, 1)
+    except (OSError, SyntaxError, ValueError):
+        return False
+
+
+def _check_size(width: int, height: int, limit: int) -> None:
+    if width * height > limit:
+        raise DataError(f"the image has {width} x {height} pixels, more than the limit of {limit:,}")
+    if width < 1 or height < 1:
+        raise DataError(f"the image has no pixels ({width} x {height})")
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image, dtype=np.float64)
+        # 16-bit files hold 0..65535; what fits in 8 bits already is left as it is.
+        values = values / 257.0 if values.max(initial=0) > 255 else values
+        return Image.fromarray(values.clip(0, 255).astype(np.uint8)).convert("RGB")
+    if "A" in image.getbands() or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, "white")
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")

@@ -1,0 +1,224 @@
+"""Pair shards on storage: WebDataset tars and Parquet, read as users already have them, and written by ``ingest``.
+
+A tar holds ``KEY.jpg|jpeg|png|webp`` with ``KEY.txt`` and/or ``KEY.json`` beside it (img2dataset writes such tars); a
+Parquet file has one pair a row. What cannot be read comes out as a :class:`BadPair` in its place, so that positions in a
+shard stay what they are.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from vilseg import storage
+from vilseg.config import ColumnsConfig
+from vilseg.errors import DataError, UserError
+
+TAR, PARQUET = ".tar", ".parquet"
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+INDEX = "index.json"
+_BUFFER = 4 << 20
+_TEXT_FIELDS = ("captions", "caption", "alt", "tags")
+"""Of a pair's JSON, in order; alt-text and tags stand in only where there is no caption."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """An encoded image with its captions."""
+
+    key: str
+    image: bytes
+    captions: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BadPair:
+    """A pair that could not be read, and why."""
+
+    key: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file of pairs and how many it holds, readable or not."""
+
+    uri: str
+    pairs: int
+
+
+def list_shards(source: str) -> list[storage.FileEntry]:
+    """The tar and Parquet files at ``source``, a folder or one file.
+
+    Raises:
+        DataError: there is none.
+        StorageError: the URI cannot be read.
+    """
+    entries = storage.list_files(source, suffixes={TAR, PARQUET})
+    if not entries:
+        raise DataError(f"no pair shards at {source}: expected .tar or .parquet files (see `vilseg ingest --help`)")
+    return entries
+
+
+def read_shard(uri: str, columns: ColumnsConfig | None = None) -> Iterator[Pair | BadPair]:
+    """Every pair of a shard in stored order, one at a time; a file that breaks off ends in a :class:`BadPair`."""
+    if uri.endswith(PARQUET):
+        yield from _read_parquet(uri, columns or ColumnsConfig())
+    else:
+        yield from _read_tar(uri)
+
+
+def count_pairs(uri: str) -> int:
+    """Pairs in a shard, readable or not: what :func:`read_shard` will yield."""
+    if uri.endswith(PARQUET):
+        try:
+            with storage.open_input(uri) as file:
+                return pq.read_metadata(file).num_rows
+        except (pa.ArrowInvalid, OSError):
+            return 1  # the BadPair that stands for the file
+    return sum(1 for _ in _tar_groups(uri))
+
+
+def write_tar(uri: str, pairs: Iterable[tuple[str, bytes, str, dict[str, Any]]]) -> int:
+    """Write (key, image bytes, suffix, metadata) as a WebDataset tar; returns how many. Times and owners are fixed, so equal pairs give equal bytes."""
+    count = 0
+    with storage.open_atomic(uri) as target, tarfile.open(fileobj=target, mode="w|", bufsize=_BUFFER) as tar:
+        for key, image, suffix, metadata in pairs:
+            for name, data in ((f"{key}.{suffix}", image), (f"{key}.json", json.dumps(metadata, ensure_ascii=False).encode())):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+            count += 1
+    return count
+
+
+def write_index(folder: str, shards: Iterable[tuple[str, int]]) -> None:
+    """Write ``index.json``, the number of pairs by file name, so that nobody has to count them again."""
+    storage.write_text(storage.join(folder, INDEX), json.dumps({"shards": dict(shards)}, indent=1))
+
+
+def read_index(folder: str) -> dict[str, int]:
+    """Pairs by file name as :func:`write_index` left them; empty where there is no index."""
+    uri = storage.join(folder, INDEX)
+    if not storage.is_folder(folder) or not storage.exists(uri):
+        return {}
+    return json.loads(storage.read_text(uri)).get("shards", {})
+
+
+def _read_tar(uri: str) -> Iterator[Pair | BadPair]:
+    for key, members in _tar_groups(uri):
+        if isinstance(members, str):
+            yield BadPair(key, members)
+            continue
+        image = next((members[suffix] for suffix in IMAGE_SUFFIXES if suffix in members), None)
+        if image is None:
+            yield BadPair(key, f"no image beside it ({', '.join(IMAGE_SUFFIXES)})")
+            continue
+        try:
+            captions = _captions_of(members)
+        except ValueError as error:
+            yield BadPair(key, f"its text cannot be read: {error}")
+            continue
+        yield Pair(key, image, captions) if captions else BadPair(key, "no caption")
+
+
+def _tar_groups(uri: str) -> Iterator[tuple[str, dict[str, bytes] | str]]:
+    """(key, members by lower-case suffix) for runs of members with one key, or (name, what is wrong) at the end."""
+    key, members = "", dict[str, bytes]()
+    try:
+        with storage.open_input(uri) as file, tarfile.open(fileobj=io.BufferedReader(file, _BUFFER), mode="r|") as tar:
+            for member in tar:
+                if not member.isfile():
+                    continue
+                folder, _, name = member.name.rpartition("/")
+                stem, _, suffix = name.partition(".")
+                this = f"{folder}/{stem}" if folder else stem
+                if this != key and members:
+                    yield key, members
+                    members = {}
+                key = this
+                data = tar.extractfile(member)
+                assert data is not None
+                members[suffix.lower()] = data.read()
+    except (tarfile.TarError, EOFError) as error:
+        # The pair at the break is the one that is lost; those before it are whole.
+        yield (f"{storage.name(uri)}:{key}" if key else storage.name(uri)), f"the tar file breaks off: {error}"
+        return
+    if members:
+        yield key, members
+
+
+def _captions_of(members: dict[str, bytes]) -> tuple[str, ...]:
+    texts: list[str] = []
+    if "json" in members:
+        metadata = json.loads(members["json"])
+        if not isinstance(metadata, dict):
+            raise ValueError("the JSON is not an object")
+        texts = captions_of_metadata(metadata)
+    if "txt" in members:
+        caption = members["txt"].decode("utf-8").strip()
+        if caption and caption not in texts:
+            texts.insert(0, caption)
+    return tuple(texts)
+
+
+def captions_of_metadata(metadata: dict[str, Any]) -> list[str]:
+    """The captions among a pair's fields: ``captions`` and ``caption``; failing these ``alt``, then ``tags``."""
+    texts: list[str] = []
+    for name in _TEXT_FIELDS:
+        if texts and name in ("alt", "tags"):
+            break
+        value = metadata.get(name)
+        if name == "tags" and isinstance(value, list):
+            value = ", ".join(str(tag) for tag in value)
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and text.strip() and text.strip() not in texts:
+                texts.append(text.strip())
+    return texts
+
+
+def _read_parquet(uri: str, columns: ColumnsConfig) -> Iterator[Pair | BadPair]:
+    try:
+        with storage.open_input(uri) as source:
+            file = pq.ParquetFile(source)
+            names = set(file.schema_arrow.names)
+            wanted = [n for n in (columns.key, columns.image, columns.caption, columns.captions, "alt", "tags") if n in names]
+            if columns.image not in names:
+                wanted += [columns.path] if columns.path in names else []
+            if columns.image not in wanted and columns.path not in wanted:
+                raise DataError(
+                    f"{uri} has neither a column '{columns.image}' nor '{columns.path}'; name it by data.columns.image=..."
+                )
+            row = 0
+            for batch in file.iter_batches(batch_size=64, columns=wanted):
+                for values in batch.to_pylist():
+                    yield _pair_of_row(uri, row, values, columns)
+                    row += 1
+    except (pa.ArrowInvalid, OSError) as error:
+        yield BadPair(storage.name(uri), f"the Parquet file cannot be read: {error}")
+
+
+def _pair_of_row(uri: str, row: int, values: dict[str, Any], columns: ColumnsConfig) -> Pair | BadPair:
+    key = str(values.get(columns.key) or f"{storage.name(uri)}:{row}")
+    fields = {"caption": values.get(columns.caption), "captions": values.get(columns.captions)}
+    captions = captions_of_metadata({**values, **fields})
+    if not captions:
+        return BadPair(key, "no caption")
+    image = values.get(columns.image)
+    if isinstance(image, dict):
+        image = image.get("bytes")
+    if image is None and values.get(columns.path):
+        path = str(values[columns.path])
+        absolute = "://" in path or path.startswith("/")
+        try:
+            image = storage.read_bytes(path if absolute else storage.join(storage.parent(uri), path))
+        except UserError as error:
+            return BadPair(key, str(error))
+    return Pair(key, image, tuple(captions)) if image else BadPair(key, "no image")

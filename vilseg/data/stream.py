@@ -1,0 +1,301 @@
+"""The stream of training batches: which pairs make up a step, and reading them.
+
+The order is a pure function of the shards, the batch size and the seed. Epochs follow each other without a gap, each with
+its own order of shards, and every pair comes once an epoch. The stream is cut into :class:`Chunk` s, one for (about) every
+visit to a shard; a chunk is read whole, its pairs are shuffled, and it gives the batches of some steps. So a step holds the
+same pairs for any number of workers, chunks can be read in parallel, and a run resumes at any step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from vilseg import storage
+from vilseg.config import ColumnsConfig
+from vilseg.data.decode import decode_image, square
+from vilseg.data.pairs import BadPair, Pair, Shard, count_pairs, list_shards, read_index, read_shard
+from vilseg.errors import DataError
+from vilseg.text.nouns import NounPhrases
+
+MAX_PHRASES_PER_PAIR = 32
+"""Room for noun phrases in a batch; captions of one picture hold fewer."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Pairs ``start`` to ``stop`` of a shard, in stored order, in one epoch."""
+
+    uri: str
+    epoch: int
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def split(self, count: int) -> tuple[Segment, Segment | None]:
+        """The first ``count`` pairs, and the rest if there is one."""
+        if count >= len(self):
+            return self, None
+        middle = self.start + count
+        return replace(self, stop=middle), replace(self, start=middle)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The pairs of ``steps`` steps from ``first_step`` on, of which the first ``skip`` are not wanted any more."""
+
+    first_step: int
+    steps: int
+    skip: int
+    segments: tuple[Segment, ...]
+
+
+@dataclass(frozen=True)
+class PairOrder:
+    """The order of all pairs over all epochs.
+
+    Args:
+        shards: every shard with its number of pairs.
+        batch_size: pairs a step over all workers.
+        seed: of the order of shards and of the shuffling inside chunks.
+    """
+
+    shards: tuple[Shard, ...]
+    batch_size: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if sum(shard.pairs for shard in self.shards) == 0:
+            raise DataError("the pair shards hold no pair")
+
+    @property
+    def pairs(self) -> int:
+        """Pairs an epoch."""
+        return sum(shard.pairs for shard in self.shards)
+
+    def chunks(self, first_step: int, last_step: int) -> Iterator[Chunk]:
+        """The chunks that cover steps ``first_step`` up to, not including, ``last_step``."""
+        visits = self._visits()
+        rest: Segment | None = None
+        step = 0
+        while step < last_step:
+            segment = rest or next(visits)
+            # Whole batches: the one that this visit begins is finished with the head of the next, which is cheap to
+            # read; its tail would cost the whole file.
+            steps = min(math.ceil(len(segment) / self.batch_size), last_step - step)
+            segments, missing = [], steps * self.batch_size
+            while True:
+                head, rest = segment.split(missing)
+                segments.append(head)
+                missing -= len(head)
+                if not missing:
+                    break
+                segment = next(visits)
+            if step + steps > first_step:
+                yield Chunk(step, steps, max(0, first_step - step), tuple(segments))
+            step += steps
+
+    def _visits(self) -> Iterator[Segment]:
+        for epoch in itertools.count():
+            for index in np.random.default_rng((self.seed, epoch)).permutation(len(self.shards)):
+                shard = self.shards[index]
+                if shard.pairs:
+                    yield Segment(shard.uri, epoch, 0, shard.pairs)
+
+
+@dataclass(frozen=True)
+class WorkerBatch:
+    """What one worker is fed in one step; a row of the stream. Numpy arrays, so that they travel without a copy."""
+
+    images: np.ndarray
+    """(B, canvas, canvas, 3) uint8; with a feature cache (B, N, F) float16."""
+    tokens: np.ndarray
+    """(B, T) int32, padded to the longest caption that the model takes."""
+    phrases: np.ndarray
+    """(B, 32) int32 indices of noun phrases, -1 where there is none."""
+    seeds: np.ndarray
+    """(B,) int64, one a pair and epoch; all augmentation follows from it, whichever worker does it."""
+    keys: tuple[str, ...]
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """One row of a table: every array with a leading axis of 1."""
+        return {
+            "images": self.images[None],
+            "tokens": self.tokens[None],
+            "phrases": self.phrases[None],
+            "seeds": self.seeds[None],
+            "keys": np.array(["\n".join(key.replace("\n", " ") for key in self.keys)], dtype=object),
+        }
+
+    @classmethod
+    def from_columns(cls, columns: dict[str, np.ndarray]) -> WorkerBatch:
+        """The batch that :meth:`columns` made a row of."""
+        return cls(
+            columns["images"][0],
+            columns["tokens"][0],
+            columns["phrases"][0],
+            columns["seeds"][0],
+            tuple(str(columns["keys"][0]).split("\n")),
+        )
+
+
+def image_decoder(canvas: int, max_pixels: int) -> Callable[[bytes, int], np.ndarray]:
+    """Picture bytes and seed -> (canvas, canvas, 3) uint8, cropped along the longer side at random."""
+
+    def decode(data: bytes, seed: int) -> np.ndarray:
+        image = decode_image(data, max_pixels=max_pixels, min_side=canvas)
+        return square(image, canvas, (seed & 0xFFFF) / 0xFFFF)
+
+    return decode
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchReader:
+    """Reads chunks into worker batches; made once, sent to whoever reads.
+
+    Args:
+        batch_size: pairs a step over all workers.
+        workers: how many share a step.
+        seed: of shuffling, captions and augmentation.
+        decode: picture bytes and seed -> array; raises DataError for a bad picture.
+        tokenize: captions -> (B, T) int array of one fixed T.
+        nouns: phrases to look for in the captions.
+        columns: names of the columns of Parquet shards.
+        report: told of every chunk (pairs read, bad pairs); may raise to stop the run.
+    """
+
+    batch_size: int
+    workers: int
+    seed: int
+    decode: Callable[[bytes, int], np.ndarray]
+    tokenize: Callable[[Sequence[str]], np.ndarray]
+    nouns: NounPhrases = field(default_factory=NounPhrases)
+    columns: ColumnsConfig = field(default_factory=ColumnsConfig)
+    report: Callable[[int, list[BadPair]], None] | None = None
+
+    def read(self, chunk: Chunk) -> Iterator[WorkerBatch]:
+        """The batches of a chunk, step by step and in each step worker by worker.
+
+        A pair that cannot be read is replaced by another one of the chunk, so that every batch is full.
+
+        Raises:
+            DataError: no pair of the chunk can be read, or ``report`` has had enough.
+        """
+        pool, bad = self._load(chunk)
+        order = np.random.default_rng((self.seed, chunk.first_step)).permutation(len(pool))
+        substitutes = itertools.cycle(order[::-1].tolist())
+        share = self.batch_size // self.workers
+        wanted = order[chunk.skip * self.batch_size : chunk.steps * self.batch_size].tolist()
+        read = 0
+        for start in range(0, len(wanted), share):
+            good = []
+            for index in wanted[start : start + share]:
+                sample = self._sample(pool, index, bad)
+                for _ in range(len(pool)):
+                    if sample is not None:
+                        break
+                    sample = self._sample(pool, next(substitutes), bad)
+                if sample is None:
+                    self._report(len(pool), bad)
+                    uris = ", ".join(sorted({segment.uri for segment in chunk.segments}))
+                    raise DataError(f"no readable pair in {uris}; the first failed because {bad[0].reason}")
+                good.append(sample)
+            read += share
+            if bad:
+                self._report(read, bad)
+                read, bad = 0, []
+            yield self._collate(good)
+        self._report(read, bad)
+
+    def _load(self, chunk: Chunk) -> tuple[list[tuple[Pair, int] | None], list[BadPair]]:
+        """Every pair of the chunk with its epoch, None for those that cannot be read."""
+        pool: list[tuple[Pair, int] | None] = []
+        bad: list[BadPair] = []
+        for segment in chunk.segments:
+            pairs = itertools.islice(read_shard(segment.uri, self.columns), segment.start, segment.stop)
+            before = len(pool)
+            for pair in pairs:
+                if isinstance(pair, BadPair):
+                    bad.append(pair)
+                    pool.append(None)
+                else:
+                    pool.append((pair, segment.epoch))
+            missing = len(segment) - (len(pool) - before)
+            if missing:
+                bad.append(BadPair(storage.name(segment.uri), f"{missing} pairs fewer than when the run began"))
+                pool.extend([None] * missing)
+        return pool, bad
+
+    def _sample(
+        self, pool: list[tuple[Pair, int] | None], index: int, bad: list[BadPair]
+    ) -> tuple[np.ndarray, str, list[int], int, str] | None:
+        entry = pool[index]
+        if entry is None:
+            return None
+        pair, epoch = entry
+        seed = _pair_seed(self.seed, epoch, pair.key)
+        try:
+            image = self.decode(pair.image, seed)
+        except DataError as error:
+            bad.append(BadPair(pair.key, str(error)))
+            pool[index] = None
+            return None
+        caption = pair.captions[seed % len(pair.captions)]
+        return image, caption, self.nouns.find(pair.captions)[:MAX_PHRASES_PER_PAIR], seed, pair.key
+
+    def _collate(self, samples: list[tuple[np.ndarray, str, list[int], int, str]]) -> WorkerBatch:
+        images, captions, phrases, seeds, keys = zip(*samples, strict=True)
+        padded = np.full((len(samples), MAX_PHRASES_PER_PAIR), -1, dtype=np.int32)
+        for row, found in enumerate(phrases):
+            padded[row, : len(found)] = found
+        return WorkerBatch(
+            np.stack(images), self.tokenize(captions), padded, np.array(seeds, dtype=np.int64), tuple(keys)
+        )
+
+    def _report(self, read: int, bad: list[BadPair]) -> None:
+        if self.report is not None and (read or bad):
+            self.report(read, bad)
+
+
+def index_shards(source: str, count: Callable[[list[str]], list[int]] | None = None) -> tuple[Shard, ...]:
+    """The shards at ``source`` with the number of pairs in each, from ``index.json`` where there is one, else counted.
+
+    Args:
+        source: folder or file.
+        count: counts the pairs of many shards, in parallel say; one after the other where None.
+
+    Raises:
+        DataError: no shards there.
+        StorageError: the URI cannot be read.
+    """
+    entries = list_shards(source)
+    known = read_index(source)
+    unknown = [entry.uri for entry in entries if entry.relative not in known]
+    counts = dict(zip(unknown, count(unknown) if count else map(count_pairs, unknown), strict=True))
+    return tuple(Shard(e.uri, counts[e.uri] if e.uri in counts else known[e.relative]) for e in entries)
+
+
+def sample_pairs(shards: Sequence[Shard], columns: ColumnsConfig, limit: int) -> tuple[list[Pair], list[BadPair]]:
+    """The first ``limit`` readable pairs of the set, and the bad ones met on the way."""
+    good: list[Pair] = []
+    bad: list[BadPair] = []
+    for pair in itertools.chain.from_iterable(read_shard(shard.uri, columns) for shard in shards):
+        if isinstance(pair, BadPair):
+            bad.append(pair)
+        else:
+            good.append(pair)
+        if len(good) >= limit:
+            break
+    return good, bad
+
+
+def _pair_seed(seed: int, epoch: int, key: str) -> int:
+    digest = hashlib.blake2b(f"{seed}/{epoch}/{key}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1

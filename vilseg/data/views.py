@@ -1,0 +1,141 @@
+"""Augmented views of images on the training device, and the geometry that brings one view's patches onto another's.
+
+Every random number follows from the pair's own seed, so a pair gets the same views whichever worker makes them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import kornia.enhance as enhance
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vilseg.config import ViewsConfig
+
+_ASPECT = (3 / 4, 4 / 3)
+"""Ratios of sides of random crops, as in Inception-style training (Szegedy et al. 2015)."""
+_TAU = 6.283185307179586
+
+
+@dataclass(frozen=True)
+class Views:
+    """Views of B images.
+
+    A geometry is the affine map from a view's coordinates to those of its image, both in -1..1 from edge to edge (the
+    convention of ``torch.nn.functional.affine_grid`` with ``align_corners=False``).
+    """
+
+    global_GB3HW: Tensor
+    geometry_GB23: Tensor
+    local_LB3HW: Tensor
+
+
+def make_views(images_BHW3: Tensor, seeds_B: Tensor, config: ViewsConfig) -> Views:
+    """Random resized crops, flips and colour changes.
+
+    Args:
+        images_BHW3: RGB, uint8. Shape: (B, H, W, 3).
+        seeds_B: int64, on the same device. Shape: (B,).
+        config: sizes and strengths.
+
+    Returns:
+        Global views (G, B, 3, global_size, global_size) and local views (L, B, 3, local_size, local_size), float32 in 0..1.
+    """
+    images = images_BHW3.permute(0, 3, 1, 2).float().div_(255)
+    global_views, geometries, local_views = [], [], []
+    for number in range(config.global_crops + config.local_crops):
+        is_global = number < config.global_crops
+        scale, size = (
+            (config.global_scale, config.global_size) if is_global else (config.local_scale, config.local_size)
+        )
+        random_BR = uniform(seeds_B, number, 9)
+        geometry_B23 = random_geometry(random_BR[:, :5], scale, config.flip)
+        grid = F.affine_grid(geometry_B23, [len(images), 3, size, size], align_corners=False)
+        view = F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+        view = _change_colours(view, random_BR[:, 5:9], config)
+        if is_global:
+            global_views.append(view)
+            geometries.append(geometry_B23)
+        else:
+            local_views.append(view)
+    empty = images.new_empty((0, len(images), 3, config.local_size, config.local_size))
+    return Views(
+        torch.stack(global_views), torch.stack(geometries), torch.stack(local_views) if local_views else empty
+    )
+
+
+def random_geometry(random_B5: Tensor, scale: tuple[float, float], flip: float) -> Tensor:
+    """Crops of a share ``scale`` of the area, of random aspect and place, mirrored with probability ``flip``. Shape: (B, 5) in 0..1 -> (B, 2, 3)."""
+    area = scale[0] + (scale[1] - scale[0]) * random_B5[:, 0]
+    low, high = (torch.log(torch.tensor(a)) for a in _ASPECT)
+    aspect = torch.exp(low + (high - low) * random_B5[:, 1])
+    width = (area * aspect).sqrt().clamp(max=1)
+    height = (area / aspect).sqrt().clamp(max=1)
+    x = (1 - width) * (2 * random_B5[:, 2] - 1)
+    y = (1 - height) * (2 * random_B5[:, 3] - 1)
+    sign = 1 - 2 * (random_B5[:, 4] < flip).to(area.dtype)
+    zero = torch.zeros_like(x)
+    return torch.stack([torch.stack([width * sign, zero, x], 1), torch.stack([zero, height, y], 1)], 1)
+
+
+def align(map_BKhw: Tensor, from_B23: Tensor, to_B23: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Bring a map over the patches of one view onto the patch grid of another view of the same image.
+
+    Args:
+        map_BKhw: values on the patches of the first view. Shape: (B, K, h, w).
+        from_B23: geometry of the first view. Shape: (B, 2, 3).
+        to_B23: geometry of the view to bring it to. Shape: (B, 2, 3).
+        grid: (h', w') of the second view.
+
+    Returns:
+        The map at the second view's patch centres, bilinearly (B, K, h', w'), and where the first view reaches (B, h', w'),
+        bool.
+    """
+    to_first_B23 = compose(invert(from_B23), to_B23)
+    where = F.affine_grid(to_first_B23, [len(map_BKhw), 1, *grid], align_corners=False)
+    aligned = F.grid_sample(map_BKhw, where.to(map_BKhw.dtype), mode="bilinear", padding_mode="border", align_corners=False)
+    return aligned, (where.abs() <= 1).all(-1)
+
+
+def invert(geometry_B23: Tensor) -> Tensor:
+    """Inverse of affine maps. Shape: (B, 2, 3) -> (B, 2, 3)."""
+    inverse_B22 = torch.linalg.inv(geometry_B23[:, :, :2])
+    return torch.cat([inverse_B22, -inverse_B22 @ geometry_B23[:, :, 2:]], 2)
+
+
+def compose(outer_B23: Tensor, inner_B23: Tensor) -> Tensor:
+    """The map that applies ``inner`` first, then ``outer``. Shape: (B, 2, 3) -> (B, 2, 3)."""
+    linear = outer_B23[:, :, :2] @ inner_B23[:, :, :2]
+    return torch.cat([linear, outer_B23[:, :, :2] @ inner_B23[:, :, 2:] + outer_B23[:, :, 2:]], 2)
+
+
+def uniform(seeds_B: Tensor, draw: int, count: int) -> Tensor:
+    """Random numbers in 0..1 that depend on each seed and on ``draw`` alone (SplitMix64, Steele et al. 2014).
+
+    Shape: int64 (B,) -> float32 (B, count).
+    """
+    index = torch.arange(1, count + 1, device=seeds_B.device, dtype=torch.int64) + draw * 65_537
+    z = seeds_B.unsqueeze(1) + index * -7046029254386353131  # 0x9E3779B97F4A7C15, wrapping
+    z = (z ^ _shift(z, 30)) * -4658895280553007687  # 0xBF58476D1CE4E5B9
+    z = (z ^ _shift(z, 27)) * -7723592293110705685  # 0x94D049BB133111EB
+    return (_shift(z ^ _shift(z, 31), 40)).to(torch.float32) * 2.0**-24
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """Logical shift to the right of signed integers."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _change_colours(view: Tensor, random_B4: Tensor, config: ViewsConfig) -> Tensor:
+    signed = 2 * random_B4 - 1
+    if config.brightness:
+        view = enhance.adjust_brightness_accumulative(view, 1 + config.brightness * signed[:, 0])
+    if config.contrast:
+        view = enhance.adjust_contrast_with_mean_subtraction(view, 1 + config.contrast * signed[:, 1])
+    if config.saturation:
+        view = enhance.adjust_saturation_with_gray_subtraction(view, 1 + config.saturation * signed[:, 2])
+    if config.hue:
+        view = enhance.adjust_hue(view, _TAU * config.hue * signed[:, 3])
+    return view

@@ -1,0 +1,24 @@
+"""Which device to compute on, and in which precision."""
+
+from __future__ import annotations
+
+import torch
+
+
+def best_device() -> torch.device:
+    """A GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def precision_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The dtype that networks run in on ``device``; ``auto`` is bfloat16 where there are matrix units for it."""
+    if precision == "auto":
+        return torch.bfloat16 if has_bfloat16_units(device) else torch.float32
+    return torch.bfloat16 if precision == "bfloat16" else torch.float32
+
+
+def has_bfloat16_units(device: torch.device) -> bool:
+    """Whether bfloat16 is faster than float32: GPUs from Ampere on, CPUs with AMX (without, it is slower)."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and bool(torch.cpu.get_capabilities().get("amx_bf16"))

@@ -1,0 +1,155 @@
+"""Image(s) and class names -> :class:`Segmentation`; the one way from a picture to masks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from vilseg import storage
+from vilseg.data.decode import decode_image
+from vilseg.device import best_device, has_bfloat16_units
+from vilseg.errors import DataError
+from vilseg.model import ViLSeg
+from vilseg.segmentation.regions import class_similarities
+from vilseg.segmentation.result import Segmentation, label_dtype
+from vilseg.text.vocabulary import Vocabulary
+
+_STRIP_VALUES = 1 << 24
+"""Class scores held at full resolution at once; bounds the memory for large pictures and many classes (64 MB)."""
+
+ImageLike = Image.Image | np.ndarray | str | Path
+
+
+class Segmenter:
+    """Cuts pictures into regions named from a vocabulary.
+
+    Args:
+        model: a trained model; moved to ``device`` and put into evaluation mode.
+        classes: names in index order, or a :class:`Vocabulary`.
+        device: where to compute; a GPU where there is one.
+
+    Raises:
+        DataError: the class list is empty, repeats a name or is too long.
+    """
+
+    def __init__(
+        self, model: ViLSeg, classes: Vocabulary | Iterable[str], *, device: str | torch.device | None = None
+    ) -> None:
+        self.vocabulary = Vocabulary.of(classes)
+        self.device = torch.device(device) if device else best_device()
+        self.model = model.to(self.device).eval()
+        self.config = model.segmentation
+        self._texts_CD = self._class_embeddings()
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names in index order."""
+        return self.vocabulary.classes
+
+    def __call__(self, image: ImageLike) -> Segmentation:
+        """Segment one picture: a PIL image, an (H, W, 3) uint8 RGB array, a path or a URI.
+
+        Raises:
+            DataError: not a picture, or an array of another shape or type.
+            StorageError: the URI cannot be read.
+        """
+        return self.batch([image])[0]
+
+    def batch(self, images: Sequence[ImageLike]) -> list[Segmentation]:
+        """Segment pictures of any sizes together; those that come to one size share a pass through the model."""
+        arrays = [_to_array(image) for image in images]
+        groups: dict[tuple[int, int], list[int]] = {}
+        for index, array in enumerate(arrays):
+            groups.setdefault(self._model_size(array), []).append(index)
+        results: dict[int, Segmentation] = {}
+        for size, members in groups.items():
+            pixels = torch.stack([_resize(arrays[index], size) for index in members]).to(self.device)
+            similarity_BChw, clusters_BKhw = self._run(pixels)
+            for index, similarity_Chw, clusters_Khw in zip(members, similarity_BChw, clusters_BKhw, strict=True):
+                results[index] = self._paint(arrays[index], similarity_Chw, clusters_Khw)
+        return [results[index] for index in range(len(arrays))]
+
+    @torch.inference_mode()
+    def _run(self, pixels_B3HW: Tensor) -> tuple[Tensor, Tensor]:
+        images = pixels_B3HW.float().div_(255)
+        # Matrix units of recent CPUs and GPUs are several times faster in bfloat16; the comparison itself is not.
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=has_bfloat16_units(self.device)):
+            features = self.model.image_features(images)
+        features = features._replace(
+            patches=features.patches.float(), pooled=None if features.pooled is None else features.pooled.float()
+        )
+        embeddings = self.model.embed(features)
+        assignments_BNK = self.model.cluster_logits(features).softmax(-1)
+        similarity_BChw = class_similarities(embeddings, assignments_BNK, self._texts_CD, self.config)
+        return similarity_BChw, assignments_BNK.transpose(1, 2).unflatten(2, features.grid)
+
+    @torch.inference_mode()
+    def _class_embeddings(self) -> Tensor:
+        """Unit-length class embeddings, the mean over prompts. Shape: -> (C, D)."""
+        texts = [prompt.format(name) for name in self.classes for prompt in self.config.prompts]
+        embedded = torch.cat([self.model.encode_text(texts[i : i + 256]) for i in range(0, len(texts), 256)])
+        mean_CD = embedded.unflatten(0, (len(self.classes), -1)).mean(1)
+        if self.config.center_text:
+            mean_CD = mean_CD - self.model.caption_mean
+        return F.normalize(mean_CD, dim=-1)
+
+    def _model_size(self, image: np.ndarray) -> tuple[int, int]:
+        """(H, W) that the model sees: shorter side ``input_size``, both multiples of the patch, the longer side bounded."""
+        height, width = image.shape[:2]
+        patch = int(getattr(self.model.image_encoder, "patch_size", 32))
+        factor = self.config.input_size / min(height, width)
+        longest = self.config.max_aspect * self.config.input_size
+        rows, columns = (max(1, round(min(side * factor, longest) / patch)) * patch for side in (height, width))
+        return rows, columns
+
+    def _paint(self, image: np.ndarray, similarity_Chw: Tensor, clusters_Khw: Tensor) -> Segmentation:
+        """Bring class similarities to the picture's own size, strip by strip, and let the best class win."""
+        height, width = image.shape[:2]
+        count = len(self.classes)
+        labels = np.empty((height, width), label_dtype(count))
+        scores = np.empty((height, width), np.float32)
+        clusters = np.empty((height, width), np.int16)
+        rows = max(1, _STRIP_VALUES // (width * max(count, len(clusters_Khw))))
+        for top in range(0, height, rows):
+            bottom = min(height, top + rows)
+            scaled = _resample(similarity_Chw, (height, width), top, bottom) / self.config.temperature
+            best, label = scaled.softmax(0).max(0)
+            labels[top:bottom] = label.cpu().numpy()
+            scores[top:bottom] = best.cpu().numpy()
+            clusters[top:bottom] = _resample(clusters_Khw, (height, width), top, bottom).argmax(0).cpu().numpy()
+        return Segmentation(labels=labels, classes=self.classes, scores=scores, clusters=clusters, image=image)
+
+
+@torch.inference_mode()
+def _resample(map_Chw: Tensor, size: tuple[int, int], top: int, bottom: int) -> Tensor:
+    """Rows ``top`` to ``bottom`` of the bilinear enlargement of a map to ``size``. Shape: (C, h, w) -> (C, bottom - top, W)."""
+    height, width = size
+    device = map_Chw.device
+    y = (torch.arange(top, bottom, device=device) + 0.5) / height * 2 - 1
+    x = (torch.arange(width, device=device) + 0.5) / width * 2 - 1
+    grid = torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], -1).unsqueeze(0)
+    return F.grid_sample(map_Chw.unsqueeze(0), grid, padding_mode="border", align_corners=False)[0]
+
+
+def _resize(image: np.ndarray, size: tuple[int, int]) -> Tensor:
+    """Shape: (H, W, 3) -> (3, rows, columns), uint8."""
+    if image.shape[:2] != size:
+        image = np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BICUBIC, reducing_gap=2.0))
+    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+
+
+def _to_array(image: ImageLike) -> np.ndarray:
+    if isinstance(image, (str, Path)):
+        return decode_image(storage.read_bytes(str(image)))
+    if isinstance(image, Image.Image):
+        return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        shape = f"{getattr(image, 'shape', '')} {getattr(image, 'dtype', type(image).__name__)}".strip()
+        raise DataError(f"an image must be a PIL image, an (H, W, 3) uint8 RGB array, a path or a URI, not {shape}")
+    return image

@@ -1,0 +1,173 @@
+"""The training loop over any iterable of batches, and the state that a run resumes from."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vilseg.config import OptimizerConfig, TrainerConfig
+from vilseg.data.stream import WorkerBatch
+from vilseg.distributed import mean_over_workers
+from vilseg.errors import DataError, UserError
+from vilseg.training.objective import Objective, TensorBatch
+from vilseg.training.schedule import learning_rate, parameter_groups
+
+
+class NonFiniteLossError(UserError):
+    """The loss is no number any more."""
+
+
+@dataclass
+class Trainer:
+    """An objective, its optimiser, and where the run stands.
+
+    Args:
+        objective: what is trained.
+        optimizer: AdamW with the schedule's settings.
+        trainer: batch size, steps, how often to report and to keep.
+        device: where the objective is.
+        wrap: makes the objective data-parallel; identity for one process.
+    """
+
+    objective: Objective
+    optimizer: OptimizerConfig
+    trainer: TrainerConfig
+    device: torch.device
+    wrap: Callable[[nn.Module], nn.Module] = lambda module: module
+
+    def __post_init__(self) -> None:
+        self.step = 0
+        self._module = self.wrap(self.objective)
+        self._adamw = torch.optim.AdamW(
+            parameter_groups(self.objective, self.optimizer.weight_decay),
+            lr=self.optimizer.learning_rate,
+            betas=self.optimizer.betas,
+            fused=self.device.type == "cuda",
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a run resumes from: tensors and plain numbers, loadable without unpickling objects."""
+        return {
+            "step": self.step,
+            "objective": self.objective.state_dict(),
+            "optimizer": self._adamw.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go back to where :meth:`state_dict` was taken."""
+        self.step = state["step"]
+        self.objective.load_state_dict(state["objective"])
+        self._adamw.load_state_dict(state["optimizer"])
+
+    def train(
+        self,
+        batches: Iterable[WorkerBatch],
+        *,
+        on_report: Callable[[dict[str, float]], None],
+        on_checkpoint: Callable[[], None],
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Train from the present step to the last one, or until told to stop.
+
+        Args:
+            batches: from the present step on.
+            on_report: told of losses (mean over the steps since the last report), learning rate, images/s, share of time
+                spent waiting for data, every ``log_every`` steps.
+            on_checkpoint: called every ``checkpoint_every`` steps and at the end.
+            should_stop: asked after every step; a stop leaves a checkpoint.
+
+        Raises:
+            DataError: the batches end too early.
+            NonFiniteLossError: the loss is not finite.
+        """
+        self._module.train()
+        meter = _Meter(self.trainer.batch_size)
+        stream = meter.timed(batches)
+        while self.step < self.trainer.steps:
+            batch = next(stream, None)
+            if batch is None:
+                raise DataError(f"the pairs ended after step {self.step} of {self.trainer.steps}")
+            meter.add(self._optimise(TensorBatch.of(batch, self.device)))
+            self.step += 1
+            last = self.step == self.trainer.steps
+            if last or self.step % self.trainer.log_every == 0:
+                on_report(self._metrics(meter, batch))
+            stop = should_stop()
+            if last or stop or self.step % self.trainer.checkpoint_every == 0:
+                on_checkpoint()
+            if stop:
+                return
+
+    def _optimise(self, batch: TensorBatch) -> dict[str, Tensor]:
+        """One optimiser step."""
+        for group in self._adamw.param_groups:
+            group["lr"] = learning_rate(self.optimizer, self.step, self.trainer.steps)
+        self._adamw.zero_grad(set_to_none=True)
+        losses = self._module(batch)
+        losses["loss"].backward()
+        if self.optimizer.gradient_clip:
+            torch.nn.utils.clip_grad_norm_(self.objective.parameters(), self.optimizer.gradient_clip)
+        self._adamw.step()
+        self.objective.update_teacher(self.step / self.trainer.steps)
+        return {name: value.detach() for name, value in losses.items()}
+
+    def _metrics(self, meter: _Meter, batch: WorkerBatch) -> dict[str, float]:
+        metrics = meter.read()
+        if not math.isfinite(metrics["loss"]):
+            raise NonFiniteLossError(
+                f"the loss is {metrics['loss']} at step {self.step} (pairs {', '.join(batch.keys[:4])}, ...); "
+                "a lower optimizer.learning_rate or trainer.precision=float32 may help"
+            )
+        return {
+            "step": self.step,
+            "samples": self.step * self.trainer.batch_size,
+            **metrics,
+            "learning_rate": learning_rate(self.optimizer, self.step - 1, self.trainer.steps),
+            "temperature": float(1 / self.objective.model.scale.detach()),
+        }
+
+
+class _Meter:
+    """Sums losses on the device and time on the host between two reports."""
+
+    def __init__(self, batch_size: int) -> None:
+        self._batch_size = batch_size
+        self._reset()
+
+    def _reset(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._steps = 0
+        self._waited = 0.0
+        self._started = time.perf_counter()
+
+    def timed(self, batches: Iterable[WorkerBatch]) -> Iterator[WorkerBatch]:
+        iterator = iter(batches)
+        while True:
+            start = time.perf_counter()
+            batch = next(iterator, None)
+            self._waited += time.perf_counter() - start
+            if batch is None:
+                return
+            yield batch
+
+    def add(self, losses: dict[str, Tensor]) -> None:
+        for name, value in losses.items():
+            self._sums[name] = self._sums.get(name, 0) + value
+        self._steps += 1
+
+    def read(self) -> dict[str, float]:
+        """Mean losses over steps and workers, speed over all workers."""
+        names = sorted(self._sums)
+        means = mean_over_workers(torch.stack([self._sums[name] for name in names])) / self._steps
+        elapsed = time.perf_counter() - self._started
+        metrics = dict(zip(names, means.tolist(), strict=True))
+        metrics["images_per_second"] = self._steps * self._batch_size / elapsed
+        metrics["data_wait"] = self._waited / elapsed
+        self._reset()
+        return metrics

@@ -1,0 +1,26 @@
+"""How the learning rate moves over a run."""
+
+from __future__ import annotations
+
+import math
+
+from torch import nn
+
+from vilseg.config import OptimizerConfig
+
+
+def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
+    """Linear warm-up, then cosine decay to zero (Loshchilov & Hutter 2017); ``step`` counts from 0."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
+    return config.learning_rate * (1 + math.cos(math.pi * min(1.0, progress))) / 2
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
+    """Trainable parameters, those of one dimension or none (norms, biases, temperature) without weight decay."""
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
+    ]
