@@ -60,11 +60,12 @@ def read_settings() -> Settings:
 
 
 @functools.lru_cache(maxsize=8)  # by the values of the environment, so that a changed environment is seen
-def connect(settings: Settings, *, delayed_open: bool = False) -> S3FileSystem:
+def connect(settings: Settings, *, for_upload: bool = False) -> S3FileSystem:
     """The filesystem for ``settings``.
 
-    ``delayed_open`` makes a small object one request instead of three, but then a missing bucket shows only when the
-    stream is closed, which `pyarrow.fs.copy_files` does not look at: for streams that are closed by hand.
+    ``for_upload`` suits streams that get a whole file at once and are closed by hand. A small object is one request
+    instead of three (a missing bucket then shows only when the stream is closed, which `pyarrow.fs.copy_files` does
+    not look at), and a large one is not copied to memory to be sent in the background.
     """
     options: dict[str, Any] = {}
     if settings.access_key is not None:
@@ -84,7 +85,8 @@ def connect(settings: Settings, *, delayed_open: bool = False) -> S3FileSystem:
         connect_timeout=CONNECT_TIMEOUT_S,
         request_timeout=REQUEST_TIMEOUT_S,
         retry_strategy=AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS),
-        allow_delayed_open=delayed_open,
+        allow_delayed_open=for_upload,
+        background_writes=not for_upload,
         **options,
     )
 

@@ -113,7 +113,7 @@ def parent(uri: str) -> str:
 
 
 def _failure(uri: str, action: str, error: Exception) -> StorageError:
-    """``error``, met while ``action`` ("read", "write", "list", "delete", "reach") was done to ``uri``, as one sentence."""
+    """``error`` as one sentence; ``action`` is the verb for what was tried on ``uri``: "read", "write", ..."""
     if isinstance(error, OSError) and error.errno in _DISK_FULL:
         where = "" if is_local(uri) else " for its temporary copy (TMPDIR chooses another folder)"
         return StorageError(f"cannot {action} {uri}: no space is left on the disk{where}")
@@ -168,25 +168,26 @@ def _info(uri: str) -> FileInfo:
         return fs.get_file_info(path)
 
 
-def _is_empty_prefix(uri: str) -> bool:
-    """Whether nothing but folder markers (keys that end in "/") lies under an S3 URI; SeaweedFS keeps empty folders."""
+def _kind(uri: str) -> FileType:
+    """What is there; an S3 prefix under which no object lies counts as nothing."""
+    kind = _info(uri).type
     bucket, _, key = _split(uri)[1].partition("/")
-    if not key:
-        return False
+    if kind != FileType.Directory or is_local(uri) or not key:
+        return kind
+    # Keys that end in "/" mark folders; pyarrow leaves them where it deletes, and SeaweedFS shows its own.
     page = _ask_boto(uri, lambda client: client.list_objects_v2(Bucket=bucket, Prefix=f"{key}/", MaxKeys=50))
-    return all(found["Key"].endswith("/") for found in page.get("Contents", []))
+    holds_something = any(not found["Key"].endswith("/") for found in page.get("Contents", []))
+    return FileType.Directory if holds_something else FileType.NotFound
 
 
 def exists(uri: str) -> bool:
     """Whether a file or folder is there."""
-    return _info(uri).type == FileType.File or is_folder(uri)
+    return _kind(uri) != FileType.NotFound
 
 
 def is_folder(uri: str) -> bool:
     """Whether ``uri`` is a folder; on S3 a bucket, or a prefix under which at least one object lies."""
-    if _info(uri).type != FileType.Directory:
-        return False
-    return is_local(uri) or not _is_empty_prefix(uri)
+    return _kind(uri) == FileType.Directory
 
 
 def _walk(uri: str) -> list[FileEntry]:
@@ -253,11 +254,11 @@ def _upload(file: Path, path: str) -> None:
     """Put a local file at ``path`` ("bucket/key") on S3; the object appears whole or not at all.
 
     pyarrow's streams cannot be aborted: closed or forgotten, they publish what was written so far. So the bytes go
-    over in a single call, which fails as a whole. Opening late makes a small object one request instead of three.
+    over in a single call, which fails as a whole.
     """
     with pa.memory_map(str(file)) as source:
         content = source.read_buffer()
-        with _s3.connect(_s3.read_settings(), delayed_open=True).open_output_stream(path) as stream:
+        with _s3.connect(_s3.read_settings(), for_upload=True).open_output_stream(path) as stream:
             stream.write(content)
 
 

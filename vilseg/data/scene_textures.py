@@ -1,8 +1,8 @@
 """Textures of the background stuff in synthetic scenes: two grey fields a texture, coloured when a scene is drawn.
 
 A texture is ``blend`` (where the accent colour shows: clouds, wave crests, mortar) and ``gain`` (a factor on the
-brightness: blades, grains, planks). Keeping colour out of the texture lets one texture serve every palette of its class,
-and palettes overlap between classes on purpose: only the pattern tells what a patch is.
+brightness: blades, grains, planks). Keeping colour out of the texture lets one texture serve every palette of its
+class, and palettes overlap between classes on purpose: only the pattern tells what a patch is.
 
 Lengths are fractions of the picture's side, so a texture looks the same at any picture size.
 """
@@ -121,7 +121,7 @@ def texture(stream: str, name: str, variant: int, size: int) -> Texture:
 
 def _noise(rng: np.random.Generator, y: np.ndarray, period_y: float, period_x: float) -> np.ndarray:
     """Smooth noise over the grid of ``y`` whose bumps are ``period_y`` x ``period_x`` picture sides."""
-    return smooth_noise(rng, *y.shape, _MARGIN / period_y, _MARGIN / period_x)
+    return smooth_noise(rng, y.shape[0], y.shape[1], _MARGIN / period_y, _MARGIN / period_x)
 
 
 def _sky(rng: np.random.Generator, y: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -148,7 +148,7 @@ def _sand(rng: np.random.Generator, y: np.ndarray, x: np.ndarray) -> tuple[np.nd
     grains = rng.normal(0.0, 1.0, y.shape).astype(np.float32)
     coarse = _noise(rng, y, 0.03, 0.03)
     pebbles = np.clip((coarse - 0.72) * 6.0, 0.0, 1.0)
-    return 0.5 + 0.25 * ripples + 0.22 * grains, 1.0 + 0.075 * grains + 0.03 * coarse - 0.3 * pebbles
+    return 0.5 + 0.25 * ripples + 0.2 * grains, 1.0 + 0.05 * grains + 0.03 * coarse - 0.3 * pebbles
 
 
 def _water(rng: np.random.Generator, y: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -57,7 +57,7 @@ class ConfusionMatrix:
         self.counts += other.counts
 
     def iou(self) -> np.ndarray:
-        """Intersection over union of every class, (C,) float64 in 0..1; nan for a class in neither truth nor prediction.
+        """Intersection over union of every class, (C,) float64 in 0..1; nan for one in neither truth nor prediction.
 
         Predictions on ignored pixels count for nothing.
         """

@@ -61,9 +61,11 @@ class FolderDataset:
         images = storage.list_files(storage.join(uri, "images"), suffixes=_IMAGE_SUFFIXES)
         if not images:
             raise DataError(
-                f"no images in {storage.join(uri, 'images')}: a dataset of kind folder keeps them there as jpg, png or webp"
+                f"no images in {storage.join(uri, 'images')}: a dataset of kind folder has jpg, png or webp files there"
             )
-        masks = {entry.relative: entry.uri for entry in storage.list_files(storage.join(uri, "masks"), suffixes=(".png",))}
+        masks = {
+            entry.relative: entry.uri for entry in storage.list_files(storage.join(uri, "masks"), suffixes=(".png",))
+        }
         self._files: list[tuple[str, str, str]] = []
         for entry in sorted(images, key=lambda entry: entry.relative):
             name = entry.relative.rsplit(".", 1)[0]
@@ -94,15 +96,15 @@ class FolderDataset:
         wrong = values[(values >= len(self.classes)) & (values != ignore)]
         if wrong.size:
             raise DataError(
-                f"mask {uri} has the value {wrong[0]}, which is no class: classes.txt names 0 to {len(self.classes) - 1}, "
-                f"and {ignore} means ignore in a mask of {mask.dtype.itemsize * 8} bit"
+                f"mask {uri} has the value {wrong[0]}, which is no class: classes.txt names 0 to "
+                f"{len(self.classes) - 1}, and {ignore} means ignore in a mask of {mask.dtype.itemsize * 8} bit"
             )
 
 
 def _read_classes(uri: str) -> tuple[str, ...]:
     if not storage.exists(uri):
         raise DataError(f"{uri} is missing: write one class name a line, the first for mask value 0")
-    lines = storage.read_bytes(uri).decode("utf-8-sig", errors="replace").rstrip().splitlines()
+    lines = storage.read_text(uri).rstrip().splitlines()
     names = tuple(line.strip() for line in lines)
     if not names:
         raise DataError(f"{uri} is empty: write one class name a line, the first for mask value 0")
@@ -120,8 +122,8 @@ def _decode_mask(data: bytes, uri: str, width: int, height: int) -> np.ndarray:
     """Class ids of a PNG mask: (H, W) uint8 or uint16, by its bit depth."""
     try:
         with Image.open(io.BytesIO(data), formats=["PNG"]) as picture:
-            # Bit depth and colour type as in the header (PNG, section 11.2.1): Pillow itself stretches grey of less than
-            # 8 bit to 0..255, which would turn class 1 into class 85.
+            # Bit depth and colour type as in the header (PNG, section 11.2.1): Pillow itself stretches grey of less
+            # than 8 bit to 0..255, which would turn class 1 into class 85.
             depth, colour = data[24], data[25]
             if (colour, depth) not in {(0, 8), (0, 16)} and colour != 3:
                 raise DataError(f"mask {uri} is neither a grey PNG of 8 or 16 bit nor one with a palette: convert it")
@@ -132,8 +134,10 @@ def _decode_mask(data: bytes, uri: str, width: int, height: int) -> np.ndarray:
                     "make them equal"
                 )
             return np.array(picture, dtype=np.uint16 if depth == 16 else np.uint8)
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"mask {uri} cannot be read as PNG: {error}") from error
+    except UnidentifiedImageError as error:
+        raise DataError(f"mask {uri} is no PNG: write it anew as one") from error
+    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for damaged files
+        raise DataError(f"mask {uri} is damaged, write it anew: {error}") from error
 
 
 _KINDS: dict[str, Callable[[str], MaskedDataset]] = {"folder": FolderDataset}

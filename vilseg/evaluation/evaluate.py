@@ -113,9 +113,9 @@ def evaluate(
 
 
 def _check_classes(ours: Sequence[str], theirs: Sequence[str]) -> None:
-    for index, (our, their) in enumerate(itertools.zip_longest(ours, theirs)):
+    for index, (our, their) in enumerate(itertools.zip_longest(ours, theirs, fillvalue="(none)")):
         if our != their:
             raise DataError(
                 f"class {index} is {our!r} for the segmenter but {their!r} for the dataset: "
-                f"name the dataset's {len(theirs)} classes in its order"
+                f"give the segmenter the dataset's {len(theirs)} classes in their order"
             )

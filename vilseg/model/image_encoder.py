@@ -72,7 +72,7 @@ class LocalConvEncoder(nn.Module):
         kernel: side of the blocks' convolutions.
     """
 
-    def __init__(self, width: int = 128, depth: int = 2, patch_size: int = 4, kernel: int = 3) -> None:
+    def __init__(self, width: int = 128, depth: int = 3, patch_size: int = 4, kernel: int = 3) -> None:
         super().__init__()
         stages = patch_size.bit_length() - 1
         if patch_size != 2**stages or stages < 1:
@@ -97,15 +97,19 @@ class LocalConvEncoder(nn.Module):
 
 
 class _ResidualBlock(nn.Module):
-    def __init__(self, width: int, kernel: int) -> None:
+    """Depthwise convolution and a two-layer perceptron on every patch, as ConvNeXt (Liu et al. 2022, figure 4)."""
+
+    def __init__(self, width: int, kernel: int, expansion: int = 2) -> None:
         super().__init__()
-        self.norm = ChannelNorm(width)
-        self.mix = nn.Conv2d(width, width, kernel, padding=kernel // 2)
-        self.act = nn.GELU()
-        self.out = nn.Conv2d(width, width, 1)
+        self.mix = nn.Conv2d(width, width, kernel, padding=kernel // 2, groups=width)
+        self.norm = nn.LayerNorm(width)
+        self.perceptron = nn.Sequential(
+            nn.Linear(width, expansion * width), nn.GELU(), nn.Linear(expansion * width, width)
+        )
 
     def forward(self, x_BFhw: Tensor) -> Tensor:
-        return x_BFhw + self.out(self.act(self.mix(self.norm(x_BFhw))))
+        mixed_BhwF = self.mix(x_BFhw).permute(0, 2, 3, 1)
+        return x_BFhw + self.perceptron(self.norm(mixed_BhwF)).permute(0, 3, 1, 2)
 
 
 class ChannelNorm(nn.LayerNorm):

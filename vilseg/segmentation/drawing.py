@@ -7,6 +7,7 @@ and is not a name in a legend. Small pictures are enlarged by whole factors, so 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import cast
 
 import numpy as np
@@ -185,7 +186,7 @@ def add_legend(picture: Image.Image, entries: Sequence[LegendEntry]) -> Image.Im
         return picture
     width = max(picture.width, _MIN_SIDE)
     size = min(max(width // 32, 13), 44)  # px: one line
-    font = cast(ImageFont.FreeTypeFont, ImageFont.load_default(size=size))
+    font = _font(size, ascii_only=all(entry.name.isascii() for entry in entries))
     patch, pad, line = size, size // 2, size * 3 // 2
     texts = [_fit(_entry_text(entry), font, width - 3 * pad - patch) for entry in entries]
     cell = int(max(font.getlength(text) for text in texts)) + patch + 2 * pad
@@ -207,6 +208,15 @@ def add_legend(picture: Image.Image, entries: Sequence[LegendEntry]) -> Image.Im
 def share_text(share: float) -> str:
     """A share in 0..1 as whole per cent, "<1 %" for what is there but would round to nothing."""
     return "<1 %" if 0 < share < 0.005 else f"{share:.0%}".replace("%", " %")
+
+
+def _font(size: int, *, ascii_only: bool) -> ImageFont.FreeTypeFont:
+    """Pillow's own font, which has nothing but ASCII, or matplotlib's for Latin, Greek and Cyrillic."""
+    if ascii_only:
+        return cast(ImageFont.FreeTypeFont, ImageFont.load_default(size=size))
+    import matplotlib as mpl  # slow to import, and needed by few
+
+    return ImageFont.truetype(Path(mpl.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size=size)
 
 
 def _entry_text(entry: LegendEntry) -> str:

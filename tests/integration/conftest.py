@@ -1,0 +1,20 @@
+"""Fixtures of the integration tests: one object store for all of them."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from cluster.store import ObjectStore
+
+
+@pytest.fixture(scope="session")
+def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
+    """A real S3 server with the bucket "vilseg"; the AWS_* variables lead to it until the session ends."""
+    store = ObjectStore.start(tmp_path_factory.mktemp("store"))
+    with pytest.MonkeyPatch.context() as patch:
+        for variable in ("AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3", "AWS_DEFAULT_REGION", "AWS_PROFILE"):
+            patch.delenv(variable, raising=False)
+        for variable, value in store.environment().items():
+            patch.setenv(variable, value)
+        yield store
+    store.stop(timeout=0)  # its data ends with it, so there is nothing to wait for

@@ -1,0 +1,101 @@
+import json
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from vilseg.errors import DataError
+from vilseg.evaluation.datasets import MaskedImage
+from vilseg.evaluation.evaluate import evaluate
+from vilseg.segmentation.result import Segmentation
+
+CLASSES = ("background", "cat", "sofa", "lamp")
+
+
+class Scenes:
+    """Images whose red channel is the mask, so that it can be known from the image alone; no "lamp" anywhere."""
+
+    classes = CLASSES
+
+    def __init__(self, count: int) -> None:
+        rng = np.random.default_rng(0)
+        self.masks = [rng.choice([0, 1, 2, 255], size=(9, 6 + n)).astype(np.uint8) for n in range(count)]
+
+    def __len__(self) -> int:
+        return len(self.masks)
+
+    def __iter__(self) -> Iterator[MaskedImage]:
+        for number, mask in enumerate(self.masks):
+            image = np.stack([mask, 0 * mask, 0 * mask], axis=-1)
+            yield MaskedImage(name=f"{number}", image=image, mask=mask, ignore=255)
+
+
+class RedChannel:
+    """Reads the mask off the image; `shift` makes it wrong everywhere."""
+
+    def __init__(self, classes: tuple[str, ...] = CLASSES, shift: int = 0) -> None:
+        self.classes = classes
+        self.shift = shift
+        self.batch_sizes: list[int] = []
+
+    def batch(self, images: list[np.ndarray]) -> list[Segmentation]:
+        self.batch_sizes.append(len(images))
+        return [
+            Segmentation(
+                labels=(image[..., 0] + np.uint8(self.shift)) % np.uint8(3),
+                classes=self.classes,
+                scores=np.ones(image.shape[:2], np.float32),
+            )
+            for image in images
+        ]
+
+
+def test_a_right_segmenter_scores_one() -> None:
+    evaluation = evaluate(RedChannel(), Scenes(3))
+    assert evaluation.miou == 1
+    assert evaluation.pixel_accuracy == 1
+    assert evaluation.images == 3
+    assert evaluation.examples == ()
+
+
+def test_a_wrong_segmenter_scores_zero() -> None:
+    evaluation = evaluate(RedChannel(shift=1), Scenes(3))
+    assert evaluation.miou == 0
+    assert evaluation.pixel_accuracy == 0
+
+
+def test_every_image_counts_once_whatever_the_batch_size() -> None:
+    dataset = Scenes(7)
+    segmenter, seen = RedChannel(), []
+    evaluation = evaluate(segmenter, dataset, batch_size=3, progress=lambda done, total: seen.append((done, total)))
+    assert segmenter.batch_sizes == [3, 3, 1]
+    assert seen == [(3, 7), (6, 7), (7, 7)]
+    assert evaluation.confusion.counts.sum() == sum((mask != 255).sum() for mask in dataset.masks)
+
+
+def test_the_first_images_are_kept_as_examples() -> None:
+    evaluation = evaluate(RedChannel(), Scenes(5), batch_size=2, keep=3)
+    assert [example.truth.name for example in evaluation.examples] == ["0", "1", "2"]
+    for example in evaluation.examples:
+        assert example.segmentation.labels.shape == example.truth.mask.shape
+
+
+def test_figures_are_ready_for_json() -> None:
+    figures = json.loads(json.dumps(evaluate(RedChannel(), Scenes(2)).to_dict(), allow_nan=False))
+    assert figures["miou"] == 1
+    assert figures["images"] == 2
+    assert figures["per_class"] == {"background": 1, "cat": 1, "sofa": 1, "lamp": None}
+    assert np.array(figures["confusion"]).shape == (4, 5)
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        (("background", "sofa", "cat", "lamp"), "class 1 is 'sofa' for the segmenter but 'cat' for the dataset"),
+        (("background", "cat", "sofa"), "class 3 is '(none)' for the segmenter but 'lamp'"),
+    ],
+)
+def test_other_classes_than_those_of_the_dataset_are_refused(classes: tuple[str, ...], message: str) -> None:
+    with pytest.raises(DataError) as caught:
+        evaluate(RedChannel(classes), Scenes(1))
+    assert message in str(caught.value)

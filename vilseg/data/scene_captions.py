@@ -1,0 +1,158 @@
+"""Captions of synthetic scenes: what a person might write under the picture, which is never all that is in it.
+
+A caption names about three quarters of the objects and of the stuff, by varied names, in varied sentences, with words
+that have nothing to do with the picture. What it does say is true.
+"""
+
+import random
+from collections.abc import Sequence
+
+OBJECT_SHARE = 0.73
+"""Chance that an object class is named (captions that would be empty name one more, which adds a little)."""
+
+STUFF_SHARE = 0.68
+"""Chance that a stuff class is named."""
+
+_NAME_WEIGHTS = (0.64, 0.26, 0.10)
+
+_SIZES = ("small", "big", "little", "large", "lovely", "nice", "pretty", "single", "lonely")
+
+# A template with "a" takes a single countable noun, one with "the" any noun, one without either "grass" or "clouds".
+_PLACES: dict[str, tuple[str, ...]] = {
+    "sky": ("under the {}", "under a cloudy {}", "under a wide {}", "beneath the {}", "with the {} above", "below {}"),
+    "grass": ("on the {}", "on green {}", "in the {}", "on a green {}", "on fresh {}"),
+    "sand": ("on the {}", "on the warm {}", "on {}", "on a quiet {}"),
+    "water": ("by the {}", "near the {}", "at the {}", "with the {} behind", "next to calm {}"),
+    "snow": ("in the {}", "on fresh {}", "surrounded by {}", "on the cold {}"),
+    "wall": ("in front of a {}", "against the {}", "by an old {}", "near the {}"),
+    "fence": ("in front of the {}", "by a wooden {}", "near the {}", "along the {}"),
+}
+
+_OPENINGS = ("", "", "", "a photo of ", "a picture of ", "photo of ", "an image of ", "a view of ", "we saw ")
+
+_CLOSINGS = (
+    " on a sunny afternoon", " in summer", ", my holiday", ", early morning", " last weekend", " - stock image",
+    ", shot on film", " for sale", ", just for fun", " again", ", no filter", " (edited)", ", so peaceful",
+)  # fmt: skip
+
+_COUNTS = {2: ("two", "two", "a pair of", "some"), 3: ("three", "several", "some"), 4: ("four", "several", "many")}
+
+_SAME_PLURAL = frozenset({"sheep"})
+_MASS_NOUNS = frozenset({"grass", "sand", "water", "snow", "ice"})
+
+
+def plural(noun: str) -> str:
+    """Return the plural of a common English noun.
+
+    >>> plural("daisy"), plural("bush"), plural("sheep")
+    ('daisies', 'bushes', 'sheep')
+    """
+    if noun in _SAME_PLURAL:
+        return noun
+    if noun.endswith("y") and noun[-2] not in "aeiou":
+        return noun[:-1] + "ies"
+    if noun.endswith(("s", "sh", "ch", "x")):
+        return noun + "es"
+    return noun + "s"
+
+
+def pick_name(names: Sequence[str], rng: random.Random) -> str:
+    """Return one of the names of a class, the first most often."""
+    return rng.choices(names, weights=_NAME_WEIGHTS[: len(names)])[0]
+
+
+def object_phrase(
+    names: Sequence[str], colours: Sequence[str | None], rng: random.Random, *, bare: bool = False
+) -> str:
+    """Return a noun phrase for all objects of one class in the picture.
+
+    Args:
+        names: The names of the class.
+        colours: The colour of each object, or None where it has no single one; its length is the number of objects.
+        rng: Source of the choices.
+        bare: Leave out article and count, as tags and alt texts do.
+    """
+    name = pick_name(names, rng)
+    words = []
+    if colours[0] is not None and len(set(colours)) == 1 and rng.random() < 0.3:
+        words = [colours[0]]
+    elif rng.random() < 0.2:
+        words = [rng.choice(_SIZES[:-2] if len(colours) > 1 else _SIZES)]
+    words.append(plural(name) if len(colours) > 1 else name)
+    if bare:
+        return " ".join(words)
+    if len(colours) > 1:
+        return " ".join([rng.choice(_COUNTS[min(4, len(colours))]), *words])
+    article = "an" if words[0][0] in "aeiou" else "a"
+    return " ".join([rng.choice((article, article, article, "the", "one")), *words])
+
+
+def _joined(phrases: Sequence[str], rng: random.Random) -> str:
+    """Join noun phrases as English does: commas, then a last link."""
+    if len(phrases) == 1:
+        return phrases[0]
+    return ", ".join(phrases[:-1]) + rng.choice((" and ", " and ", " with ", " next to ", " beside ")) + phrases[-1]
+
+
+def _place(key: str, name: str, rng: random.Random) -> str:
+    """Return where the objects are: on the grass, under a cloudy sky."""
+
+    def fits(template: str) -> bool:
+        words = template.split()
+        if "the" in words:
+            return True
+        bare = name in _MASS_NOUNS or name.endswith("s")
+        return bare != bool({"a", "an"} & set(words))
+
+    return rng.choice([template for template in _PLACES[key] if fits(template)]).format(name)
+
+
+def _sentence(objects: list[str], stuff: list[tuple[str, str]], rng: random.Random) -> str:
+    """Write a phrase with places: two balls on the grass under a cloudy sky."""
+    opening = rng.choice(_OPENINGS)
+    if not objects:
+        return opening + _joined([name if name in _MASS_NOUNS else f"the {name}" for _, name in stuff], rng)
+    places = [_place(key, name, rng) for key, name in stuff]
+    if places and rng.random() < 0.12:
+        return f"{' '.join(places)}, {opening}{_joined(objects, rng)}"
+    return opening + " ".join([_joined(objects, rng), *places])
+
+
+def write_caption(
+    objects: Sequence[tuple[Sequence[str], Sequence[str | None]]],
+    stuff: Sequence[tuple[str, Sequence[str]]],
+    rng: random.Random,
+) -> tuple[str, list[bool], list[bool]]:
+    """Write one caption of a picture; it is never empty.
+
+    Args:
+        objects: For every object class in the picture, its names and the colour of each of its objects
+            (None where it has no single one).
+        stuff: For every stuff class in the picture, its key in the table of places and its names.
+        rng: Source of the choices.
+
+    Returns:
+        The caption, and which of ``objects`` and of ``stuff`` it names.
+    """
+    said = [rng.random() < OBJECT_SHARE for _ in objects] + [rng.random() < STUFF_SHARE for _ in stuff]
+    if not any(said):
+        said[rng.randrange(len(said))] = True
+    said_objects, said_stuff = said[: len(objects)], said[len(objects) :]
+    as_tags = rng.random() < 0.15
+    phrases = [
+        object_phrase(names, colours, rng, bare=as_tags)
+        for (names, colours), named in zip(objects, said_objects, strict=True)
+        if named
+    ]
+    places = [(key, pick_name(names, rng)) for (key, names), named in zip(stuff, said_stuff, strict=True) if named]
+    rng.shuffle(phrases)
+    if as_tags:
+        tags = phrases + [name for _, name in places]
+        rng.shuffle(tags)
+        return rng.choice((", ", " ", " | ")).join(tags), said_objects, said_stuff
+    text = _sentence(phrases, places, rng)
+    if rng.random() < 0.25:
+        text += rng.choice(_CLOSINGS)
+    if rng.random() < 0.4:
+        text = text[0].upper() + text[1:] + rng.choice((".", "", "!"))
+    return text, said_objects, said_stuff

@@ -1,0 +1,206 @@
+"""Reports as one HTML page that stands for itself: of a training run, or of an evaluation alone.
+
+Nothing is written here: the pages are returned as text.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from PIL import Image
+
+from vilseg.evaluation import page
+from vilseg.evaluation.charts import iou_bars, line_chart
+from vilseg.evaluation.evaluate import Evaluation, Example
+from vilseg.segmentation import drawing
+from vilseg.segmentation.result import no_class
+
+_LONGEST_SIDE = 640  # px: larger pictures are shrunk, a page of dozens must still open on a phone
+_MOST_CONFUSIONS = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunReport:
+    """What the report of a run tells."""
+
+    title: str
+    trained: Evaluation
+    """Of the trained model; its `examples` become the rows of pictures."""
+    untrained: Evaluation | None = None
+    """Of the same model before training, on the same images."""
+    summary: str = ""
+    """A sentence or two below the title."""
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """Wall time of each stage, in order."""
+    metrics: Sequence[Mapping[str, float]] = ()
+    """One for each reported step: `step`, and every key that begins with "loss" is drawn as a curve."""
+    miou_curve: Sequence[tuple[int, float]] = ()
+    """(step, mIoU in 0..1) during training."""
+    commands: Sequence[str] = ()
+    """The exact commands that made the run, in order."""
+    configuration: str = ""
+    """The resolved configuration, as YAML."""
+    facts: Mapping[str, str] = field(default_factory=dict)
+    """More to know, by name: where the model lies, how many pairs it has seen."""
+
+
+def render_report(report: RunReport) -> str:
+    """The report of a run as an HTML document."""
+    trained, untrained = report.trained, report.untrained
+    headline = [("mIoU, trained", *_per_cent(trained.miou))]
+    if untrained is not None:
+        headline.append(("mIoU, untrained", *_per_cent(untrained.miou)))
+    headline.append(("pixel accuracy", *_per_cent(trained.pixel_accuracy)))
+    headline.append(("images measured", f"{trained.images:,}", ""))
+    if report.seconds:
+        value, unit = page.seconds_text(sum(report.seconds.values())).split(" ", 1)
+        headline.append(("from start to end", value, unit))
+    summary = f'<p class="note">{page.escape(report.summary)}</p>' if report.summary else ""
+    return page.page(
+        report.title,
+        [
+            summary,
+            page.numbers(headline),
+            _stages(report.seconds),
+            page.card(page.facts(report.facts)) if report.facts else "",
+            _examples(trained.examples),
+            _per_class(trained, untrained),
+            _curves(report),
+            _commands(report.commands),
+            page.folded("Configuration", page.code(report.configuration)) if report.configuration else "",
+        ],
+    )
+
+
+def render_evaluation(evaluation: Evaluation, title: str, commands: Sequence[str] = ()) -> str:
+    """The figures of an evaluation, its confusions and its examples as an HTML document."""
+    headline = [
+        ("mIoU", *_per_cent(evaluation.miou)),
+        ("pixel accuracy", *_per_cent(evaluation.pixel_accuracy)),
+        ("images measured", f"{evaluation.images:,}", ""),
+        ("classes", str(len(evaluation.confusion.classes)), ""),
+    ]
+    parts = [
+        page.numbers(headline),
+        _examples(evaluation.examples),
+        _per_class(evaluation, None),
+        _confusions(evaluation),
+        _commands(commands),
+    ]
+    return page.page(title, parts)
+
+
+def _per_cent(value: float) -> tuple[str, str]:
+    return ("–", "") if math.isnan(value) else (f"{100 * value:.1f}", "%")
+
+
+def _stages(seconds: Mapping[str, float]) -> str:
+    """A bar with one stretch for each stage, as long as it took, and the times."""
+    if not seconds:
+        return ""
+    # One hue from strong to pale, so that no stage is taken for the colour of a class.
+    strengths = np.linspace(100, 25, len(seconds))
+    colours = [f"color-mix(in srgb, var(--accent) {strength:.0f}%, var(--card))" for strength in strengths]
+    bar = "".join(
+        f'<i style="flex:{max(spent, 0):.3f} 0 0;background:{colour}"></i>'
+        for spent, colour in zip(seconds.values(), colours, strict=True)
+    )
+    entries = [(colour, name, page.seconds_text(seconds[name])) for name, colour in zip(seconds, colours, strict=True)]
+    return page.card(f'<div class="stages">{bar}</div>{page.key(entries)}')
+
+
+def _examples(examples: Sequence[Example]) -> str:
+    if not examples:
+        return ""
+    note = (
+        "Tints are classes, laid over the image in grey; an area that keeps its own colours has no class. "
+        "The clusters are the regions before they were given names."
+    )
+    return page.section("Examples", note, *(_example(example) for example in examples))
+
+
+def _example(example: Example) -> str:
+    result, truth = example.segmentation, example.truth
+    image, classes = truth.image, result.classes
+    # The value to ignore of an 8-bit mask may be the index of a class, where there are more than 255.
+    true_labels = np.where(truth.mask == truth.ignore, np.uint16(no_class(np.uint16)), truth.mask)
+    factor = drawing.enlarging_factor(*result.labels.shape)
+    crisp = factor > 1
+
+    pictures = [page.picture(_fit(Image.fromarray(image)), "image", crisp=crisp)]
+    for caption, labels in (("prediction", result.labels), ("truth", true_labels)):
+        drawn = _fit(drawing.draw_overlay(image, labels, classes, opacity=0.65, factor=factor))
+        legend = page.class_key(drawing.legend_entries(labels, classes))
+        pictures.append(page.picture(drawn, caption, below=legend, crisp=crisp))
+    if result.clusters is not None:
+        drawn = _fit(drawing.draw_clusters(result.clusters, factor=factor), Image.Resampling.NEAREST)
+        caption = f"{len(np.unique(result.clusters))} clusters"
+        pictures.append(page.picture(drawn, caption, crisp=True))
+
+    known = truth.mask != truth.ignore
+    right = int(np.count_nonzero((result.labels == truth.mask) & known)) / max(int(np.count_nonzero(known)), 1)
+    return (
+        f'<article class="card example"><header><h3>{page.escape(truth.name)}</h3>'
+        f'<span class="note">{drawing.share_text(right)} of the pixels right</span></header>'
+        f'<div class="pictures">{"".join(pictures)}</div></article>'
+    )
+
+
+def _fit(picture: Image.Image, resample: Image.Resampling = Image.Resampling.LANCZOS) -> Image.Image:
+    """The picture, shrunk to `_LONGEST_SIDE` if it is larger."""
+    picture.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE), resample)
+    return picture
+
+
+def _per_class(trained: Evaluation, untrained: Evaluation | None) -> str:
+    absent = [name for name, iou in trained.per_class.items() if math.isnan(iou)]
+    if len(absent) == len(trained.per_class):
+        return ""
+    note = "Intersection over union in per cent; the mean over the classes that are in the truth is the mIoU."
+    if absent:
+        note += f" In neither truth nor prediction: {', '.join(absent)}."
+    chart = iou_bars(trained.per_class, untrained.per_class if untrained else None, label="IoU by class")
+    legend = page.key([("var(--accent)", "trained", ""), ("var(--second)", "untrained", "")]) if untrained else ""
+    return page.section("IoU by class", note, page.card(legend + chart, kind="wide"))
+
+
+def _confusions(evaluation: Evaluation) -> str:
+    """The pairs of true and predicted class that cost most pixels."""
+    counts = evaluation.confusion.counts
+    wrong = counts.copy()
+    np.fill_diagonal(wrong, 0)
+    names = (*evaluation.confusion.classes, "no class")
+    rows = []
+    for cell in np.argsort(-wrong, axis=None, kind="stable")[:_MOST_CONFUSIONS]:
+        true, predicted = np.unravel_index(cell, wrong.shape)
+        if wrong[true, predicted]:
+            share = float(wrong[true, predicted] / counts[true].sum())
+            rows.append((names[true], names[predicted], drawing.share_text(share)))
+    if not rows:
+        return ""
+    content = page.table(("in truth", "taken for", "of its pixels"), rows)
+    return page.section(
+        "Most frequent confusions", "Those that cost most pixels come first.", page.card(content, kind="wide")
+    )
+
+
+def _curves(report: RunReport) -> str:
+    cards = []
+    if report.miou_curve:
+        reference = report.untrained.miou if report.untrained else None
+        chart = line_chart(report.miou_curve, label="mIoU", percent=True, reference=reference)
+        title = "mIoU" if reference is None else "mIoU (dashed: untrained)"
+        cards.append(page.card(chart, title=title))
+    keys = dict.fromkeys(key for line in report.metrics for key in line if key.startswith("loss"))
+    for key in keys:
+        points = [(line["step"], line[key]) for line in report.metrics if math.isfinite(line.get(key, math.nan))]
+        if points:
+            cards.append(page.card(line_chart(points, label=key), title=key))
+    return page.section("Training", "", f'<div class="charts">{"".join(cards)}</div>') if cards else ""
+
+
+def _commands(commands: Sequence[str]) -> str:
+    if not commands:
+        return ""
+    return page.section("How this was made", "", page.code("\n".join(commands)))
