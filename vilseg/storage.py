@@ -196,15 +196,15 @@ def _walk(uri: str) -> list[FileEntry]:
     info = _info(uri)
     if info.type == FileType.File:
         return [FileEntry(absolute(uri), name(uri), info.size)]
+    root = absolute(uri)
+    start = len(path.rstrip("/")) + 1
     with _errors(uri, "list"):
         if info.type == FileType.NotFound:
             raise FileNotFoundError(errno.ENOENT, "no such file or folder", uri)
         found = fs.get_file_info(FileSelector(path, recursive=True))
-        if not found and not is_local(uri) and "/" in path:
-            raise FileNotFoundError(errno.ENOENT, "nothing lies under this prefix", uri)
-    root = absolute(uri)
-    start = len(path.rstrip("/")) + 1
-    files = [(entry.path[start:], entry.size) for entry in found if entry.type == FileType.File]
+        files = [(entry.path[start:], entry.size) for entry in found if entry.type == FileType.File]
+        if not files and not is_local(uri) and "/" in path:
+            raise FileNotFoundError(errno.ENOENT, "no object lies under this prefix", uri)
     return [FileEntry(join(root, relative), relative, size) for relative, size in sorted(files)]
 
 
@@ -383,5 +383,10 @@ def local_copy(uri: str) -> Iterator[Path]:
 
 def _for_each(work: Callable[[FileEntry], None], files: list[FileEntry]) -> None:
     with ThreadPoolExecutor(TRANSFERS_AT_ONCE) as pool:
-        for _ in pool.map(work, files):
-            pass
+        transfers = [pool.submit(work, entry) for entry in files]
+        try:
+            for transfer in transfers:
+                transfer.result()
+        except BaseException:  # an interrupt as well: what has not begun would fail as slowly, file by file
+            pool.shutdown(cancel_futures=True)
+            raise

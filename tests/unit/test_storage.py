@@ -183,13 +183,16 @@ def test_a_folder_is_uploaded_whole_and_a_local_copy_is_the_thing_itself(tree: P
         storage.upload_folder(tree / "b.JPG", str(tmp_path / "copy"))
 
 
-def test_an_unreachable_store_is_told_within_seconds_and_without_secrets(no_server: str) -> None:
+def test_an_unreachable_store_is_told_within_seconds_and_without_secrets(no_server: str, tmp_path: Path) -> None:
+    for i in range(100):
+        (tmp_path / str(i)).write_bytes(b"x")
     attempts = (
         lambda: storage.exists("s3://vilseg/x"),
         lambda: storage.list_files("s3://vilseg/x"),
         lambda: storage.read_bytes("s3://vilseg/x"),
         lambda: storage.write_bytes("s3://vilseg/x", b"x"),
         lambda: storage.delete("s3://vilseg/x"),
+        lambda: storage.upload_folder(tmp_path, "s3://vilseg/x"),
         lambda: storage.require_bucket("s3://vilseg/x"),
     )
     for attempt in attempts:

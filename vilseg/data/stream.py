@@ -146,14 +146,10 @@ class WorkerBatch:
         )
 
 
-def image_decoder(canvas: int, max_pixels: int) -> Callable[[bytes, int], np.ndarray]:
+def decode_to_canvas(data: bytes, seed: int, *, canvas: int, max_pixels: int) -> np.ndarray:
     """Picture bytes and seed -> (canvas, canvas, 3) uint8, cropped along the longer side at random."""
-
-    def decode(data: bytes, seed: int) -> np.ndarray:
-        image = decode_image(data, max_pixels=max_pixels, min_side=canvas)
-        return square(image, canvas, (seed & 0xFFFF) / 0xFFFF)
-
-    return decode
+    image = decode_image(data, max_pixels=max_pixels, min_side=canvas)
+    return square(image, canvas, (seed & 0xFFFF) / 0xFFFF)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, PretrainedConfig
+from transformers import AutoConfig, AutoModel, PretrainedConfig
 
 from vilseg.config import ImageEncoderConfig
 from vilseg.errors import ConfigError, ModelError
@@ -179,6 +179,8 @@ def _from_checkpoint(checkpoint: str) -> HuggingFaceImageEncoder:
         raise ModelError(f"model.image_encoder.checkpoint {checkpoint} cannot be loaded: {first_line(error)}") from error
     mean, std = IMAGENET_MEAN, IMAGENET_STD
     if not Path(checkpoint).is_dir() or (Path(checkpoint) / "preprocessor_config.json").exists():
+        from transformers import AutoImageProcessor  # takes seconds to import, and only checkpoints need it
+
         processor = AutoImageProcessor.from_pretrained(checkpoint)
         mean, std = tuple(processor.image_mean), tuple(processor.image_std)
     return HuggingFaceImageEncoder(model, mean=mean, std=std)

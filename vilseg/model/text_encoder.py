@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 
 from vilseg.config import TextEncoderConfig
 from vilseg.errors import ConfigError, ModelError
 from vilseg.model.image_encoder import first_line
+from vilseg.text.tokenizer import FixedTokenizer
 
 
 class TextEncoder(nn.Module):
@@ -31,9 +33,13 @@ class TextEncoder(nn.Module):
         """What rebuilds the architecture without its checkpoint."""
         return self.model.config.to_dict()
 
-    def tokenize(self, texts: Sequence[str], *, pad_to_max: bool = False) -> Tensor:
-        """Token ids, padded to the longest text or to ``max_tokens``. Shape: texts (B) -> (B, T) int64."""
-        return tokenize(self.tokenizer, texts, self.max_tokens, pad_to_max=pad_to_max)
+    def tokenize(self, texts: Sequence[str]) -> Tensor:
+        """Token ids, padded to ``max_tokens``. Shape: texts (B) -> (B, T) int64."""
+        return torch.from_numpy(self.fixed_tokenizer()(texts)).long()
+
+    def fixed_tokenizer(self) -> FixedTokenizer:
+        """The tokenizer alone, light enough to be sent to whoever reads captions."""
+        return FixedTokenizer(self.tokenizer.backend_tokenizer.to_str(), self.max_tokens, self.tokenizer.pad_token_id)
 
     def trim(self, tokens_BT: Tensor) -> Tensor:
         """Cut the padding that no row needs. Shape: (B, T) -> (B, longest)."""
@@ -93,17 +99,3 @@ def build_text_encoder(
             raise ConfigError(f"model.text_encoder.architecture '{model_type}' is no model type of transformers") from error
         model = AutoModel.from_config(hf)
     return TextEncoder(model, tokenizer, pooling=config.pooling, max_tokens=config.max_tokens)
-
-
-def tokenize(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_tokens: int, *, pad_to_max: bool = False
-) -> Tensor:
-    """Token ids, padded to the longest text or to ``max_tokens``. Shape: texts (B) -> (B, T) int64."""
-    encoded = tokenizer(
-        list(texts),
-        padding="max_length" if pad_to_max else True,
-        truncation=True,
-        max_length=max_tokens,
-        return_tensors="pt",
-    )
-    return cast(Tensor, encoded["input_ids"])

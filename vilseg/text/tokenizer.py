@@ -1,17 +1,25 @@
-"""A WordPiece tokenizer trained on the captions of the pairs themselves."""
+"""Tokenizers: one trained on the captions of the pairs themselves, and any as a light function from texts to ids."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
 
+import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
 
 
 def train_tokenizer(captions: Iterable[str], vocabulary_size: int) -> PreTrainedTokenizerBase:
     """Train an uncased BERT-like WordPiece tokenizer (Devlin et al. 2019, section 3) of at most ``vocabulary_size`` pieces."""
+    from transformers import PreTrainedTokenizerFast  # slow to import; readers of captions do without
+
     tokenizer = Tokenizer(models.WordPiece(unk_token=_SPECIAL["unk_token"]))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -26,3 +34,28 @@ def train_tokenizer(captions: Iterable[str], vocabulary_size: int) -> PreTrained
         special_tokens=[(token, tokenizer.token_to_id(token)) for token in (first, last)],
     )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **_SPECIAL)
+
+
+@dataclass(frozen=True)
+class FixedTokenizer:
+    """Texts -> token rows of one length; needs neither torch nor transformers, and travels as text."""
+
+    serialized: str
+    """A tokenizer of the ``tokenizers`` library as JSON."""
+    max_tokens: int
+    pad_id: int
+
+    def __call__(self, texts: Sequence[str]) -> np.ndarray:
+        """Cut and padded token ids. Shape: texts (B) -> (B, max_tokens) int32."""
+        encoded = self._tokenizer.encode_batch(list(texts))
+        return np.array([encoding.ids for encoding in encoded], dtype=np.int32).reshape(len(texts), self.max_tokens)
+
+    @cached_property
+    def _tokenizer(self) -> Tokenizer:
+        tokenizer = Tokenizer.from_str(self.serialized)
+        tokenizer.enable_truncation(self.max_tokens)
+        tokenizer.enable_padding(pad_id=self.pad_id, length=self.max_tokens)
+        return tokenizer
+
+    def __getstate__(self) -> dict[str, object]:
+        return {name: getattr(self, name) for name in ("serialized", "max_tokens", "pad_id")}

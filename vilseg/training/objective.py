@@ -70,7 +70,7 @@ class Objective(nn.Module):
         self.config = loss
         self.views = views
         self.autocast = autocast
-        tokens = model.text_encoder.tokenize(phrases) if phrases else torch.zeros((0, 1), dtype=torch.long)
+        tokens = model.text_encoder.tokenize(phrases)
         self.register_buffer("_phrase_tokens_PT", tokens, persistent=False)
         self._frozen_phrases_PF: Tensor | None = None
         self.teacher = None

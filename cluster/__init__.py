@@ -1,0 +1,1 @@
+"""What runs beside the library: the embedded object store, local Ray clusters and the manifests for real ones."""

@@ -1,0 +1,91 @@
+"""Ray Data: the stream of training batches from storage to the training workers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+import ray
+import ray.data
+from ray.data import ExecutionOptions
+
+from vilseg.data.pairs import BadPair, count_pairs
+from vilseg.config import RunConfig
+from vilseg.data.stream import BatchReader, PairOrder, WorkerBatch, decode_to_canvas
+from vilseg.errors import DataError
+from vilseg.training.folder import Prepared, RunFolder
+
+READ_CPUS = 0.5
+"""Reading waits for storage half of its time."""
+
+
+def stream_batches(order: PairOrder, reader: BatchReader, first_step: int, last_step: int) -> ray.data.Dataset:
+    """A dataset with one row a worker and step, in the order of steps and, within each, of workers.
+
+    Every row is a block of its own, so that splitting the dataset over W workers deals them out like cards: worker w gets
+    rows w, w + W, … Nothing is held but the chunks being read and the batches waiting for their worker.
+    """
+    chunks = list(order.chunks(first_step, last_step))
+
+    def read(rows: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
+        for batch in reader.read(chunks[rows["id"][0]]):
+            yield batch.columns()
+
+    dataset = ray.data.range(len(chunks), override_num_blocks=len(chunks))
+    dataset.context.target_max_block_size = 1  # byte: a block is closed after every row
+    return dataset.map_batches(read, batch_size=1, num_cpus=READ_CPUS)
+
+
+def pairs_from_last_checkpoint(
+    config: RunConfig,
+    folder: RunFolder,
+    prepared: Prepared,
+    monitor: Any,  # noqa: ANN401  (an actor handle has no public type)
+) -> ray.data.Dataset:
+    """The batches that a run still needs; called whenever its workers (re)start."""
+    trainer = config.trainer
+    reader = BatchReader(
+        batch_size=trainer.batch_size,
+        workers=trainer.workers,
+        seed=trainer.seed,
+        decode=partial(decode_to_canvas, canvas=config.data.canvas, max_pixels=config.data.max_pixels),
+        tokenize=prepared.tokenizer,
+        nouns=prepared.nouns,
+        columns=config.data.columns,
+        report=reporter(monitor),
+    )
+    order = PairOrder(prepared.shards, trainer.batch_size, trainer.seed)
+    done = max([0, *folder.checkpoint_steps()])
+    return stream_batches(order, reader, done, max(trainer.steps, done + 1))
+
+
+def execution_options() -> ExecutionOptions:
+    """Rows in order, whichever chunk is read first."""
+    options = ExecutionOptions()
+    options.preserve_order = True
+    return options
+
+
+def worker_batches(shard: ray.data.DataIterator) -> Iterator[WorkerBatch]:
+    """The batches of one training worker."""
+    for columns in shard.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2):
+        yield WorkerBatch.from_columns(columns)
+
+
+def reporter(monitor: Any) -> Callable[[int, list[BadPair]], None]:  # noqa: ANN401  (an actor handle has no public type)
+    """Tells the monitor of pairs read; raises DataError when it has had enough."""
+
+    def report(read: int, bad: list[BadPair]) -> None:
+        told = monitor.add_pairs.remote(read, [(pair.key, pair.reason) for pair in bad])
+        if bad and (verdict := ray.get(told)):
+            raise DataError(verdict)
+
+    return report
+
+
+def count_in_parallel(uris: list[str]) -> list[int]:
+    """Pairs in each shard, counted by as many tasks as there are CPUs."""
+    count = ray.remote(num_cpus=READ_CPUS)(count_pairs)
+    return ray.get([count.remote(uri) for uri in uris])

@@ -1,0 +1,64 @@
+"""What a running training tells its driver: metrics, pairs that could not be read, and the wish to stop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import ray
+
+_MIN_PAIRS = 500
+"""A share of bad pairs means little before so many were read."""
+
+
+@dataclass
+class Snapshot:
+    """What happened since the last look."""
+
+    metrics: list[dict[str, float]] = field(default_factory=list)
+    bad: list[tuple[str, str]] = field(default_factory=list)
+    read: int = 0
+    bad_total: int = 0
+
+
+@ray.remote(num_cpus=0, max_restarts=0)
+class Monitor:
+    """One a run; workers and data tasks write to it, the driver reads."""
+
+    def __init__(self, max_bad_share: float) -> None:
+        self._max_bad_share = max_bad_share
+        self._new = Snapshot()
+        self._read = self._bad = 0
+        self._known: set[str] = set()
+        self._stop = False
+
+    def add_pairs(self, read: int, bad: list[tuple[str, str]]) -> str | None:
+        """Count pairs; returns a sentence when too many were bad. Each bad key is passed on once."""
+        self._read += read
+        self._bad += len(bad)
+        for key, reason in bad:
+            if key not in self._known:
+                self._known.add(key)
+                self._new.bad.append((key, reason))
+        if self._bad > self._max_bad_share * max(self._read, _MIN_PAIRS):
+            return (
+                f"{self._bad} of the first {max(self._read, self._bad)} pairs could not be read, more than "
+                f"data.max_bad_share={self._max_bad_share} allows; the last was {bad[-1][0]}: {bad[-1][1]}"
+                if bad
+                else "too many pairs could not be read"
+            )
+        return None
+
+    def report(self, metrics: dict[str, float]) -> bool:
+        """Pass on a report of rank 0; answers whether the run shall stop."""
+        self._new.metrics.append({**metrics, "bad_pairs": self._bad})
+        return self._stop
+
+    def stop(self) -> None:
+        """Ask the run to stop at its next report."""
+        self._stop = True
+
+    def poll(self) -> Snapshot:
+        """What is new since the last call."""
+        new, self._new = self._new, Snapshot()
+        new.read, new.bad_total = self._read, self._bad
+        return new

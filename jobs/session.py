@@ -1,0 +1,84 @@
+"""Connecting to Ray: one cluster for all stages of a command, and what fits on it."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from vilseg.errors import ConfigError, UserError
+
+_CARRIED = ("AWS_", "VILSEG_", "HF_")
+"""Environment variables that workers on other machines need as well."""
+
+
+@dataclass(frozen=True)
+class Session:
+    """A live connection to Ray."""
+
+    cpus: int
+    gpus: int
+
+    def worker_resources(self, workers: int) -> dict[str, float]:
+        """What each training worker takes, so that reading always keeps a CPU: a plan without one hangs silently.
+
+        Raises:
+            ConfigError: fewer than one worker, or more workers than CPUs.
+        """
+        if workers < 1:
+            raise ConfigError(f"trainer.workers is {workers}, but training needs at least 1")
+        if workers > self.cpus:
+            raise ConfigError(f"trainer.workers is {workers}, but the cluster has {self.cpus} CPUs; ask for at most {self.cpus}")
+        share = min(1.0, max(self.cpus - 1, 0.5 * self.cpus) / workers)
+        return {"CPU": share, **({"GPU": 1.0} if self.gpus >= workers else {})}
+
+
+@contextmanager
+def ray_session(address: str | None = None) -> Iterator[Session]:
+    """Use the cluster at ``address``, the one this process is connected to already, or a local one for as long as this lasts.
+
+    Raises:
+        UserError: no cluster answers at ``address``.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+
+    if ray.is_initialized():
+        yield _session()
+        return
+    options: dict = {"logging_level": logging.ERROR, "log_to_driver": False}
+    carried = {name: value for name, value in os.environ.items() if name.startswith(_CARRIED)}
+    try:
+        if address is None:
+            ray.init(num_cpus=os.cpu_count(), include_dashboard=False, **options)
+        else:
+            ray.init(address=address, runtime_env={"env_vars": carried}, **options)
+    except (ConnectionError, TimeoutError, ValueError) as error:
+        raise UserError(f"no Ray cluster answers at {address}: {str(error).strip().splitlines()[0]}") from error
+    try:
+        from ray.data import DataContext
+
+        DataContext.get_current().enable_progress_bars = False
+        yield _session()
+    finally:
+        ray.shutdown()
+
+
+def _session() -> Session:
+    import ray
+
+    resources = ray.cluster_resources()
+    return Session(cpus=int(resources.get("CPU", 0)), gpus=int(resources.get("GPU", 0)))
+
+
+def user_error_in(error: BaseException | None, depth: int = 8) -> UserError | None:
+    """The user's mistake inside an error that Ray wrapped, if that is what it was."""
+    if error is None or depth == 0:
+        return None
+    if isinstance(error, UserError):
+        return error
+    inner = [error.__cause__, error.__context__, getattr(error, "cause", None)]
+    inner += list((getattr(error, "worker_failures", None) or {}).values())
+    return next((found for one in inner if isinstance(one, BaseException) if (found := user_error_in(one, depth - 1))), None)

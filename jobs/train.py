@@ -1,0 +1,183 @@
+"""Train: Ray Data streams pairs into Ray Train workers; checkpoints and the model go to the run's storage."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+from ray.train import CheckpointConfig, DataConfig, FailureConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+
+from jobs.feed import count_in_parallel, execution_options, pairs_from_last_checkpoint, worker_batches
+from jobs.monitor import Monitor, Snapshot
+from jobs.session import Session, user_error_in
+from vilseg import distributed, storage
+from vilseg.config import RunConfig
+from vilseg.device import precision_dtype
+from vilseg.model import ViLSeg
+from vilseg.training import run
+from vilseg.training.folder import Prepared, RunFolder, checkpoint_name
+from vilseg.training.loop import Trainer
+from vilseg.training.objective import Objective
+
+_POLL_SECONDS = 0.3
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a training ended."""
+
+    folder: RunFolder
+    metrics: dict[str, float]
+    """The last report."""
+    stopped: bool
+    """Asked to stop before the last step; a checkpoint was left."""
+
+
+def main(
+    config: RunConfig,
+    session: Session,
+    *,
+    resume: bool = False,
+    progress: Callable[[Snapshot], None] = lambda snapshot: None,
+) -> Outcome:
+    """Train as ``config`` says on the connected cluster.
+
+    Args:
+        config: of the run; a name is made where it has none. On ``resume`` the steps and workers may differ from before.
+        session: the cluster.
+        resume: go on from the last checkpoint of the run of that name.
+        progress: told a few times a second what is new.
+
+    Raises:
+        UserError: anything in the configuration, the pairs or the storage that is wrong.
+        KeyboardInterrupt: Ctrl-C, after the last checkpoint was written; a second one does not wait for it.
+    """
+    resources = session.worker_resources(config.trainer.workers)
+    config = config if config.name else config.model_copy(update={"name": run.new_name()})
+    folder = run.open_folder(config, resume=resume)
+    if resume:
+        prepared = Prepared.from_json(storage.read_text(folder.prepared))
+    else:
+        prepared = run.prepare(config, folder, count=count_in_parallel)
+    monitor = Monitor.remote(config.data.max_bad_share)
+    filesystem, path = storage.filesystem(folder.uri)
+    trainer = TorchTrainer(
+        partial(train_worker, config=config, folder=folder, prepared=prepared, monitor=monitor),
+        scaling_config=ScalingConfig(
+            num_workers=config.trainer.workers, use_gpu="GPU" in resources, resources_per_worker=resources
+        ),
+        datasets={"pairs": partial(pairs_from_last_checkpoint, config, folder, prepared, monitor)},
+        dataset_config=DataConfig(execution_options=execution_options()),
+        run_config=ray.train.RunConfig(
+            name="checkpoints",
+            storage_path=path,
+            storage_filesystem=filesystem,
+            failure_config=FailureConfig(max_failures=config.trainer.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=config.trainer.keep_checkpoints),
+        ),
+    )
+    return _watch(trainer, monitor, folder, progress)
+
+
+def _watch(trainer: TorchTrainer, monitor: Any, folder: RunFolder, progress: Callable[[Snapshot], None]) -> Outcome:  # noqa: ANN401
+    """Run the trainer in a thread; show progress and take Ctrl-C in this one."""
+    failure: list[BaseException] = []
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:  # noqa: BLE001  (handed to the caller below)
+            failure.append(error)
+
+    thread = threading.Thread(target=fit, name="vilseg-train", daemon=True)
+    thread.start()
+    last: dict[str, float] = {}
+    interrupted = False
+    while True:
+        try:
+            thread.join(_POLL_SECONDS)
+            snapshot = ray.get(monitor.poll.remote())
+            last = snapshot.metrics[-1] if snapshot.metrics else last
+            progress(snapshot)
+            if not thread.is_alive():
+                break
+        except KeyboardInterrupt:
+            if interrupted:
+                raise
+            interrupted = True
+            monitor.stop.remote()
+    if failure:
+        raise user_error_in(failure[0]) or failure[0]
+    return Outcome(folder, last, interrupted)
+
+
+def train_worker(config: RunConfig, folder: RunFolder, prepared: Prepared, monitor: Any) -> None:  # noqa: ANN401
+    """What every Ray Train worker runs."""
+    context = ray.train.get_context()
+    device = ray.train.torch.get_device()
+    if device.type == "cpu":
+        # Threads beyond the CPUs that a worker holds would fight with its neighbours and with reading.
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
+    torch.manual_seed(config.trainer.seed)
+    model = ViLSeg.from_pretrained(folder.initial)
+    objective = Objective(
+        model,
+        config.loss,
+        config.views,
+        prepared.nouns.phrases,
+        autocast=precision_dtype(config.trainer.precision, device),
+    ).to(device)
+    trainer = Trainer(objective, config.optimizer, config.trainer, device, wrap=_data_parallel)
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is not None:
+        with checkpoint.as_directory() as local:
+            trainer.load_state_dict(run.load_checkpoint(local))
+    first = context.get_world_rank() == 0
+    metrics_file = run.MetricsFile(folder, trainer.step) if first else None
+    last: dict[str, float] = {}
+    stop = False
+
+    def on_report(metrics: dict[str, float]) -> None:
+        nonlocal stop
+        metrics["epoch"] = metrics["samples"] / sum(shard.pairs for shard in prepared.shards)
+        last.update(metrics)
+        wish = torch.zeros(1, device=device)
+        if metrics_file:
+            metrics_file.add(metrics)
+            wish += float(ray.get(monitor.report.remote(metrics)))
+        stop = bool(distributed.mean_over_workers(wish) > 0)
+
+    def on_checkpoint() -> None:
+        if metrics_file is None:
+            ray.train.report(last, checkpoint_dir_name=checkpoint_name(trainer.step))
+            return
+        metrics_file.sync()
+        with tempfile.TemporaryDirectory() as local:
+            run.save_checkpoint(Path(local), trainer.state_dict())
+            ray.train.report(
+                last,
+                checkpoint=ray.train.Checkpoint.from_directory(local),
+                checkpoint_dir_name=checkpoint_name(trainer.step),
+            )
+
+    batches = worker_batches(ray.train.get_dataset_shard("pairs"))
+    trainer.train(batches, on_report=on_report, on_checkpoint=on_checkpoint, should_stop=lambda: stop)
+    if first and trainer.step == config.trainer.steps:
+        run.save_model(model, config, folder, last)
+
+
+def _data_parallel(module: torch.nn.Module) -> torch.nn.Module:
+    # Encoders of others may hold weights that no loss reaches (a class token's last layer, say).
+    options = {"find_unused_parameters": True, "broadcast_buffers": False}
+    return ray.train.torch.prepare_model(module, parallel_strategy_kwargs=options)

@@ -1,0 +1,165 @@
+"""What happens around the training loop: preparing a run, its checkpoints, its metrics, its model."""
+
+from __future__ import annotations
+
+import io
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vilseg import storage
+from vilseg.config import RunConfig
+from vilseg.data.stream import index_shards, sample_pairs
+from vilseg.errors import ConfigError, DataError, StorageError, UserError
+from vilseg.model import ViLSeg
+from vilseg.text.nouns import NounPhrases
+from vilseg.training.folder import Prepared, RunFolder
+
+_SAMPLE_PAIRS = 10_000
+"""Pairs whose captions make the tokenizer and the table of noun phrases."""
+_STATE = "state.pt"
+
+
+def open_folder(config: RunConfig, *, resume: bool) -> RunFolder:
+    """The folder of this run.
+
+    Raises:
+        StorageError: it exists without ``resume``, or cannot be reached.
+        ConfigError: ``resume`` without a run of that name.
+    """
+    assert config.name is not None
+    storage.require_bucket(config.trainer.storage)
+    folder = RunFolder(storage.join(storage.absolute(config.trainer.storage), config.name))
+    exists = storage.exists(folder.config)
+    if exists and not resume:
+        raise StorageError(f"the run {folder.uri} exists already; go on with it by --resume or choose another --name")
+    if resume and not exists:
+        raise ConfigError(f"there is no run to resume at {folder.uri}")
+    return folder
+
+
+def prepare(
+    config: RunConfig, folder: RunFolder, *, count: Callable[[list[str]], list[int]] | None = None
+) -> Prepared:
+    """Look at the pairs, make the initial model, and write both into the run's folder.
+
+    Args:
+        config: the run's; ``data.source`` must be set.
+        folder: where to write.
+        count: counts the pairs of many shards at once; see :func:`index_shards`.
+
+    Raises:
+        ConfigError: no ``data.source``.
+        DataError: no shards, or no readable pair in them.
+        ModelError: a checkpoint cannot be loaded.
+    """
+    source = config.data.feature_cache or config.data.source
+    if not source:
+        raise ConfigError("data.source is not set; give the URI of pair shards, for example data.source=s3://bucket/pairs")
+    storage.require_bucket(source)
+    shards = index_shards(storage.absolute(source), count)
+    pairs, bad = sample_pairs(shards, config.data.columns, _SAMPLE_PAIRS)
+    if not pairs:
+        reason = f"; the first, {bad[0].key}, failed because {bad[0].reason}" if bad else ""
+        raise DataError(f"no readable pair at {source}{reason}")
+    captions = [caption for pair in pairs for caption in pair.captions]
+    nouns = NounPhrases()
+    if config.loss.nouns.weight:
+        settings = config.loss.nouns
+        nouns = NounPhrases.from_captions(
+            captions[:_SAMPLE_PAIRS], max_phrases=settings.max_phrases, min_count=settings.min_count
+        )
+    torch.manual_seed(config.trainer.seed)
+    model = ViLSeg.from_config(
+        config.model,
+        captions,
+        segmentation=config.segmentation,
+        temperature=config.loss.cross_modal.temperature,
+    )
+    model.save_pretrained(folder.initial, card=_card(config, "not trained yet", {}))
+    prepared = Prepared(shards, nouns, model.text_encoder.fixed_tokenizer())
+    storage.write_text(folder.prepared, prepared.to_json())
+    storage.write_text(folder.config, config.to_yaml())
+    return prepared
+
+
+def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
+    """Write a trainer's state into a local folder."""
+    torch.save(state, folder / _STATE)
+
+
+def load_checkpoint(uri: str) -> dict[str, Any]:
+    """Read a trainer's state; tensors and plain numbers only, nothing else is unpickled."""
+    data = storage.read_bytes(storage.join(uri, _STATE))
+    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+
+
+def model_at(folder: RunFolder, step: int) -> ViLSeg:
+    """The model as it was at a checkpoint kept."""
+    model = ViLSeg.from_pretrained(folder.initial)
+    objective = load_checkpoint(folder.checkpoint(step))["objective"]
+    prefix = "model."
+    weights = {name.removeprefix(prefix): value for name, value in objective.items() if name.startswith(prefix)}
+    model.load_state_dict(weights)
+    return model.eval()
+
+
+def save_model(model: ViLSeg, config: RunConfig, folder: RunFolder, metrics: dict[str, float]) -> None:
+    """Write the trained model with its card."""
+    model.save_pretrained(folder.model, card=_card(config, f"{config.trainer.steps} steps", metrics))
+
+
+class MetricsFile:
+    """``metrics.jsonl`` and TensorBoard events, gathered locally and brought to the run's folder at every checkpoint."""
+
+    def __init__(self, folder: RunFolder, from_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._folder = folder
+        self._local = tempfile.TemporaryDirectory(prefix="vilseg-events-")
+        self._events = SummaryWriter(self._local.name, purge_step=from_step)
+        self._lines: list[str] = []
+        if from_step and storage.exists(folder.metrics):
+            lines = storage.read_text(folder.metrics).splitlines()
+            self._lines = [line for line in lines if json.loads(line)["step"] <= from_step]
+
+    def add(self, metrics: dict[str, float]) -> None:
+        """Note one report."""
+        self._lines.append(json.dumps(metrics))
+        for name, value in metrics.items():
+            self._events.add_scalar(name, value, int(metrics["step"]))
+
+    def sync(self) -> None:
+        """Bring everything to the run's folder."""
+        self._events.flush()
+        storage.write_text(self._folder.metrics, "".join(f"{line}\n" for line in self._lines))
+        storage.upload_folder(Path(self._local.name), storage.join(self._folder.uri, "tensorboard"))
+
+
+def read_metrics(folder: RunFolder) -> list[dict[str, float]]:
+    """The reports of a run, oldest first.
+
+    Raises:
+        UserError: there are none.
+    """
+    if not storage.exists(folder.metrics):
+        raise UserError(f"the run {folder.uri} has no metrics yet")
+    return [json.loads(line) for line in storage.read_text(folder.metrics).splitlines()]
+
+
+def _card(config: RunConfig, trained: str, metrics: dict[str, float]) -> str:
+    rows = "".join(f"| {name} | {value:.4g} |\n" for name, value in metrics.items())
+    table = f"\n## Metrics at the end of training\n\n| | |\n|---|---|\n{rows}" if rows else ""
+    return (
+        f"# vilseg model: {config.name}\n\n"
+        "Open-vocabulary segmentation (ViL-Seg, arXiv 2207.08455) trained from image-caption pairs; no mask was used.\n\n"
+        f"- pairs: `{config.data.source}`\n- trained: {trained}, batch {config.trainer.batch_size}\n{table}\n"
+        f"## Configuration\n\n```yaml\n{config.to_yaml()}```\n\n"
+        "## Use\n\n```python\nimport vilseg\n\n"
+        'model = vilseg.ViLSeg.from_pretrained("this folder")\n'
+        'segmenter = vilseg.Segmenter(model, classes=["cat", "sofa"])\n```\n'
+    )
