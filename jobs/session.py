@@ -77,8 +77,10 @@ def user_error_in(error: BaseException | None, depth: int = 8) -> UserError | No
     """The user's mistake inside an error that Ray wrapped, if that is what it was."""
     if error is None or depth == 0:
         return None
-    if isinstance(error, UserError):
+    cause = getattr(error, "cause", None)
+    # Ray's wrapper of a task's error passes for an instance of it, but its text is a traceback.
+    if isinstance(error, UserError) and cause is None:
         return error
-    inner = [error.__cause__, error.__context__, getattr(error, "cause", None)]
+    inner = [cause, error.__cause__, error.__context__]
     inner += list((getattr(error, "worker_failures", None) or {}).values())
     return next((found for one in inner if isinstance(one, BaseException) if (found := user_error_in(one, depth - 1))), None)

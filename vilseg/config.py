@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from vilseg import storage
 from vilseg.errors import ConfigError, UserError
@@ -233,7 +233,11 @@ class TrainerConfig(Part):
 
 
 class SegmentationConfig(Part):
-    """How a trained model cuts an image into named regions; travels with the model folder."""
+    """How a trained model cuts an image into named regions; travels with the model folder.
+
+    The defaults are the paper's: regions of the clustering head, named by the nearest class name. See
+    ``vilseg.segmentation.regions`` for the formulas.
+    """
 
     input_size: PositiveInt = 224
     """Shorter side in pixels that images are resized to before encoding."""
@@ -242,14 +246,28 @@ class SegmentationConfig(Part):
     region_weight: Share = 1.0
     """1 names regions only, as in the paper; 0 names every patch by itself; between blends the two scores."""
     image_mix: Share = 0.0
-    """Share of the image's mean embedding mixed into every region's."""
+    """Share of the image's mean embedding mixed into every region's and patch's."""
+    calibration: Share = 0.0
+    """How far the cosines of each class are brought to one mean and spread over the patches of the training pictures."""
     temperature: Positive = 0.05
     """Soft-max over classes that turns cosines into scores."""
-    prompts: list[str] = ["a photo of a {}."]
+    prompts: Annotated[list[str], Field(min_length=1)] = ["a photo of a {}."]
+    """``{}`` is the class name; the embeddings of all prompts are averaged (CLIP, section 3.1.4)."""
     center_text: bool = False
-    """Subtract the mean caption embedding that training recorded from images' and texts' embeddings before comparing."""
+    """Subtract the mean caption embedding that training recorded from the texts' embeddings before comparing."""
+    background_words: list[str] = []
+    """What a picture holds besides the names asked for: ``background`` takes the best of their scores. Where empty, the
+    word background itself is compared. Words that are class names are left out. Used only if there is such a class."""
     background_bias: float = 0.0
-    """Added to the cosine of a class named ``background``, the share of a picture that captions do not name."""
+    """Added to the cosine of the class ``background``."""
+
+    @field_validator("prompts")
+    @classmethod
+    def _prompts_hold_the_name(cls, prompts: list[str]) -> list[str]:
+        for prompt in prompts:
+            if prompt.count("{}") != 1 or prompt.count("{") != 1 or prompt.count("}") != 1:
+                raise ValueError(f"the prompt '{prompt}' must hold {{}} once, in the place of the class name")
+        return prompts
 
 
 class RunConfig(Part):
@@ -282,6 +300,14 @@ class RunConfig(Part):
                 raise ConfigError(f"{uri} is not valid YAML: {' '.join(str(error).split())}") from error
             if not isinstance(tree, dict):
                 raise ConfigError(f"{uri} must hold a mapping of keys to values, not {type(tree).__name__}")
+        return cls._of(tree, overrides, uri)
+
+    def with_overrides(self, overrides: Iterable[str]) -> RunConfig:
+        """This configuration with ``key.sub=value`` overrides applied; raises as :meth:`load`."""
+        return self._of(self.model_dump(), overrides, None)
+
+    @classmethod
+    def _of(cls, tree: dict[str, Any], overrides: Iterable[str], uri: str | None) -> RunConfig:
         for override in overrides:
             _apply(tree, override)
         try:

@@ -1,10 +1,11 @@
-"""Fixtures of the integration tests: one object store for all of them."""
+"""Fixtures of the integration tests: one object store and one Ray cluster for all of them."""
 
 from collections.abc import Iterator
 
 import pytest
 
 from cluster.store import ObjectStore
+from jobs.session import Session, ray_session
 
 
 @pytest.fixture(scope="session")
@@ -18,3 +19,10 @@ def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectSto
             patch.setenv(variable, value)
         yield store
     store.stop(timeout=0)  # its data ends with it, so there is nothing to wait for
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(object_store: ObjectStore) -> Iterator[Session]:
+    """A local cluster on all CPUs; after the object store, because workers take the AWS_* variables from its start."""
+    with ray_session() as session:
+        yield session

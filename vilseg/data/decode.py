@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 import warnings
 
 import numpy as np
@@ -14,6 +15,11 @@ from vilseg.errors import DataError
 _MAX_PIXELS = 100_000_000
 _ORIENTATION = 0x0112
 _JPEG_FAST = {"Gray", "YCbCr", "RGB"}
+_DAMAGE = (
+    *(OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, ZeroDivisionError, RuntimeError),
+    struct.error,
+)
+"""Pillow's plugins raise any of these on damaged files."""
 
 # The header is checked against the caller's own limit before anything is decoded.
 Image.MAX_IMAGE_PIXELS = None
@@ -25,7 +31,7 @@ def decode_image(data: bytes, *, max_pixels: int | None = None, min_side: int | 
     Args:
         data: an encoded image of any format that Pillow knows.
         max_pixels: largest width x height that the header may announce; 100 million where None.
-        min_side: a JPEG may come out smaller, by 1/2, 1/4 or 1/8, as long as both sides stay at least this long.
+        min_side: a JPEG may come out smaller, by whole eighths, as long as both sides stay at least this long.
 
     Returns:
         Shape: (H, W, 3), uint8.
@@ -48,8 +54,7 @@ def decode_image(data: bytes, *, max_pixels: int | None = None, min_side: int | 
             return np.asarray(_to_rgb(ImageOps.exif_transpose(image)))
     except UnidentifiedImageError as error:
         raise DataError("the bytes are not an image of a known format") from error
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, ZeroDivisionError) as error:
-        # Pillow's plugins raise any of these on damaged files.
+    except _DAMAGE as error:
         raise DataError(f"the image is damaged: {str(error).strip() or type(error).__name__}") from error
 
 
@@ -87,8 +92,10 @@ def _is_rotated(data: bytes) -> bool:
     if b"Exif\x00\x00" not in data[:65536]:
         return False
     try:
-        return Image.open(io.BytesIO(data)).getexif().get(_ORIENTATION, 1) not in (0, 1)
-    except (OSError, SyntaxError, ValueError):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return Image.open(io.BytesIO(data)).getexif().get(_ORIENTATION, 1) not in (0, 1)
+    except _DAMAGE:
         return False
 
 

@@ -24,6 +24,8 @@ from vilseg.errors import DataError, UserError
 TAR, PARQUET = ".tar", ".parquet"
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 INDEX = "index.json"
+CAPTION_FEATURES = "caption_features"
+"""Column of a feature cache's shards."""
 _BUFFER = 4 << 20
 _TEXT_FIELDS = ("captions", "caption", "alt", "tags")
 """Of a pair's JSON, in order; alt-text and tags stand in only where there is no caption."""
@@ -36,6 +38,8 @@ class Pair:
     key: str
     image: bytes
     captions: tuple[str, ...]
+    caption_features: bytes | None = None
+    """From a feature cache: one row of float16 for each caption, as the text encoder gave it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,13 +87,13 @@ def count_pairs(uri: str) -> int:
                 return pq.read_metadata(file).num_rows
         except (pa.ArrowInvalid, OSError):
             return 1  # the BadPair that stands for the file
-    return sum(1 for _ in _tar_groups(uri))
+    return sum(1 for _ in tar_groups(uri))
 
 
 def write_tar(uri: str, pairs: Iterable[tuple[str, bytes, str, dict[str, Any]]]) -> int:
     """Write (key, image bytes, suffix, metadata) as a WebDataset tar; returns how many. Times and owners are fixed, so equal pairs give equal bytes."""
     count = 0
-    with storage.open_atomic(uri) as target, tarfile.open(fileobj=target, mode="w|", bufsize=_BUFFER) as tar:
+    with storage.open_atomic(uri) as target, tarfile.open(fileobj=target, mode="w") as tar:
         for key, image, suffix, metadata in pairs:
             for name, data in ((f"{key}.{suffix}", image), (f"{key}.json", json.dumps(metadata, ensure_ascii=False).encode())):
                 info = tarfile.TarInfo(name)
@@ -113,7 +117,7 @@ def read_index(folder: str) -> dict[str, int]:
 
 
 def _read_tar(uri: str) -> Iterator[Pair | BadPair]:
-    for key, members in _tar_groups(uri):
+    for key, members in tar_groups(uri):
         if isinstance(members, str):
             yield BadPair(key, members)
             continue
@@ -129,8 +133,8 @@ def _read_tar(uri: str) -> Iterator[Pair | BadPair]:
         yield Pair(key, image, captions) if captions else BadPair(key, "no caption")
 
 
-def _tar_groups(uri: str) -> Iterator[tuple[str, dict[str, bytes] | str]]:
-    """(key, members by lower-case suffix) for runs of members with one key, or (name, what is wrong) at the end."""
+def tar_groups(uri: str) -> Iterator[tuple[str, dict[str, bytes] | str]]:
+    """(Key, members by lower-case suffix) for runs of members with one key, or (name, what is wrong) at the end."""
     key, members = "", dict[str, bytes]()
     try:
         with storage.open_input(uri) as file, tarfile.open(fileobj=io.BufferedReader(file, _BUFFER), mode="r|") as tar:
@@ -189,7 +193,7 @@ def _read_parquet(uri: str, columns: ColumnsConfig) -> Iterator[Pair | BadPair]:
         with storage.open_input(uri) as source:
             file = pq.ParquetFile(source)
             names = set(file.schema_arrow.names)
-            wanted = [n for n in (columns.key, columns.image, columns.caption, columns.captions, "alt", "tags") if n in names]
+            wanted = [n for n in _columns_to_read(columns) if n in names]
             if columns.image not in names:
                 wanted += [columns.path] if columns.path in names else []
             if columns.image not in wanted and columns.path not in wanted:
@@ -221,4 +225,8 @@ def _pair_of_row(uri: str, row: int, values: dict[str, Any], columns: ColumnsCon
             image = storage.read_bytes(path if absolute else storage.join(storage.parent(uri), path))
         except UserError as error:
             return BadPair(key, str(error))
-    return Pair(key, image, tuple(captions)) if image else BadPair(key, "no image")
+    return Pair(key, image, tuple(captions), values.get(CAPTION_FEATURES)) if image else BadPair(key, "no image")
+
+
+def _columns_to_read(columns: ColumnsConfig) -> tuple[str, ...]:
+    return (columns.key, columns.image, columns.caption, columns.captions, CAPTION_FEATURES, "alt", "tags")

@@ -59,9 +59,15 @@ class Canvas:
         return smooth_noise(self.numbers, SIDE, SIDE, cells_y, cells_x)
 
     def some(self, names: Sequence[str], *, but: str | None = None) -> tuple[str, Colour]:
-        """Pick a paint by name, other than ``but``, and vary it a little."""
-        name = self.rng.choice([name for name in names if name != but])
+        """Pick a paint by name, other than ``but``, the first of them most often, and vary it a little."""
+        allowed = [name for name in names if name != but]
+        name = self.rng.choices(allowed, weights=favour_first(len(allowed)))[0]
         return name, vary(PAINTS[name], self.rng)
+
+
+def favour_first(count: int) -> list[float]:
+    """Weights of choices of which the first is the usual one and the last ones are rare."""
+    return [0.55**place + 0.03 for place in range(count)]
 
 
 def vary(colour: Colour, rng: random.Random, by: float = 16.0) -> Colour:

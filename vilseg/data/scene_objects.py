@@ -1,7 +1,7 @@
 """Objects of synthetic scenes, drawn once at 192 pixels and scaled into scenes.
 
-Every painter draws in a unit square, y down, with its feet at y = 0.97. All classes take their paint from one list of
-colours, so what tells them apart is shape and the texture inside: panels, leaves, wool, checks, scales of a roof.
+Every painter draws in a unit square, y down, with its feet at y = 0.97. Classes have their usual paint, and all of
+it occurs in others: what tells them apart is shape and the texture inside, panels, leaves, wool, checks, roof tiles.
 """
 
 import dataclasses
@@ -73,7 +73,7 @@ class Sprite:
 def _ball(c: Canvas) -> str | None:
     """A beach ball: panels that meet in a pole, and a round highlight."""
     name, first = c.some(_BRIGHT)
-    _, second = c.some(("white", "white", "white", "yellow"), but=name)
+    _, second = c.some(("white", "yellow"), but=name)
     x, y = (grid_x - 0.5) / 0.47, (grid_y - 0.5) / 0.47
     inside = x * x + y * y < 1.0
     z = np.sqrt(np.clip(1.0 - x * x - y * y, 0.0, 1.0))
@@ -132,7 +132,7 @@ def _house(c: Canvas) -> str | None:
 
 def _car(c: Canvas) -> str | None:
     """A side view with windows, doors, lamps and two wheels."""
-    name, coat = c.some((*_BRIGHT, "white", "grey", "black"))
+    name, coat = c.some(("blue", "red", "white", "grey", "green", "black", "yellow", "orange", "purple", "pink"))
     back = [(0.03, 0.86), (0.02, 0.66), (0.06, 0.58), (0.24, 0.55), (0.36, 0.36), (0.42, 0.33)]
     front = [(0.68, 0.33), (0.75, 0.37), (0.85, 0.55), (0.95, 0.58), (0.98, 0.66), (0.97, 0.86)]
     body = polygon([*back, *front])
@@ -161,8 +161,8 @@ def _car(c: Canvas) -> str | None:
 
 def _boat(c: Canvas) -> str | None:
     """Two sails with seams on a mast, over a planked hull."""
-    name, hull = c.some((*_BRIGHT, "white", "brown"))
-    _, sail = c.some(("white", "white", "white", "orange", "red", "yellow", "pink"))
+    name, hull = c.some(("brown", "white", "red", "blue", "green", "yellow", "orange", "purple", "pink"))
+    _, sail = c.some(("white", "orange", "red", "yellow", "pink"))
     c.paint(rect(0.485, 0.03, 0.515, 0.8), (110, 80, 56))
     for points, tone in (
         ([(0.53, 0.06), (0.53, 0.7), (0.94, 0.7), (0.72, 0.34)], 1.0),
@@ -183,7 +183,7 @@ def _boat(c: Canvas) -> str | None:
 
 def _cat(c: Canvas) -> str | None:
     """A sitting cat with tabby bands over fur, pointed ears and bright eyes."""
-    name, coat = c.some(("orange", "grey", "brown", "white", "black", "orange", "grey"))
+    name, coat = c.some(("orange", "grey", "brown", "black", "white"))
     if name == "black":
         coat = scaled(coat, 1.35)
     tail = [(0.68, 0.9), (0.86, 0.88), (0.91, 0.74), (0.86, 0.6), (0.89, 0.5)]
@@ -212,8 +212,8 @@ def _cat(c: Canvas) -> str | None:
 
 def _umbrella(c: Canvas) -> str | None:
     """A dome of curved segments with a scalloped rim, a tip and a hooked handle."""
-    name, first = c.some((*_BRIGHT, "black"))
-    _, second = c.some(("white", "white", "yellow", "pink", "blue"), but=name)
+    name, first = c.some(("purple", "blue", "black", "pink", "green", "red", "yellow", "orange"))
+    _, second = c.some(("white", "yellow", "pink", "blue"), but=name)
     handle = [(0.5, 0.1), (0.5, 0.88), (0.52, 0.935), (0.565, 0.95), (0.61, 0.93), (0.625, 0.87)]
     c.paint(line(handle, 0.05), (96, 66, 48))
     c.paint(rect(0.485, 0.01, 0.515, 0.12), (90, 90, 96))
@@ -231,7 +231,7 @@ def _umbrella(c: Canvas) -> str | None:
 
 def _mushroom(c: Canvas) -> str | None:
     """A spotted cap over a pale, fluted stem."""
-    name, cap = c.some(("red", "red", "orange", "brown", "purple", "yellow", "pink"))
+    name, cap = c.some(("red", "brown", "orange", "purple", "yellow", "pink"))
     stem = polygon([(0.4, 0.5), (0.6, 0.5), (0.64, 0.8), (0.7, 0.97), (0.3, 0.97), (0.36, 0.8)])
     c.paint(stem, vary((236, 224, 198), c.rng))
     c.light(stem, 0.9 + 0.16 * np.sin(grid_x * 110.0) - 0.35 * (grid_x - 0.5))
@@ -251,7 +251,7 @@ def _mushroom(c: Canvas) -> str | None:
 
 def _sheep(c: Canvas) -> str | None:
     """A cloud of curls with a dark face and four thin legs."""
-    name, wool = c.some(("white", "white", "white", "brown", "grey", "black"))
+    name, wool = c.some(("white", "grey", "brown", "black"))
     if name == "black":
         wool = scaled(wool, 1.4)
     skin = vary((62, 52, 52), c.rng, 12) if name != "black" else vary((206, 184, 160), c.rng, 12)
@@ -283,7 +283,7 @@ def _sheep(c: Canvas) -> str | None:
 
 def _flower(c: Canvas) -> str | None:
     """Petals with veins around a seeded disc, on a stem with two leaves."""
-    name, petal = c.some(("yellow", "pink", "red", "purple", "white", "orange", "blue"))
+    name, petal = c.some(("pink", "yellow", "purple", "white", "red", "orange", "blue"))
     heart = vary((120, 76, 40) if c.rng.random() < 0.6 else (236, 190, 60), c.rng)
     if name in ("yellow", "orange"):
         heart = vary((104, 66, 40), c.rng)
@@ -307,8 +307,8 @@ def _flower(c: Canvas) -> str | None:
 
 def _kite(c: Canvas) -> str | None:
     """A diamond of checks with spars, and a tail with bows."""
-    name, first = c.some(_BRIGHT)
-    _, second = c.some(("white", "yellow", "black", "blue", "orange"), but=name)
+    name, first = c.some(("orange", "green", "purple", "yellow", "red", "blue", "pink"))
+    _, second = c.some(("black", "yellow", "white", "blue", "orange"), but=name)
     tail = [(0.5, 0.78), (0.45, 0.83), (0.54, 0.88), (0.46, 0.93), (0.52, 0.97)]
     c.paint(line(tail, 0.02), _DARK_LINE)
     for (x, y), paint in zip(tail[1:4], (first, second, first), strict=True):
@@ -328,7 +328,7 @@ def _kite(c: Canvas) -> str | None:
 
 def _clock(c: Canvas) -> str | None:
     """An alarm clock: a coloured case, twelve marks, two hands, bells and feet."""
-    name, case = c.some((*_BRIGHT, "brown", "black", "grey"))
+    name, case = c.some(("green", "grey", "pink", "yellow", "brown", "black", "red", "blue", "orange", "purple"))
     for sign in (-1, 1):
         c.paint(line([(0.5 + sign * 0.22, 0.82), (0.5 + sign * 0.33, 0.97)], 0.07), scaled(case, 0.7))
         c.paint(ellipse(0.5 + sign * 0.26, 0.15, 0.155, 0.1, sign * 0.65), scaled(case, 0.85))

@@ -4,8 +4,8 @@ A scene is one to three kinds of background stuff with one to four objects in fr
 only (`pairs`); evaluation sees picture and exact mask (`write_masked_dataset`), from a stream that shares no scene,
 texture or drawing with training. Everything follows from (seed, split, index, size).
 
-Colours say little: classes share their palettes, and light, cast and noise vary. What a patch is must be read off its
-texture and shape, which is what an open-vocabulary model has to learn from real pictures too.
+Colours say something, but not enough: a class has its usual ones, shares them all with others, and light, cast and noise
+vary. What a patch is must be read off its texture and shape too, as in real pictures.
 """
 
 import dataclasses
@@ -23,6 +23,7 @@ from PIL import Image
 from vilseg import storage
 from vilseg.data import scene_objects, scene_textures
 from vilseg.data.scene_captions import write_caption
+from vilseg.data.scene_drawing import favour_first
 from vilseg.data.scene_layout import Band, Item, choose_bands, choose_items
 from vilseg.errors import DataError
 
@@ -242,7 +243,8 @@ def _draw_texture(rng: random.Random, stream: str, name: str, size: int) -> np.n
     blend, gain = fields[:, y : y + size, x : x + size]
     if rng.random() < 0.5:
         blend, gain = blend[:, ::-1], gain[:, ::-1]
-    palette = np.array(rng.choice(scene_textures.PALETTES[name]), np.float32)
+    palettes = scene_textures.PALETTES[name]
+    palette = np.array(rng.choices(palettes, weights=favour_first(len(palettes)))[0], np.float32)
     # One shift for all three colours and a little for each: days differ more than the parts of one surface.
     common = [rng.uniform(-16, 16) for _ in range(3)]
     palette += [[value + rng.uniform(-6, 6) for value in common] for _ in range(3)]

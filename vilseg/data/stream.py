@@ -117,7 +117,7 @@ class WorkerBatch:
     images: np.ndarray
     """(B, canvas, canvas, 3) uint8; with a feature cache (B, N, F) float16."""
     tokens: np.ndarray
-    """(B, T) int32, padded to the longest caption that the model takes."""
+    """(B, T) int32, padded to the longest caption that the model takes; with cached caption features (B, F) float16."""
     phrases: np.ndarray
     """(B, 32) int32 indices of noun phrases, -1 where there is none."""
     seeds: np.ndarray
@@ -150,6 +150,21 @@ def decode_to_canvas(data: bytes, seed: int, *, canvas: int, max_pixels: int) ->
     """Picture bytes and seed -> (canvas, canvas, 3) uint8, cropped along the longer side at random."""
     image = decode_image(data, max_pixels=max_pixels, min_side=canvas)
     return square(image, canvas, (seed & 0xFFFF) / 0xFFFF)
+
+
+def decode_features(data: bytes, seed: int, *, patches: int, features: int) -> np.ndarray:
+    """Bytes of a feature cache -> (patches, features) float16; the seed is not used.
+
+    Raises:
+        DataError: another number of bytes.
+    """
+    if len(data) != 2 * patches * features:
+        raise DataError(f"{len(data)} bytes of cached features where {patches} x {features} float16 were written")
+    return np.frombuffer(data, np.float16).reshape(patches, features)
+
+
+_Sample = tuple[np.ndarray, "str | np.ndarray", list[int], int, str]
+"""Image, caption or its cached features, noun phrases, seed, key."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,19 +200,13 @@ class BatchReader:
             DataError: no pair of the chunk can be read, or ``report`` has had enough.
         """
         pool, bad = self._load(chunk)
-        order = np.random.default_rng((self.seed, chunk.first_step)).permutation(len(pool))
-        substitutes = itertools.cycle(order[::-1].tolist())
+        order = np.random.default_rng((self.seed, chunk.first_step)).permutation(len(pool)).tolist()
         share = self.batch_size // self.workers
-        wanted = order[chunk.skip * self.batch_size : chunk.steps * self.batch_size].tolist()
         read = 0
-        for start in range(0, len(wanted), share):
+        for start in range(chunk.skip * self.batch_size, chunk.steps * self.batch_size, share):
             good = []
-            for index in wanted[start : start + share]:
-                sample = self._sample(pool, index, bad)
-                for _ in range(len(pool)):
-                    if sample is not None:
-                        break
-                    sample = self._sample(pool, next(substitutes), bad)
+            for position in range(start, start + share):
+                sample = self._sample_at(pool, order, position, bad)
                 if sample is None:
                     self._report(len(pool), bad)
                     uris = ", ".join(sorted({segment.uri for segment in chunk.segments}))
@@ -229,9 +238,23 @@ class BatchReader:
                 pool.extend([None] * missing)
         return pool, bad
 
+    def _sample_at(
+        self, pool: list[tuple[Pair, int] | None], order: list[int], position: int, bad: list[BadPair]
+    ) -> _Sample | None:
+        """The pair at ``position`` of the order, or the first readable one from half a chunk further on.
+
+        So substitutes are a function of the position alone, the same after a resumption, and are seldom of the same step.
+        """
+        middle = position + len(order) // 2
+        for place in itertools.chain([position], range(middle, middle + len(order))):
+            sample = self._sample(pool, order[place % len(order)], bad)
+            if sample is not None:
+                return sample
+        return None
+
     def _sample(
         self, pool: list[tuple[Pair, int] | None], index: int, bad: list[BadPair]
-    ) -> tuple[np.ndarray, str, list[int], int, str] | None:
+    ) -> _Sample | None:
         entry = pool[index]
         if entry is None:
             return None
@@ -243,17 +266,17 @@ class BatchReader:
             bad.append(BadPair(pair.key, str(error)))
             pool[index] = None
             return None
-        caption = pair.captions[seed % len(pair.captions)]
-        return image, caption, self.nouns.find(pair.captions)[:MAX_PHRASES_PER_PAIR], seed, pair.key
+        chosen = seed % len(pair.captions)
+        text = pair.captions[chosen] if pair.caption_features is None else _caption_row(pair, chosen)
+        return image, text, self.nouns.find(pair.captions)[:MAX_PHRASES_PER_PAIR], seed, pair.key
 
-    def _collate(self, samples: list[tuple[np.ndarray, str, list[int], int, str]]) -> WorkerBatch:
-        images, captions, phrases, seeds, keys = zip(*samples, strict=True)
+    def _collate(self, samples: list[_Sample]) -> WorkerBatch:
+        images, texts, phrases, seeds, keys = zip(*samples, strict=True)
         padded = np.full((len(samples), MAX_PHRASES_PER_PAIR), -1, dtype=np.int32)
         for row, found in enumerate(phrases):
             padded[row, : len(found)] = found
-        return WorkerBatch(
-            np.stack(images), self.tokenize(captions), padded, np.array(seeds, dtype=np.int64), tuple(keys)
-        )
+        tokens = self.tokenize(texts) if isinstance(texts[0], str) else np.stack(texts)
+        return WorkerBatch(np.stack(images), tokens, padded, np.array(seeds, dtype=np.int64), tuple(keys))
 
     def _report(self, read: int, bad: list[BadPair]) -> None:
         if self.report is not None and (read or bad):
@@ -290,6 +313,11 @@ def sample_pairs(shards: Sequence[Shard], columns: ColumnsConfig, limit: int) ->
         if len(good) >= limit:
             break
     return good, bad
+
+
+def _caption_row(pair: Pair, index: int) -> np.ndarray:
+    assert pair.caption_features is not None
+    return np.frombuffer(pair.caption_features, np.float16).reshape(len(pair.captions), -1)[index]
 
 
 def _pair_seed(seed: int, epoch: int, key: str) -> int:

@@ -34,8 +34,8 @@ def mutual_information_loss(
         entropy_weight: a above.
 
     Returns:
-        The loss of the whole batch, the same on every worker; 0 where no patch of any pair overlaps. At least
-        -(2 entropy_weight - 1) log K.
+        The loss of the whole batch, the same on every worker; displacements at which no patches overlap are
+        left out, and it is 0 where that is all of them. At least -(2 entropy_weight - 1) log K.
 
     Raises:
         ValueError: shapes differ, or the grid is not larger than ``radius``.
@@ -58,10 +58,11 @@ def mutual_information_loss(
     )
     joints_SKK = mean_over_workers(joints_SKK)
     joints_SKK = joints_SKK + joints_SKK.transpose(1, 2)
-    total_S11 = joints_SKK.sum((1, 2), keepdim=True)
-    if not bool((total_S11 > 0).all()):
+    total_S = joints_SKK.sum((1, 2))
+    met_S = total_S > 0
+    if not bool(met_S.any()):
         return joints_SKK.sum() * 0.0
-    joints_SKK = (joints_SKK / total_S11).clamp(min=_EPS)
+    joints_SKK = (joints_SKK[met_S] / total_S[met_S].view(-1, 1, 1)).clamp(min=_EPS)
     marginal_SK = joints_SKK.sum(2)
     log_marginals_SKK = marginal_SK.log().unsqueeze(2) + marginal_SK.log().unsqueeze(1)
     information_S = (joints_SKK * (joints_SKK.log() - entropy_weight * log_marginals_SKK)).sum((1, 2))

@@ -48,29 +48,54 @@ def load(cls: type[ViLSeg], source: str) -> ViLSeg:
     """Read a model folder; see :meth:`ViLSeg.from_pretrained`."""
     with ExitStack() as stack:
         folder = _folder(source, stack)
-        if not (folder / _CONFIG).is_file():
-            raise ModelError(f"{source} is not a model folder: it has no {_CONFIG}")
-        try:
-            tree = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
-            config = ModelConfig.model_validate(tree["model"])
-            segmentation = SegmentationConfig.model_validate(tree["segmentation"])
-        except (ValueError, KeyError, TypeError, ValidationError) as error:
-            raise ModelError(
-                f"{source} is not a vilseg model folder: its {_CONFIG} has no vilseg model ({first_line(error)})"
-            ) from error
+        tree, config, segmentation = _read_config(folder, source)
         try:
             weights = load_file(folder / _WEIGHTS)
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"the model folder {source} is damaged: {_WEIGHTS}: {first_line(error)}") from error
+        try:
             tokenizer = AutoTokenizer.from_pretrained(folder)
-        except (OSError, ValueError, SafetensorError) as error:
-            raise ModelError(f"the model folder {source} is damaged: {first_line(error)}") from error
+        except (OSError, ValueError) as error:
+            raise ModelError(f"the model folder {source} is damaged: its tokenizer: {first_line(error)}") from error
         image_encoder = build_image_encoder(config.image_encoder, hf_config=tree["image_encoder"])
         text_encoder = build_text_encoder(config.text_encoder, tokenizer=tokenizer, hf_config=tree["text_encoder"])
         model = cls(config, image_encoder, text_encoder, segmentation=segmentation)
         try:
             model.load_state_dict(weights)
         except RuntimeError as error:
-            raise ModelError(f"the weights in {source} do not fit its {_CONFIG}: {first_line(error)}") from error
+            # Torch's first line is a heading; the names are in the next.
+            names = " ".join(str(error).split("\n")[1].split())[:200]
+            raise ModelError(f"the weights in {source} do not fit its {_CONFIG}: {names}") from error
     return model.eval()
+
+
+def read_settings(source: str) -> SegmentationConfig:
+    """The inference settings that a model carries, without its weights.
+
+    Raises:
+        ModelError: no model folder.
+    """
+    if storage.exists(source):
+        return _read_config(source, source)[2]
+    with ExitStack() as stack:
+        return _read_config(str(_folder(source, stack)), source)[2]
+
+
+def _read_config(folder: str | Path, source: str) -> tuple[dict[str, Any], ModelConfig, SegmentationConfig]:
+    uri = storage.join(str(folder), _CONFIG)
+    if not storage.exists(uri):
+        raise ModelError(f"{source} is not a model folder: it has no {_CONFIG}")
+    try:
+        tree = json.loads(storage.read_text(uri))
+        if tree["format"] != FORMAT:
+            raise ModelError(f"{source} is a model folder of format {tree['format']}; this vilseg reads format {FORMAT}")
+        if not {"image_encoder", "text_encoder"} <= tree.keys():
+            raise KeyError("image_encoder, text_encoder")
+        return tree, ModelConfig.model_validate(tree["model"]), SegmentationConfig.model_validate(tree["segmentation"])
+    except (ValueError, KeyError, TypeError, ValidationError) as error:
+        raise ModelError(
+            f"{source} is not a vilseg model folder: its {_CONFIG} has no vilseg model ({first_line(error)})"
+        ) from error
 
 
 def _folder(source: str, stack: ExitStack) -> Path:

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 
 from vilseg.config import TextEncoderConfig
-from vilseg.errors import ConfigError, ModelError
-from vilseg.model.image_encoder import first_line
+from vilseg.errors import ModelError
+from vilseg.model.image_encoder import first_line, model_from_config
 from vilseg.text.tokenizer import FixedTokenizer
 
 
@@ -43,12 +43,11 @@ class TextEncoder(nn.Module):
 
     def trim(self, tokens_BT: Tensor) -> Tensor:
         """Cut the padding that no row needs. Shape: (B, T) -> (B, longest)."""
-        longest = int((tokens_BT != self.tokenizer.pad_token_id).sum(1).max())
-        return tokens_BT[:, : max(1, longest)]
+        return tokens_BT[:, : int(self._real(tokens_BT).sum(1).max())]
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         """Shape: (B, T) -> (B, F)."""
-        mask_BT = tokens_BT != self.tokenizer.pad_token_id
+        mask_BT = self._real(tokens_BT)
         output = self.model(input_ids=tokens_BT, attention_mask=mask_BT.long())
         if self.pooling == "pooler":
             return output.pooler_output
@@ -57,6 +56,15 @@ class TextEncoder(nn.Module):
             return hidden_BTF[:, 0]
         weights_BT1 = mask_BT.unsqueeze(-1).to(hidden_BTF.dtype)
         return (hidden_BTF * weights_BT1).sum(1) / weights_BT1.sum(1)
+
+    def _real(self, tokens_BT: Tensor) -> Tensor:
+        """Which tokens are no padding. Shape: (B, T) -> same, bool."""
+        padding_BT = tokens_BT == self.tokenizer.pad_token_id
+        if self.tokenizer.eos_token_id == self.tokenizer.pad_token_id:
+            # CLIP pads with the token that ends a text; the first one is the text's own, and CLIP's embedding sits there.
+            padding_BT &= padding_BT.cumsum(1) > 1
+        padding_BT[:, 0] = False  # a text without a known character would be a mean over nothing
+        return ~padding_BT
 
 
 def build_text_encoder(
@@ -73,7 +81,7 @@ def build_text_encoder(
         hf_config: as for the image encoder.
 
     Raises:
-        ConfigError: unknown architecture.
+        ConfigError: unknown architecture, or sizes that do not fit it.
         ModelError: the checkpoint or its tokenizer cannot be loaded.
     """
     if hf_config is None and config.checkpoint:
@@ -93,9 +101,5 @@ def build_text_encoder(
             "pad_token_id": tokenizer.pad_token_id,
         }
         model_type = values.get("model_type", config.architecture)
-        try:
-            hf = AutoConfig.for_model(model_type, **{k: v for k, v in values.items() if k != "model_type"})
-        except ValueError as error:
-            raise ConfigError(f"model.text_encoder.architecture '{model_type}' is no model type of transformers") from error
-        model = AutoModel.from_config(hf)
+        model = model_from_config(model_type, values, key="model.text_encoder")
     return TextEncoder(model, tokenizer, pooling=config.pooling, max_tokens=config.max_tokens)

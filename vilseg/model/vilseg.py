@@ -36,6 +36,11 @@ class ViLSeg(nn.Module):
     Make one with :meth:`from_config` or :meth:`from_pretrained`.
     """
 
+    caption_mean: Tensor
+    patch_mean: Tensor
+    patch_covariance: Tensor
+    recorded_steps: Tensor
+
     def __init__(
         self,
         config: ModelConfig,
@@ -61,6 +66,11 @@ class ViLSeg(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / temperature)))
         self.register_buffer("caption_mean", torch.zeros(self.embedding_dim))
         """Mean embedding of the captions seen in training; see ``SegmentationConfig.center_text``."""
+        self.register_buffer("patch_mean", torch.zeros(self.embedding_dim))
+        self.register_buffer("patch_covariance", torch.eye(self.embedding_dim) / self.embedding_dim)
+        """Mean and covariance of the patch embeddings; until training records them, unit vectors of all directions."""
+        self.register_buffer("recorded_steps", torch.zeros((), dtype=torch.long))
+        """Steps whose captions and patches are in the three statistics above."""
         if config.image_encoder.frozen:
             image_encoder.requires_grad_(False)
         if config.text_encoder.frozen:
@@ -133,12 +143,16 @@ class ViLSeg(nn.Module):
 
     def embed(self, features: ImageFeatures) -> ImageEmbeddings:
         """Bring features into the text space."""
-        pooled_BF = features.patches.mean(1) if features.pooled is None else features.pooled
         return ImageEmbeddings(
-            F.normalize(self.image_projection(pooled_BF), dim=-1),
+            self.embed_pooled(features),
             F.normalize(self.image_projection(features.patches), dim=-1),
             features.grid,
         )
+
+    def embed_pooled(self, features: ImageFeatures) -> Tensor:
+        """Bring the images as wholes into the text space. Shape: -> (B, D), unit length."""
+        pooled_BF = features.patches.mean(1) if features.pooled is None else features.pooled
+        return F.normalize(self.image_projection(pooled_BF), dim=-1)
 
     def cluster_logits(self, features: ImageFeatures) -> Tensor:
         """What the head thinks of every patch. Shape: -> (B, N, K)."""

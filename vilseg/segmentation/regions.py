@@ -1,6 +1,23 @@
-"""From patch embeddings and cluster assignments to a score for every class at every patch (ViL-Seg, section 3.5)."""
+"""From patch embeddings and cluster assignments to a score for every class at every patch (ViL-Seg, section 3.5).
+
+With the unit embeddings p_n of an image's patches, their soft assignments a_nk to K clusters, the unit embedding g of their
+mean, and the unit embeddings t_c of the classes:
+
+    region         r_k  = norm(sum_n a_nk p_n)
+    image mix m    r'_k = norm((1 - m) r_k + m g),   p'_n = norm((1 - m) p_n + m g)
+    blend w        s_nc = w sum_k a_nk <r'_k, t_c> + (1 - w) <p'_n, t_c>
+    calibration q  s'_nc = (s_nc - q mu_c) (mean_c' sigma_c' / sigma_c)^q
+
+where mu_c = <mean p, t_c> and sigma_c^2 = t_c^T cov(p) t_c are the mean and the variance that the cosine with class c has over
+the patches of the training pictures. Some names lie near everything ("person"), some near nothing; q = 1 judges each by what
+is usual for it, q = 0 takes the cosines as they are. The class ``background`` is what other words name better:
+
+    s'_background = max_b s'_nb + bias   over the background words b (without such words, over the word background alone).
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -9,33 +26,86 @@ from torch import Tensor
 from vilseg.config import SegmentationConfig
 from vilseg.model import ImageEmbeddings
 
+_EPS = 1e-6
+"""Keeps a class whose cosine never varies from dividing by zero; a spread that matters is above 1e-3."""
+
+
+@dataclass(frozen=True, eq=False)
+class ClassTexts:
+    """What patches are compared with: class names, and after them the background words."""
+
+    embeddings_TD: Tensor
+    """(T, D) unit length; rows 0..C-1 are the classes, the rest are background words."""
+    classes: int
+    background: int | None
+    """Index of the class ``background``, which takes the scores of the background words; None where there is none."""
+    offset_T: Tensor
+    """(T,) q mu, subtracted from the cosines."""
+    gain_T: Tensor
+    """(T,) what the difference is multiplied with."""
+
+
+def calibrate(
+    embeddings_TD: Tensor,
+    mean_D: Tensor,
+    covariance_DD: Tensor,
+    strength: float,
+    *,
+    classes: int,
+    background: int | None,
+) -> ClassTexts:
+    """Texts with the calibration that the statistics of patch embeddings give them; see the module for the formula.
+
+    Args:
+        embeddings_TD: classes, then background words, unit length. Shape: (T, D).
+        mean_D: mean of unit-length patch embeddings. Shape: (D,).
+        covariance_DD: their covariance. Shape: (D, D).
+        strength: q in 0..1.
+        classes: how many of the texts are classes.
+        background: index of the class ``background``, or None.
+    """
+    deviation_T = ((embeddings_TD @ covariance_DD) * embeddings_TD).sum(1).clamp(min=0).sqrt().clamp(min=_EPS)
+    gain_T = (deviation_T.mean() / deviation_T) ** strength
+    return ClassTexts(embeddings_TD, classes, background, strength * (embeddings_TD @ mean_D), gain_T)
+
 
 def class_similarities(
-    embeddings: ImageEmbeddings, assignments_BNK: Tensor, texts_CD: Tensor, config: SegmentationConfig
+    embeddings: ImageEmbeddings, assignments_BNK: Tensor, texts: ClassTexts, config: SegmentationConfig
 ) -> Tensor:
-    """How well every class fits every patch, through the region that the patch belongs to.
-
-    A region's embedding is the mean of its patches weighted by their soft assignment, mixed with the image's own; a patch
-    takes over the similarities of its regions in proportion, blended with those of its own embedding.
+    """How well every class fits every patch, through the region that the patch belongs to; see the module for the formula.
 
     Args:
         embeddings: of B images, unit length.
         assignments_BNK: soft assignments, summing to 1 over K. Shape: (B, N, K).
-        texts_CD: class embeddings, unit length. Shape: (C, D).
-        config: region_weight and image_mix.
+        texts: classes and background words.
+        config: region_weight, image_mix and background_bias.
 
     Returns:
-        Cosine similarities. Shape: (B, C, h, w).
+        Cosine similarities, calibrated if ``texts`` are. Shape: (B, C, h, w).
     """
     patches_BND = embeddings.patches
-    own_BNC = patches_BND @ texts_CD.T
-    if config.region_weight == 0:
-        similarity_BNC = own_BNC
-    else:
+    whole_B1D = F.normalize(patches_BND.mean(1, keepdim=True), dim=-1)
+    texts_DT = texts.embeddings_TD.T
+    similarity_BNT = patches_BND.new_zeros(1)
+    if config.region_weight > 0:
         regions_BKD = F.normalize(assignments_BNK.transpose(1, 2) @ patches_BND, dim=-1)
-        if config.image_mix:
-            whole_B1D = F.normalize(patches_BND.mean(1, keepdim=True), dim=-1)
-            regions_BKD = F.normalize(torch.lerp(regions_BKD, whole_B1D.expand_as(regions_BKD), config.image_mix), dim=-1)
-        similarity_BNC = assignments_BNK @ (regions_BKD @ texts_CD.T)
-        similarity_BNC = torch.lerp(own_BNC, similarity_BNC, config.region_weight)
+        similarity_BNT = config.region_weight * (
+            assignments_BNK @ (_mix(regions_BKD, whole_B1D, config.image_mix) @ texts_DT)
+        )
+    if config.region_weight < 1:
+        own_BNT = _mix(patches_BND, whole_B1D, config.image_mix) @ texts_DT
+        similarity_BNT = similarity_BNT + (1 - config.region_weight) * own_BNT
+    similarity_BNT = (similarity_BNT - texts.offset_T) * texts.gain_T
+    similarity_BNC = similarity_BNT[:, :, : texts.classes]
+    if texts.background is not None:
+        words_BNb = similarity_BNT[:, :, texts.classes :]
+        best_BN = words_BNb.amax(2) if words_BNb.shape[2] else similarity_BNC[:, :, texts.background]
+        similarity_BNC = similarity_BNC.clone()
+        similarity_BNC[:, :, texts.background] = best_BN + config.background_bias
     return similarity_BNC.transpose(1, 2).unflatten(2, embeddings.grid)
+
+
+def _mix(embeddings_BRD: Tensor, whole_B1D: Tensor, share: float) -> Tensor:
+    if share == 0:
+        return embeddings_BRD
+    return F.normalize(torch.lerp(embeddings_BRD, whole_B1D.expand_as(embeddings_BRD), share), dim=-1)

@@ -16,12 +16,15 @@ from vilseg.data.decode import decode_image
 from vilseg.device import best_device, has_bfloat16_units
 from vilseg.errors import DataError
 from vilseg.model import ViLSeg
-from vilseg.segmentation.regions import class_similarities
+from vilseg.segmentation.regions import ClassTexts, calibrate, class_similarities
 from vilseg.segmentation.result import Segmentation, label_dtype
 from vilseg.text.vocabulary import Vocabulary
 
 _STRIP_VALUES = 1 << 24
 """Class scores held at full resolution at once; bounds the memory for large pictures and many classes (64 MB)."""
+
+_COCO_MARKS = ("-merged", "-other", "-stuff")
+"""What COCO's panoptic class names say of how the classes were made, not of what they show."""
 
 ImageLike = Image.Image | np.ndarray | str | Path
 
@@ -45,7 +48,7 @@ class Segmenter:
         self.device = torch.device(device) if device else best_device()
         self.model = model.to(self.device).eval()
         self.config = model.segmentation
-        self._texts_CD = self._class_embeddings()
+        self._texts = self._class_texts()
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -86,18 +89,31 @@ class Segmenter:
         )
         embeddings = self.model.embed(features)
         assignments_BNK = self.model.cluster_logits(features).softmax(-1)
-        similarity_BChw = class_similarities(embeddings, assignments_BNK, self._texts_CD, self.config)
+        similarity_BChw = class_similarities(embeddings, assignments_BNK, self._texts, self.config)
         return similarity_BChw, assignments_BNK.transpose(1, 2).unflatten(2, features.grid)
 
     @torch.inference_mode()
-    def _class_embeddings(self) -> Tensor:
-        """Unit-length class embeddings, the mean over prompts. Shape: -> (C, D)."""
-        texts = [prompt.format(name) for name in self.classes for prompt in self.config.prompts]
+    def _class_texts(self) -> ClassTexts:
+        """Class names and background words as the model sees them; each the mean over the prompts."""
+        names = [spoken(name) for name in self.classes]
+        background = self.vocabulary.background
+        words: list[str] = []
+        if background is not None:
+            asked_for = {name.casefold() for name in names}
+            words = [word for word in self.config.background_words if spoken(word).casefold() not in asked_for]
+        texts = [prompt.format(name) for name in [*names, *words] for prompt in self.config.prompts]
         embedded = torch.cat([self.model.encode_text(texts[i : i + 256]) for i in range(0, len(texts), 256)])
-        mean_CD = embedded.unflatten(0, (len(self.classes), -1)).mean(1)
+        mean_TD = embedded.unflatten(0, (-1, len(self.config.prompts))).mean(1)
         if self.config.center_text:
-            mean_CD = mean_CD - self.model.caption_mean
-        return F.normalize(mean_CD, dim=-1)
+            mean_TD = mean_TD - self.model.caption_mean
+        return calibrate(
+            F.normalize(mean_TD, dim=-1),
+            self.model.patch_mean,
+            self.model.patch_covariance,
+            self.config.calibration,
+            classes=len(names),
+            background=background,
+        )
 
     def _model_size(self, image: np.ndarray) -> tuple[int, int]:
         """(H, W) that the model sees: shorter side ``input_size``, both multiples of the patch, the longer side bounded."""
@@ -124,6 +140,13 @@ class Segmenter:
             scores[top:bottom] = best.cpu().numpy()
             clusters[top:bottom] = _resample(clusters_Khw, (height, width), top, bottom).argmax(0).cpu().numpy()
         return Segmentation(labels=labels, classes=self.classes, scores=scores, clusters=clusters, image=image)
+
+
+def spoken(name: str) -> str:
+    """A class name as a caption would have it: ``wall-other-merged`` (COCO panoptic) is a wall, ``tv_monitor`` a tv monitor."""
+    for mark in _COCO_MARKS:
+        name = name.replace(mark, "")
+    return name.replace("-", " ").replace("_", " ").strip() or name
 
 
 @torch.inference_mode()

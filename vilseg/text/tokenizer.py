@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -17,7 +17,11 @@ _SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "s
 
 
 def train_tokenizer(captions: Iterable[str], vocabulary_size: int) -> PreTrainedTokenizerBase:
-    """Train an uncased BERT-like WordPiece tokenizer (Devlin et al. 2019, section 3) of at most ``vocabulary_size`` pieces."""
+    """Train an uncased WordPiece tokenizer (Devlin et al. 2019, section 3) of at most ``vocabulary_size`` pieces.
+
+    It adds no class and separator token: texts are pooled by the mean of their tokens, and two tokens that every text
+    shares would make the texts of single nouns nearly equal at the start.
+    """
     from transformers import PreTrainedTokenizerFast  # slow to import; readers of captions do without
 
     tokenizer = Tokenizer(models.WordPiece(unk_token=_SPECIAL["unk_token"]))
@@ -28,11 +32,6 @@ def train_tokenizer(captions: Iterable[str], vocabulary_size: int) -> PreTrained
         vocab_size=vocabulary_size, special_tokens=list(_SPECIAL.values()), show_progress=False
     )
     tokenizer.train_from_iterator(captions, trainer)
-    first, last = _SPECIAL["cls_token"], _SPECIAL["sep_token"]
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{first} $A {last}",
-        special_tokens=[(token, tokenizer.token_to_id(token)) for token in (first, last)],
-    )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **_SPECIAL)
 
 

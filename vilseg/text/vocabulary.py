@@ -45,8 +45,10 @@ class Vocabulary:
         return self.classes.index(BACKGROUND) if BACKGROUND in self.classes else None
 
     @classmethod
-    def of(cls, classes: Vocabulary | Iterable[str]) -> Vocabulary:
-        """A vocabulary from names, or the vocabulary itself."""
+    def of(cls, classes: Vocabulary | Iterable[str] | str) -> Vocabulary:
+        """A vocabulary from names, the vocabulary itself, or one from text as :meth:`parse` reads it."""
+        if isinstance(classes, str):
+            return cls.parse(classes)
         return classes if isinstance(classes, Vocabulary) else cls(tuple(name.strip() for name in classes))
 
     @classmethod
@@ -57,10 +59,12 @@ class Vocabulary:
             DataError: not a class list; see the class for what is checked.
             StorageError: the file cannot be read.
         """
-        if storage.exists(spec):
+        # No file name is longer than 255 bytes, but a list of names soon is.
+        may_be_file = bool(spec.strip()) and max(map(len, spec.encode().split(b"/"))) <= 255
+        if may_be_file and storage.exists(spec):
             if storage.is_folder(spec):
                 raise DataError(f"{spec} is a folder; give a text file with one class name a line, or names as 'cat,sofa'")
             return cls.of(line for line in storage.read_text(spec).splitlines() if line.strip())
-        if "/" in spec or spec.endswith((".txt", ".yaml", ".yml")):
+        if (may_be_file and "/" in spec) or spec.endswith((".txt", ".yaml", ".yml")):
             raise DataError(f"the class list {spec} does not exist; give a text file with one name a line, or names as 'cat,sofa'")
         return cls.of(name for name in spec.split(",") if name.strip())

@@ -19,6 +19,10 @@ from vilseg.model import ImageEmbeddings, ImageFeatures, ViLSeg
 
 _DROPOUT_DRAW = 1_000
 """Random numbers for feature dropout are drawn far from those of the views."""
+_MEMORY = 100
+"""Steps that the running statistics look back on."""
+_RECORDED_PATCHES = 1024
+"""Patches a worker and step whose embeddings enter the statistics: enough for them, and cheap beside the step itself."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class TensorBatch:
             torch.tensor(array).to(device, non_blocking=True)
             for array in (batch.images, batch.tokens, batch.phrases, batch.seeds)
         )
-        return cls(images, tokens.long(), phrases.long(), seeds, batch.keys)
+        return cls(images, tokens if tokens.is_floating_point() else tokens.long(), phrases.long(), seeds, batch.keys)
 
 
 class Objective(nn.Module):
@@ -97,8 +101,8 @@ class Objective(nn.Module):
         """
         with self._autocast(batch):
             global_features, local_features, geometry = self._see(batch)
-            caption_features = self.model.text_features(self.model.text_encoder.trim(batch.tokens))
-        embeddings = self.model.embed(global_features[0])
+            caption_features = self._caption_features(batch)
+        embeddings = self._embed(global_features[0])
         texts_BD = self.model.embed_text(caption_features.float())
         losses: dict[str, Tensor] = {}
         if self.config.cross_modal.weight:
@@ -110,7 +114,7 @@ class Objective(nn.Module):
         if self.config.vision.weight:
             losses["vision"] = self._vision(batch, global_features, local_features)
         if self.training:
-            self._remember_captions(texts_BD)
+            self._record(texts_BD)
         total = torch.stack([getattr(self.config, name).weight * value for name, value in losses.items()]).sum()
         return {"loss": total, **{f"loss/{name}": value.detach() for name, value in losses.items()}}
 
@@ -139,6 +143,7 @@ class Objective(nn.Module):
         count = 2 if self.config.mutual_information.weight or self.config.vision.weight else 1
         if batch.images.dtype != torch.uint8:  # cached patch features: views differ by dropout alone
             features = _cached_features(batch.images)
+            self._undropped_BNF = features.patches
             return [self._drop(features, batch.seeds, number) for number in range(count)], [], None
         wanted = {"global_crops": count, "local_crops": self.views.local_crops if self.config.vision.weight else 0}
         views = make_views(batch.images, batch.seeds, self.views.model_copy(update=wanted))
@@ -146,6 +151,7 @@ class Objective(nn.Module):
         self._global_views = views.global_GB3HW
         seen = [_float32(self.model.image_features(view)) for view in views.global_GB3HW]
         local = [_float32(self.model.image_features(view)) for view in views.local_LB3HW]
+        self._undropped_BNF = seen[0].patches
         return [self._drop(f, batch.seeds, number) for number, f in enumerate(seen)], local, views.geometry_GB23
 
     def _drop(self, features: ImageFeatures, seeds_B: Tensor, number: int) -> ImageFeatures:
@@ -157,6 +163,18 @@ class Objective(nn.Module):
         keep_BF = (random_BF >= share).to(features.patches.dtype) / (1 - share)
         pooled = None if features.pooled is None else features.pooled * keep_BF
         return features._replace(patches=features.patches * keep_BF.unsqueeze(1), pooled=pooled)
+
+    def _caption_features(self, batch: TensorBatch) -> Tensor:
+        if batch.tokens.is_floating_point():  # cached
+            return batch.tokens
+        return self.model.text_features(self.model.text_encoder.trim(batch.tokens))
+
+    def _embed(self, features: ImageFeatures) -> ImageEmbeddings:
+        """Embeddings of the images, and of their patches if a loss looks at them: these are most of the work."""
+        if self.config.nouns.weight or self.config.cross_modal.patch_share:
+            return self.model.embed(features)
+        pooled_BD = self.model.embed_pooled(features)
+        return ImageEmbeddings(pooled_BD, pooled_BD.new_empty((len(pooled_BD), 0, pooled_BD.shape[1])), features.grid)
 
     def _cross_modal(self, embeddings: ImageEmbeddings, texts_BD: Tensor) -> Tensor:
         config, scale = self.config.cross_modal, self.model.scale
@@ -221,9 +239,23 @@ class Objective(nn.Module):
         return loss
 
     @torch.no_grad()
-    def _remember_captions(self, texts_BD: Tensor) -> None:
-        """Keep a running mean of caption embeddings, over all workers, for centring at inference."""
-        self.model.caption_mean.lerp_(mean_over_workers(texts_BD.mean(0)), 0.01)
+    def _record(self, texts_BD: Tensor) -> None:
+        """Keep running statistics of caption and patch embeddings over all workers; inference centres and calibrates by them.
+
+        Each is the mean over all steps so far, and from the ``_MEMORY``-th on one that forgets: embeddings move as they learn.
+        """
+        model = self.model
+        model.recorded_steps += 1
+        share = max(1 / _MEMORY, 1 / int(model.recorded_steps))
+        model.caption_mean.lerp_(mean_over_workers(texts_BD.mean(0)), share)
+        patches_RF = self._undropped_BNF.flatten(0, 1)
+        patches_RF = patches_RF[:: max(1, len(patches_RF) // _RECORDED_PATCHES)]
+        patches_RD = F.normalize(model.image_projection(patches_RF), dim=-1)
+        mean_D = mean_over_workers(patches_RD.mean(0))
+        deviation_RD = patches_RD - mean_D
+        covariance_DD = mean_over_workers(deviation_RD.T @ deviation_RD / len(deviation_RD))
+        model.patch_mean.lerp_(mean_D, share)
+        model.patch_covariance.lerp_(covariance_DD, share)
 
 
 class ProjectionHead(nn.Module):

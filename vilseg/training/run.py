@@ -13,6 +13,7 @@ import torch
 
 from vilseg import storage
 from vilseg.config import RunConfig
+from vilseg.data.pairs import Shard, list_shards
 from vilseg.data.stream import index_shards, sample_pairs
 from vilseg.errors import ConfigError, DataError, StorageError, UserError
 from vilseg.model import ViLSeg
@@ -43,7 +44,11 @@ def open_folder(config: RunConfig, *, resume: bool) -> RunFolder:
 
 
 def prepare(
-    config: RunConfig, folder: RunFolder, *, count: Callable[[list[str]], list[int]] | None = None
+    config: RunConfig,
+    folder: RunFolder,
+    *,
+    count: Callable[[list[str]], list[int]] | None = None,
+    cache: str | None = None,
 ) -> Prepared:
     """Look at the pairs, make the initial model, and write both into the run's folder.
 
@@ -51,18 +56,18 @@ def prepare(
         config: the run's; ``data.source`` must be set.
         folder: where to write.
         count: counts the pairs of many shards at once; see :func:`index_shards`.
+        cache: shards of a feature cache made from ``data.source``, to train on in its place.
 
     Raises:
         ConfigError: no ``data.source``.
         DataError: no shards, or no readable pair in them.
         ModelError: a checkpoint cannot be loaded.
     """
-    source = config.data.feature_cache or config.data.source
-    if not source:
-        raise ConfigError("data.source is not set; give the URI of pair shards, for example data.source=s3://bucket/pairs")
-    storage.require_bucket(source)
-    shards = index_shards(storage.absolute(source), count)
-    pairs, bad = sample_pairs(shards, config.data.columns, _SAMPLE_PAIRS)
+    source = require_source(config)
+    shards = index_shards(cache or storage.absolute(source), count)
+    # Captions are the same in the cache, but pictures are smaller than features.
+    read = [Shard(entry.uri, 0) for entry in list_shards(source)] if cache else shards
+    pairs, bad = sample_pairs(read, config.data.columns, _SAMPLE_PAIRS)
     if not pairs:
         reason = f"; the first, {bad[0].key}, failed because {bad[0].reason}" if bad else ""
         raise DataError(f"no readable pair at {source}{reason}")
@@ -85,6 +90,19 @@ def prepare(
     storage.write_text(folder.prepared, prepared.to_json())
     storage.write_text(folder.config, config.to_yaml())
     return prepared
+
+
+def require_source(config: RunConfig) -> str:
+    """``data.source``, in a bucket that exists.
+
+    Raises:
+        ConfigError: it is not set.
+        StorageError: there is no such bucket.
+    """
+    if not config.data.source:
+        raise ConfigError("data.source is not set; give the URI of pair shards, for example data.source=s3://bucket/pairs")
+    storage.require_bucket(config.data.source)
+    return config.data.source
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:

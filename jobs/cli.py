@@ -1,0 +1,326 @@
+"""The ``vilseg`` command. Every verb is a thin layer over a job's ``main``; heavy imports wait until a verb needs them."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import click
+import typer
+
+from vilseg.config import RunConfig, SegmentationConfig
+from vilseg.errors import ConfigError, UserError
+
+app = typer.Typer(
+    help="Open-vocabulary segmentation trained from image-caption pairs.", no_args_is_help=True, add_completion=False
+)
+store_app = typer.Typer(help="The embedded S3 server (SeaweedFS) on this machine.", no_args_is_help=True)
+app.add_typer(store_app, name="store")
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
+Address = Annotated[Optional[str], typer.Option(help="Ray cluster: auto or ray://…; a local one is started without it.")]
+Overrides = Annotated[Optional[list[str]], typer.Argument(help="Configuration keys as key.sub=value.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with what an earlier call left.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
+StoreFolder = Annotated[Path, typer.Option("--dir", help="Folder that the store keeps everything in.")]
+
+
+def main() -> None:
+    """Entry point: 0 done, 2 the input is wrong, 1 the run failed, 130 interrupted; never a bare traceback."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run a verb and return its exit code."""
+    try:
+        outcome = app(list(arguments), standalone_mode=False, prog_name="vilseg")
+        return outcome if isinstance(outcome, int) else 0
+    except click.exceptions.Exit as error:
+        return error.exit_code
+    except click.ClickException as error:
+        error.show()
+        return 2
+    except UserError as error:
+        print(f"vilseg: {error}", file=sys.stderr)
+        return 2
+    except (KeyboardInterrupt, click.Abort):
+        print("vilseg: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:  # noqa: BLE001  (the last line of defence: a sentence and a log instead of a traceback)
+        return _failed(error)
+
+
+def _failed(error: Exception) -> int:
+    from jobs.session import user_error_in
+
+    mistake = user_error_in(error)
+    if mistake is not None:
+        print(f"vilseg: {mistake}", file=sys.stderr)
+        return 2
+    with tempfile.NamedTemporaryFile("w", prefix="vilseg-", suffix=".log", delete=False) as log:
+        traceback.print_exception(error, file=log)
+    last = str(error).strip().splitlines()[-1:] or [""]
+    print(f"vilseg: the run failed: {type(error).__name__}: {last[0]}; the log is {log.name}", file=sys.stderr)
+    return 1
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the report and the store.")] = Path("runs/demo"),
+    quick: Annotated[bool, typer.Option("--quick", help="A minute's worth: shows that all parts run.")] = False,
+    json: Json = False,
+) -> None:
+    """The main job end to end on the embedded default.
+
+    Starts an object store, writes captioned scenes, trains with two workers, segments unseen images, measures and reports.
+
+    Example: vilseg demo --out runs/demo
+    """
+    from jobs import console
+    from jobs import demo as job
+
+    summary = job.main(out, quick=quick)
+    text = (
+        f"mIoU {summary['miou']:.3f} (untrained {summary['miou_untrained']:.3f})\n"
+        f"model   {summary['model_uri']}\nreport  {out / 'report.html'}"
+    )
+    console.result(summary, as_json=json, text=text)
+
+
+@app.command()
+def ingest(
+    places: Annotated[list[str], typer.Argument(metavar="SOURCE… DEST", help="Where pairs come from, and where to.")],
+    shard_pairs: Annotated[int, typer.Option(help="Pairs a shard.")] = 1000,
+    max_bad_share: Annotated[float, typer.Option(help="Stop when more than this share cannot be read.")] = 0.05,
+    limit: Annotated[Optional[int], typer.Option(help="Stop after so many pairs.")] = None,
+    check: Annotated[bool, typer.Option("--check/--no-check", help="Decode every picture once.")] = True,
+    overwrite: Overwrite = False,
+    address: Address = None,
+    json: Json = False,
+) -> None:
+    """Turn folders, CSV, JSONL, COCO captions, img2dataset output or Parquet into pair shards.
+
+    Example: vilseg ingest photos/captions.csv s3://bucket/pairs
+    """
+    from jobs import console
+    from jobs import ingest as job
+    from jobs.session import ray_session
+
+    if len(places) < 2:
+        raise UserError("ingest needs at least one SOURCE and a DEST")
+    *sources, dest = places
+    with console.progress_bar("ingest") as bar, ray_session(address) as session:
+
+        def progress(done: int, total: int, bad: int) -> None:
+            bar.update(bar.task_ids[0], completed=done, total=total, note=f"{bad} bad" if bad else "")
+
+        done = job.main(
+            sources,
+            dest,
+            session,
+            shard_pairs=shard_pairs,
+            overwrite=overwrite,
+            max_bad_share=max_bad_share,
+            check=check,
+            limit=limit,
+            progress=progress,
+        )
+    for note in done.passed_over:
+        console.say(f"passed over: {note}")
+    value = {"pairs": done.pairs, "bad": done.bad, "shards": done.shards, "uri": done.uri}
+    console.result(value, as_json=json, text=f"{done.pairs} pairs in {done.shards} shards at {done.uri}, {done.bad} bad")
+
+
+@app.command()
+def train(
+    config: Annotated[str, typer.Option(help="Configuration file (YAML).")],
+    overrides: Overrides = None,
+    name: Annotated[Optional[str], typer.Option(help="Name of the run.")] = None,
+    resume: Resume = False,
+    address: Address = None,
+    json: Json = False,
+) -> int:
+    """Train from pair shards; prints the URI of the model.
+
+    Example: vilseg train --config configs/demo.yaml --name first data.source=s3://bucket/pairs trainer.workers=2
+    """
+    from jobs import console
+    from jobs.session import ray_session
+
+    settings = RunConfig.load(config, [*(overrides or []), *([f"name={name}"] if name else [])])
+    if resume and not settings.name:
+        raise ConfigError("--resume needs the run's --name")
+    with ray_session(address) as session:
+        session.worker_resources(settings.trainer.workers)
+        from jobs import train as job
+
+        done = job.main(settings, session, resume=resume, progress=console.TrainingProgress(settings.trainer.steps))
+    if done.stopped:
+        console.say(f"stopped after step {done.metrics.get('step', 0):.0f}; go on with --resume --name {storage_name(done)}")
+        return 130
+    console.result({"model": done.folder.model, **done.metrics}, as_json=json, text=done.folder.model)
+    return 0
+
+
+def storage_name(outcome: Any) -> str:  # noqa: ANN401  (an Outcome, whose module is slow to import)
+    """The name of a run."""
+    return outcome.folder.uri.rstrip("/").rpartition("/")[2]
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Option(help="URI of a model folder.")],
+    dataset: Annotated[str, typer.Option(help="KIND:URI, for example folder:data/val.")],
+    overrides: Overrides = None,
+    classes: Annotated[Optional[str], typer.Option(help="Other names for the dataset's classes, in its order.")] = None,
+    out: Annotated[Optional[str], typer.Option(help="Folder for report.html and evaluation.json.")] = None,
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Measure mIoU on images with masks.
+
+    Example: vilseg evaluate --model runs/first/model --dataset folder:data/val --out runs/first/val
+    """
+    from jobs import console
+    from jobs import evaluate as job
+    from vilseg.text.vocabulary import Vocabulary
+
+    with console.progress_bar("evaluate") as bar:
+        done = job.main(
+            model,
+            dataset,
+            classes=Vocabulary.parse(classes) if classes else None,
+            out=out,
+            overwrite=overwrite,
+            settings=_segmentation_overrides(overrides),
+            progress=lambda done, total: bar.update(bar.task_ids[0], completed=done, total=total),
+            command="vilseg " + " ".join(sys.argv[1:]),
+        )
+    per_class = "\n".join(f"  {name:24} {value:.3f}" for name, value in done.per_class.items())
+    text = f"mIoU {done.miou:.4f}  pixel accuracy {done.pixel_accuracy:.4f}  images {done.images}\n{per_class}"
+    console.result(done.to_dict(), as_json=json, text=text)
+
+
+@app.command()
+def segment(
+    inputs: Annotated[list[str], typer.Argument(metavar="INPUT… [KEY=VALUE…]", help="Folders, s3:// prefixes, pictures.")],
+    model: Annotated[str, typer.Option(help="URI of a model folder.")],
+    classes: Annotated[str, typer.Option(help='Text file with a name a line, or "a,b,c".')],
+    out: Annotated[str, typer.Option(help="Folder or s3:// URI for the results.")],
+    format: Annotated[str, typer.Option(help="What to write: png, coco, parquet, separated by commas.")] = "png,coco",  # noqa: A002
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    address: Address = None,
+    json: Json = False,
+) -> None:
+    """Segment an archive in bulk.
+
+    Example: vilseg segment s3://bucket/photos --model runs/first/model --classes "cat,sofa" --out s3://bucket/masks
+    """
+    from jobs import console
+    from jobs import segment as job
+    from jobs.session import ray_session
+    from vilseg.model.pretrained import read_settings
+    from vilseg.text.vocabulary import Vocabulary
+
+    overrides = [text for text in inputs if text.startswith("segmentation.")]
+    vocabulary = Vocabulary.parse(classes)
+    settings = _segmentation_overrides(overrides)(read_settings(model)) if overrides else None
+    with console.progress_bar("segment") as bar, ray_session(address) as session:
+
+        def progress(done: int, total: int, rejected: int) -> None:
+            bar.update(bar.task_ids[0], completed=done, total=total, note=f"{rejected} rejected" if rejected else "")
+
+        done = job.main(
+            [text for text in inputs if text not in overrides],
+            model,
+            vocabulary,
+            out,
+            session,
+            formats=[name.strip() for name in format.split(",")],
+            settings=settings,
+            resume=resume,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    value = {
+        "images": done.images,
+        "ok": done.ok,
+        "rejected": done.rejected,
+        "images_per_second": done.images_per_second,
+        "out": done.uri,
+    }
+    console.result(value, as_json=json, text=f"{done.ok} of {done.images} pictures segmented to {done.uri}")
+
+
+@store_app.command()
+def up(
+    folder: StoreFolder = Path("store"),
+    port: Annotated[Optional[int], typer.Option(help="Port of the S3 endpoint; a free one without it.")] = None,
+    json: Json = False,
+) -> None:
+    """Start the store and print its endpoint and the variables to export.
+
+    Example: eval "$(vilseg store up --dir store)"
+    """
+    from cluster.store import ObjectStore
+    from jobs import console
+
+    store = ObjectStore.start(folder, port)
+    variables = store.environment()
+    console.say(f"the store answers at {store.endpoint}, bucket s3://vilseg")
+    exports = "\n".join(f"export {name}={value}" for name, value in variables.items())
+    console.result({"endpoint": store.endpoint, **variables}, as_json=json, text=exports)
+
+
+@store_app.command()
+def status(folder: StoreFolder = Path("store"), json: Json = False) -> None:
+    """Say whether the store runs.
+
+    Example: vilseg store status --dir store
+    """
+    from cluster.store import ObjectStore
+    from jobs import console
+
+    store = ObjectStore.attach(folder)
+    value = {"running": store is not None, "endpoint": store.endpoint if store else None}
+    text = f"running at {store.endpoint}" if store else f"no store runs in {folder}"
+    console.result(value, as_json=json, text=text)
+
+
+@store_app.command()
+def down(folder: StoreFolder = Path("store"), json: Json = False) -> None:
+    """Stop the store; what it holds stays.
+
+    Example: vilseg store down --dir store
+    """
+    from cluster.store import ObjectStore
+    from jobs import console
+
+    store = ObjectStore.attach(folder)
+    if store is not None:
+        store.stop()
+    text = "stopped" if store else f"no store runs in {folder}"
+    console.result({"stopped": store is not None}, as_json=json, text=text)
+
+
+def _segmentation_overrides(overrides: Sequence[str] | None) -> Callable[[SegmentationConfig], SegmentationConfig]:
+    """Apply ``segmentation.key=value`` to the settings that a model carries."""
+    for override in overrides or []:
+        if not override.startswith("segmentation."):
+            raise ConfigError(f"'{override}' cannot be set here; a trained model takes segmentation.key=value only")
+
+    def apply(settings: SegmentationConfig) -> SegmentationConfig:
+        return RunConfig(segmentation=settings).with_overrides(overrides or []).segmentation
+
+    return apply
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""What the command line shows: results on stdout, progress and complaints on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from jobs.monitor import Snapshot
+
+stderr = Console(stderr=True, highlight=False)
+
+
+def say(text: str) -> None:
+    """A line of progress."""
+    stderr.print(text, markup=False)
+
+
+def result(value: dict[str, Any], *, as_json: bool, text: str) -> None:
+    """The result of a verb: one JSON object, or a text for people."""
+    sys.stdout.write((json.dumps(value, ensure_ascii=False) if as_json else text) + "\n")
+    sys.stdout.flush()
+
+
+@contextmanager
+def progress_bar(title: str) -> Iterator[Progress]:
+    """A bar with count and time left; lines of it do not disturb what else is printed."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=stderr, transient=not stderr.is_terminal) as bar:
+        bar.add_task(title, total=None, note="")
+        yield bar
+
+
+class TrainingProgress:
+    """Shows a training: a bar on a terminal, a line every few reports elsewhere."""
+
+    def __init__(self, steps: int) -> None:
+        self._steps = steps
+        self._last_line = 0.0
+
+    def __call__(self, snapshot: Snapshot) -> None:
+        """Show what is new."""
+        for key, reason in snapshot.bad:
+            say(f"skipped {key}: {reason}")
+        for metrics in snapshot.metrics:
+            share = metrics["step"] / self._steps
+            if stderr.is_terminal or share >= self._last_line + 0.05 or share == 1:
+                self._last_line = share
+                say(self._line(metrics))
+
+    def _line(self, metrics: dict[str, float]) -> str:
+        losses = "  ".join(
+            f"{name.removeprefix('loss/')} {value:.3f}" for name, value in metrics.items() if name.startswith("loss/")
+        )
+        left = (self._steps - metrics["step"]) * (metrics["samples"] / metrics["step"]) / metrics["images_per_second"]
+        bad = f"  {metrics['bad_pairs']:.0f} bad pairs" if metrics.get("bad_pairs") else ""
+        return (
+            f"step {metrics['step']:.0f}/{self._steps}  loss {metrics['loss']:.3f}  {losses}  "
+            f"{metrics['images_per_second']:.0f} images/s  waiting for data {metrics['data_wait']:.0%}{bad}  "
+            f"{left / 60:.1f} min left"
+        )

@@ -1,0 +1,180 @@
+"""The main job end to end on what ships with the project: captioned scenes on an embedded S3 store, training, bulk
+segmentation of unseen images, evaluation, and a page that shows it all. Masks are read by the evaluation alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from cluster.store import ObjectStore
+from jobs import console, ingest_scenes, segment, train
+from jobs.session import Session, ray_session
+from vilseg import storage
+from vilseg.config import RunConfig
+from vilseg.data import scenes
+from vilseg.errors import StorageError
+from vilseg.evaluation.datasets import FolderDataset
+from vilseg.evaluation.evaluate import Evaluation, evaluate
+from vilseg.evaluation.report import RunReport, render_report
+from vilseg.model import ViLSeg
+from vilseg.segmentation.segmenter import Segmenter
+from vilseg.text.vocabulary import Vocabulary
+from vilseg.training import run
+from vilseg.training.folder import RunFolder
+
+CONFIG = Path(__file__).parent.parent / "configs" / "demo.yaml"
+_ROOT = "s3://vilseg/demo"
+_EXAMPLES = 16
+_PAIRS, _UNSEEN, _CURVE = 8_000, 400, 150
+_QUICK = ("trainer.steps=24", "trainer.checkpoint_every=12", "trainer.log_every=4", "loss.nouns.min_count=3")
+_QUICK_PAIRS, _QUICK_UNSEEN = 400, 24
+"""Pairs to train from, unseen images to measure on, and how many of these the curve over training uses."""
+
+
+def main(out: Path, *, quick: bool = False) -> dict[str, Any]:
+    """Run the demo and leave ``report.html`` and ``summary.json`` in ``out``.
+
+    Args:
+        out: made where it does not exist; an earlier demo there is replaced.
+        quick: few pairs and steps, to show that all parts run rather than that they learn.
+
+    Returns:
+        The summary: ``miou``, ``miou_untrained``, ``seconds`` by stage, ``pairs_uri``, ``model_uri``, ``results_uri``.
+
+    Raises:
+        StorageError: ``out`` holds something that is no demo.
+    """
+    seconds: dict[str, float] = {}
+    out.mkdir(parents=True, exist_ok=True)
+    if any(out.iterdir()) and not (out / "store").is_dir():
+        raise StorageError(f"{out} holds other things; give the demo a folder of its own by --out")
+    with _stage("store", seconds):
+        store = ObjectStore.start(out / "store")
+    try:
+        with _environment(store.environment()), ray_session() as session:
+            summary = _run(session, out, seconds, quick=quick)
+    finally:
+        store.stop()
+    console.say(f"the report is {out / 'report.html'}; `vilseg store up --dir {out / 'store'}` brings the store back")
+    return summary
+
+
+def _run(session: Session, out: Path, seconds: dict[str, float], *, quick: bool) -> dict[str, Any]:
+    storage.delete(_ROOT)
+    pairs, unseen, results = (storage.join(_ROOT, name) for name in ("pairs", "unseen", "segmented"))
+    overrides = [f"data.source={pairs}", f"trainer.storage={_ROOT}/runs", *(_QUICK if quick else ())]
+    workers = min(2, session.cpus)
+    config = RunConfig.load(str(CONFIG), [*overrides, f"trainer.workers={workers}", "name=scenes"])
+    with _stage("scenes", seconds):
+        count, held_out = (_QUICK_PAIRS, _QUICK_UNSEEN) if quick else (_PAIRS, _UNSEEN)
+        ingest_scenes.main(pairs, unseen, pairs=count, unseen=held_out, size=config.data.canvas, seed=config.trainer.seed)
+    with _stage("train", seconds):
+        outcome = train.main(config, session, progress=console.TrainingProgress(config.trainer.steps))
+        if outcome.stopped:
+            raise KeyboardInterrupt
+    folder = outcome.folder
+    names = Vocabulary.of(scene.name for scene in scenes.CLASSES)
+    with _stage("segment", seconds), console.progress_bar("segment") as bar:
+        segment.main(
+            [storage.join(unseen, "images")],
+            folder.model,
+            names,
+            results,
+            session,
+            progress=lambda done, total, rejected: bar.update(bar.task_ids[0], completed=done, total=total),
+        )
+    with _stage("evaluate", seconds):
+        dataset = FolderDataset(unseen)
+        trained = _measure(ViLSeg.from_pretrained(folder.model), dataset, keep=_EXAMPLES)
+        untrained = _measure(ViLSeg.from_pretrained(folder.initial), dataset)
+        curve = _curve(folder, dataset)
+    summary = {
+        "miou": trained.miou,
+        "miou_untrained": untrained.miou,
+        "seconds": {name: round(value, 1) for name, value in seconds.items()},
+        "pairs_uri": pairs,
+        "model_uri": folder.model,
+        "results_uri": results,
+        "miou_curve": curve,
+    }
+    report = RunReport(
+        title="vilseg on synthetic scenes",
+        summary=(
+            f"Trained from {count:,} captioned pictures without a mask, measured on {len(dataset)} unseen scenes "
+            f"with {len(names.classes)} classes, background stuff and objects all counted."
+        ),
+        trained=trained,
+        untrained=untrained,
+        seconds=seconds,
+        metrics=run.read_metrics(folder),
+        miou_curve=curve,
+        commands=_commands(out, overrides, folder, results, unseen),
+        configuration=config.to_yaml(),
+        facts={"pairs": pairs, "checkpoints": folder.checkpoints, "model": folder.model, "masks": results},
+    )
+    storage.write_text(str(out / "report.html"), render_report(report))
+    storage.write_text(str(out / "summary.json"), json.dumps(summary, indent=2))
+    return summary
+
+
+def _measure(model: ViLSeg, dataset: FolderDataset, *, keep: int = 0) -> Evaluation:
+    return evaluate(Segmenter(model, dataset.classes), dataset, keep=keep, batch_size=16)
+
+
+def _curve(folder: RunFolder, dataset: FolderDataset) -> list[tuple[int, float]]:
+    """mIoU at every checkpoint on the first of the unseen scenes."""
+    some = _Head(dataset, _CURVE)
+    steps = folder.checkpoint_steps()
+    points = [(0, ViLSeg.from_pretrained(folder.initial)), *((step, run.model_at(folder, step)) for step in steps)]
+    return [(step, evaluate(Segmenter(model, dataset.classes), some, batch_size=16).miou) for step, model in points]
+
+
+class _Head:
+    """The first images of a dataset, read once."""
+
+    def __init__(self, dataset: FolderDataset, count: int) -> None:
+        self.classes = dataset.classes
+        self._items = [item for item, _ in zip(dataset, range(count), strict=False)]
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._items)
+
+
+def _commands(out: Path, overrides: list[str], folder: RunFolder, results: str, unseen: str) -> list[str]:
+    names = ",".join(scene.name for scene in scenes.CLASSES)
+    return [
+        f'eval "$(vilseg store up --dir {out / "store"})"',
+        f"vilseg train --config configs/demo.yaml --name scenes {' '.join(overrides)}",
+        f'vilseg segment {unseen}/images --model {folder.model} --classes "{names}" --out {results}',
+        f"vilseg evaluate --model {folder.model} --dataset folder:{unseen}",
+    ]
+
+
+@contextmanager
+def _stage(name: str, seconds: dict[str, float]) -> Iterator[None]:
+    console.say(f"[{name}]")
+    started = time.perf_counter()
+    yield
+    seconds[name] = time.perf_counter() - started
+
+
+@contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    """The store's variables for as long as this lasts, and none of the user's own that would contradict them."""
+    before = dict(os.environ)
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        del os.environ[name]
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)

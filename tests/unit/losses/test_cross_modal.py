@@ -1,0 +1,96 @@
+"""Cross-modal contrast against loops over the formula, its gradient, and what it must not depend on."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vilseg.losses import contrast, patch_contrast
+
+SCALE = torch.tensor(7.0, dtype=torch.float64)
+
+
+def unit(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return F.normalize(torch.randn(*shape, generator=generator, dtype=torch.float64), dim=-1)
+
+
+def dot(a: list[float], b: list[float]) -> float:
+    return sum(x * y for x, y in zip(a, b, strict=True))
+
+
+def info_nce(similarity: list[list[float]], scale: float) -> float:
+    """-1/2B sum_i [log softmax_j(s_ij)_i + log softmax_j(s_ji)_i]."""
+    count, total = len(similarity), 0.0
+    for i in range(count):
+        row = sum(math.exp(scale * similarity[i][j]) for j in range(count))
+        column = sum(math.exp(scale * similarity[j][i]) for j in range(count))
+        total += 2 * scale * similarity[i][i] - math.log(row) - math.log(column)
+    return -total / (2 * count)
+
+
+def test_contrast_is_the_formula() -> None:
+    images, texts = unit(5, 4), unit(5, 4, seed=1)
+    similarity = [[dot(x, t) for t in texts.tolist()] for x in images.tolist()]
+    assert contrast(images, texts, SCALE).item() == pytest.approx(info_nce(similarity, 7.0), abs=1e-12)
+
+
+@pytest.mark.parametrize("temperature", [0.05, 1.0])
+def test_patch_contrast_is_the_formula(temperature: float) -> None:
+    patches, texts = unit(4, 6, 3), unit(4, 3, seed=1)
+    similarity = []
+    for image in patches.tolist():
+        row = []
+        for text in texts.tolist():
+            cosines = [dot(patch, text) for patch in image]
+            weights = [math.exp(cosine / temperature) for cosine in cosines]
+            row.append(dot(weights, cosines) / sum(weights))
+        similarity.append(row)
+    loss = patch_contrast(patches, texts, SCALE, temperature)
+    assert loss.item() == pytest.approx(info_nce(similarity, 7.0), abs=1e-12)
+
+
+def test_a_hot_pooling_temperature_gives_the_mean_of_the_patches() -> None:
+    patches, texts = unit(4, 6, 3), unit(4, 3, seed=1)
+    pooled = patch_contrast(patches, texts, SCALE, 1e9)
+    assert pooled.item() == pytest.approx(contrast(patches.mean(1), texts, SCALE).item(), rel=1e-8)
+
+
+def test_gradients() -> None:
+    scale = SCALE.clone().requires_grad_()
+    texts = unit(3, 4, seed=1).requires_grad_()
+    assert torch.autograd.gradcheck(contrast, (unit(3, 4).requires_grad_(), texts, scale))
+    patches = unit(3, 5, 4).requires_grad_()
+    assert torch.autograd.gradcheck(lambda p, t, s: patch_contrast(p, t, s, 0.1), (patches, texts, scale))
+
+
+def test_order_of_pairs_and_of_patches_does_not_matter() -> None:
+    images, texts, patches = unit(6, 4), unit(6, 4, seed=1), unit(6, 5, 4, seed=2)
+    order, inner = torch.tensor([3, 0, 5, 1, 4, 2]), torch.tensor([4, 2, 0, 1, 3])
+    assert contrast(images[order], texts[order], SCALE).item() == pytest.approx(contrast(images, texts, SCALE).item())
+    shuffled = patch_contrast(patches[order][:, inner], texts[order], SCALE, 0.1)
+    assert shuffled.item() == pytest.approx(patch_contrast(patches, texts, SCALE, 0.1).item())
+
+
+def test_right_pairs_cost_less_than_wrong_ones_and_chance_costs_log_b() -> None:
+    texts = torch.eye(4, dtype=torch.float64)
+    right, wrong = contrast(texts, texts, SCALE), contrast(texts.roll(1, 0), texts, SCALE)
+    assert right < math.log(4) < wrong
+    same = torch.ones(4, 4, dtype=torch.float64) / 2
+    assert contrast(same, texts, SCALE).item() == pytest.approx(math.log(4))
+
+
+def test_half_precision_is_computed_in_float32() -> None:
+    images, texts = unit(8, 16).bfloat16(), unit(8, 16, seed=1).bfloat16()
+    loss = contrast(images, texts, torch.tensor(100.0))
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, contrast(images.float(), texts.float(), torch.tensor(100.0)))
+
+
+def test_wrong_shapes_are_told() -> None:
+    with pytest.raises(ValueError, match=r"\(4, 3\) and \(5, 3\)"):
+        contrast(unit(4, 3), unit(5, 3), SCALE)
+    with pytest.raises(ValueError, match=r"expected \(B, N, D\)"):
+        patch_contrast(unit(4, 3), unit(4, 3), SCALE, 0.1)

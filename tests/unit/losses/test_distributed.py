@@ -1,0 +1,91 @@
+"""Two workers, each with half a batch, must arrive at the loss and the gradient of the whole batch."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vilseg.distributed import mean_over_workers, rank, world_size
+from vilseg.losses import VisionContrast, contrast, mutual_information_loss, noun_contrast, patch_contrast
+
+IMAGES = 6
+GRID = (4, 3)
+
+
+class Towers(nn.Module):
+    """Linear stand-ins for everything that is trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image = nn.Linear(5, 4)
+        self.text = nn.Linear(5, 4, bias=False)
+        self.clusters = nn.Linear(5, 3)
+        self.prototypes = nn.Linear(5, 8)
+        self.scale = nn.Parameter(torch.tensor(6.0))
+
+
+def losses_and_gradients(dtype_name: str) -> dict[str, Any]:
+    """Mean losses over the workers and averaged gradients, each worker on its own part of one batch."""
+    dtype = getattr(torch, dtype_name)
+    torch.manual_seed(0)
+    towers = Towers().to(dtype)
+    patches, other, texts = (torch.randn(IMAGES, 12, 5), torch.randn(IMAGES, 12, 5), torch.randn(IMAGES, 5))
+    phrases, positives = torch.randn(4, 5).to(dtype), torch.rand(IMAGES, 4) < 0.4
+    valid, teacher = torch.rand(IMAGES, *GRID) < 0.7, torch.randn(2, IMAGES, 8)
+    share = IMAGES // world_size()
+    mine = slice(rank() * share, (rank() + 1) * share)
+    patches, other, texts, teacher = (x.to(dtype) for x in (patches[mine], other[mine], texts[mine], teacher[:, mine]))
+
+    def maps(view: Tensor) -> Tensor:
+        return towers.clusters(view).softmax(-1).transpose(1, 2).unflatten(2, GRID)
+
+    vision = VisionContrast(8, student_temperature=0.1, teacher_temperature=0.04, center_momentum=0.9)
+    vision.center.copy_(torch.linspace(-0.1, 0.1, 8))
+    embedded, captions = F.normalize(towers.image(patches), dim=-1), F.normalize(towers.text(texts), dim=-1)
+    student = torch.stack([towers.prototypes(view.mean(1)) for view in (patches, other)])
+    losses = {
+        "contrast": contrast(F.normalize(embedded.mean(1), dim=-1), captions, towers.scale),
+        "patch_contrast": patch_contrast(embedded, captions, towers.scale, 0.1),
+        "nouns": noun_contrast(
+            embedded, F.normalize(towers.text(phrases), dim=-1), positives[mine], towers.scale, top_patches=3
+        ),
+        "mutual_information": mutual_information_loss(
+            maps(patches), maps(other), valid[mine], radius=1, entropy_weight=1.5
+        ),
+        "vision": vision(student, teacher),
+    }
+    results: dict[str, Any] = {}
+    for name, loss in losses.items():
+        results[name] = mean_over_workers(loss.detach()).item()
+        towers.zero_grad()
+        loss.backward(retain_graph=True)
+        for parameter, value in towers.named_parameters():
+            gradient = torch.zeros_like(value) if value.grad is None else value.grad
+            results[f"{name} by {parameter}"] = mean_over_workers(gradient).numpy()
+    vision.update_center(teacher)
+    results["centre"] = vision.center.numpy()
+    return results
+
+
+def both_precisions() -> dict[str, dict[str, Any]]:
+    return {name: losses_and_gradients(name) for name in ("float64", "float32")}
+
+
+def test_two_workers_equal_one(on_two_workers: Callable[..., list[Any]]) -> None:
+    alone = both_precisions()
+    for worker in on_two_workers(both_precisions):
+        for precision, tolerance in (("float64", 1e-9), ("float32", 1e-5)):
+            assert worker[precision].keys() == alone[precision].keys()
+            for name, expected in alone[precision].items():
+                loosest = max(tolerance, 1e-6) if name == "centre" else tolerance  # kept in float32
+                np.testing.assert_allclose(worker[precision][name], expected, rtol=loosest, atol=loosest, err_msg=name)
+
+
+@pytest.mark.parametrize("name", ["contrast", "patch_contrast", "nouns", "mutual_information", "vision"])
+def test_the_comparison_means_something(name: str) -> None:
+    gradients = [value for key, value in losses_and_gradients("float64").items() if key.startswith(f"{name} by")]
+    assert max(np.abs(gradient).max() for gradient in gradients) > 1e-3

@@ -1,0 +1,141 @@
+"""Mutual information of assignments against loops over the formula, its bounds, its gradient, its mask."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from vilseg.losses import mutual_information_loss
+
+
+def assignments(*shape: int, seed: int = 0) -> Tensor:
+    """Random soft assignments. Shape: -> (B, K, h, w)."""
+    generator = torch.Generator().manual_seed(seed)
+    return (2 * torch.randn(*shape, generator=generator, dtype=torch.float64)).softmax(1)
+
+
+def one_hot(labels: Tensor, clusters: int) -> Tensor:
+    """(B, h, w) -> (B, K, h, w)."""
+    return torch.nn.functional.one_hot(labels, clusters).movedim(-1, 1).double()
+
+
+def naive(first: Tensor, second: Tensor, valid: Tensor, radius: int, weight: float) -> float:
+    images, clusters, h, w = first.shape
+    a, b, v = first.tolist(), second.tolist(), valid.tolist()
+    information = []
+    for down in range(-radius, radius + 1):
+        for right in range(-radius, radius + 1):
+            joint = [[0.0] * clusters for _ in range(clusters)]
+            for i in range(images):
+                for y in range(h):
+                    for x in range(w):
+                        if not (0 <= y + down < h and 0 <= x + right < w):
+                            continue
+                        share = v[i][y + down][x + right]
+                        for k in range(clusters):
+                            for m in range(clusters):
+                                joint[k][m] += share * a[i][k][y][x] * b[i][m][y + down][x + right]
+            total = 2 * sum(map(sum, joint))
+            if total == 0:
+                continue
+            symmetric = [[(joint[k][m] + joint[m][k]) / total for m in range(clusters)] for k in range(clusters)]
+            marginal = [sum(row) for row in symmetric]
+            information.append(
+                sum(
+                    p * (math.log(p) - weight * (math.log(marginal[k]) + math.log(marginal[m])))
+                    for k, row in enumerate(symmetric)
+                    for m, p in enumerate(row)
+                )
+            )
+    return -sum(information) / len(information)
+
+
+@pytest.mark.parametrize(("radius", "weight"), [(0, 1.0), (1, 1.0), (2, 1.5)])
+def test_it_is_the_formula(radius: int, weight: float) -> None:
+    first, second = assignments(2, 3, 4, 3), assignments(2, 3, 4, 3, seed=1)
+    valid = torch.rand(2, 4, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    valid[0, :2] = 0
+    loss = mutual_information_loss(first, second, valid, radius=radius, entropy_weight=weight)
+    assert loss.item() == pytest.approx(naive(first, second, valid, radius, weight), abs=1e-10)
+    unmasked = mutual_information_loss(first, second, radius=radius, entropy_weight=weight)
+    assert unmasked.item() == pytest.approx(naive(first, second, torch.ones(2, 4, 3), radius, weight), abs=1e-10)
+
+
+def test_gradient() -> None:
+    first, second = assignments(2, 3, 3, 4).requires_grad_(), assignments(2, 3, 3, 4, seed=1).requires_grad_()
+    valid = torch.ones(2, 3, 4, dtype=torch.bool)
+    valid[1, :, 2:] = False
+    assert torch.autograd.gradcheck(
+        lambda a, b: mutual_information_loss(a, b, valid, radius=1, entropy_weight=1.5), (first, second)
+    )
+
+
+@pytest.mark.parametrize("clusters", [2, 5])
+@pytest.mark.parametrize("weight", [1.0, 1.5])
+def test_balanced_certain_equal_assignments_reach_the_bound(clusters: int, weight: float) -> None:
+    labels = torch.arange(clusters * 4).remainder(clusters).view(1, 4, clusters)
+    certain = one_hot(labels, clusters)
+    loss = mutual_information_loss(certain, certain, radius=0, entropy_weight=weight)
+    assert loss.item() == pytest.approx(-(2 * weight - 1) * math.log(clusters), abs=1e-8)
+
+
+@pytest.mark.parametrize("value", ["one cluster", "uniform"])
+def test_collapse_gives_nothing(value: str) -> None:
+    labels = torch.zeros(2, 4, 4, dtype=torch.long)
+    collapsed = one_hot(labels, 3) if value == "one cluster" else torch.full((2, 3, 4, 4), 1 / 3, dtype=torch.float64)
+    assert mutual_information_loss(collapsed, collapsed, radius=1).item() == pytest.approx(0, abs=1e-8)
+
+
+def test_an_entropy_weight_above_one_punishes_collapse_to_one_cluster() -> None:
+    collapsed = one_hot(torch.zeros(2, 4, 4, dtype=torch.long), 3)
+    spread = one_hot(torch.arange(32).remainder(3).view(2, 4, 4), 3)
+    losses = [mutual_information_loss(x, x, radius=0, entropy_weight=1.5).item() for x in (collapsed, spread)]
+    assert losses[1] < losses[0] - 1
+
+
+def test_order_of_images_and_names_of_clusters_do_not_matter() -> None:
+    first, second = assignments(3, 4, 3, 3), assignments(3, 4, 3, 3, seed=1)
+    order, names = torch.tensor([2, 0, 1]), torch.tensor([3, 1, 0, 2])
+    expected = mutual_information_loss(first, second, entropy_weight=1.5).item()
+    shuffled = mutual_information_loss(first[order][:, names], second[order][:, names], entropy_weight=1.5)
+    assert shuffled.item() == pytest.approx(expected)
+    # Joint distributions are made symmetric and displacements come in opposite pairs, so either view may come first.
+    assert mutual_information_loss(second, first, entropy_weight=1.5).item() == pytest.approx(expected)
+
+
+def test_what_lies_outside_the_mask_does_not_count() -> None:
+    first, second = assignments(2, 3, 4, 4), assignments(2, 3, 4, 4, seed=1)
+    valid = torch.zeros(2, 4, 4, dtype=torch.bool)
+    valid[:, 1:3, 1:3] = True
+    other = torch.where(valid.unsqueeze(1), second, assignments(2, 3, 4, 4, seed=9))
+    expected = mutual_information_loss(first, second, valid).item()
+    assert mutual_information_loss(first, other, valid).item() == pytest.approx(expected)
+    inside = (slice(None), slice(None), slice(1, 3), slice(1, 3))
+    cut = mutual_information_loss(first[inside], second[inside], radius=0)
+    assert mutual_information_loss(first, second, valid, radius=0).item() == pytest.approx(cut.item())
+
+
+def test_displacements_that_meet_no_valid_patch_are_left_out() -> None:
+    first, second = assignments(2, 3, 4, 4), assignments(2, 3, 4, 4, seed=1)
+    valid = torch.zeros(2, 4, 4, dtype=torch.bool)
+    valid[:, 0, 0] = True  # no patch of the first view lies up or left of this one
+    loss = mutual_information_loss(first, second, valid, radius=1)
+    assert loss.item() == pytest.approx(naive(first, second, valid.double(), 1, 1.0), abs=1e-10)
+    assert loss.item() != 0
+
+
+def test_no_overlap_at_all_is_zero_with_a_gradient() -> None:
+    first = assignments(2, 3, 4, 4).requires_grad_()
+    loss = mutual_information_loss(first, assignments(2, 3, 4, 4), torch.zeros(2, 4, 4))
+    loss.backward()
+    assert loss.item() == 0
+    assert first.grad is not None
+    assert not first.grad.any()
+
+
+def test_wrong_arguments_are_told() -> None:
+    with pytest.raises(ValueError, match=r"two \(B, K, h, w\)"):
+        mutual_information_loss(assignments(2, 3, 4, 4), assignments(2, 3, 4, 5))
+    with pytest.raises(ValueError, match="radius 3 does not fit a grid of 3 x 5"):
+        mutual_information_loss(assignments(2, 3, 3, 5), assignments(2, 3, 3, 5), radius=3)

@@ -1,0 +1,149 @@
+"""The run configuration: defaults, overrides, and one sentence for whatever is wrong."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from vilseg.config import LossConfig, RunConfig, TrainerConfig
+from vilseg.errors import ConfigError
+
+
+def sentence(*overrides: str, uri: str | None = None) -> str:
+    with pytest.raises(ConfigError) as caught:
+        RunConfig.load(uri, overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize(
+    ("override", "nearest"),
+    [
+        ("trainer.batchsize=8", "trainer.batch_size"),
+        ("model.image_encoder.frozn=true", "model.image_encoder.frozen"),
+        ("loss.mutual_info.weight=1", "loss.mutual_information"),
+        ("optimiser.learning_rate=1", "optimizer"),
+        ("data.columns.images=x", "data.columns.image"),
+        ("trainr.steps=1", "trainer"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest_one(override: str, nearest: str) -> None:
+    message = sentence(override)
+    assert override.partition("=")[0].split(".")[0] in message
+    assert f"did you mean '{nearest}" in message
+
+
+def test_overrides_are_yaml_and_the_last_one_wins() -> None:
+    config = RunConfig.load(
+        None,
+        [
+            "trainer.steps=7",
+            "optimizer.learning_rate=1e-4",
+            "views.global_scale=[0.2, 1]",
+            "model.image_encoder.sizes={width: 32, depth: 1}",
+            "model.image_encoder.factory_options.name=a=b",
+            "trainer.keep_checkpoints=null",
+            "model.image_encoder.frozen=true",
+            "name=first",
+            "name=second",
+        ],
+    )
+    assert config.trainer.steps == 7
+    assert config.optimizer.learning_rate == 1e-4
+    assert config.views.global_scale == (0.2, 1.0)
+    assert config.model.image_encoder.sizes == {"width": 32, "depth": 1}
+    assert config.model.image_encoder.factory_options == {"name": "a=b"}
+    assert config.trainer.keep_checkpoints is None
+    assert config.model.image_encoder.frozen is True
+    assert config.name == "second"
+
+
+def test_overrides_come_after_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("trainer: {steps: 5, seed: 3}\nname: kept\n")
+    config = RunConfig.load(str(path), ["trainer.steps=9"])
+    assert (config.trainer.steps, config.trainer.seed, config.name) == (9, 3, "kept")
+
+
+def test_an_empty_file_is_all_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("# nothing set\n")
+    assert RunConfig.load(str(path)) == RunConfig()
+
+
+@pytest.mark.parametrize("override", ["trainer.steps", "=3", ""])
+def test_what_is_no_override_is_told(override: str) -> None:
+    assert "key.sub=value" in sentence(override)
+
+
+def test_a_value_that_is_no_yaml_is_told() -> None:
+    assert "views.global_scale" in sentence("views.global_scale=[0.2, 1")
+
+
+def test_keys_below_a_value_are_told() -> None:
+    assert "'name' holds a value" in sentence("name=x", "name.sub=1")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("trainer: [1, 2", "not valid YAML"), ("- a\n- b\n", "mapping of keys to values, not list"), ("trainer: 3\n", "trainer")],
+)
+def test_a_bad_file_is_named(tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    message = sentence(uri=str(path))
+    assert str(path) in message
+    assert words in message
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    assert f"{tmp_path}/none.yaml does not exist" in sentence(uri=f"{tmp_path}/none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("trainer.steps=many", ["trainer.steps", "integer", "'many'"]),
+        ("optimizer.learning_rate=-1", ["optimizer.learning_rate", "greater than 0", "-1"]),
+        ("loss.mutual_information.entropy_weight=0.5", ["loss.mutual_information.entropy_weight", "0.5"]),
+        ("trainer.precision=float16", ["trainer.precision", "'float32'", "'float16'"]),
+        ("optimizer.betas=[0.9, 2]", ["optimizer.betas.1", "2"]),
+        ("trainer.workers=0", ["trainer", "workers is 0", "at least 1"]),
+        ("trainer.workers=3", ["trainer", "batch_size 256", "3 workers"]),
+    ],
+)
+def test_a_bad_value_is_told_with_its_key(override: str, words: list[str]) -> None:
+    message = sentence(override)
+    assert [word for word in words if word not in message] == []
+
+
+def test_checkpoint_and_factory_exclude_each_other() -> None:
+    message = sentence("model.image_encoder.checkpoint=a", "model.image_encoder.factory=b:c")
+    assert "model.image_encoder" in message
+    assert "not both" in message
+
+
+def test_values_are_checked_on_assignment() -> None:
+    config = TrainerConfig()
+    with pytest.raises(ValueError, match="greater than 0"):
+        config.steps = 0
+
+
+def test_the_resolved_tree_is_whole_and_reads_back(tmp_path: Path) -> None:
+    config = RunConfig.load(None, ["views.local_scale=[0.1, 0.3]", "data.source=s3://bucket/pairs", "name=größe"])
+    path = tmp_path / "config.yaml"
+    path.write_text(config.to_yaml(), encoding="utf-8")
+    assert RunConfig.load(str(path)) == config
+    tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert tree["loss"].keys() == LossConfig.model_fields.keys()
+    assert tree["views"]["local_scale"] == [0.1, 0.3]
+    assert tree["data"]["source"] == "s3://bucket/pairs"
+
+
+def test_parts_of_two_configurations_are_independent() -> None:
+    first, second = RunConfig(), RunConfig()
+    first.trainer.steps = 1
+    first.model.image_encoder.sizes["width"] = 8
+    assert second.trainer.steps != 1
+    assert second.model.image_encoder.sizes == {}
