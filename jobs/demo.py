@@ -72,7 +72,9 @@ def _run(session: Session, out: Path, seconds: dict[str, float], *, quick: bool)
     config = RunConfig.load(str(CONFIG), [*overrides, f"trainer.workers={workers}", "name=scenes"])
     with _stage("scenes", seconds):
         count, held_out = (_QUICK_PAIRS, _QUICK_UNSEEN) if quick else (_PAIRS, _UNSEEN)
-        ingest_scenes.main(pairs, unseen, pairs=count, unseen=held_out, size=config.data.canvas, seed=config.trainer.seed)
+        ingest_scenes.main(
+            pairs, unseen, pairs=count, unseen=held_out, size=config.data.canvas, seed=config.trainer.seed
+        )
     with _stage("train", seconds):
         outcome = train.main(config, session, progress=console.TrainingProgress(config.trainer.steps))
         if outcome.stopped:

@@ -55,7 +55,9 @@ def main(
     data: MaskedDataset = open_dataset(dataset)
     if classes is not None:
         if len(classes.classes) != len(data.classes):
-            raise DataError(f"--classes has {len(classes.classes)} names, but {dataset} has {len(data.classes)} classes")
+            raise DataError(
+                f"--classes has {len(classes.classes)} names, but {dataset} has {len(data.classes)} classes"
+            )
         data = _Renamed(data, classes.classes)
     loaded = ViLSeg.from_pretrained(model)
     loaded.segmentation = settings(loaded.segmentation)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -11,9 +12,10 @@ import ray
 import ray.data
 from ray.data import ExecutionOptions
 
-from vilseg.data.pairs import BadPair, count_pairs
+from vilseg import storage
 from vilseg.config import RunConfig
-from vilseg.data.stream import BatchReader, PairOrder, WorkerBatch, decode_to_canvas
+from vilseg.data.pairs import MANIFEST, BadPair, count_pairs
+from vilseg.data.stream import BatchReader, PairOrder, WorkerBatch, decode_features, decode_to_canvas
 from vilseg.errors import DataError
 from vilseg.training.folder import Prepared, RunFolder
 
@@ -42,23 +44,35 @@ def pairs_from_last_checkpoint(
     config: RunConfig,
     folder: RunFolder,
     prepared: Prepared,
-    monitor: Any,  # noqa: ANN401  (an actor handle has no public type)
+    monitor: Any,
 ) -> ray.data.Dataset:
     """The batches that a run still needs; called whenever its workers (re)start."""
+    done = max([0, *folder.checkpoint_steps()])
+    return pairs_of_steps(config, prepared, monitor, done, max(config.trainer.steps, done + 1))
+
+
+def pairs_of_steps(config: RunConfig, prepared: Prepared, monitor: Any, first: int, last: int) -> ray.data.Dataset:
+    """The batches of steps ``first`` up to, not including, ``last``."""
     trainer = config.trainer
     reader = BatchReader(
         batch_size=trainer.batch_size,
         workers=trainer.workers,
         seed=trainer.seed,
-        decode=partial(decode_to_canvas, canvas=config.data.canvas, max_pixels=config.data.max_pixels),
+        decode=_decoder(config, prepared),
         tokenize=prepared.tokenizer,
         nouns=prepared.nouns,
         columns=config.data.columns,
         report=reporter(monitor),
     )
     order = PairOrder(prepared.shards, trainer.batch_size, trainer.seed)
-    done = max([0, *folder.checkpoint_steps()])
-    return stream_batches(order, reader, done, max(trainer.steps, done + 1))
+    return stream_batches(order, reader, first, last)
+
+
+def _decoder(config: RunConfig, prepared: Prepared) -> Callable[[bytes, int], np.ndarray]:
+    if not config.data.feature_cache:
+        return partial(decode_to_canvas, canvas=config.data.canvas, max_pixels=config.data.max_pixels)
+    manifest = json.loads(storage.read_text(storage.join(storage.parent(prepared.shards[0].uri), MANIFEST)))
+    return partial(decode_features, patches=manifest["patches"], features=manifest["features"])
 
 
 def execution_options() -> ExecutionOptions:
@@ -70,11 +84,12 @@ def execution_options() -> ExecutionOptions:
 
 def worker_batches(shard: ray.data.DataIterator) -> Iterator[WorkerBatch]:
     """The batches of one training worker."""
-    for columns in shard.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2):
+    # A batch is a block is a row; Ray documents None for that, its annotation does not.
+    for columns in shard.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2):  # type: ignore[arg-type]
         yield WorkerBatch.from_columns(columns)
 
 
-def reporter(monitor: Any) -> Callable[[int, list[BadPair]], None]:  # noqa: ANN401  (an actor handle has no public type)
+def reporter(monitor: Any) -> Callable[[int, list[BadPair]], None]:
     """Tells the monitor of pairs read; raises DataError when it has had enough."""
 
     def report(read: int, bad: list[BadPair]) -> None:

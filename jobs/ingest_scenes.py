@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import ray
 
 from vilseg import storage
@@ -13,7 +15,7 @@ _SHARD = 500
 
 def main(pairs_uri: str, unseen_uri: str, *, pairs: int, unseen: int, size: int, seed: int) -> None:
     """Draw ``pairs`` training pairs and ``unseen`` evaluation scenes of ``size`` pixels, in parallel on the connected cluster."""
-    shard = ray.remote(num_cpus=1)(_write_shard)
+    shard: Any = ray.remote(num_cpus=1)(_write_shard)
     dataset = ray.remote(num_cpus=1)(scenes.write_masked_dataset)
     masked = dataset.remote(unseen_uri, unseen, seed, size)
     written = [

@@ -113,7 +113,9 @@ def main(
     if blocks:
         actors = max(1, min(len(blocks), session.gpus or session.cpus))
         rows = [{"paths": [e.uri for e in block], "names": [e.relative for e in block]} for block in blocks]
-        worker = partial(BlockSegmenter, model, classes, out, settings, max_pixels, "png" in formats, session.cpus // actors)
+        worker = partial(
+            BlockSegmenter, model, classes, out, settings, max_pixels, "png" in formats, session.cpus // actors
+        )
         counted = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
             _Actor,
             fn_constructor_args=(worker,),
@@ -225,7 +227,9 @@ def _open_output(out: str, identity: dict[str, Any], *, resume: bool, overwrite:
         if overwrite:
             storage.delete(out)
         elif not resume:
-            raise StorageError(f"the output {out} exists already; go on with it by --resume or replace it by --overwrite")
+            raise StorageError(
+                f"the output {out} exists already; go on with it by --resume or replace it by --overwrite"
+            )
         elif not storage.exists(marker) or json.loads(storage.read_text(marker)) != identity:
             raise ConfigError(f"cannot resume into {out}: it was made with another model or other classes")
     storage.write_text(marker, json.dumps(identity, indent=2, ensure_ascii=False))
@@ -271,7 +275,9 @@ def _finish(out: str, entries: Sequence[storage.FileEntry], coco: bool, rate: fl
 def _coco(table: pa.Table, classes: Sequence[str]) -> dict[str, Any]:
     """COCO in both styles: ``annotations`` with a mask each, and ``panoptic`` with the segments of every mask file."""
     category = {name: index + 1 for index, name in enumerate(classes)}
-    images, annotations, panoptic = [], [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    panoptic: list[dict[str, Any]] = []
     for image_id, row in enumerate(_ok_rows(table), start=1):
         images.append({"id": image_id, "file_name": row["path"], "width": row["width"], "height": row["height"]})
         segments = []

@@ -27,12 +27,21 @@ class Session:
         Raises:
             ConfigError: fewer than one worker, or more workers than CPUs.
         """
-        if workers < 1:
-            raise ConfigError(f"trainer.workers is {workers}, but training needs at least 1")
-        if workers > self.cpus:
-            raise ConfigError(f"trainer.workers is {workers}, but the cluster has {self.cpus} CPUs; ask for at most {self.cpus}")
+        check_workers(workers, self.cpus)
         share = min(1.0, max(self.cpus - 1, 0.5 * self.cpus) / workers)
         return {"CPU": share, **({"GPU": 1.0} if self.gpus >= workers else {})}
+
+
+def check_workers(workers: int, cpus: int) -> None:
+    """Refuse what cannot run on ``cpus`` CPUs.
+
+    Raises:
+        ConfigError: no worker, or more workers than CPUs.
+    """
+    if workers < 1:
+        raise ConfigError(f"trainer.workers is {workers}, but training needs at least 1")
+    if workers > cpus:
+        raise ConfigError(f"trainer.workers is {workers}, but there are {cpus} CPUs; ask for at most {cpus}")
 
 
 @contextmanager
@@ -83,4 +92,6 @@ def user_error_in(error: BaseException | None, depth: int = 8) -> UserError | No
         return error
     inner = [cause, error.__cause__, error.__context__]
     inner += list((getattr(error, "worker_failures", None) or {}).values())
-    return next((found for one in inner if isinstance(one, BaseException) if (found := user_error_in(one, depth - 1))), None)
+    return next(
+        (found for one in inner if isinstance(one, BaseException) if (found := user_error_in(one, depth - 1))), None
+    )

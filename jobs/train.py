@@ -18,6 +18,7 @@ import torch
 from ray.train import CheckpointConfig, DataConfig, FailureConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
+from jobs import cache_features, console
 from jobs.feed import count_in_parallel, execution_options, pairs_from_last_checkpoint, worker_batches
 from jobs.monitor import Monitor, Snapshot
 from jobs.session import Session, user_error_in
@@ -26,7 +27,7 @@ from vilseg.config import RunConfig
 from vilseg.device import precision_dtype
 from vilseg.model import ViLSeg
 from vilseg.training import run
-from vilseg.training.folder import Prepared, RunFolder, checkpoint_name
+from vilseg.training.folder import Prepared, RunFolder, checkpoint_name, new_name
 from vilseg.training.loop import Trainer
 from vilseg.training.objective import Objective
 
@@ -64,13 +65,18 @@ def main(
         KeyboardInterrupt: Ctrl-C, after the last checkpoint was written; a second one does not wait for it.
     """
     resources = session.worker_resources(config.trainer.workers)
-    config = config if config.name else config.model_copy(update={"name": run.new_name()})
+    config = config if config.name else config.model_copy(update={"name": new_name()})
     folder = run.open_folder(config, resume=resume)
     if resume:
         prepared = Prepared.from_json(storage.read_text(folder.prepared))
     else:
-        prepared = run.prepare(config, folder, count=count_in_parallel)
-    monitor = Monitor.remote(config.data.max_bad_share)
+        cache = None
+        if config.data.feature_cache:
+            cache = cache_features.main(config, session, progress=say_cached).uri
+        prepared = run.prepare(config, folder, count=count_in_parallel, cache=cache)
+    monitor = Monitor.remote(  # type: ignore[attr-defined]  # ray.remote hides the class it wraps
+        config.data.max_bad_share
+    )
     filesystem, path = storage.filesystem(folder.uri)
     trainer = TorchTrainer(
         partial(train_worker, config=config, folder=folder, prepared=prepared, monitor=monitor),
@@ -90,7 +96,12 @@ def main(
     return _watch(trainer, monitor, folder, progress)
 
 
-def _watch(trainer: TorchTrainer, monitor: Any, folder: RunFolder, progress: Callable[[Snapshot], None]) -> Outcome:  # noqa: ANN401
+def say_cached(done: int, total: int) -> None:
+    """A line of progress."""
+    console.say(f"features of {done} of {total} shards cached")
+
+
+def _watch(trainer: TorchTrainer, monitor: Any, folder: RunFolder, progress: Callable[[Snapshot], None]) -> Outcome:
     """Run the trainer in a thread; show progress and take Ctrl-C in this one."""
     failure: list[BaseException] = []
 
@@ -122,13 +133,11 @@ def _watch(trainer: TorchTrainer, monitor: Any, folder: RunFolder, progress: Cal
     return Outcome(folder, last, interrupted)
 
 
-def train_worker(config: RunConfig, folder: RunFolder, prepared: Prepared, monitor: Any) -> None:  # noqa: ANN401
+def train_worker(config: RunConfig, folder: RunFolder, prepared: Prepared, monitor: Any) -> None:
     """What every Ray Train worker runs."""
     context = ray.train.get_context()
     device = ray.train.torch.get_device()
-    if device.type == "cpu":
-        # Threads beyond the CPUs that a worker holds would fight with its neighbours and with reading.
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
+    limit_threads(device)
     torch.manual_seed(config.trainer.seed)
     model = ViLSeg.from_pretrained(folder.initial)
     objective = Objective(
@@ -138,7 +147,7 @@ def train_worker(config: RunConfig, folder: RunFolder, prepared: Prepared, monit
         prepared.nouns.phrases,
         autocast=precision_dtype(config.trainer.precision, device),
     ).to(device)
-    trainer = Trainer(objective, config.optimizer, config.trainer, device, wrap=_data_parallel)
+    trainer = Trainer(objective, config.optimizer, config.trainer, device, wrap=data_parallel)
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is not None:
         with checkpoint.as_directory() as local:
@@ -177,7 +186,15 @@ def train_worker(config: RunConfig, folder: RunFolder, prepared: Prepared, monit
         run.save_model(model, config, folder, last)
 
 
-def _data_parallel(module: torch.nn.Module) -> torch.nn.Module:
+def limit_threads(device: torch.device) -> None:
+    """Threads beyond the CPUs that a worker holds would fight with its neighbours and with reading."""
+    if device.type == "cpu":
+        workers_here = ray.train.get_context().get_local_world_size()
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers_here))
+
+
+def data_parallel(module: torch.nn.Module) -> torch.nn.Module:
+    """The module with its gradients averaged over the workers."""
     # Encoders of others may hold weights that no loss reaches (a class token's last layer, say).
     options = {"find_unused_parameters": True, "broadcast_buffers": False}
     return ray.train.torch.prepare_model(module, parallel_strategy_kwargs=options)

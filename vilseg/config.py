@@ -87,7 +87,7 @@ class ImageEncoderConfig(Part):
     """Import path ``module:function``; called with ``factory_options`` it returns a module with patch features."""
     factory_options: dict[str, Any] = {}
     architecture: str = "local_conv"
-    """From scratch: ``local_conv`` (ours: convolutional, small receptive field) or any ``model_type`` of transformers (``vit`` …)."""
+    """From scratch: ``local_conv`` (ours, with a small receptive field) or any ``model_type`` of transformers (``vit`` …)."""
     sizes: dict[str, Any] = {}
     """From scratch: arguments of the architecture (``local_conv``: width, depth, patch_size, kernel; others: their HF config)."""
     frozen: bool = False
@@ -128,7 +128,7 @@ class ModelConfig(Part):
     image_encoder: ImageEncoderConfig = ImageEncoderConfig()
     text_encoder: TextEncoderConfig = TextEncoderConfig()
     embedding_dim: PositiveInt = 512
-    """Shared space of images and texts (512 as CLIP ViT-B/16); the text model's own width where its projection is ``identity``."""
+    """Shared space of images and texts (512 as CLIP ViT-B/16); the text model's own width with ``identity`` projection."""
     clusters: Annotated[int, Field(ge=2, le=1024)] = 25
     """Outputs of the clustering head; ViL-Seg compares 5 to 35."""
 

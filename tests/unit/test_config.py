@@ -87,7 +87,11 @@ def test_keys_below_a_value_are_told() -> None:
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("trainer: [1, 2", "not valid YAML"), ("- a\n- b\n", "mapping of keys to values, not list"), ("trainer: 3\n", "trainer")],
+    [
+        ("trainer: [1, 2", "not valid YAML"),
+        ("- a\n- b\n", "mapping of keys to values, not list"),
+        ("trainer: 3\n", "trainer"),
+    ],
 )
 def test_a_bad_file_is_named(tmp_path: Path, text: str, words: str) -> None:
     path = tmp_path / "run.yaml"

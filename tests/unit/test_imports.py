@@ -25,7 +25,9 @@ def test_the_library_knows_nothing_of_ray_and_reading_pairs_nothing_of_torch() -
     assert found["heavy"] == [], "vilseg.data.stream and vilseg.training.folder must stay light"
     assert found["apps"] == []
     assert found["public"] == found["all"]
-    assert {"vilseg.losses.vision", "vilseg.segmentation.segmenter", "vilseg.evaluation.evaluate"} <= set(found["names"])
+    assert {"vilseg.losses.vision", "vilseg.segmentation.segmenter", "vilseg.evaluation.evaluate"} <= set(
+        found["names"]
+    )
 
 
 def test_an_unknown_public_name_is_an_attribute_error() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import operator
 import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from vilseg.errors import DataError, UserError
 TAR, PARQUET = ".tar", ".parquet"
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 INDEX = "index.json"
+MANIFEST = "manifest.json"
+"""Beside the shards of a feature cache: what they hold."""
 CAPTION_FEATURES = "caption_features"
 """Column of a feature cache's shards."""
 _BUFFER = 4 << 20
@@ -91,11 +94,14 @@ def count_pairs(uri: str) -> int:
 
 
 def write_tar(uri: str, pairs: Iterable[tuple[str, bytes, str, dict[str, Any]]]) -> int:
-    """Write (key, image bytes, suffix, metadata) as a WebDataset tar; returns how many. Times and owners are fixed, so equal pairs give equal bytes."""
+    """Write (key, image bytes, suffix, metadata) as a WebDataset tar and return how many; equal pairs give equal bytes."""
     count = 0
     with storage.open_atomic(uri) as target, tarfile.open(fileobj=target, mode="w") as tar:
         for key, image, suffix, metadata in pairs:
-            for name, data in ((f"{key}.{suffix}", image), (f"{key}.json", json.dumps(metadata, ensure_ascii=False).encode())):
+            for name, data in (
+                (f"{key}.{suffix}", image),
+                (f"{key}.json", json.dumps(metadata, ensure_ascii=False).encode()),
+            ):
                 info = tarfile.TarInfo(name)
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
@@ -109,11 +115,19 @@ def write_index(folder: str, shards: Iterable[tuple[str, int]]) -> None:
 
 
 def read_index(folder: str) -> dict[str, int]:
-    """Pairs by file name as :func:`write_index` left them; empty where there is no index."""
+    """Pairs by file name as :func:`write_index` left them; empty where there is no index.
+
+    Raises:
+        DataError: the index is damaged.
+    """
     uri = storage.join(folder, INDEX)
     if not storage.is_folder(folder) or not storage.exists(uri):
         return {}
-    return json.loads(storage.read_text(uri)).get("shards", {})
+    try:
+        shards = json.loads(storage.read_text(uri)).get("shards", {})
+        return {name: operator.index(pairs) for name, pairs in shards.items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise DataError(f"{uri} is damaged; delete it, and the pairs are counted anew") from error
 
 
 def _read_tar(uri: str) -> Iterator[Pair | BadPair]:

@@ -42,7 +42,7 @@ from vilseg.data.image_files import (
     unique_key,
     with_suffix,
 )
-from vilseg.data.pairs import INDEX, PARQUET, TAR, BadPair, tar_groups, captions_of_metadata
+from vilseg.data.pairs import INDEX, PARQUET, TAR, BadPair, captions_of_metadata, tar_groups
 from vilseg.errors import DataError, StorageError
 
 PART_PAIRS = 1000

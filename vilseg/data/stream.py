@@ -252,9 +252,7 @@ class BatchReader:
                 return sample
         return None
 
-    def _sample(
-        self, pool: list[tuple[Pair, int] | None], index: int, bad: list[BadPair]
-    ) -> _Sample | None:
+    def _sample(self, pool: list[tuple[Pair, int] | None], index: int, bad: list[BadPair]) -> _Sample | None:
         entry = pool[index]
         if entry is None:
             return None

@@ -61,13 +61,11 @@ def make_views(images_BHW3: Tensor, seeds_B: Tensor, config: ViewsConfig) -> Vie
         else:
             local_views.append(view)
     empty = images.new_empty((0, len(images), 3, config.local_size, config.local_size))
-    return Views(
-        torch.stack(global_views), torch.stack(geometries), torch.stack(local_views) if local_views else empty
-    )
+    return Views(torch.stack(global_views), torch.stack(geometries), torch.stack(local_views) if local_views else empty)
 
 
 def random_geometry(random_B5: Tensor, scale: tuple[float, float], flip: float) -> Tensor:
-    """Crops of a share ``scale`` of the area, of random aspect and place, mirrored with probability ``flip``. Shape: (B, 5) in 0..1 -> (B, 2, 3)."""
+    """Crops of a share ``scale`` of the area, of random aspect and place, some mirrored. Shape: (B, 5) in 0..1 -> (B, 2, 3)."""
     area = scale[0] + (scale[1] - scale[0]) * random_B5[:, 0]
     low, high = (torch.log(torch.tensor(a)) for a in _ASPECT)
     aspect = torch.exp(low + (high - low) * random_B5[:, 1])
@@ -95,7 +93,9 @@ def align(map_BKhw: Tensor, from_B23: Tensor, to_B23: Tensor, grid: tuple[int, i
     """
     to_first_B23 = compose(invert(from_B23), to_B23)
     where = F.affine_grid(to_first_B23, [len(map_BKhw), 1, *grid], align_corners=False)
-    aligned = F.grid_sample(map_BKhw, where.to(map_BKhw.dtype), mode="bilinear", padding_mode="border", align_corners=False)
+    aligned = F.grid_sample(
+        map_BKhw, where.to(map_BKhw.dtype), mode="bilinear", padding_mode="border", align_corners=False
+    )
     return aligned, (where.abs() <= 1).all(-1)
 
 

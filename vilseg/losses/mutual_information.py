@@ -22,7 +22,12 @@ _EPS = 1e-12
 
 
 def mutual_information_loss(
-    first_BKhw: Tensor, second_BKhw: Tensor, valid_Bhw: Tensor | None = None, *, radius: int = 1, entropy_weight: float = 1.0
+    first_BKhw: Tensor,
+    second_BKhw: Tensor,
+    valid_Bhw: Tensor | None = None,
+    *,
+    radius: int = 1,
+    entropy_weight: float = 1.0,
 ) -> Tensor:
     """Negative mutual information averaged over displacements of up to ``radius`` patches in each direction.
 

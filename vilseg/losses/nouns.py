@@ -16,7 +16,9 @@ from torch import Tensor
 from vilseg.distributed import gather_rows
 
 
-def noun_contrast(patches_BND: Tensor, phrases_PD: Tensor, positives_BP: Tensor, scale: Tensor, top_patches: int) -> Tensor:
+def noun_contrast(
+    patches_BND: Tensor, phrases_PD: Tensor, positives_BP: Tensor, scale: Tensor, top_patches: int
+) -> Tensor:
     """Contrast images with the phrases that occur in the batch.
 
     Args:

@@ -50,7 +50,8 @@ class VisionContrast(nn.Module):
         views, globals_ = len(student_VBK), len(teacher_GBK)
         if student_VBK.shape[1:] != teacher_GBK.shape[1:] or globals_ > views or views < 2:
             raise ValueError(
-                f"expected (V, B, K) and (G, B, K) with 2 <= V >= G, got {tuple(student_VBK.shape)} and {tuple(teacher_GBK.shape)}"
+                "expected (V, B, K) and (G, B, K) with 2 <= V >= G, got "
+                f"{tuple(student_VBK.shape)} and {tuple(teacher_GBK.shape)}"
             )
         dtype = torch.promote_types(student_VBK.dtype, torch.float32)
         targets_GBK = ((teacher_GBK.to(dtype) - self.center.to(dtype)) / self.teacher_temperature).softmax(-1).detach()

@@ -93,7 +93,7 @@ class LocalConvEncoder(nn.Module):
         self.stem = nn.Sequential(*layers)
         self.blocks = nn.Sequential(*[_ResidualBlock(width, kernel) for _ in range(depth)])
         self.norm = ChannelNorm(width)
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing from torch's annotations
 
     def forward(self, images_B3HW: Tensor) -> ImageFeatures:
         """Shape: (B, 3, H, W) in 0..1 -> patches (B, H/patch x W/patch, width)."""
@@ -120,6 +120,10 @@ class ChannelNorm(nn.LayerNorm):
 
 class HuggingFaceImageEncoder(nn.Module):
     """Patch features of a transformers vision model: transformer tokens without class and register tokens, or a feature map."""
+
+    model: Any
+    mean: Tensor
+    std: Tensor
 
     def __init__(
         self, model: nn.Module, *, mean: tuple[float, ...] = IMAGENET_MEAN, std: tuple[float, ...] = IMAGENET_STD
@@ -181,7 +185,9 @@ def _from_checkpoint(checkpoint: str) -> HuggingFaceImageEncoder:
     try:
         model = AutoModel.from_pretrained(checkpoint)
     except (OSError, ValueError) as error:
-        raise ModelError(f"model.image_encoder.checkpoint {checkpoint} cannot be loaded: {first_line(error)}") from error
+        raise ModelError(
+            f"model.image_encoder.checkpoint {checkpoint} cannot be loaded: {first_line(error)}"
+        ) from error
     mean, std = IMAGENET_MEAN, IMAGENET_STD
     if not Path(checkpoint).is_dir() or (Path(checkpoint) / "preprocessor_config.json").exists():
         from transformers import AutoImageProcessor  # takes seconds to import, and only checkpoints need it

@@ -88,7 +88,9 @@ def _read_config(folder: str | Path, source: str) -> tuple[dict[str, Any], Model
     try:
         tree = json.loads(storage.read_text(uri))
         if tree["format"] != FORMAT:
-            raise ModelError(f"{source} is a model folder of format {tree['format']}; this vilseg reads format {FORMAT}")
+            raise ModelError(
+                f"{source} is a model folder of format {tree['format']}; this vilseg reads format {FORMAT}"
+            )
         if not {"image_encoder", "text_encoder"} <= tree.keys():
             raise KeyError("image_encoder, text_encoder")
         return tree, ModelConfig.model_validate(tree["model"]), SegmentationConfig.model_validate(tree["segmentation"])
@@ -109,4 +111,6 @@ def _folder(source: str, stack: ExitStack) -> Path:
     try:
         return Path(snapshot_download(source))
     except (OSError, HfHubHTTPError, HFValidationError, UserError) as error:
-        raise ModelError(f"{source} is neither a folder nor a model that the hub would give: {first_line(error)}") from error
+        raise ModelError(
+            f"{source} is neither a folder nor a model that the hub would give: {first_line(error)}"
+        ) from error

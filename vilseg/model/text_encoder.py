@@ -18,6 +18,8 @@ from vilseg.text.tokenizer import FixedTokenizer
 class TextEncoder(nn.Module):
     """Texts -> features. The tokenizer belongs to it, so that a text means the same wherever the model goes."""
 
+    model: Any
+
     def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, pooling: str, max_tokens: int) -> None:
         super().__init__()
         self.model = getattr(model, "text_model", model)  # the text half of CLIP and SigLIP

@@ -55,7 +55,7 @@ class ViLSeg(nn.Module):
         self.segmentation = segmentation or SegmentationConfig()
         self.image_encoder = image_encoder
         self.text_encoder = text_encoder
-        features: int = image_encoder.num_features  # type: ignore[assignment]
+        features = int(image_encoder.num_features)  # type: ignore[arg-type]
         identity = config.text_encoder.projection == "identity"
         self.embedding_dim = text_encoder.num_features if identity else config.embedding_dim
         self.image_projection = nn.Linear(features, self.embedding_dim)

@@ -1,18 +1,19 @@
 """From patch embeddings and cluster assignments to a score for every class at every patch (ViL-Seg, section 3.5).
 
-With the unit embeddings p_n of an image's patches, their soft assignments a_nk to K clusters, the unit embedding g of their
-mean, and the unit embeddings t_c of the classes:
+With the unit embeddings p_n of an image's patches, their soft assignments a_nk to K clusters, the unit embedding g of
+their mean, and the unit embeddings t_c of the classes:
 
     region         r_k  = norm(sum_n a_nk p_n)
     image mix m    r'_k = norm((1 - m) r_k + m g),   p'_n = norm((1 - m) p_n + m g)
     blend w        s_nc = w sum_k a_nk <r'_k, t_c> + (1 - w) <p'_n, t_c>
-    calibration q  s'_nc = (s_nc - q mu_c) (mean_c' sigma_c' / sigma_c)^q
+    calibration q  s'_nc = (s_nc - q mu_c) (mean_c'(sigma_c') / sigma_c)^q
 
-where mu_c = <mean p, t_c> and sigma_c^2 = t_c^T cov(p) t_c are the mean and the variance that the cosine with class c has over
-the patches of the training pictures. Some names lie near everything ("person"), some near nothing; q = 1 judges each by what
-is usual for it, q = 0 takes the cosines as they are. The class ``background`` is what other words name better:
+where mu_c = <mean p, t_c> and sigma_c^2 = t_c^T cov(p) t_c are the mean and the variance that the cosine with class c
+has over the patches of the training pictures, and mean_c' runs over all texts. Some names lie near everything
+("person"), some near nothing; q = 1 judges each by what is usual for it, q = 0 takes the cosines as they are. The class
+``background`` is what other words name better:
 
-    s'_background = max_b s'_nb + bias   over the background words b (without such words, over the word background alone).
+    s'_background = max_b s'_nb + bias   over the background words b, or over the word background where there are none.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def calibrate(
 def class_similarities(
     embeddings: ImageEmbeddings, assignments_BNK: Tensor, texts: ClassTexts, config: SegmentationConfig
 ) -> Tensor:
-    """How well every class fits every patch, through the region that the patch belongs to; see the module for the formula.
+    """How well every class fits every patch, through the region that the patch belongs to; see the module.
 
     Args:
         embeddings: of B images, unit length.

@@ -124,6 +124,7 @@ class Segmenter:
         rows, columns = (max(1, round(min(side * factor, longest) / patch)) * patch for side in (height, width))
         return rows, columns
 
+    @torch.inference_mode()
     def _paint(self, image: np.ndarray, similarity_Chw: Tensor, clusters_Khw: Tensor) -> Segmentation:
         """Bring class similarities to the picture's own size, strip by strip, and let the best class win."""
         height, width = image.shape[:2]
@@ -134,16 +135,17 @@ class Segmenter:
         rows = max(1, _STRIP_VALUES // (width * max(count, len(clusters_Khw))))
         for top in range(0, height, rows):
             bottom = min(height, top + rows)
-            scaled = _resample(similarity_Chw, (height, width), top, bottom) / self.config.temperature
-            best, label = scaled.softmax(0).max(0)
+            logits = _resample(similarity_Chw / self.config.temperature, (height, width), top, bottom)
+            best, label = logits.max(0)
             labels[top:bottom] = label.cpu().numpy()
-            scores[top:bottom] = best.cpu().numpy()
+            # The soft-max of the best class alone: all of them would be written and read once more for nothing.
+            scores[top:bottom] = logits.sub_(best).exp_().sum(0).reciprocal_().cpu().numpy()
             clusters[top:bottom] = _resample(clusters_Khw, (height, width), top, bottom).argmax(0).cpu().numpy()
         return Segmentation(labels=labels, classes=self.classes, scores=scores, clusters=clusters, image=image)
 
 
 def spoken(name: str) -> str:
-    """A class name as a caption would have it: ``wall-other-merged`` (COCO panoptic) is a wall, ``tv_monitor`` a tv monitor."""
+    """A class name as a caption would have it: ``wall-other-merged`` (COCO) is wall, ``tv_monitor`` tv monitor."""
     for mark in _COCO_MARKS:
         name = name.replace(mark, "")
     return name.replace("-", " ").replace("_", " ").strip() or name

@@ -70,7 +70,9 @@ class NounPhrases:
             tokens = words(caption)
             covered = len(tokens)  # everything from here on belongs to a compound found
             for end in range(len(tokens), 0, -1):
-                heads = [self.forms.get(" ".join(tokens[start:end])) for start in range(max(0, end - self._longest), end)]
+                heads = [
+                    self.forms.get(" ".join(tokens[start:end])) for start in range(max(0, end - self._longest), end)
+                ]
                 longest = next((i for i, phrase in enumerate(heads) if phrase is not None), None)
                 if longest is None or end > covered:
                     continue

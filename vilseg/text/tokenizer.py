@@ -13,7 +13,13 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+_SPECIAL = {
+    "pad_token": "[PAD]",
+    "unk_token": "[UNK]",
+    "cls_token": "[CLS]",
+    "sep_token": "[SEP]",
+    "mask_token": "[MASK]",
+}
 
 
 def train_tokenizer(captions: Iterable[str], vocabulary_size: int) -> PreTrainedTokenizerBase:
@@ -24,14 +30,22 @@ def train_tokenizer(captions: Iterable[str], vocabulary_size: int) -> PreTrained
     """
     from transformers import PreTrainedTokenizerFast  # slow to import; readers of captions do without
 
-    tokenizer = Tokenizer(models.WordPiece(unk_token=_SPECIAL["unk_token"]))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece()
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=vocabulary_size, special_tokens=list(_SPECIAL.values()), show_progress=False
+    normalizer, pre_tokenizer = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+    captions = list(captions)
+    inner = set[str]()
+    for caption in captions:
+        for word, _ in pre_tokenizer.pre_tokenize_str(normalizer.normalize_str(caption)):
+            inner.update(word[1:])
+    # The trainer numbers letters inside words in the order of a hash table and breaks ties by these numbers, another way
+    # each time. Given to it as known beforehand they have one order, and equal captions make equal tokenizers.
+    known = [*_SPECIAL.values(), *(f"##{letter}" for letter in sorted(inner))]
+    training = Tokenizer(models.WordPiece(unk_token=_SPECIAL["unk_token"]))
+    training.normalizer, training.pre_tokenizer = normalizer, pre_tokenizer
+    training.train_from_iterator(
+        captions, trainers.WordPieceTrainer(vocab_size=vocabulary_size, special_tokens=known, show_progress=False)
     )
-    tokenizer.train_from_iterator(captions, trainer)
+    tokenizer = Tokenizer(models.WordPiece(training.get_vocab(), unk_token=_SPECIAL["unk_token"]))
+    tokenizer.normalizer, tokenizer.pre_tokenizer, tokenizer.decoder = normalizer, pre_tokenizer, decoders.WordPiece()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **_SPECIAL)
 
 

@@ -29,14 +29,18 @@ class Vocabulary:
         if not self.classes:
             raise DataError("the class list is empty; give at least one class name")
         if len(self.classes) > MAX_CLASSES:
-            raise DataError(f"the class list has {len(self.classes):,} names; a 16-bit mask holds at most {MAX_CLASSES:,}")
+            raise DataError(
+                f"the class list has {len(self.classes):,} names; a 16-bit mask holds at most {MAX_CLASSES:,}"
+            )
         seen: dict[str, int] = {}
         for index, name in enumerate(self.classes):
             if not name.strip():
                 raise DataError(f"class {index} (counted from 0) has an empty name")
             folded = name.casefold()
             if folded in seen:
-                raise DataError(f"the class name '{name}' is listed twice, at {seen[folded]} and {index} (counted from 0)")
+                raise DataError(
+                    f"the class name '{name}' is listed twice, at {seen[folded]} and {index} (counted from 0)"
+                )
             seen[folded] = index
 
     @property
@@ -63,8 +67,12 @@ class Vocabulary:
         may_be_file = bool(spec.strip()) and max(map(len, spec.encode().split(b"/"))) <= 255
         if may_be_file and storage.exists(spec):
             if storage.is_folder(spec):
-                raise DataError(f"{spec} is a folder; give a text file with one class name a line, or names as 'cat,sofa'")
+                raise DataError(
+                    f"{spec} is a folder; give a text file with one class name a line, or names as 'cat,sofa'"
+                )
             return cls.of(line for line in storage.read_text(spec).splitlines() if line.strip())
         if (may_be_file and "/" in spec) or spec.endswith((".txt", ".yaml", ".yml")):
-            raise DataError(f"the class list {spec} does not exist; give a text file with one name a line, or names as 'cat,sofa'")
+            raise DataError(
+                f"the class list {spec} does not exist; give a text file with one name a line, or names as 'cat,sofa'"
+            )
         return cls.of(name for name in spec.split(",") if name.strip())

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vilseg.config import OptimizerConfig, TrainerConfig
 from vilseg.data.stream import WorkerBatch
-from vilseg.distributed import mean_over_workers
+from vilseg.distributed import mean_over_workers, rank
 from vilseg.errors import DataError, UserError
 from vilseg.training.objective import Objective, TensorBatch
 from vilseg.training.schedule import learning_rate, parameter_groups
@@ -106,6 +106,9 @@ class Trainer:
 
     def _optimise(self, batch: TensorBatch) -> dict[str, Tensor]:
         """One optimiser step."""
+        # Dropout inside the encoders draws from torch's generator: so a resumed run draws what the unbroken one does,
+        # and every worker something else.
+        torch.manual_seed(hash((self.trainer.seed, self.step, rank())))
         for group in self._adamw.param_groups:
             group["lr"] = learning_rate(self.optimizer, self.step, self.trainer.steps)
         self._adamw.zero_grad(set_to_none=True)

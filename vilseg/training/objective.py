@@ -22,7 +22,7 @@ _DROPOUT_DRAW = 1_000
 _MEMORY = 100
 """Steps that the running statistics look back on."""
 _RECORDED_PATCHES = 1024
-"""Patches a worker and step whose embeddings enter the statistics: enough for them, and cheap beside the step itself."""
+"""Patches a worker and step whose embeddings enter the statistics: enough for them, cheap beside the step itself."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Objective(nn.Module):
         self.teacher = None
         if loss.vision.weight:
             self.vision_head = ProjectionHead(
-                model.image_encoder.num_features, loss.vision.hidden_dim, loss.vision.prototypes
+                int(model.image_encoder.num_features), loss.vision.hidden_dim, loss.vision.prototypes
             )
             self.vision_loss = VisionContrast(
                 loss.vision.prototypes,
@@ -125,14 +125,14 @@ class Objective(nn.Module):
             return
         start = self.config.vision.teacher_momentum
         momentum = 1 - (1 - start) * (math.cos(math.pi * progress) + 1) / 2
-        pairs = [(self.teacher["head"], self.vision_head)]
+        pairs: list[tuple[nn.Module, nn.Module]] = [(self.teacher["head"], self.vision_head)]
         if not self.model.config.image_encoder.frozen:
             pairs.append((self.teacher["encoder"], self.model.image_encoder))
         for teacher, student in pairs:
             for old, new in zip(teacher.parameters(), student.parameters(), strict=True):
                 old.lerp_(new, 1 - momentum)
-            for old, new in zip(teacher.buffers(), student.buffers(), strict=True):
-                old.copy_(new)
+            for kept, current in zip(teacher.buffers(), student.buffers(), strict=True):
+                kept.copy_(current)
 
     def _autocast(self, batch: TensorBatch) -> torch.autocast:
         enabled = self.autocast != torch.float32
@@ -240,9 +240,10 @@ class Objective(nn.Module):
 
     @torch.no_grad()
     def _record(self, texts_BD: Tensor) -> None:
-        """Keep running statistics of caption and patch embeddings over all workers; inference centres and calibrates by them.
+        """Keep running statistics of caption and patch embeddings over all workers, for centring and calibration.
 
-        Each is the mean over all steps so far, and from the ``_MEMORY``-th on one that forgets: embeddings move as they learn.
+        Each is the mean over all steps so far, and from the ``_MEMORY``-th on one that forgets: embeddings move as
+        they learn.
         """
         model = self.model
         model.recorded_steps += 1

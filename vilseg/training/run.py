@@ -43,6 +43,15 @@ def open_folder(config: RunConfig, *, resume: bool) -> RunFolder:
     return folder
 
 
+def preflight(config: RunConfig, *, resume: bool) -> None:
+    """What can be said against a run before anything is started; raises as :func:`open_folder` and :func:`prepare`."""
+    list_shards(require_source(config))
+    if config.name:
+        open_folder(config, resume=resume)
+    else:
+        storage.require_bucket(config.trainer.storage)
+
+
 def prepare(
     config: RunConfig,
     folder: RunFolder,
@@ -100,7 +109,9 @@ def require_source(config: RunConfig) -> str:
         StorageError: there is no such bucket.
     """
     if not config.data.source:
-        raise ConfigError("data.source is not set; give the URI of pair shards, for example data.source=s3://bucket/pairs")
+        raise ConfigError(
+            "data.source is not set; give the URI of pair shards, for example data.source=s3://bucket/pairs"
+        )
     storage.require_bucket(config.data.source)
     return config.data.source
 

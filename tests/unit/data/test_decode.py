@@ -17,7 +17,7 @@ from vilseg.errors import DataError
 
 def picture(height: int = 40, width: int = 60) -> np.ndarray:
     """Smooth, so that lossy formats keep it, and different in every corner."""
-    y, x = np.mgrid[0:1:height * 1j, 0:1:width * 1j]
+    y, x = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
     return (np.stack([x, y, (1 - x) * y], -1) * 255).astype(np.uint8)
 
 
@@ -72,7 +72,9 @@ def test_pictures_are_turned_upright(form: str, orientation: int) -> None:
     }[orientation](picture())
     exif = Image.Exif()
     exif[0x0112] = orientation
-    data = encode(Image.fromarray(np.ascontiguousarray(stored)), form, exif=exif, **({"quality": 95} if form == "JPEG" else {}))
+    data = encode(
+        Image.fromarray(np.ascontiguousarray(stored)), form, exif=exif, **({"quality": 95} if form == "JPEG" else {})
+    )
     assert difference(decode_image(data), picture()) < 3
 
 
@@ -115,7 +117,9 @@ def test_of_an_animation_the_first_frame_is_taken() -> None:
     assert decode_image(encode(frames[0], "GIF", save_all=True, append_images=frames[1:])).max() == 0
 
 
-@pytest.mark.parametrize(("min_side", "expected"), [(None, (400, 640)), (130, (150, 240)), (60, (100, 160)), (1, (50, 80))])
+@pytest.mark.parametrize(
+    ("min_side", "expected"), [(None, (400, 640)), (130, (150, 240)), (60, (100, 160)), (1, (50, 80))]
+)
 def test_scaled_decoding_stays_above_the_side_asked_for_and_looks_the_same(
     min_side: int | None, expected: tuple[int, int]
 ) -> None:
@@ -184,7 +188,9 @@ def test_damage_of_any_kind_is_a_data_error() -> None:
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("error")  # nor is anything to be printed
-                    array = decode_image(bytes(data[: chance.choice([len(data), chance.randrange(len(data))])]), max_pixels=10**6)
+                    array = decode_image(
+                        bytes(data[: chance.choice([len(data), chance.randrange(len(data))])]), max_pixels=10**6
+                    )
             except DataError:
                 refused += 1
             else:

@@ -58,7 +58,12 @@ def test_a_tokenizer_that_pads_with_its_end_token_as_clip_does(pooling: str) -> 
     end = tokenizer.eos_token_id
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A [SEP]", special_tokens=[("[SEP]", end)])
     config = CLIPTextConfig(
-        **SIZES, vocab_size=len(tokenizer), max_position_embeddings=20, eos_token_id=end, pad_token_id=end, bos_token_id=0
+        **SIZES,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=20,
+        eos_token_id=end,
+        pad_token_id=end,
+        bos_token_id=0,
     )
     model = CLIPTextModel(config).eval()
     encoder = TextEncoder(model, tokenizer, pooling=pooling, max_tokens=20).eval()

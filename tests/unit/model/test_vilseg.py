@@ -44,7 +44,9 @@ def embeddings(model: ViLSeg) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("image_encoder", [{"sizes": {"width": 16, "depth": 1}}, VIT])
-def test_embeddings_have_unit_length_and_assignments_sum_to_one(make_model: Make, image_encoder: dict[str, Any]) -> None:
+def test_embeddings_have_unit_length_and_assignments_sum_to_one(
+    make_model: Make, image_encoder: dict[str, Any]
+) -> None:
     model = make_model(image_encoder=image_encoder)
     grid = (4, 6) if image_encoder is VIT else (8, 12)
     pooled, patches, assignments, texts, _ = embeddings(model)

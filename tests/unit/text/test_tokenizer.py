@@ -54,3 +54,18 @@ def test_training_is_uncased_and_knows_its_captions(trained: PreTrainedTokenizer
 def test_the_vocabulary_size_is_a_limit() -> None:
     words = [f"{a}{b}{c}" for a in "abcdef" for b in "ghijkl" for c in "mnopqr"]
     assert len(train_tokenizer([" ".join(words)], 60)) <= 60
+
+
+def test_equal_captions_make_equal_tokenizers() -> None:
+    # Many equally frequent pairs of letters: the order in which ties are broken shows.
+    captions = [
+        f"{a}{b} {b}{c} and the {a} of {c}"
+        for a in ("dog", "cat", "sofa")
+        for b in ("s", "ing")
+        for c in ("sea", "tree")
+    ]
+    first, *others = (train_tokenizer(iter(captions), 50) for _ in range(4))
+    assert all(other.get_vocab() == first.get_vocab() for other in others)
+    assert first.pad_token_id == 0
+    assert set(first.all_special_tokens) == {"[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"}
+    assert first.decode(first("dogs")["input_ids"], skip_special_tokens=True) == "dogs"

@@ -1,0 +1,35 @@
+"""``python -m benchmarks NAME --json``: run one measurement and print what came of it."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from vilseg.errors import UserError
+
+_NAMES = {"real_photos": "train on Flickr8k captions, measure on COCO masks"}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the benchmark that is named; 0 done, 2 the input is wrong."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measurements that others can repeat.")
+    names = "; ".join(f"{name}: {what}" for name, what in _NAMES.items())
+    parser.add_argument("name", choices=_NAMES, help=names)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="folder for what the run leaves")
+    chosen = parser.parse_args(arguments)
+    try:
+        result: dict[str, Any] = importlib.import_module(f"benchmarks.{chosen.name}").main(chosen.out / chosen.name)
+    except UserError as error:
+        print(f"benchmarks: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(result) if chosen.json else "\n".join(f"{name}: {value}" for name, value in result.items()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,161 @@
+"""Does reading keep up with training? The same step on batches from Ray Data, and on batches already in memory.
+
+Both are timed in the same Ray Train workers with the same model, in blocks that alternate. A block of fed steps has a
+stream of its own, read from the object store and decoded beside the workers, and ends with it; so nothing is read while
+the steps in memory are timed, and none of the reading for a fed block escapes its clock but that for the first batch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import ray.train
+import ray.train.torch
+import torch
+from ray.train import DataConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+
+from cluster.store import ObjectStore
+from jobs import console, ingest_scenes
+from jobs.feed import count_in_parallel, execution_options, pairs_of_steps, worker_batches
+from jobs.monitor import Monitor
+from jobs.session import Session, ray_session
+from jobs.train import data_parallel, limit_threads
+from vilseg import storage
+from vilseg.config import RunConfig
+from vilseg.data.stream import WorkerBatch
+from vilseg.device import precision_dtype
+from vilseg.model import ViLSeg
+from vilseg.training import run
+from vilseg.training.folder import Prepared, RunFolder
+from vilseg.training.loop import Trainer
+from vilseg.training.objective import Objective
+
+CONFIG = Path(__file__).parent.parent / "configs" / "demo.yaml"
+_ROOT = "s3://vilseg/train_input"
+_PAIRS = 8_000
+_STEPS = 150
+"""A block: all pairs once, and some."""
+_ROUNDS = 3
+"""Blocks of each kind."""
+_WARM_UP = 20
+
+
+def main(out: Path) -> dict[str, Any]:
+    """Run the measurement; ``out`` keeps the object store.
+
+    Returns:
+        ``ratio`` (images/s fed over images/s from memory, medians over blocks) and the raw figures.
+    """
+    out = out.absolute()
+    shutil.rmtree(out / "store", ignore_errors=True)
+    store = ObjectStore.start(out / "store")
+    try:
+        os.environ.update(store.environment())
+        with ray_session() as session:
+            return _measure(session)
+    finally:
+        store.stop()
+
+
+def _measure(session: Session) -> dict[str, Any]:
+    overrides = [f"data.source={_ROOT}/pairs", f"trainer.storage={_ROOT}/runs", "name=input"]
+    config = RunConfig.load(str(CONFIG), [*overrides, f"trainer.steps={_WARM_UP + 2 * _ROUNDS * _STEPS}"])
+    console.say("[scenes]")
+    ingest_scenes.main(f"{_ROOT}/pairs", f"{_ROOT}/unseen", pairs=_PAIRS, unseen=1, size=config.data.canvas, seed=0)
+    folder = run.open_folder(config, resume=False)
+    prepared = run.prepare(config, folder, count=count_in_parallel)
+    monitor = Monitor.remote(config.data.max_bad_share)
+    console.say("[steps]")
+    streams = {
+        f"block-{number}": partial(pairs_of_steps, config, prepared, monitor, number * _STEPS, (number + 1) * _STEPS)
+        for number in range(_ROUNDS)
+    }
+    filesystem, path = storage.filesystem(folder.uri)
+    result = storage.join(folder.uri, "seconds.json")
+    TorchTrainer(
+        partial(_worker, config=config, folder=folder, prepared=prepared, result=result),
+        scaling_config=ScalingConfig(
+            num_workers=config.trainer.workers,
+            resources_per_worker=session.worker_resources(config.trainer.workers),
+            use_gpu=session.gpus >= config.trainer.workers,
+        ),
+        datasets=streams,
+        dataset_config=DataConfig(execution_options=execution_options()),
+        run_config=ray.train.RunConfig(name="checkpoints", storage_path=path, storage_filesystem=filesystem),
+    ).fit()
+    seconds = json.loads(storage.read_text(result))
+    # The first fed step has no reading in its clock, so it is left out of both kinds of blocks.
+    images = (_STEPS - 1) * config.trainer.batch_size
+    rates = {kind: [round(images / taken, 1) for taken in blocks] for kind, blocks in seconds.items()}
+    fed, memory = median(rates["fed"]), median(rates["memory"])
+    return {
+        "benchmark": "train_input",
+        "ratio": round(fed / memory, 4),
+        "images_per_second_fed": fed,
+        "images_per_second_memory": memory,
+        "blocks": rates,
+        "steps_per_block": _STEPS,
+        "batch_size": config.trainer.batch_size,
+        "workers": config.trainer.workers,
+        "cpus": session.cpus,
+    }
+
+
+def _worker(config: RunConfig, folder: RunFolder, prepared: Prepared, result: str) -> None:
+    """What every Ray Train worker runs: the product's own loop, on batches whose coming is timed."""
+    device = ray.train.torch.get_device()
+    limit_threads(device)
+    objective = Objective(
+        ViLSeg.from_pretrained(folder.initial),
+        config.loss,
+        config.views,
+        prepared.nouns.phrases,
+        autocast=precision_dtype(config.trainer.precision, device),
+    ).to(device)
+    trainer = Trainer(objective, config.optimizer, config.trainer, device, wrap=data_parallel)
+    seconds: dict[str, list[float]] = {"fed": [], "memory": []}
+    trainer.train(_alternate(seconds, device), on_report=lambda metrics: None, on_checkpoint=lambda: None)
+    if ray.train.get_context().get_world_rank() == 0:
+        storage.write_text(result, json.dumps(seconds))
+
+
+def _alternate(seconds: dict[str, list[float]], device: torch.device) -> Iterator[WorkerBatch]:
+    """Fed and remembered batches by turns; notes the seconds of each block from its second step on."""
+    kept: list[WorkerBatch] = []
+    for number in range(_ROUNDS):
+        fed = worker_batches(ray.train.get_dataset_shard(f"block-{number}"))
+        first = next(fed)
+        if not kept:
+            yield from [first] * _WARM_UP  # of the networks; the stream waits meanwhile with a few batches in hand
+        yield first
+        started = _now(device)
+        for batch in fed:
+            if len(kept) < _STEPS:
+                kept.append(_copied(batch))
+            yield batch
+        seconds["fed"].append(_now(device) - started)
+        yield kept[0]
+        started = _now(device)
+        for step in range(1, _STEPS):
+            yield kept[step % len(kept)]
+        seconds["memory"].append(_now(device) - started)
+
+
+def _copied(batch: WorkerBatch) -> WorkerBatch:
+    """A batch in the worker's own memory: the stream's arrays are views of the object store."""
+    return WorkerBatch.from_columns({name: array.copy() for name, array in batch.columns().items()})
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

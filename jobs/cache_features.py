@@ -1,0 +1,276 @@
+"""Write the features of frozen encoders once, so that training reads them instead of pictures and texts.
+
+The cache is a folder of pair shards: one Parquet file for each shard of the source, in which ``image`` holds the
+patch features of the picture on the canvas, float16 (N, F), and ``caption_features`` one float16 row for each caption
+where the text encoder is frozen too. It lies in a folder named by a key, the hash of what the features depend on;
+another encoder, canvas or source has another key and leaves an earlier cache alone. ``manifest.json`` comes last: a
+folder without it is only begun, and the files that are there are not written again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+import ray.data
+import torch
+from torch import Tensor, nn
+
+from jobs.session import Session, user_error_in
+from vilseg import storage
+from vilseg.config import ColumnsConfig, RunConfig
+from vilseg.data.decode import decode_image, square
+from vilseg.data.pairs import (
+    CAPTION_FEATURES,
+    MANIFEST,
+    PARQUET,
+    BadPair,
+    Pair,
+    list_shards,
+    read_shard,
+    write_index,
+)
+from vilseg.device import best_device, has_bfloat16_units
+from vilseg.errors import ConfigError, DataError
+from vilseg.model.image_encoder import build_image_encoder
+from vilseg.model.text_encoder import TextEncoder, build_text_encoder
+from vilseg.training.run import require_source
+
+_BATCH = 16
+_TEXTS = 64
+_SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("captions", pa.list_(pa.string())),
+        ("image", pa.binary()),
+        (CAPTION_FEATURES, pa.binary()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a cache holds."""
+
+    uri: str
+    """Its folder, below ``data.feature_cache``."""
+    patches: int
+    features: int
+    pairs: dict[str, int] = field(default_factory=dict)
+    """By file name."""
+    rejected: dict[str, str] = field(default_factory=dict)
+    """Key and reason of pairs that could not be read."""
+
+
+def main(
+    config: RunConfig, session: Session, *, progress: Callable[[int, int], None] = lambda done, total: None
+) -> Manifest:
+    """Write the cache of ``data.source`` below ``data.feature_cache``, unless it is there.
+
+    Args:
+        config: of the run; its image encoder must be frozen.
+        session: the cluster.
+        progress: told (shards done, shards there are).
+
+    Raises:
+        ConfigError: the image encoder is not frozen, or a key is missing.
+        DataError: more than ``data.max_bad_share`` of the pairs cannot be read.
+        ModelError: an encoder cannot be loaded.
+    """
+    assert config.data.feature_cache is not None
+    if not config.model.image_encoder.frozen:
+        raise ConfigError(
+            "data.feature_cache needs model.image_encoder.frozen=true: features of a network that learns change"
+        )
+    source = require_source(config)
+    storage.require_bucket(config.data.feature_cache)
+    shards = list_shards(storage.absolute(source))
+    torch.manual_seed(config.trainer.seed)
+    image_encoder = build_image_encoder(config.model.image_encoder).eval()
+    text = config.model.text_encoder
+    text_encoder = build_text_encoder(text).eval() if text.frozen and text.checkpoint else None
+    parts = [json.dumps([config.data.canvas, text.pooling, text.max_tokens, [(e.relative, e.size) for e in shards]])]
+    folder = storage.join(storage.absolute(config.data.feature_cache), _key(parts, [image_encoder, text_encoder]))
+    if storage.exists(_manifest(folder)):
+        return Manifest(**json.loads(storage.read_text(_manifest(folder))))
+    names = [entry.relative.replace("/", "_") + PARQUET for entry in shards]
+    rows = [
+        {"source": entry.uri, "target": storage.join(folder, name)} for entry, name in zip(shards, names, strict=True)
+    ]
+    done = _write_all(rows, image_encoder, text_encoder, config, session, progress)
+    rejected = dict(pair for shard in done for pair in json.loads(shard["rejected"]))
+    pairs = {storage.name(shard["target"]): int(shard["pairs"]) for shard in done}
+    total = sum(pairs.values()) + len(rejected)
+    if len(rejected) > config.data.max_bad_share * total:
+        key, reason = next(iter(rejected.items()))
+        raise DataError(
+            f"{len(rejected)} of {total} pairs could not be read, more than data.max_bad_share="
+            f"{config.data.max_bad_share} allows; the first was {key}: {reason}"
+        )
+    write_index(folder, pairs.items())
+    manifest = Manifest(folder, int(done[0]["patches"]), int(done[0]["features"]), pairs, rejected)
+    storage.write_text(_manifest(folder), json.dumps(asdict(manifest), indent=1, ensure_ascii=False))
+    return manifest
+
+
+def _write_all(
+    rows: list[dict[str, str]],
+    image_encoder: nn.Module,
+    text_encoder: TextEncoder | None,
+    config: RunConfig,
+    session: Session,
+    progress: Callable[[int, int], None],
+) -> list[dict[str, Any]]:
+    """One output file for each input file, by a pool of actors."""
+    actors = max(1, min(len(rows), session.gpus or session.cpus))
+    settings = {"canvas": config.data.canvas, "max_pixels": config.data.max_pixels, "columns": config.data.columns}
+    encoders = ray.put((image_encoder, text_encoder))
+    written = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+        _Actor,
+        fn_constructor_args=([encoders], settings, max(1, session.cpus // actors)),
+        batch_size=1,
+        concurrency=actors,
+        num_cpus=0.9 * session.cpus / actors,
+        num_gpus=1 if session.gpus else 0,
+    )
+    done: list[dict[str, Any]] = []
+    progress(0, len(rows))
+    try:
+        for row in written.iter_rows():
+            done.append(row)
+            progress(len(done), len(rows))
+    except ray.exceptions.RayError as error:
+        raise user_error_in(error) or error from None
+    return done
+
+
+class FeatureWriter:
+    """Turns pair shards into shards of features.
+
+    Args:
+        image_encoder: frozen; moved to a GPU where there is one.
+        text_encoder: where it is frozen too, else None.
+        canvas: side of the square that pictures are brought to, the middle of the longer side.
+        max_pixels: pictures with more are rejected.
+        columns: names of the columns of Parquet shards.
+    """
+
+    def __init__(
+        self,
+        image_encoder: nn.Module,
+        text_encoder: TextEncoder | None,
+        *,
+        canvas: int,
+        max_pixels: int,
+        columns: ColumnsConfig,
+    ) -> None:
+        self._device = best_device()
+        self._images = image_encoder.to(self._device).eval().requires_grad_(False)
+        self._texts = None if text_encoder is None else text_encoder.to(self._device).eval()
+        self._canvas, self._max_pixels, self._columns = canvas, max_pixels, columns
+
+    def write(self, source: str, target: str) -> dict[str, Any]:
+        """Write the features of the shard ``source`` to ``target``, or look at what is there; counts and sizes."""
+        if storage.exists(target):
+            with storage.open_input(target) as file:
+                return json.loads(pq.read_schema(file).metadata[b"vilseg"])
+        good: list[Pair] = []
+        pictures: list[np.ndarray] = []
+        rejected: list[tuple[str, str]] = []
+        for pair in read_shard(source, self._columns):
+            if isinstance(pair, BadPair):
+                rejected.append((pair.key, pair.reason))
+                continue
+            try:
+                image = decode_image(pair.image, max_pixels=self._max_pixels, min_side=self._canvas)
+            except DataError as error:
+                rejected.append((pair.key, str(error)))
+                continue
+            good.append(pair)
+            pictures.append(square(image, self._canvas))
+        rows = {
+            "key": [pair.key for pair in good],
+            "captions": [list(pair.captions) for pair in good],
+            "image": [features.tobytes() for features in self._image_features(pictures)],
+            CAPTION_FEATURES: self._caption_features([pair.captions for pair in good]),
+        }
+        patches, features = self._shape(pictures[:1])
+        summary = {
+            "target": target,
+            "pairs": len(good),
+            "patches": patches,
+            "features": features,
+            "rejected": json.dumps(rejected),
+        }
+        table = pa.Table.from_pydict(rows, schema=_SCHEMA.with_metadata({"vilseg": json.dumps(summary)}))
+        with storage.open_atomic(target) as file:
+            # Half floats of a network do not shrink; rows of a group are read together, so groups are kept small.
+            pq.write_table(table, file, row_group_size=64, compression="none", use_dictionary=False)
+        return summary
+
+    def _image_features(self, pictures: Sequence[np.ndarray]) -> Iterable[np.ndarray]:
+        """(N, F) float16 for each picture."""
+        for start in range(0, len(pictures), _BATCH):
+            yield from self._encode(pictures[start : start + _BATCH])
+
+    @torch.inference_mode()
+    def _encode(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
+        pixels = torch.from_numpy(np.stack(pictures)).to(self._device).permute(0, 3, 1, 2).float().div_(255)
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=has_bfloat16_units(self._device)):
+            patches_BNF: Tensor = self._images(pixels).patches
+        return patches_BNF.half().cpu().numpy()
+
+    def _shape(self, pictures: Sequence[np.ndarray]) -> tuple[int, int]:
+        blank = np.zeros((self._canvas, self._canvas, 3), np.uint8)
+        patches, features = self._encode(pictures or [blank]).shape[1:]
+        return patches, features
+
+    @torch.inference_mode()
+    def _caption_features(self, captions: Sequence[Sequence[str]]) -> list[bytes | None]:
+        """float16 rows of each picture's captions; None without a frozen text encoder."""
+        if self._texts is None:
+            return [None] * len(captions)
+        texts = [text for those in captions for text in those]
+        # Captions of one length share a batch: padding would be half of the work.
+        order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
+        rows = np.empty((len(texts), self._texts.num_features), np.float16)
+        for start in range(0, len(order), _TEXTS):
+            some = order[start : start + _TEXTS]
+            tokens = self._texts.trim(self._texts.tokenize([texts[index] for index in some])).to(self._device)
+            rows[some] = self._texts(tokens).half().cpu().numpy()
+        ends = np.cumsum([len(those) for those in captions])
+        return [part.tobytes() for part in np.split(rows, ends[:-1])] if len(captions) else []
+
+
+class _Actor:
+    """What Ray Data makes one of in every actor."""
+
+    def __init__(self, encoders: list[Any], settings: dict[str, Any], threads: int) -> None:
+        torch.set_num_threads(threads)
+        image_encoder, text_encoder = ray.get(encoders[0])
+        self._writer = FeatureWriter(image_encoder, text_encoder, **settings)
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        summary = self._writer.write(str(batch["source"][0]), str(batch["target"][0]))
+        return {name: np.array([value]) for name, value in summary.items()}
+
+
+def _key(parts: Iterable[str], modules: Iterable[nn.Module | None]) -> str:
+    """Hash of everything that the features depend on."""
+    digest = hashlib.sha256("\n".join(parts).encode())
+    for module in modules:
+        for name, tensor in module.state_dict().items() if module is not None else ():
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _manifest(folder: str) -> str:
+    return storage.join(folder, MANIFEST)

@@ -1,0 +1,121 @@
+"""The scores of classes: against loops over patches and classes, and what calibration and background words do."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from vilseg.config import SegmentationConfig
+from vilseg.model import ImageEmbeddings
+from vilseg.segmentation.regions import calibrate, class_similarities
+from vilseg.segmentation.segmenter import spoken
+
+B, GRID, D, K, C, WORDS = 2, (2, 3), 6, 4, 5, 3
+N = GRID[0] * GRID[1]
+
+
+def unit(*shape: int) -> torch.Tensor:
+    return F.normalize(torch.randn(*shape, dtype=torch.float64), dim=-1)
+
+
+@pytest.fixture
+def scene() -> tuple[ImageEmbeddings, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    noise = torch.randn(D, D, dtype=torch.float64)
+    embeddings = ImageEmbeddings(unit(B, D), unit(B, N, D), GRID)
+    mean = torch.randn(D, dtype=torch.float64) * 0.1
+    return embeddings, torch.randn(B, N, K, dtype=torch.float64).softmax(-1), unit(C + WORDS, D), mean, noise @ noise.T
+
+
+def slow(scene: tuple, config: SegmentationConfig, image: int, patch: int, text: int) -> float:
+    """The formula of the module for one patch and one text, term by term."""
+    embeddings, assignments, texts, mean, covariance = scene
+    p, a, t = embeddings.patches[image], assignments[image], texts[text]
+    g = sum(p[n] for n in range(N))
+    g = g / g.norm()
+
+    def mixed(e: torch.Tensor) -> torch.Tensor:
+        m = config.image_mix
+        both = (1 - m) * e + m * g
+        return both / both.norm()
+
+    by_region = 0.0
+    for k in range(K):
+        region = sum(a[n, k] * p[n] for n in range(N))
+        by_region += float(a[patch, k] * (mixed(region / region.norm()) @ t))
+    score = config.region_weight * by_region + (1 - config.region_weight) * float(mixed(p[patch]) @ t)
+    spreads = [math.sqrt(float(x @ covariance @ x)) for x in texts]
+    q = config.calibration
+    return (score - q * float(mean @ t)) * (sum(spreads) / len(spreads) / spreads[text]) ** q
+
+
+@pytest.mark.parametrize(("weight", "mix", "calibration"), [(1, 0, 0), (0, 0.3, 0), (0.4, 0.2, 0.7), (0.5, 0, 1)])
+def test_scores_are_those_of_the_formula(scene: tuple, weight: float, mix: float, calibration: float) -> None:
+    config = SegmentationConfig(region_weight=weight, image_mix=mix, calibration=calibration)
+    embeddings, assignments, texts, mean, covariance = scene
+    classes = calibrate(texts, mean, covariance, calibration, classes=C, background=None)
+    scores = class_similarities(embeddings, assignments, classes, config)
+    assert scores.shape == (B, C, *GRID)
+    for image in range(B):
+        for patch in range(N):
+            for text in range(C):
+                wanted = slow(scene, config, image, patch, text)
+                assert float(scores[image, text].flatten()[patch]) == pytest.approx(wanted, abs=1e-9)
+
+
+def test_background_takes_the_best_of_its_words_and_the_bias(scene: tuple) -> None:
+    config = SegmentationConfig(background_bias=0.1)
+    embeddings, assignments, texts, mean, covariance = scene
+    plain = calibrate(texts, mean, covariance, 0.0, classes=C + WORDS, background=None)
+    every = class_similarities(embeddings, assignments, plain, config)
+    classes = calibrate(texts, mean, covariance, 0.0, classes=C, background=2)
+    scores = class_similarities(embeddings, assignments, classes, config)
+    assert torch.allclose(scores[:, 2], every[:, C:].amax(1) + 0.1)
+    others = [index for index in range(C) if index != 2]
+    assert torch.equal(scores[:, others], every[:, others])
+
+
+def test_background_without_words_is_the_word_itself_with_the_bias(scene: tuple) -> None:
+    embeddings, assignments, texts, mean, covariance = scene
+    classes = calibrate(texts[:C], mean, covariance, 0.0, classes=C, background=0)
+    biased = class_similarities(embeddings, assignments, classes, SegmentationConfig(background_bias=0.1))
+    plain = class_similarities(embeddings, assignments, classes, SegmentationConfig())
+    assert torch.allclose(biased[:, 0], plain[:, 0] + 0.1)
+    assert torch.equal(biased[:, 1:], plain[:, 1:])
+
+
+def test_full_calibration_gives_all_classes_one_mean_and_spread_over_the_pictures_it_was_measured_on() -> None:
+    torch.manual_seed(1)
+    patches = F.normalize(torch.randn(1, 400, D, dtype=torch.float64) * torch.arange(1, D + 1) + 1, dim=-1)
+    texts = unit(C, D)
+    classes = calibrate(texts, patches[0].mean(0), torch.cov(patches[0].T), 1.0, classes=C, background=None)
+    config = SegmentationConfig(region_weight=0)
+    embeddings = ImageEmbeddings(patches.mean(1), patches, (20, 20))
+    scores = class_similarities(embeddings, torch.ones(1, 400, 1, dtype=torch.float64), classes, config).flatten(2)[0]
+    assert torch.allclose(scores.mean(1), torch.zeros(C, dtype=torch.float64), atol=1e-9)
+    assert torch.allclose(scores.std(1), scores.std(1)[0].expand(C))
+
+
+def test_directions_that_are_all_alike_leave_the_cosines_as_they_are(scene: tuple) -> None:
+    embeddings, assignments, texts, *_ = scene
+    isotropic = torch.eye(D, dtype=torch.float64) / D
+    zero = torch.zeros(D, dtype=torch.float64)
+    pair = [calibrate(texts, zero, isotropic, strength, classes=C, background=None) for strength in (0.0, 1.0)]
+    first, second = (class_similarities(embeddings, assignments, classes, SegmentationConfig()) for classes in pair)
+    assert torch.allclose(first, second)
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("wall-other-merged", "wall"),
+        ("floor-wood", "floor wood"),
+        ("food-other-merged", "food"),
+        ("tv_monitor", "tv monitor"),
+        ("sofa", "sofa"),
+        ("-", "-"),
+    ],
+)
+def test_class_names_are_said_as_captions_would_say_them(name: str, wanted: str) -> None:
+    assert spoken(name) == wanted

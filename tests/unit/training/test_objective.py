@@ -1,0 +1,232 @@
+"""The objective: every loss alone and all together, the teacher, and cached features."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from vilseg.config import LossConfig, ViewsConfig
+from vilseg.model import ViLSeg
+from vilseg.training.objective import Objective, TensorBatch
+
+Make = Callable[..., ViLSeg]
+LOSSES = ("cross_modal", "nouns", "vision", "mutual_information")
+VIEWS = ViewsConfig(global_size=16, local_size=8)
+PHRASES = ("dog", "cat", "sofa")
+CAPTIONS = ["a dog on the grass", "two cats and a sofa", "a man rides a horse by the sea", "a dog and a sofa"]
+FROZEN = {"sizes": {"width": 16, "depth": 1}, "frozen": True}
+
+
+def loss_config(*names: str, **parts: Any) -> LossConfig:
+    """Only the losses named, all of weight 0.5."""
+    tree: dict[str, Any] = {name: {"weight": 0.5 * (name in names)} for name in LOSSES}
+    tree["vision"] |= {"prototypes": 8, "hidden_dim": 16}
+    for name, values in parts.items():
+        tree[name] |= values
+    return LossConfig.model_validate(tree)
+
+
+def batch_for(model: ViLSeg, *, features: bool = False) -> TensorBatch:
+    generator = torch.Generator().manual_seed(3)
+    images = torch.randint(0, 256, (4, 24, 24, 3), dtype=torch.uint8, generator=generator)
+    if features:
+        images = torch.randn(4, 9, 16, generator=generator).half()
+    phrases = torch.full((4, 32), -1)
+    phrases[0, 0], phrases[1, 0], phrases[1, 1], phrases[3, 0], phrases[3, 1] = 0, 1, 2, 0, 2
+    tokens = model.text_encoder.tokenize(CAPTIONS)
+    return TensorBatch(images, tokens, phrases, torch.arange(4) * 1013 + 7, tuple("abcd"))
+
+
+def gradients(objective: Objective, batch: TensorBatch) -> tuple[dict[str, Tensor], set[str]]:
+    """The losses, and the parts of the objective that their sum reaches."""
+    losses = objective.train()(batch)
+    losses["loss"].backward()
+    reached = {n for n, p in objective.named_parameters() if p.grad is not None and bool(p.grad.any())}
+    return losses, {".".join(name.split(".")[:2]).removeprefix("model.") for name in reached}
+
+
+@pytest.mark.parametrize(
+    ("name", "reached"),
+    [
+        ("cross_modal", {"image_encoder", "image_projection", "text_encoder", "text_projection", "logit_scale"}),
+        ("nouns", {"image_encoder", "image_projection", "text_encoder", "text_projection", "logit_scale"}),
+        ("vision", {"image_encoder", "vision_head.mlp", "vision_head.prototypes"}),
+        ("mutual_information", {"image_encoder", "clustering_head"}),
+    ],
+)
+def test_every_loss_alone(make_model: Make, name: str, reached: set[str]) -> None:
+    model = make_model()
+    losses, parts = gradients(Objective(model, loss_config(name), VIEWS, PHRASES), batch_for(model))
+    assert losses.keys() == {"loss", f"loss/{name}"}
+    assert losses["loss"].isfinite()
+    assert losses["loss"].item() == pytest.approx(0.5 * losses[f"loss/{name}"].item())
+    assert parts == reached
+
+
+def test_all_together_are_their_weighted_sum(make_model: Make) -> None:
+    model = make_model()
+    config = loss_config(*LOSSES, nouns={"weight": 2.0})
+    losses, parts = gradients(Objective(model, config, VIEWS, PHRASES), batch_for(model))
+    expected = sum(getattr(config, name).weight * losses[f"loss/{name}"].item() for name in LOSSES)
+    assert losses["loss"].item() == pytest.approx(expected, rel=1e-5)
+    assert {"image_encoder", "text_encoder", "clustering_head", "vision_head.mlp"} <= parts
+
+
+def test_a_loss_is_the_same_alone_and_with_the_others(make_model: Make) -> None:
+    together = Objective(make_model(), loss_config(*LOSSES), VIEWS, PHRASES).eval()
+    all_losses = together(batch_for(together.model))
+    for name in ("cross_modal", "nouns", "mutual_information"):
+        alone = Objective(make_model(), loss_config(name), VIEWS, PHRASES).eval()
+        value = alone(batch_for(alone.model))[f"loss/{name}"]
+        assert value.item() == pytest.approx(all_losses[f"loss/{name}"].item(), abs=1e-6)
+
+
+def test_the_order_of_the_batch_does_not_matter(make_model: Make) -> None:
+    objective = Objective(make_model(), loss_config(*LOSSES), VIEWS, PHRASES).eval()
+    batch, order = batch_for(objective.model), torch.tensor([2, 0, 3, 1])
+    shuffled = TensorBatch(
+        batch.images[order], batch.tokens[order], batch.phrases[order], batch.seeds[order], batch.keys
+    )
+    for name, value in objective(batch).items():
+        assert objective(shuffled)[name].item() == pytest.approx(value.item(), abs=1e-5), name
+
+
+@pytest.mark.parametrize("pooling", ["mean", "softmax"])
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_shares_and_poolings_of_the_contrast(make_model: Make, pooling: str, share: float) -> None:
+    config = loss_config("cross_modal", cross_modal={"patch_pooling": pooling, "patch_share": share})
+    objective = Objective(make_model(), config, VIEWS)
+    losses, _ = gradients(objective, batch_for(objective.model))
+    assert losses["loss"].isfinite()
+
+
+def test_the_head_alone_learns_where_the_encoder_is_not_to(make_model: Make) -> None:
+    config = loss_config("mutual_information", mutual_information={"train_encoder": False})
+    objective = Objective(make_model(), config, VIEWS)
+    assert gradients(objective, batch_for(objective.model))[1] == {"clustering_head"}
+
+
+def test_a_batch_without_phrases_costs_nothing(make_model: Make) -> None:
+    objective = Objective(make_model(), loss_config("cross_modal", "nouns"), VIEWS, PHRASES)
+    batch = batch_for(objective.model)
+    batch.phrases.fill_(-1)
+    losses, _ = gradients(objective, batch)
+    assert losses["loss/nouns"].item() == 0
+
+
+def test_bfloat16_stays_near_float32(make_model: Make) -> None:
+    values = []
+    for dtype in (torch.float32, torch.bfloat16):
+        objective = Objective(make_model(), loss_config(*LOSSES), VIEWS, PHRASES, autocast=dtype).eval()
+        values.append({name: value.item() for name, value in objective(batch_for(objective.model)).items()})
+    assert values[0] == pytest.approx(values[1], abs=0.03)
+    assert values[0] != values[1]
+
+
+def test_only_training_moves_the_centre_and_the_statistics(make_model: Make) -> None:
+    objective = Objective(make_model(), loss_config(*LOSSES), VIEWS, PHRASES).eval()
+    batch = batch_for(objective.model)
+    before = {name: value.clone() for name, value in objective.named_buffers()}
+    objective(batch)
+    assert all(torch.equal(before[name], value) for name, value in objective.named_buffers())
+    objective.train()(batch)
+    changed = {name for name, value in objective.named_buffers() if not torch.equal(before[name], value)}
+    assert {"vision_loss.center", "model.caption_mean"} <= changed
+
+
+# ----------------------------------------------------------------------------------------------------------- teacher
+
+
+def test_the_teacher_starts_as_the_student_and_follows_it(make_model: Make) -> None:
+    config = loss_config("vision", vision={"teacher_momentum": 0.9})
+    objective = Objective(make_model(), config, VIEWS)
+    assert objective.teacher is not None
+    pairs = [
+        *zip(objective.teacher["encoder"].parameters(), objective.model.image_encoder.parameters(), strict=True),
+        *zip(objective.teacher["head"].parameters(), objective.vision_head.parameters(), strict=True),
+    ]
+    assert all(torch.equal(old, new) for old, new in pairs)
+    assert not any(old.requires_grad for old, _ in pairs)
+    with torch.no_grad():
+        for _, new in pairs:
+            new += 1.0
+    start = [old.clone() for old, _ in pairs]
+    objective.update_teacher(0.0)
+    for before, (old, new) in zip(start, pairs, strict=True):
+        np.testing.assert_allclose(old, 0.9 * before + 0.1 * new.detach(), atol=1e-6)
+    start = [old.clone() for old, _ in pairs]
+    objective.update_teacher(0.5)
+    for before, (old, new) in zip(start, pairs, strict=True):
+        np.testing.assert_allclose(old, 0.95 * before + 0.05 * new.detach(), atol=1e-6)
+    start = [old.clone() for old, _ in pairs]
+    objective.update_teacher(1.0)
+    assert all(torch.equal(before, old) for before, (old, _) in zip(start, pairs, strict=True))
+
+
+def test_there_is_no_teacher_without_the_vision_loss(make_model: Make) -> None:
+    objective = Objective(make_model(), loss_config("cross_modal"), VIEWS)
+    assert objective.teacher is None
+    objective.update_teacher(0.5)
+    assert not any("teacher" in name for name in objective.state_dict())
+
+
+# --------------------------------------------------------------------------------------------------- cached features
+
+
+def test_cached_half_precision_features_train_all_losses(make_model: Make) -> None:
+    model = make_model(image_encoder=FROZEN)
+    objective = Objective(model, loss_config(*LOSSES), VIEWS.model_copy(update={"feature_dropout": 0.5}), PHRASES)
+    losses, parts = gradients(objective, batch_for(model, features=True))
+    assert all(value.isfinite() for value in losses.values())
+    assert parts == {
+        "image_projection",
+        "text_encoder",
+        "text_projection",
+        "logit_scale",
+        "clustering_head",
+        "vision_head.mlp",
+        "vision_head.prototypes",
+    }
+
+
+def test_dropout_takes_whole_channels_of_a_pair_and_is_what_makes_two_views(make_model: Make) -> None:
+    model = make_model(image_encoder=FROZEN)
+    objective = Objective(model, loss_config(*LOSSES), VIEWS.model_copy(update={"feature_dropout": 0.25}), PHRASES)
+    seen: list[Tensor] = []
+    cluster_logits = model.cluster_logits
+    model.cluster_logits = lambda features: (seen.append(features.patches), cluster_logits(features))[1]  # type: ignore[method-assign]
+    batch = batch_for(model, features=True)
+    objective.train()(batch)
+    first, second = seen
+    original = batch.images.float()
+    for view in (first, second):
+        kept = (view != 0).any(1)  # (B, F)
+        expected = torch.where(kept.unsqueeze(1), original / 0.75, torch.zeros(()))
+        np.testing.assert_allclose(view, expected, rtol=1e-6)
+        assert 0.5 < kept.float().mean() < 0.95
+    assert not torch.equal(first != 0, second != 0)
+    seen.clear()
+    objective.train()(batch)
+    np.testing.assert_array_equal(seen[0], first)
+    seen.clear()
+    objective.eval()(batch)
+    np.testing.assert_array_equal(seen[0], original)
+    np.testing.assert_array_equal(seen[1], original)
+
+
+def test_frozen_towers_train_with_pictures_too(make_model: Make) -> None:
+    text = {"sizes": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}}
+    model = make_model(image_encoder=FROZEN, text_encoder={**text, "frozen": True})
+    objective = Objective(model, loss_config(*LOSSES), VIEWS, PHRASES)
+    _, parts = gradients(objective, batch_for(model))
+    assert parts == {
+        "image_projection",
+        "text_projection",
+        "logit_scale",
+        "clustering_head",
+        "vision_head.mlp",
+        "vision_head.prototypes",
+    }
