@@ -16,7 +16,7 @@ _SHARD = 500
 def main(pairs_uri: str, unseen_uri: str, *, pairs: int, unseen: int, size: int, seed: int) -> None:
     """Draw ``pairs`` training pairs and ``unseen`` evaluation scenes of ``size`` pixels, in parallel on the connected cluster."""
     shard: Any = ray.remote(num_cpus=1)(_write_shard)
-    dataset = ray.remote(num_cpus=1)(scenes.write_masked_dataset)
+    dataset: Any = ray.remote(num_cpus=1)(scenes.write_masked_dataset)
     masked = dataset.remote(unseen_uri, unseen, seed, size)
     written = [
         shard.remote(storage.join(pairs_uri, f"{number:05d}.tar"), start, min(_SHARD, pairs - start), size, seed)

@@ -51,7 +51,7 @@ def decode_image(data: bytes, *, max_pixels: int | None = None, min_side: int | 
             warnings.simplefilter("ignore")  # Pillow warns of metadata it skips
             image = Image.open(io.BytesIO(data))
             _check_size(image.width, image.height, limit)
-            return np.asarray(_to_rgb(ImageOps.exif_transpose(image)))
+            return np.asarray(to_rgb(image))
     except UnidentifiedImageError as error:
         raise DataError("the bytes are not an image of a known format") from error
     except _DAMAGE as error:
@@ -106,7 +106,9 @@ def _check_size(width: int, height: int, limit: int) -> None:
         raise DataError(f"the image has no pixels ({width} x {height})")
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An upright RGB version of any Pillow image: 16 bits scaled to 8, transparency over white."""
+    image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image, dtype=np.float64)
         # 16-bit files hold 0..65535; what fits in 8 bits already is left as it is.

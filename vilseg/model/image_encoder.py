@@ -136,7 +136,7 @@ class HuggingFaceImageEncoder(nn.Module):
         hidden = getattr(config, "hidden_size", None) or config.hidden_sizes[-1]
         self.num_features: int = hidden
         # Convolutional backbones halve the picture in every stage; 32 is a multiple of what any of them wants.
-        patch = getattr(config, "patch_size", None) if hasattr(config, "num_attention_heads") else 32
+        patch: Any = config.patch_size if hasattr(config, "num_attention_heads") else 32
         self.patch_size: int = patch if isinstance(patch, int) else patch[0]
         # Most transformers interpolate their position embeddings on demand, some (DINOv2) always and without a flag.
         flag = "interpolate_pos_encoding"

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from vilseg import storage
-from vilseg.data.decode import decode_image
+from vilseg.data.decode import decode_image, to_rgb
 from vilseg.device import best_device, has_bfloat16_units
 from vilseg.errors import DataError
 from vilseg.model import ViLSeg
@@ -173,8 +173,9 @@ def _to_array(image: ImageLike) -> np.ndarray:
     if isinstance(image, (str, Path)):
         return decode_image(storage.read_bytes(str(image)))
     if isinstance(image, Image.Image):
-        return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        return np.asarray(to_rgb(image))
+    right = isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3
+    if not right or 0 in image.shape:
         shape = f"{getattr(image, 'shape', '')} {getattr(image, 'dtype', type(image).__name__)}".strip()
         raise DataError(f"an image must be a PIL image, an (H, W, 3) uint8 RGB array, a path or a URI, not {shape}")
     return image

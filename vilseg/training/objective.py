@@ -80,7 +80,7 @@ class Objective(nn.Module):
         self.teacher = None
         if loss.vision.weight:
             self.vision_head = ProjectionHead(
-                int(model.image_encoder.num_features), loss.vision.hidden_dim, loss.vision.prototypes
+                model.image_projection.in_features, loss.vision.hidden_dim, loss.vision.prototypes
             )
             self.vision_loss = VisionContrast(
                 loss.vision.prototypes,
