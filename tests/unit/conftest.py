@@ -51,7 +51,7 @@ CAPTIONS = ["a dog on the grass", "two cats and a sofa", "a man rides a horse by
 
 @pytest.fixture
 def make_model() -> Callable[..., Any]:
-    """``make_model(**parts)``: a ViLSeg of some thousand random weights, always the same ones; parts of ``ModelConfig`` by name."""
+    """``make_model(**parts)`` with parts of ``ModelConfig``: a ViLSeg of some thousand random weights, always the same."""
 
     def make(**parts: Any) -> Any:
         tree = {

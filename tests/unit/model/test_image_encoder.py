@@ -249,5 +249,5 @@ def test_factories_that_are_none_are_told(path: str, words: str) -> None:
 
 
 def test_factory_options_that_do_not_fit_are_told() -> None:
-    with pytest.raises(ConfigError, match="factory_options does not fit .*Blocks.*side"):
+    with pytest.raises(ConfigError, match=r"factory_options does not fit .*Blocks.*side"):
         build_image_encoder(ImageEncoderConfig(factory=f"{__name__}:Blocks", factory_options={"depth": 4}))

@@ -169,9 +169,9 @@ def test_reports_and_checkpoints_come_when_they_are_due(tmp_path: Path, make_mod
 
 def test_training_lowers_the_loss(tmp_path: Path, make_model: Callable[..., ViLSeg]) -> None:
     folder = write_run(tmp_path, make_model)
-    trainer = make_trainer(folder, 40)
+    trainer = make_trainer(folder, 25)
     trainer.optimizer.learning_rate = 0.01
-    reports = run(trainer, batches(folder, 0, 40))
+    reports = run(trainer, batches(folder, 0, 25))
     first, last = (np.mean([report["loss/cross_modal"] for report in part]) for part in (reports[:5], reports[-5:]))
     assert last < first - 0.15
 

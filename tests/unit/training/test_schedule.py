@@ -1,5 +1,7 @@
 """How the learning rate moves, and what weight decay leaves alone."""
 
+from itertools import pairwise
+
 import pytest
 from torch import nn
 
@@ -13,7 +15,7 @@ def test_warm_up_rises_in_even_steps_to_the_top() -> None:
     rates = [learning_rate(CONFIG, step, 100) for step in range(11)]
     assert rates[0] == pytest.approx(0.02)
     assert rates[9] == rates[10] == pytest.approx(0.2)
-    assert [b - a for a, b in zip(rates[:9], rates[1:10], strict=True)] == pytest.approx([0.02] * 9)
+    assert [b - a for a, b in pairwise(rates[:10])] == pytest.approx([0.02] * 9)
 
 
 def test_cosine_falls_to_zero() -> None:

@@ -1,0 +1,184 @@
+"""From pictures of any kind and size to masks of their own size."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vilseg.config import SegmentationConfig
+from vilseg.errors import DataError, StorageError
+from vilseg.model import ViLSeg
+from vilseg.segmentation import segmenter as module
+from vilseg.segmentation.result import Segmentation
+from vilseg.segmentation.segmenter import Segmenter
+from vilseg.text.vocabulary import Vocabulary
+
+Make = Callable[..., ViLSeg]
+CLASSES = ["dog", "cat", "sofa by the sea", "grass"]
+
+
+@pytest.fixture(autouse=True)
+def _exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    # bfloat16, where the machine has units for it, rounds differently for every batch size.
+    monkeypatch.setattr(module, "has_bfloat16_units", lambda device: False)
+
+
+@pytest.fixture
+def segmenter(make_model: Make) -> Segmenter:
+    model = make_model()
+    model.segmentation = SegmentationConfig(input_size=32, max_aspect=3)
+    return Segmenter(model, CLASSES, device="cpu")
+
+
+def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
+    """Coloured blobs."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BILINEAR))
+
+
+def assert_alike(first: Segmentation, second: Segmentation) -> None:
+    np.testing.assert_allclose(first.scores, second.scores, atol=1e-4)
+    assert (first.labels == second.labels).mean() > 0.999, "only ties may fall the other way"
+
+
+def test_a_result_has_the_size_of_its_picture(segmenter: Segmenter) -> None:
+    for size in ((48, 48), (37, 90), (200, 31), (5, 3), (1, 1), (2, 300)):
+        image = picture(*size)
+        result = segmenter(image)
+        assert result.labels.shape == result.scores.shape == size
+        assert result.labels.dtype == np.uint8
+        assert result.labels.max() < 4
+        assert result.scores.dtype == np.float32
+        assert result.clusters is not None
+        assert result.clusters.shape == size
+        assert result.clusters.max() < 5
+        assert ((result.scores >= 1 / 4 - 1e-6) & (result.scores <= 1 + 1e-6)).all()
+        np.testing.assert_array_equal(result.image, image)
+        assert result.classes == tuple(CLASSES)
+    assert segmenter.classes == tuple(CLASSES)
+
+
+def test_a_batch_equals_one_by_one(segmenter: Segmenter) -> None:
+    images = [picture(40, 60, 1), picture(60, 40, 2), picture(40, 60, 3), picture(80, 120, 4), picture(33, 33, 5)]
+    together = segmenter.batch(images)
+    assert len(together) == 5
+    for image, result in zip(images, together, strict=True):
+        assert_alike(result, segmenter(image))
+    assert len(np.unique(np.concatenate([r.labels.ravel() for r in together]))) > 1
+    assert segmenter.batch([]) == []
+
+
+def test_pictures_of_one_size_share_a_pass(segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, ...]] = []
+    encode = segmenter.model.image_features
+    monkeypatch.setattr(segmenter.model, "image_features", lambda x: (seen.append(tuple(x.shape)), encode(x))[1])
+    segmenter.batch([picture(40, 60), picture(60, 40), picture(80, 120), picture(2, 300)])
+    # Shorter side 32, sides whole patches, and no longer than three times as long as wide.
+    assert sorted(seen) == [(1, 3, 32, 96), (1, 3, 48, 32), (2, 3, 32, 48)]
+
+
+def test_strips_equal_the_whole(segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = picture(61, 40)
+    whole = segmenter(image)
+    for values in (1, 40 * 5 * 7):
+        monkeypatch.setattr(module, "_STRIP_VALUES", values)
+        strips = segmenter(image)
+        np.testing.assert_allclose(strips.scores, whole.scores, atol=1e-5)
+        assert (strips.labels == whole.labels).mean() > 0.999
+        assert whole.clusters is not None
+        assert strips.clusters is not None
+        assert (strips.clusters == whole.clusters).mean() > 0.999
+
+
+def test_scores_and_labels_are_the_soft_max_of_enlarged_similarities(segmenter: Segmenter) -> None:
+    image = picture(50, 70)
+    result = segmenter(image)
+    pixels = module._resize(image, segmenter._model_size(image))[None]
+    similarity, clusters = segmenter._run(pixels)
+    size = {"size": (50, 70), "mode": "bilinear", "align_corners": False}
+    scores = (torch.nn.functional.interpolate(similarity, **size)[0] / segmenter.config.temperature).softmax(0)
+    np.testing.assert_allclose(result.scores, scores.max(0).values, atol=1e-4)
+    assert (result.labels == scores.argmax(0).numpy()).mean() > 0.999
+    assert (result.clusters == torch.nn.functional.interpolate(clusters, **size)[0].argmax(0).numpy()).mean() > 0.999
+
+
+@pytest.mark.parametrize(("count", "dtype"), [(254, np.uint8), (255, np.uint16), (300, np.uint16)])
+def test_many_classes_need_sixteen_bits(make_model: Make, count: int, dtype: type[np.generic]) -> None:
+    model = make_model()
+    model.segmentation = SegmentationConfig(input_size=32)
+    result = Segmenter(model, [f"thing {i}" for i in range(count)], device="cpu")(picture(40, 30))
+    assert result.labels.dtype == dtype
+    assert result.labels.max() < count
+
+
+def test_class_names_by_any_means(make_model: Make, tmp_path: Path) -> None:
+    (tmp_path / "classes.txt").write_text("cat\nsofa\n")
+    for classes in (["cat", "sofa"], Vocabulary(("cat", "sofa")), "cat,sofa", f"{tmp_path}/classes.txt"):
+        assert Segmenter(make_model(), classes, device="cpu").classes == ("cat", "sofa")
+    with pytest.raises(DataError, match="listed twice"):
+        Segmenter(make_model(), ["cat", "Cat"], device="cpu")
+
+
+def test_every_kind_of_input_gives_the_same(segmenter: Segmenter, tmp_path: Path) -> None:
+    image = picture(40, 60)
+    expected = segmenter(image)
+    path = tmp_path / "image.png"
+    Image.fromarray(image).save(path)
+    palette = Image.fromarray(image).quantize(256)
+    for kind in (Image.fromarray(image), path, str(path), f"file://{path}", np.asfortranarray(image)):
+        assert_alike(segmenter(kind), expected)
+    assert segmenter(palette).labels.shape == (40, 60)
+
+
+@pytest.mark.parametrize("kind", ["transparent", "sixteen bits", "turned"])
+def test_an_open_picture_is_seen_as_its_file_is(segmenter: Segmenter, tmp_path: Path, kind: str) -> None:
+    image, exif = Image.fromarray(picture(40, 60)), Image.Exif()
+    if kind == "transparent":
+        image.putalpha(Image.fromarray(picture(40, 60, 3)[:, :, 0]))
+    elif kind == "sixteen bits":
+        image = Image.fromarray(picture(40, 60)[:, :, 0].astype(np.uint16) * 257)
+    else:
+        exif[0x0112] = 6
+    image.save(tmp_path / "image.png", exif=exif)
+    opened, by_path = segmenter(Image.open(tmp_path / "image.png")), segmenter(tmp_path / "image.png")
+    np.testing.assert_array_equal(opened.image, by_path.image)
+    assert by_path.labels.shape == ((60, 40) if kind == "turned" else (40, 60))
+    assert_alike(opened, by_path)
+
+
+@pytest.mark.parametrize(
+    ("image", "words"),
+    [
+        (np.zeros((4, 4, 3), np.float32), r"\(4, 4, 3\) float32"),
+        (np.zeros((4, 4), np.uint8), r"\(4, 4\) uint8"),
+        (np.zeros((3, 4, 4), np.uint8), r"\(3, 4, 4\) uint8"),
+        (np.zeros((0, 4, 3), np.uint8), r"\(0, 4, 3\) uint8"),
+        (None, "NoneType"),
+        (torch.zeros(3, 4, 4), "torch.float32"),
+    ],
+)
+def test_what_is_no_picture_is_told(segmenter: Segmenter, image: object, words: str) -> None:
+    with pytest.raises(DataError, match=rf"an image must be a PIL image, an \(H, W, 3\) uint8 RGB array.*{words}"):
+        segmenter(image)  # type: ignore[arg-type]
+
+
+def test_files_that_are_no_pictures_are_told(segmenter: Segmenter, tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text("not a picture")
+    with pytest.raises(DataError, match="not an image"):
+        segmenter(path)
+    with pytest.raises(StorageError, match="does not exist"):
+        segmenter(tmp_path / "none.jpg")
+
+
+def test_settings_that_a_model_carries_are_followed(make_model: Make) -> None:
+    model = make_model()
+    model.segmentation = SegmentationConfig(input_size=32)
+    sharp = Segmenter(model, CLASSES, device="cpu")(picture(40, 40))
+    model.segmentation = SegmentationConfig(input_size=32, temperature=10.0)
+    flat = Segmenter(model, CLASSES, device="cpu")(picture(40, 40))
+    assert (flat.labels == sharp.labels).mean() > 0.999
+    assert flat.scores.max() < 0.3 < sharp.scores.max()
