@@ -31,7 +31,7 @@ from jobs.session import Session, ray_session
 from jobs.train import data_parallel, limit_threads
 from vilseg import storage
 from vilseg.config import RunConfig
-from vilseg.data.stream import WorkerBatch
+from vilseg.data.stream import WorkerBatch, pack, unpack
 from vilseg.device import precision_dtype
 from vilseg.model import ViLSeg
 from vilseg.training import run
@@ -152,7 +152,7 @@ def _alternate(seconds: dict[str, list[float]], device: torch.device) -> Iterato
 
 def _copied(batch: WorkerBatch) -> WorkerBatch:
     """A batch in the worker's own memory: the stream's arrays are views of the object store."""
-    return WorkerBatch.from_columns({name: array.copy() for name, array in batch.columns().items()})
+    return next(unpack(pack([batch])))
 
 
 def _now(device: torch.device) -> float:

@@ -136,7 +136,7 @@ def _write_all(
         _Actor,
         fn_constructor_args=([encoders], settings, max(1, session.cpus // actors)),
         batch_size=1,
-        concurrency=actors,
+        compute=ray.data.ActorPoolStrategy(size=actors),
         num_cpus=0.9 * session.cpus / actors,
         num_gpus=1 if session.gpus else 0,
     )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,7 +20,7 @@ stderr = Console(stderr=True, highlight=False)
 
 def say(text: str) -> None:
     """A line of progress."""
-    stderr.print(text, markup=False)
+    stderr.print(text, markup=False, soft_wrap=True)
 
 
 def result(value: dict[str, Any], *, as_json: bool, text: str) -> None:
@@ -43,21 +45,24 @@ def progress_bar(title: str) -> Iterator[Progress]:
         yield bar
 
 
+_SECONDS_BETWEEN_LINES = 10.0
+
+
 class TrainingProgress:
-    """Shows a training: a bar on a terminal, a line every few reports elsewhere."""
+    """Shows a training: every report on a terminal, one in ten seconds elsewhere, where lines are kept."""
 
     def __init__(self, steps: int) -> None:
         self._steps = steps
-        self._last_line = 0.0
+        self._last_line = -math.inf
 
     def __call__(self, snapshot: Snapshot) -> None:
         """Show what is new."""
         for key, reason in snapshot.bad:
             say(f"skipped {key}: {reason}")
         for metrics in snapshot.metrics:
-            share = metrics["step"] / self._steps
-            if stderr.is_terminal or share >= self._last_line + 0.05 or share == 1:
-                self._last_line = share
+            now = time.monotonic()
+            if stderr.is_terminal or now >= self._last_line + _SECONDS_BETWEEN_LINES or metrics["step"] == self._steps:
+                self._last_line = now
                 say(self._line(metrics))
 
     def _line(self, metrics: dict[str, float]) -> str:

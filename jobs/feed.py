@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -15,29 +16,40 @@ from ray.data import ExecutionOptions
 from vilseg import storage
 from vilseg.config import RunConfig
 from vilseg.data.pairs import MANIFEST, BadPair, count_pairs
-from vilseg.data.stream import BatchReader, PairOrder, WorkerBatch, decode_features, decode_to_canvas
+from vilseg.data.stream import BatchReader, PairOrder, WorkerBatch, decode_features, decode_to_canvas, pack, unpack
 from vilseg.errors import DataError
 from vilseg.training.folder import Prepared, RunFolder
 
+_ROW_PAIRS = 128
+"""Pairs that a row holds at least, where batches are smaller."""
 READ_CPUS = 0.5
 """Reading waits for storage half of its time."""
 
 
 def stream_batches(order: PairOrder, reader: BatchReader, first_step: int, last_step: int) -> ray.data.Dataset:
-    """A dataset with one row a worker and step, in the order of steps and, within each, of workers.
+    """A dataset whose rows are batches of one worker, one after the other for every worker, in the order of steps.
 
     Every row is a block of its own, so that splitting the dataset over W workers deals them out like cards: worker w gets
-    rows w, w + W, … Nothing is held but the chunks being read and the batches waiting for their worker.
+    rows w, w + W, … Small batches of successive steps share a row, because every block costs Ray some milliseconds.
+    Nothing is held but the chunks being read and the rows waiting for their worker.
     """
     chunks = list(order.chunks(first_step, last_step))
 
     def read(rows: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
-        for batch in reader.read(chunks[rows["id"][0]]):
-            yield batch.columns()
+        yield from _rows(
+            reader.read(chunks[rows["id"][0]]), reader.workers, max(1, _ROW_PAIRS * reader.workers // reader.batch_size)
+        )
 
     dataset = ray.data.range(len(chunks), override_num_blocks=len(chunks))
     dataset.context.target_max_block_size = 1  # byte: a block is closed after every row
     return dataset.map_batches(read, batch_size=1, num_cpus=READ_CPUS)
+
+
+def _rows(batches: Iterator[WorkerBatch], workers: int, steps: int) -> Iterator[dict[str, np.ndarray]]:
+    """Rows of ``steps`` steps each (the last ones may have fewer), worker by worker."""
+    while group := list(itertools.islice(batches, steps * workers)):
+        for worker in range(workers):
+            yield pack(group[worker::workers])
 
 
 def pairs_from_last_checkpoint(
@@ -86,7 +98,7 @@ def worker_batches(shard: ray.data.DataIterator) -> Iterator[WorkerBatch]:
     """The batches of one training worker."""
     # A batch is a block is a row; Ray documents None for that, its annotation does not.
     for columns in shard.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2):  # type: ignore[arg-type]
-        yield WorkerBatch.from_columns(columns)
+        yield from unpack(columns)
 
 
 def reporter(monitor: Any) -> Callable[[int, list[BadPair]], None]:

@@ -120,7 +120,7 @@ def main(
             _Actor,
             fn_constructor_args=(worker,),
             batch_size=1,
-            concurrency=actors,
+            compute=ray.data.ActorPoolStrategy(size=actors),
             num_cpus=0.9 * session.cpus / actors,
             num_gpus=1 if session.gpus else 0,
         )

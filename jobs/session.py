@@ -70,6 +70,9 @@ def ray_session(address: str | None = None) -> Iterator[Session]:
         from ray.data import DataContext
 
         DataContext.get_current().enable_progress_bars = False
+        # What Ray tells of its plans is in its log folder; ours is told by the jobs.
+        for name in ("ray.data", "ray.train"):
+            logging.getLogger(name).setLevel(logging.ERROR)
         yield _session()
     finally:
         ray.shutdown()

@@ -105,12 +105,9 @@ class TextEncoderConfig(Part):
 
     checkpoint: str | None = None
     architecture: str = "bert"
-    sizes: dict[str, Any] = {
-        "hidden_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "intermediate_size": 512,
-    }
+    sizes: dict[str, Any] = {}
+    """From scratch: keys of the architecture's Hugging Face configuration; for ``bert`` what is left out is small:
+    hidden_size 128, num_hidden_layers 2, num_attention_heads 4, intermediate_size 512."""
     vocabulary_size: PositiveInt = 8192
     """Word pieces of the tokenizer trained from captions."""
     max_tokens: PositiveInt = 77
@@ -190,6 +187,12 @@ class LossConfig(Part):
     nouns: NounsConfig = NounsConfig()
     vision: VisionConfig = VisionConfig()
     mutual_information: MutualInformationConfig = MutualInformationConfig()
+
+    @model_validator(mode="after")
+    def _some_loss(self) -> Self:
+        if not any((self.cross_modal.weight, self.nouns.weight, self.vision.weight, self.mutual_information.weight)):
+            raise ValueError("all four weights are 0; at least one loss is needed")
+        return self
 
 
 class OptimizerConfig(Part):

@@ -84,7 +84,7 @@ def choose_items(rng: random.Random, bands: Sequence[Band], names: Sequence[str]
         if items and items[-1].name == name and rng.random() < 0.5:
             variant = items[-1].variant
         for _ in range(12):
-            scale = min(0.56, rng.triangular(0.22, 0.52, 0.46) * _SCALE.get(name, 1.0))
+            scale = min(0.62, rng.triangular(0.22, 0.6, 0.52) * _SCALE.get(name, 1.0))
             x = rng.uniform(0.4 * scale, 1.0 - 0.4 * scale)
             base = rng.uniform(max(horizon + 0.12, 0.95 * scale), 0.99)
             if name == "kite" and rng.random() < 0.7:

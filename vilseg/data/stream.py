@@ -112,7 +112,7 @@ class PairOrder:
 
 @dataclass(frozen=True)
 class WorkerBatch:
-    """What one worker is fed in one step; a row of the stream. Numpy arrays, so that they travel without a copy."""
+    """What one worker is fed in one step, as numpy arrays, so that it travels without a copy."""
 
     images: np.ndarray
     """(B, canvas, canvas, 3) uint8; with a feature cache (B, N, F) float16."""
@@ -124,26 +124,28 @@ class WorkerBatch:
     """(B,) int64, one a pair and epoch; all augmentation follows from it, whichever worker does it."""
     keys: tuple[str, ...]
 
-    def columns(self) -> dict[str, np.ndarray]:
-        """One row of a table: every array with a leading axis of 1."""
-        return {
-            "images": self.images[None],
-            "tokens": self.tokens[None],
-            "phrases": self.phrases[None],
-            "seeds": self.seeds[None],
-            "keys": np.array(["\n".join(key.replace("\n", " ") for key in self.keys)], dtype=object),
-        }
 
-    @classmethod
-    def from_columns(cls, columns: dict[str, np.ndarray]) -> WorkerBatch:
-        """The batch that :meth:`columns` made a row of."""
-        return cls(
-            columns["images"][0],
-            columns["tokens"][0],
-            columns["phrases"][0],
-            columns["seeds"][0],
-            tuple(str(columns["keys"][0]).split("\n")),
-        )
+_ARRAYS = ("images", "tokens", "phrases", "seeds")
+
+
+def pack(batches: Sequence[WorkerBatch]) -> dict[str, np.ndarray]:
+    """One row of a table from a worker's batches of successive steps: every array with a leading axis of 1."""
+    keys = [[key.replace("\n", " ") for key in batch.keys] for batch in batches]
+    row = {name: np.concatenate([getattr(batch, name) for batch in batches])[None] for name in _ARRAYS}
+    row["steps"] = np.array([len(batches)])
+    row["keys"] = np.array(["\n".join(itertools.chain.from_iterable(keys))], dtype=object)
+    return row
+
+
+def unpack(row: dict[str, np.ndarray]) -> Iterator[WorkerBatch]:
+    """The batches that :func:`pack` made a row of."""
+    steps = int(row["steps"][0])
+    keys = str(row["keys"][0]).split("\n")
+    share = len(keys) // steps
+    for start in range(0, len(keys), share):
+        part = slice(start, start + share)
+        images, tokens, phrases, seeds = (row[name][0][part] for name in _ARRAYS)
+        yield WorkerBatch(images, tokens, phrases, seeds, tuple(keys[part]))
 
 
 def decode_to_canvas(data: bytes, seed: int, *, canvas: int, max_pixels: int) -> np.ndarray:

@@ -14,6 +14,8 @@ from vilseg.errors import ModelError
 from vilseg.model.image_encoder import first_line, model_from_config
 from vilseg.text.tokenizer import FixedTokenizer
 
+_SMALL_BERT = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 512}
+
 
 class TextEncoder(nn.Module):
     """Texts -> features. The tokenizer belongs to it, so that a text means the same wherever the model goes."""
@@ -97,6 +99,7 @@ def build_text_encoder(
     else:
         assert tokenizer is not None, "a text model without a checkpoint needs a tokenizer"
         values = hf_config or {
+            **(_SMALL_BERT if config.architecture == "bert" else {}),
             **config.sizes,
             "vocab_size": len(tokenizer),
             "max_position_embeddings": config.max_tokens,

@@ -78,7 +78,7 @@ class Trainer:
         Args:
             batches: from the present step on.
             on_report: told of losses (mean over the steps since the last report), learning rate, images/s, share of time
-                spent waiting for data, every ``log_every`` steps.
+                spent waiting for data, every ``log_every`` steps and before every checkpoint.
             on_checkpoint: called every ``checkpoint_every`` steps and at the end.
             should_stop: asked after every step; a stop leaves a checkpoint.
 
@@ -95,11 +95,11 @@ class Trainer:
                 raise DataError(f"the pairs ended after step {self.step} of {self.trainer.steps}")
             meter.add(self._optimise(TensorBatch.of(batch, self.device)))
             self.step += 1
-            last = self.step == self.trainer.steps
-            if last or self.step % self.trainer.log_every == 0:
-                on_report(self._metrics(meter, batch))
+            due = self.step == self.trainer.steps or self.step % self.trainer.checkpoint_every == 0
+            if due or self.step % self.trainer.log_every == 0:
+                on_report(self._metrics(meter, batch))  # before a checkpoint, so that none is written of a run gone NaN
             stop = should_stop()
-            if last or stop or self.step % self.trainer.checkpoint_every == 0:
+            if due or stop:
                 on_checkpoint()
             if stop:
                 return

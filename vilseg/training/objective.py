@@ -149,7 +149,12 @@ class Objective(nn.Module):
         views = make_views(batch.images, batch.seeds, self.views.model_copy(update=wanted))
         # The teacher looks at the same pixels; making them twice would cost as much as a small encoder.
         self._global_views = views.global_GB3HW
-        seen = [_float32(self.model.image_features(view)) for view in views.global_GB3HW]
+        # Where the second view serves the clustering head alone, nothing flows back through its encoding.
+        learns = self.config.vision.weight > 0 or self.config.mutual_information.train_encoder
+        seen = []
+        for number, view in enumerate(views.global_GB3HW):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and (number == 0 or learns)):
+                seen.append(_float32(self.model.image_features(view)))
         local = [_float32(self.model.image_features(view)) for view in views.local_LB3HW]
         self._undropped_BNF = seen[0].patches
         return [self._drop(f, batch.seeds, number) for number, f in enumerate(seen)], local, views.geometry_GB23

@@ -18,10 +18,11 @@ from vilseg.data.stream import (
     BatchReader,
     Chunk,
     PairOrder,
-    WorkerBatch,
     decode_to_canvas,
     index_shards,
+    pack,
     sample_pairs,
+    unpack,
 )
 from vilseg.errors import DataError
 from vilseg.text.nouns import NounPhrases
@@ -220,15 +221,16 @@ def test_the_report_may_stop_the_run(tmp_path: Path) -> None:
 # ----------------------------------------------------------------------------------------------------------- batches
 
 
-def test_a_batch_survives_being_a_row_of_a_table(tmp_path: Path) -> None:
-    shards = write_shards(tmp_path, [4])
-    (batch,) = reader(4, nouns=NOUNS).read(next(PairOrder(shards, 4, 0).chunks(0, 1)))
-    columns = batch.columns()
-    assert {len(column) for column in columns.values()} == {1}
-    again = WorkerBatch.from_columns(columns)
-    assert again.keys == batch.keys
-    for name in ("images", "tokens", "phrases", "seeds"):
-        np.testing.assert_array_equal(getattr(again, name), getattr(batch, name))
+def test_batches_survive_being_a_row_of_a_table(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path, [12])
+    batches = list(reader(4, nouns=NOUNS).read(next(PairOrder(shards, 4, 0).chunks(0, 3))))
+    row = pack(batches)
+    assert {len(column) for column in row.values()} == {1}
+    again = list(unpack(row))
+    assert [batch.keys for batch in again] == [batch.keys for batch in batches]
+    for one, other in zip(again, batches, strict=True):
+        for name in ("images", "tokens", "phrases", "seeds"):
+            np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
 
 
 def test_pictures_are_cropped_to_the_canvas_by_their_seed() -> None:
