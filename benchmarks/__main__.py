@@ -11,7 +11,10 @@ from typing import Any
 
 from vilseg.errors import UserError
 
-_NAMES = {"real_photos": "train on Flickr8k captions, measure on COCO masks"}
+_NAMES = {
+    "real_photos": "train on Flickr8k captions, measure on COCO masks",
+    "train_input": "training steps fed by Ray Data against the same steps on batches in memory",
+}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -42,8 +42,10 @@ from vilseg.training.objective import Objective
 CONFIG = Path(__file__).parent.parent / "configs" / "demo.yaml"
 _ROOT = "s3://vilseg/train_input"
 _PAIRS = 8_000
-_STEPS = 150
-"""A block: all pairs once, and some."""
+_STEPS = 400
+"""A block: three times all pairs, so that what is read before its first batch comes is little beside the rest."""
+_KEPT = 100
+"""Batches that a worker keeps in memory."""
 _ROUNDS = 3
 """Blocks of each kind."""
 _WARM_UP = 20
@@ -139,7 +141,7 @@ def _alternate(seconds: dict[str, list[float]], device: torch.device) -> Iterato
         yield first
         started = _now(device)
         for batch in fed:
-            if len(kept) < _STEPS:
+            if len(kept) < _KEPT:
                 kept.append(_copied(batch))
             yield batch
         seconds["fed"].append(_now(device) - started)

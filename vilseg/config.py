@@ -107,7 +107,7 @@ class TextEncoderConfig(Part):
     architecture: str = "bert"
     sizes: dict[str, Any] = {}
     """From scratch: keys of the architecture's Hugging Face configuration; for ``bert`` what is left out is small:
-    hidden_size 128, num_hidden_layers 2, num_attention_heads 4, intermediate_size 512."""
+    hidden_size 128, num_hidden_layers 2, num_attention_heads 4, intermediate_size 512, and no dropout."""
     vocabulary_size: PositiveInt = 8192
     """Word pieces of the tokenizer trained from captions."""
     max_tokens: PositiveInt = 77

@@ -14,7 +14,15 @@ from vilseg.errors import ModelError
 from vilseg.model.image_encoder import first_line, model_from_config
 from vilseg.text.tokenizer import FixedTokenizer
 
-_SMALL_BERT = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 512}
+_SMALL_BERT = {
+    "hidden_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 512,
+    # Dropout masks would depend on how the batch is shared; without, any number of workers sees the same losses.
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
 
 
 class TextEncoder(nn.Module):
