@@ -42,8 +42,8 @@ from vilseg.training.objective import Objective
 CONFIG = Path(__file__).parent.parent / "configs" / "demo.yaml"
 _ROOT = "s3://vilseg/train_input"
 _PAIRS = 8_000
-_STEPS = 400
-"""A block: three times all pairs, so that what is read before its first batch comes is little beside the rest."""
+_STEPS = 250
+"""A block: twice all pairs, so that what is read before its first batch comes is little beside the rest."""
 _KEPT = 100
 """Batches that a worker keeps in memory."""
 _ROUNDS = 3
