@@ -11,9 +11,7 @@ import multiprocessing
 import os
 import shutil
 import time
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -57,14 +55,14 @@ def main(out: Path) -> dict[str, Any]:
     store = ObjectStore.start(out / "store")
     try:
         os.environ.update(store.environment())
-        with _stage("upload", seconds):
+        with console.stage("upload", seconds):
             _upload(data)
         with ray_session() as session:
             initial, trained = _train(session, seconds)
-            with _stage("segment", seconds):
+            with console.stage("segment", seconds):
                 bulk = _segment(session, trained, data)
         # Ray is gone by now: evaluation has the cores for itself.
-        with _stage("evaluate", seconds):
+        with console.stage("evaluate", seconds):
             figures = _evaluate({"trained": trained, "untrained": initial}, parts)
     finally:
         store.stop()
@@ -132,9 +130,9 @@ def _train(session: Session, seconds: dict[str, float]) -> tuple[str, str]:
             f"model.text_encoder.checkpoint={minilm_folder()}",
         ],
     )
-    with _stage("cache", seconds):  # training would do it by itself; apart, its time is seen
+    with console.stage("cache", seconds):  # training would do it by itself; apart, its time is seen
         cache_features.main(config, session, progress=train.say_cached)
-    with _stage("train", seconds):
+    with console.stage("train", seconds):
         outcome = train.main(config, session, progress=console.TrainingProgress(config.trainer.steps))
     return outcome.folder.initial, outcome.folder.model
 
@@ -226,11 +224,3 @@ def _largest_class(matrix: ConfusionMatrix) -> ConfusionMatrix:
     constant = ConfusionMatrix(matrix.classes)
     constant.counts[:, int(truth.argmax())] = truth
     return constant
-
-
-@contextmanager
-def _stage(name: str, seconds: dict[str, float]) -> Iterator[None]:
-    console.say(f"[{name}]")
-    started = time.perf_counter()
-    yield
-    seconds[name] = time.perf_counter() - started

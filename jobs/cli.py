@@ -8,11 +8,12 @@ import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import click
 import typer
 
+from vilseg import storage
 from vilseg.config import RunConfig, SegmentationConfig
 from vilseg.errors import ConfigError, UserError
 
@@ -44,9 +45,6 @@ def run(arguments: Sequence[str]) -> int:
         return error.exit_code
     except click.ClickException as error:
         error.show()
-        return 2
-    except UserError as error:
-        print(f"vilseg: {error}", file=sys.stderr)
         return 2
     except (KeyboardInterrupt, click.Abort):
         print("vilseg: interrupted", file=sys.stderr)
@@ -168,16 +166,11 @@ def train(
         done = job.main(settings, session, resume=resume, progress=console.TrainingProgress(settings.trainer.steps))
     if done.stopped:
         console.say(
-            f"stopped after step {done.metrics.get('step', 0):.0f}; go on with --resume --name {storage_name(done)}"
+            f"stopped after step {done.metrics.get('step', 0):.0f}; go on with --resume --name {storage.name(done.folder.uri)}"
         )
         return 130
     console.result({"model": done.folder.model, **done.metrics}, as_json=json, text=done.folder.model)
     return 0
-
-
-def storage_name(outcome: Any) -> str:
-    """The name of a run."""
-    return outcome.folder.uri.rstrip("/").rpartition("/")[2]
 
 
 @app.command()

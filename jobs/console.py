@@ -48,6 +48,15 @@ def progress_bar(title: str) -> Iterator[Progress]:
 _SECONDS_BETWEEN_LINES = 10.0
 
 
+@contextmanager
+def stage(name: str, seconds: dict[str, float]) -> Iterator[None]:
+    """Say that a stage begins, and note its wall time in ``seconds`` when it ends well."""
+    say(f"[{name}]")
+    started = time.perf_counter()
+    yield
+    seconds[name] = time.perf_counter() - started
+
+
 class TrainingProgress:
     """Shows a training: every report on a terminal, one in ten seconds elsewhere, where lines are kept."""
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,7 +52,7 @@ def main(out: Path, *, quick: bool = False) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     if any(out.iterdir()) and not (out / "store").is_dir():
         raise StorageError(f"{out} holds other things; give the demo a folder of its own by --out")
-    with _stage("store", seconds):
+    with console.stage("store", seconds):
         store = ObjectStore.start(out / "store")
     try:
         with _environment(store.environment()), ray_session() as session:
@@ -70,18 +69,18 @@ def _run(session: Session, out: Path, seconds: dict[str, float], *, quick: bool)
     overrides = [f"data.source={pairs}", f"trainer.storage={_ROOT}/runs", *(_QUICK if quick else ())]
     workers = min(2, session.cpus)
     config = RunConfig.load(str(CONFIG), [*overrides, f"trainer.workers={workers}", "name=scenes"])
-    with _stage("scenes", seconds):
+    with console.stage("scenes", seconds):
         count, held_out = (_QUICK_PAIRS, _QUICK_UNSEEN) if quick else (_PAIRS, _UNSEEN)
         ingest_scenes.main(
             pairs, unseen, pairs=count, unseen=held_out, size=config.data.canvas, seed=config.trainer.seed
         )
-    with _stage("train", seconds):
+    with console.stage("train", seconds):
         outcome = train.main(config, session, progress=console.TrainingProgress(config.trainer.steps))
         if outcome.stopped:
             raise KeyboardInterrupt
     folder = outcome.folder
     names = Vocabulary.of(scene.name for scene in scenes.CLASSES)
-    with _stage("segment", seconds), console.progress_bar("segment") as bar:
+    with console.stage("segment", seconds), console.progress_bar("segment") as bar:
         segment.main(
             [storage.join(unseen, "images")],
             folder.model,
@@ -90,7 +89,7 @@ def _run(session: Session, out: Path, seconds: dict[str, float], *, quick: bool)
             session,
             progress=lambda done, total, rejected: bar.update(bar.task_ids[0], completed=done, total=total),
         )
-    with _stage("evaluate", seconds):
+    with console.stage("evaluate", seconds):
         dataset = FolderDataset(unseen)
         trained = _measure(ViLSeg.from_pretrained(folder.model), dataset, keep=_EXAMPLES)
         untrained = _measure(ViLSeg.from_pretrained(folder.initial), dataset)
@@ -158,14 +157,6 @@ def _commands(out: Path, overrides: list[str], folder: RunFolder, results: str, 
         f'vilseg segment {unseen}/images --model {folder.model} --classes "{names}" --out {results}',
         f"vilseg evaluate --model {folder.model} --dataset folder:{unseen}",
     ]
-
-
-@contextmanager
-def _stage(name: str, seconds: dict[str, float]) -> Iterator[None]:
-    console.say(f"[{name}]")
-    started = time.perf_counter()
-    yield
-    seconds[name] = time.perf_counter() - started
 
 
 @contextmanager

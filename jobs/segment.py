@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -93,8 +94,6 @@ def main(
         ConfigError: an unknown format; ``resume`` with another model or other classes.
         ModelError: no model folder.
     """
-    import time
-
     unknown = sorted(set(formats) - {"png", "coco", "parquet"})
     if unknown:
         raise ConfigError(f"--format {unknown[0]} is not known; choose among png, coco, parquet")
