@@ -18,7 +18,6 @@ from statistics import median
 from typing import Any
 
 import ray.train
-import ray.train.torch
 import torch
 from ray.train import DataConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
@@ -28,16 +27,12 @@ from jobs import console, ingest_scenes
 from jobs.feed import count_in_parallel, execution_options, pairs_of_steps, worker_batches
 from jobs.monitor import Monitor
 from jobs.session import Session, ray_session
-from jobs.train import data_parallel, limit_threads
+from jobs.train import make_trainer
 from vilseg import storage
 from vilseg.config import RunConfig
 from vilseg.data.stream import WorkerBatch, pack, unpack
-from vilseg.device import precision_dtype
-from vilseg.model import ViLSeg
 from vilseg.training import run
 from vilseg.training.folder import Prepared, RunFolder
-from vilseg.training.loop import Trainer
-from vilseg.training.objective import Objective
 
 CONFIG = Path(__file__).parent.parent / "configs" / "demo.yaml"
 _ROOT = "s3://vilseg/train_input"
@@ -114,18 +109,9 @@ def _measure(session: Session) -> dict[str, Any]:
 
 def _worker(config: RunConfig, folder: RunFolder, prepared: Prepared, result: str) -> None:
     """What every Ray Train worker runs: the product's own loop, on batches whose coming is timed."""
-    device = ray.train.torch.get_device()
-    limit_threads(device)
-    objective = Objective(
-        ViLSeg.from_pretrained(folder.initial),
-        config.loss,
-        config.views,
-        prepared.nouns.phrases,
-        autocast=precision_dtype(config.trainer.precision, device),
-    ).to(device)
-    trainer = Trainer(objective, config.optimizer, config.trainer, device, wrap=data_parallel)
+    trainer = make_trainer(config, folder, prepared)
     seconds: dict[str, list[float]] = {"fed": [], "memory": []}
-    trainer.train(_alternate(seconds, device), on_report=lambda metrics: None, on_checkpoint=lambda: None)
+    trainer.train(_alternate(seconds, trainer.device), on_report=lambda metrics: None, on_checkpoint=lambda: None)
     if ray.train.get_context().get_world_rank() == 0:
         storage.write_text(result, json.dumps(seconds))
 

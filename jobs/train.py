@@ -135,24 +135,12 @@ def _watch(trainer: TorchTrainer, monitor: Any, folder: RunFolder, progress: Cal
 
 def train_worker(config: RunConfig, folder: RunFolder, prepared: Prepared, monitor: Any) -> None:
     """What every Ray Train worker runs."""
-    context = ray.train.get_context()
-    device = ray.train.torch.get_device()
-    limit_threads(device)
-    torch.manual_seed(config.trainer.seed)
-    model = ViLSeg.from_pretrained(folder.initial)
-    objective = Objective(
-        model,
-        config.loss,
-        config.views,
-        prepared.nouns.phrases,
-        autocast=precision_dtype(config.trainer.precision, device),
-    ).to(device)
-    trainer = Trainer(objective, config.optimizer, config.trainer, device, wrap=data_parallel)
+    trainer = make_trainer(config, folder, prepared)
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is not None:
         with checkpoint.as_directory() as local:
             trainer.load_state_dict(run.load_checkpoint(local))
-    first = context.get_world_rank() == 0
+    first = ray.train.get_context().get_world_rank() == 0
     metrics_file = run.MetricsFile(folder, trainer.step) if first else None
     last: dict[str, float] = {}
     stop = False
@@ -161,7 +149,7 @@ def train_worker(config: RunConfig, folder: RunFolder, prepared: Prepared, monit
         nonlocal stop
         metrics["epoch"] = metrics["samples"] / sum(shard.pairs for shard in prepared.shards)
         last.update(metrics)
-        wish = torch.zeros(1, device=device)
+        wish = torch.zeros(1, device=trainer.device)
         if metrics_file:
             metrics_file.add(metrics)
             wish += float(ray.get(monitor.report.remote(metrics)))
@@ -183,17 +171,32 @@ def train_worker(config: RunConfig, folder: RunFolder, prepared: Prepared, monit
     batches = worker_batches(ray.train.get_dataset_shard("pairs"))
     trainer.train(batches, on_report=on_report, on_checkpoint=on_checkpoint, should_stop=lambda: stop)
     if first and trainer.step == config.trainer.steps:
-        run.save_model(model, config, folder, last)
+        run.save_model(trainer.objective.model, config, folder, last)
 
 
-def limit_threads(device: torch.device) -> None:
+def make_trainer(config: RunConfig, folder: RunFolder, prepared: Prepared) -> Trainer:
+    """A Ray Train worker's trainer of the run's initial model, data-parallel over all workers."""
+    device = ray.train.torch.get_device()
+    _limit_threads(device)
+    torch.manual_seed(config.trainer.seed)
+    objective = Objective(
+        ViLSeg.from_pretrained(folder.initial),
+        config.loss,
+        config.views,
+        prepared.nouns.phrases,
+        autocast=precision_dtype(config.trainer.precision, device),
+    ).to(device)
+    return Trainer(objective, config.optimizer, config.trainer, device, wrap=_data_parallel)
+
+
+def _limit_threads(device: torch.device) -> None:
     """Threads beyond the CPUs that a worker holds would fight with its neighbours and with reading."""
     if device.type == "cpu":
         workers_here = ray.train.get_context().get_local_world_size()
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers_here))
 
 
-def data_parallel(module: torch.nn.Module) -> torch.nn.Module:
+def _data_parallel(module: torch.nn.Module) -> torch.nn.Module:
     """The module with its gradients averaged over the workers."""
     # Encoders of others may hold weights that no loss reaches (a class token's last layer, say).
     options = {"find_unused_parameters": True, "broadcast_buffers": False}

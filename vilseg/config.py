@@ -235,6 +235,16 @@ class TrainerConfig(Part):
         return self
 
 
+class RefinementConfig(Part):
+    """Scores brought along the picture's edges (PAMR, Araslanov & Roth 2020, section 3.3); see
+    ``vilseg.segmentation.refinement``."""
+
+    iterations: Annotated[int, Field(ge=0)] = 0
+    """0 switches it off: the paper of ViL-Seg has none. Its authors use 10."""
+    dilations: Annotated[list[PositiveInt], Field(min_length=1)] = [1, 2, 4, 8, 12, 24]
+    """Distances of the neighbours in pixels of the picture as the model sees it."""
+
+
 class SegmentationConfig(Part):
     """How a trained model cuts an image into named regions; travels with the model folder.
 
@@ -252,6 +262,7 @@ class SegmentationConfig(Part):
     """Share of the image's mean embedding mixed into every region's and patch's."""
     calibration: Share = 0.0
     """How far the cosines of each class are brought to one mean and spread over the patches of the training pictures."""
+    refinement: RefinementConfig = RefinementConfig()
     temperature: Positive = 0.05
     """Soft-max over classes that turns cosines into scores."""
     prompts: Annotated[list[str], Field(min_length=1)] = ["a photo of a {}."]

@@ -40,8 +40,6 @@ BASE = (
     f"trainer.storage={ROOT}/runs",
 )
 
-unproven = pytest.mark.skip(reason="written, but not yet seen to run to its end")
-
 
 @pytest.fixture(scope="module")
 def pairs(ray_cluster: Session) -> Iterator[str]:
@@ -70,7 +68,6 @@ def test_two_workers_see_the_losses_of_one(ray_cluster: Session, pairs: str) -> 
             assert one[name] == pytest.approx(two[name], abs=1e-4), (one["step"], name)
 
 
-@unproven
 def test_resumed_run_goes_on_as_if_it_had_not_stopped(ray_cluster: Session, pairs: str) -> None:
     common = (f"data.source={pairs}", "trainer.steps=8", "trainer.checkpoint_every=4", "trainer.workers=2")
     whole = train.main(config(*common, "name=whole"), ray_cluster)
@@ -90,7 +87,6 @@ def test_resumed_run_goes_on_as_if_it_had_not_stopped(ray_cluster: Session, pair
         assert got["loss"] == pytest.approx(want["loss"], abs=1e-3)
 
 
-@unproven
 def test_run_folder_holds_what_the_documentation_names(ray_cluster: Session, pairs: str) -> None:
     settings = config(f"data.source={pairs}", "name=folder", "trainer.steps=3", "trainer.checkpoint_every=2")
     folder = train.main(settings, ray_cluster).folder
@@ -107,7 +103,6 @@ def test_run_folder_holds_what_the_documentation_names(ray_cluster: Session, pai
     assert torch.equal(trained.encode_image(pictures).patches, kept.encode_image(pictures).patches)
 
 
-@unproven
 def test_bad_pairs_are_skipped_and_counted(ray_cluster: Session, pairs: str) -> None:
     uri = f"{ROOT}/some-bad"
     _write(uri, good=150, bad=3)
@@ -118,7 +113,6 @@ def test_bad_pairs_are_skipped_and_counted(ray_cluster: Session, pairs: str) -> 
     assert {key for key, _ in seen} == {"bad0", "bad1", "bad2"}
 
 
-@unproven
 def test_too_many_bad_pairs_stop_the_run_with_a_sentence(ray_cluster: Session, pairs: str) -> None:
     uri = f"{ROOT}/mostly-bad"
     _write(uri, good=40, bad=100)
@@ -127,7 +121,6 @@ def test_too_many_bad_pairs_stop_the_run_with_a_sentence(ray_cluster: Session, p
         train.main(settings, ray_cluster)
 
 
-@unproven
 def test_no_readable_pair_is_said_before_training(ray_cluster: Session, pairs: str) -> None:
     uri = f"{ROOT}/no-text"
     members = ((f"k{i}", _png(i), "png", {"nothing": "here"}) for i in range(5))
@@ -148,7 +141,6 @@ def _png(number: int) -> bytes:
     return buffer.getvalue()
 
 
-@unproven
 def test_metrics_are_json_lines(ray_cluster: Session, pairs: str, tmp_path: Path) -> None:
     settings = config(f"data.source={pairs}", "name=local", "trainer.steps=2", f"trainer.storage={tmp_path}")
     train.main(settings, ray_cluster)

@@ -16,6 +16,7 @@ from vilseg.data.decode import decode_image, to_rgb
 from vilseg.device import best_device, has_bfloat16_units
 from vilseg.errors import DataError
 from vilseg.model import ViLSeg
+from vilseg.segmentation.refinement import RefinedScores, refine
 from vilseg.segmentation.regions import ClassTexts, calibrate, class_similarities
 from vilseg.segmentation.result import Segmentation, label_dtype
 from vilseg.text.vocabulary import Vocabulary
@@ -73,9 +74,10 @@ class Segmenter:
         results: dict[int, Segmentation] = {}
         for size, members in groups.items():
             pixels = torch.stack([_resize(arrays[index], size) for index in members]).to(self.device)
-            similarity_BChw, clusters_BKhw = self._run(pixels)
-            for index, similarity_Chw, clusters_Khw in zip(members, similarity_BChw, clusters_BKhw, strict=True):
-                results[index] = self._paint(arrays[index], similarity_Chw, clusters_Khw)
+            maps = zip(pixels, *self._run(pixels), strict=True)
+            for index, (image_3HW, similarity_Chw, clusters_Khw) in zip(members, maps, strict=True):
+                refined = self._refine(image_3HW, similarity_Chw)
+                results[index] = self._paint(arrays[index], similarity_Chw, clusters_Khw, refined)
         return [results[index] for index in range(len(arrays))]
 
     @torch.inference_mode()
@@ -125,7 +127,14 @@ class Segmenter:
         return rows, columns
 
     @torch.inference_mode()
-    def _paint(self, image: np.ndarray, similarity_Chw: Tensor, clusters_Khw: Tensor) -> Segmentation:
+    def _refine(self, image_3HW: Tensor, similarity_Chw: Tensor) -> RefinedScores | None:
+        config = self.config.refinement
+        return refine(similarity_Chw, image_3HW.float(), config) if config.iterations else None
+
+    @torch.inference_mode()
+    def _paint(
+        self, image: np.ndarray, similarity_Chw: Tensor, clusters_Khw: Tensor, refined: RefinedScores | None
+    ) -> Segmentation:
         """Bring class similarities to the picture's own size, strip by strip, and let the best class win."""
         height, width = image.shape[:2]
         count = len(self.classes)
@@ -137,6 +146,12 @@ class Segmenter:
             bottom = min(height, top + rows)
             logits = _resample(similarity_Chw / self.config.temperature, (height, width), top, bottom)
             best, label = logits.max(0)
+            if refined is not None:
+                winners_Wrw = _resample(refined.scores_WHW / self.config.temperature, (height, width), top, bottom)
+                best, winner = winners_Wrw.max(0)
+                label = refined.classes_W[winner]
+                # A class that is best at no patch must not become it where the refined ones lost their peaks.
+                logits.clamp_(max=best)[refined.classes_W] = winners_Wrw
             labels[top:bottom] = label.cpu().numpy()
             # The soft-max of the best class alone: all of them would be written and read once more for nothing.
             scores[top:bottom] = logits.sub_(best).exp_().sum(0).reciprocal_().cpu().numpy()
