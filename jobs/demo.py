@@ -29,7 +29,7 @@ from vilseg.training.folder import RunFolder
 CONFIG = Path(__file__).parent.parent / "configs" / "demo.yaml"
 _ROOT = "s3://vilseg/demo"
 _EXAMPLES = 16
-_PAIRS, _UNSEEN, _CURVE = 20_000, 400, 200
+_PAIRS, _UNSEEN, _CURVE = 24_000, 400, 200
 _QUICK = ("trainer.steps=24", "trainer.checkpoint_every=12", "trainer.log_every=4", "loss.nouns.min_count=3")
 _QUICK_PAIRS, _QUICK_UNSEEN = 400, 24
 """Pairs to train from, unseen images to measure on, and how many of these the curve over training uses."""

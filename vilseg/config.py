@@ -196,7 +196,7 @@ class LossConfig(Part):
 
 
 class OptimizerConfig(Part):
-    """AdamW with linear warm-up and cosine decay."""
+    """AdamW with linear warm-up and linear decay to zero (Bergsma et al. 2025)."""
 
     learning_rate: Positive = 5e-4
     weight_decay: NonNegative = 0.05
@@ -243,6 +243,9 @@ class RefinementConfig(Part):
     """0 switches it off: the paper of ViL-Seg has none. Its authors use 10."""
     dilations: Annotated[list[PositiveInt], Field(min_length=1)] = [1, 2, 4, 8, 12, 24]
     """Distances of the neighbours in pixels of the picture as the model sees it."""
+    tolerance: Positive = 0.1
+    """Colour difference, in local standard deviations, that weakens a neighbour by a factor e (0.1 in the authors'
+    implementation); larger values forgive noise and leave fewer specks."""
 
 
 class SegmentationConfig(Part):

@@ -3,7 +3,7 @@
 Patches are coarse and see past the outline of what they show. So each pixel's scores become, some times over, the mean of
 its neighbours' scores, weighted by how much these look like it:
 
-    s_x <- sum_n w_xn s_n,    w_xn = softmax_n( -mean_c |I_xc - I_nc| / (0.1 sigma_xc) )
+    s_x <- sum_n w_xn s_n,    w_xn = softmax_n( -mean_c |I_xc - I_nc| / (tolerance sigma_xc) )
 
 over the eight neighbours n at every dilation, with sigma_xc the standard deviation of colour channel c over x and its
 neighbours. Only scores of classes that win somewhere are worth the work; see :func:`refine`.
@@ -20,8 +20,6 @@ from torch import Tensor
 
 from vilseg.config import RefinementConfig
 
-_SHARPNESS = 0.1
-"""The factor of sigma in the authors' implementation."""
 _EPS = 1e-8
 
 
@@ -39,13 +37,13 @@ def refine(scores_Chw: Tensor, image_3HW: Tensor, config: RefinementConfig) -> R
     Args:
         scores_Chw: one score for each class and patch. Shape: (C, h, w).
         image_3HW: the picture, floats of any range. Shape: (3, H, W).
-        config: iterations and dilations.
+        config: iterations, dilations and tolerance.
     """
     classes_W = scores_Chw.argmax(0).unique()
     size = (image_3HW.shape[1], image_3HW.shape[2])
     scores_WHW = F.interpolate(scores_Chw[classes_W].unsqueeze(0), size=size, mode="bilinear", align_corners=False)[0]
     if len(classes_W) > 1:  # one class alone wins whatever its scores
-        weights_NHW = _weights(image_3HW, config.dilations)
+        weights_NHW = _weights(image_3HW, config)
         for _ in range(config.iterations):
             total_WHW = torch.zeros_like(scores_WHW)
             for weight_HW, neighbour_WHW in zip(weights_NHW, _neighbours(scores_WHW, config.dilations), strict=True):
@@ -54,11 +52,11 @@ def refine(scores_Chw: Tensor, image_3HW: Tensor, config: RefinementConfig) -> R
     return RefinedScores(classes_W, scores_WHW)
 
 
-def _weights(image_3HW: Tensor, dilations: Sequence[int]) -> Tensor:
+def _weights(image_3HW: Tensor, config: RefinementConfig) -> Tensor:
     """Weights of the neighbours, summing to 1. Shape: (3, H, W) -> (8 x dilations, H, W)."""
-    neighbours_N3HW = torch.stack(list(_neighbours(image_3HW, dilations)))
+    neighbours_N3HW = torch.stack(list(_neighbours(image_3HW, config.dilations)))
     deviation_3HW = torch.cat([neighbours_N3HW, image_3HW.unsqueeze(0)]).std(0)
-    difference_N3HW = (neighbours_N3HW - image_3HW).abs() / (_SHARPNESS * deviation_3HW + _EPS)
+    difference_N3HW = (neighbours_N3HW - image_3HW).abs() / (config.tolerance * deviation_3HW + _EPS)
     return (-difference_N3HW.mean(1)).softmax(0)
 
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import math
-
 from torch import nn
 
 from vilseg.config import OptimizerConfig
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
-    """Linear warm-up, then cosine decay to zero (Loshchilov & Hutter 2017); ``step`` counts from 0."""
+    """Linear warm-up, then linear decay to zero (Bergsma et al. 2025, arXiv 2502.15938); ``step`` counts from 0."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
-    return config.learning_rate * (1 + math.cos(math.pi * min(1.0, progress))) / 2
+    return config.learning_rate * (1 - min(1.0, progress))
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:

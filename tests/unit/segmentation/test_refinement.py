@@ -14,7 +14,7 @@ from vilseg.segmentation.refinement import refine
 from vilseg.segmentation.segmenter import Segmenter
 
 
-def naive(scores_CHW: Tensor, image_3HW: Tensor, iterations: int, dilations: list[int]) -> Tensor:
+def naive(scores_CHW: Tensor, image_3HW: Tensor, iterations: int, dilations: list[int], tolerance: float) -> Tensor:
     """Pixel by pixel, from the formula."""
     height, width = image_3HW.shape[1:]
     for _ in range(iterations):
@@ -34,7 +34,7 @@ def naive(scores_CHW: Tensor, image_3HW: Tensor, iterations: int, dilations: lis
                     for c in range(3):
                         seen = [float(image_3HW[c, y, x]), *(float(image_3HW[c][p]) for p in places)]
                         sigma = math.sqrt(sum((v - sum(seen) / len(seen)) ** 2 for v in seen) / (len(seen) - 1))
-                        terms.append(abs(seen[0] - float(image_3HW[c][place])) / (0.1 * sigma + 1e-8))
+                        terms.append(abs(seen[0] - float(image_3HW[c][place])) / (tolerance * sigma + 1e-8))
                     logits.append(-sum(terms) / 3)
                 weights = torch.tensor(logits, dtype=scores_CHW.dtype).softmax(0)
                 for weight, place in zip(weights, places, strict=True):
@@ -47,9 +47,9 @@ def test_as_the_formula_says() -> None:
     generator = torch.Generator().manual_seed(0)
     image = torch.rand(3, 6, 7, generator=generator, dtype=torch.float64)
     scores = torch.rand(3, 6, 7, generator=generator, dtype=torch.float64)
-    result = refine(scores, image, RefinementConfig(iterations=2, dilations=[1, 3]))
+    result = refine(scores, image, RefinementConfig(iterations=2, dilations=[1, 3], tolerance=0.3))
     assert result.classes_W.tolist() == [0, 1, 2]
-    torch.testing.assert_close(result.scores_WHW, naive(scores, image, 2, [1, 3]))
+    torch.testing.assert_close(result.scores_WHW, naive(scores, image, 2, [1, 3], 0.3))
 
 
 def two_halves() -> tuple[Tensor, Tensor]:
