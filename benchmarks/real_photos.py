@@ -6,12 +6,9 @@ baselines come from the same run: the same model before its first step, and the 
 
 from __future__ import annotations
 
-import hashlib
-import multiprocessing
 import os
 import shutil
 import time
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +20,12 @@ from vilseg import storage
 from vilseg.config import RunConfig
 from vilseg.errors import DataError
 from vilseg.evaluation.confusion import ConfusionMatrix
-from vilseg.evaluation.datasets import FolderDataset
 from vilseg.text.vocabulary import Vocabulary
 
 CONFIG = Path(__file__).parent.parent / "configs" / "real_photos.yaml"
 DATA_VARIABLE = "VILSEG_SHARED_DATA"
 TASKS = ("things", "things_background", "panoptic")
 _ROOT = "s3://vilseg/real_photos"
-_PARTS = 2
-"""Of the images to evaluate on; as many processes share them where there are the cores."""
 
 
 def main(out: Path) -> dict[str, Any]:
@@ -51,7 +45,7 @@ def main(out: Path) -> dict[str, Any]:
     seconds: dict[str, float] = {}
     for left in ("store", "coco"):
         shutil.rmtree(out / left, ignore_errors=True)
-    parts = [_link_datasets(data / "coco_mini_dev", out / "coco", part) for part in range(_PARTS)]
+    datasets = _link_datasets(data / "coco_mini_dev", out / "coco")
     store = ObjectStore.start(out / "store")
     try:
         os.environ.update(store.environment())
@@ -63,7 +57,7 @@ def main(out: Path) -> dict[str, Any]:
                 bulk = _segment(session, trained, data)
         # Ray is gone by now: evaluation has the cores for itself.
         with console.stage("evaluate", seconds):
-            figures = _evaluate({"trained": trained, "untrained": initial}, parts)
+            figures = _evaluate({"trained": trained, "untrained": initial}, datasets)
     finally:
         store.stop()
     seconds["total"] = time.perf_counter() - started
@@ -90,22 +84,16 @@ def _data() -> Path:
     return Path(folder)
 
 
-def _link_datasets(coco: Path, target: Path, part: int) -> dict[str, str]:
-    """A part of every task in the ``folder`` layout: masks, classes, and the common images that belong to the masks.
-
-    Tasks share images, and an image is in the same part of each.
-    """
-    parts = {image.stem: number % _PARTS for number, image in enumerate(sorted((coco / "images").glob("*.jpg")))}
-    folders = {task: target / f"{task}-{part}" for task in TASKS}
+def _link_datasets(coco: Path, target: Path) -> dict[str, str]:
+    """Every task in the ``folder`` layout: masks, classes, and the common images that belong to the masks."""
+    folders = {task: target / task for task in TASKS}
     for task, folder in folders.items():
-        for name in ("images", "masks"):
-            (folder / name).mkdir(parents=True)
+        (folder / "images").mkdir(parents=True)
         (folder / "classes.txt").symlink_to((coco / task / "classes.txt").resolve())
+        (folder / "masks").symlink_to((coco / task / "masks").resolve())
         for mask in (coco / task / "masks").glob("*.png"):
-            if parts[mask.stem] == part:
-                (folder / "masks" / mask.name).symlink_to(mask.resolve())
-                image = coco / "images" / f"{mask.stem}.jpg"
-                (folder / "images" / image.name).symlink_to(image.resolve())
+            image = coco / "images" / f"{mask.stem}.jpg"
+            (folder / "images" / image.name).symlink_to(image.resolve())
     return {task: str(folder) for task, folder in folders.items()}
 
 
@@ -151,71 +139,24 @@ def _segment(session: Session, model: str, data: Path) -> dict[str, Any]:
     }
 
 
-def _evaluate(models: dict[str, str], parts: list[dict[str, str]]) -> dict[str, dict[str, dict[str, Any]]]:
-    """Figures by model, kind and task: every part of the images in a process of its own, the counts added up."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(_PARTS, os.cpu_count() or 1), mp_context=context) as pool:
-        counted = list(pool.map(_count, [models] * len(parts), parts))
-    total = counted[0]
-    for more in counted[1:]:
-        for key, matrix in more.items():
-            total[key].merge(matrix)
-    for task in TASKS:
-        total["largest_class", task] = _largest_class(total["trained", task])
-    names = (*models, "largest_class")
+def _evaluate(models: dict[str, str], datasets: dict[str, str]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Figures by model, kind and task, as `vilseg evaluate` has them."""
+    from jobs import evaluate
+
+    counted: dict[tuple[str, str], ConfusionMatrix] = {}
+    for task, folder in datasets.items():
+        for name, uri in models.items():
+            found = evaluate.main(uri, f"folder:{folder}")
+            counted[name, task] = found.confusion
+            console.say(f"{name}, {task}, {found.images} images: mIoU {found.miou:.4f}")
+        counted["largest_class", task] = _largest_class(counted["trained", task])
     return {
         name: {
-            "miou": {task: round(total[name, task].miou, 4) for task in TASKS},
-            "pixel_accuracy": {task: round(total[name, task].pixel_accuracy, 4) for task in TASKS},
+            "miou": {task: round(counted[name, task].miou, 4) for task in TASKS},
+            "pixel_accuracy": {task: round(counted[name, task].pixel_accuracy, 4) for task in TASKS},
         }
-        for name in names
+        for name in (*models, "largest_class")
     }
-
-
-def _count(models: dict[str, str], datasets: dict[str, str]) -> dict[tuple[str, str], ConfusionMatrix]:
-    """Right and wrong pixels of every model on one part of every task."""
-    import torch
-
-    from vilseg.evaluation.evaluate import evaluate
-    from vilseg.model import ViLSeg
-    from vilseg.segmentation.segmenter import Segmenter
-
-    torch.set_num_threads(1)
-    counted: dict[tuple[str, str], ConfusionMatrix] = {}
-    encoder: torch.nn.Module | None = None
-    for name, uri in models.items():
-        model = ViLSeg.from_pretrained(uri)
-        # Frozen, so it is the same in all models and says the same of a photo in all tasks.
-        encoder = encoder or _remembering(model.image_encoder)
-        model.image_encoder = encoder
-        for task, folder in datasets.items():
-            images = FolderDataset(folder)
-            found = evaluate(Segmenter(model, images.classes), images, batch_size=4)
-            counted[name, task] = found.confusion
-            console.say(f"{name}, {task}, {found.images} of the images: mIoU {found.miou:.4f}")
-    return counted
-
-
-def _remembering(encoder: Any) -> Any:
-    """The encoder, made to encode each picture once."""
-    import torch
-
-    from vilseg.model import ImageFeatures
-
-    known: dict[bytes, ImageFeatures] = {}
-    encode = encoder.forward
-
-    def forward(images: torch.Tensor) -> ImageFeatures:
-        rows = []
-        for image in images:
-            key = hashlib.sha256(image.numpy().tobytes()).digest()
-            if key not in known:
-                known[key] = encode(image.unsqueeze(0))
-            rows.append(known[key])
-        return ImageFeatures(torch.cat([row.patches for row in rows]), None, rows[0].grid)
-
-    encoder.forward = forward
-    return encoder
 
 
 def _largest_class(matrix: ConfusionMatrix) -> ConfusionMatrix:

@@ -36,7 +36,7 @@ from vilseg.training.folder import Prepared, RunFolder
 
 CONFIG = Path(__file__).parent.parent / "configs" / "demo.yaml"
 _ROOT = "s3://vilseg/train_input"
-_PAIRS = 8_000
+_PAIRS = 4_000
 _STEPS = 250
 """A block: twice all pairs, so that what is read before its first batch comes is little beside the rest."""
 _KEPT = 100
@@ -65,7 +65,7 @@ def main(out: Path) -> dict[str, Any]:
 
 def _measure(session: Session) -> dict[str, Any]:
     overrides = [f"data.source={_ROOT}/pairs", f"trainer.storage={_ROOT}/runs", "name=input"]
-    config = RunConfig.load(str(CONFIG), [*overrides, f"trainer.steps={_WARM_UP + 2 * _ROUNDS * _STEPS}"])
+    config = RunConfig.load(str(CONFIG), [*overrides, f"trainer.steps={_WARM_UP + 2 * _ROUNDS * _STEPS + 1}"])
     console.say("[scenes]")
     ingest_scenes.main(f"{_ROOT}/pairs", f"{_ROOT}/unseen", pairs=_PAIRS, unseen=1, size=config.data.canvas, seed=0)
     folder = run.open_folder(config, resume=False)
@@ -136,6 +136,7 @@ def _alternate(seconds: dict[str, list[float]], device: torch.device) -> Iterato
         for step in range(1, _STEPS):
             yield kept[step % len(kept)]
         seconds["memory"].append(_now(device) - started)
+    yield kept[0]  # the trainer asks for it after its last timed step, and so ends the last block
 
 
 def _copied(batch: WorkerBatch) -> WorkerBatch:

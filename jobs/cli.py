@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import sys
 import tempfile
 import traceback
@@ -14,7 +16,7 @@ import click
 import typer
 
 from vilseg import storage
-from vilseg.config import RunConfig, SegmentationConfig
+from vilseg.config import ColumnsConfig, RunConfig, SegmentationConfig
 from vilseg.errors import ConfigError, UserError
 
 app = typer.Typer(
@@ -29,10 +31,14 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="Configuration keys 
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with what an earlier call left.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 StoreFolder = Annotated[Path, typer.Option("--dir", help="Folder that the store keeps everything in.")]
+_OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_]+)+=")
+"""How an override begins, as no path or URI is likely to."""
 
 
 def main() -> None:
     """Entry point: 0 done, 2 the input is wrong, 1 the run failed, 130 interrupted; never a bare traceback."""
+    # As `python -m` does, and Ray for its workers: a user's own factory may lie in the working folder.
+    sys.path.insert(0, os.getcwd())
     sys.exit(run(sys.argv[1:]))
 
 
@@ -92,7 +98,10 @@ def demo(
 
 @app.command()
 def ingest(
-    places: Annotated[list[str], typer.Argument(metavar="SOURCE… DEST", help="Where pairs come from, and where to.")],
+    places: Annotated[
+        list[str],
+        typer.Argument(metavar="SOURCE… DEST [KEY=VALUE…]", help="Where pairs come from, and where to."),
+    ],
     shard_pairs: Annotated[int, typer.Option(help="Pairs a shard.")] = 1000,
     max_bad_share: Annotated[float, typer.Option(help="Stop when more than this share cannot be read.")] = 0.05,
     limit: Annotated[int | None, typer.Option(help="Stop after so many pairs.")] = None,
@@ -109,6 +118,8 @@ def ingest(
     from jobs import ingest as job
     from jobs.session import ray_session
 
+    places, overrides = _split_overrides(places)
+    columns = _columns(overrides)
     if len(places) < 2:
         raise UserError("ingest needs at least one SOURCE and a DEST")
     *sources, dest = places
@@ -126,6 +137,7 @@ def ingest(
             max_bad_share=max_bad_share,
             check=check,
             limit=limit,
+            columns=columns,
             progress=progress,
         )
     for note in done.passed_over:
@@ -152,14 +164,16 @@ def train(
     from jobs import console
     from jobs.session import check_workers, ray_session
 
-    settings = RunConfig.load(config, [*(overrides or []), *([f"name={name}"] if name else [])])
+    settings = RunConfig.load(config, overrides or [])
+    if name is not None:
+        settings.name = name  # not by an override, whose value is YAML: a run may be called 42
     if resume and not settings.name:
         raise ConfigError("--resume needs the run's --name")
     from vilseg.training.run import preflight
 
-    preflight(settings, resume=resume)
     if address is None:
         check_workers(settings.trainer.workers, os.cpu_count() or 1)
+    preflight(settings, resume=resume)
     with ray_session(address) as session:
         from jobs import train as job
 
@@ -200,7 +214,7 @@ def evaluate(
             overwrite=overwrite,
             settings=_segmentation_overrides(overrides),
             progress=lambda done, total: bar.update(bar.task_ids[0], completed=done, total=total),
-            command="vilseg " + " ".join(sys.argv[1:]),
+            command=shlex.join(["vilseg", *sys.argv[1:]]),
         )
     per_class = "\n".join(f"  {name:24} {value:.3f}" for name, value in done.per_class.items())
     text = f"mIoU {done.miou:.4f}  pixel accuracy {done.pixel_accuracy:.4f}  images {done.images}\n{per_class}"
@@ -231,21 +245,25 @@ def segment(
     from vilseg.model.pretrained import read_settings
     from vilseg.text.vocabulary import Vocabulary
 
-    overrides = [text for text in inputs if text.startswith("segmentation.")]
+    places, overrides = _split_overrides(inputs)
     vocabulary = Vocabulary.parse(classes)
     settings = _segmentation_overrides(overrides)(read_settings(model)) if overrides else None
+    formats = [name.strip() for name in format.split(",")]
+    job.preflight(
+        places, model, vocabulary, out, formats=formats, settings=settings, resume=resume, overwrite=overwrite
+    )
     with console.progress_bar("segment") as bar, ray_session(address) as session:
 
         def progress(done: int, total: int, rejected: int) -> None:
             bar.update(bar.task_ids[0], completed=done, total=total, note=f"{rejected} rejected" if rejected else "")
 
         done = job.main(
-            [text for text in inputs if text not in overrides],
+            places,
             model,
             vocabulary,
             out,
             session,
-            formats=[name.strip() for name in format.split(",")],
+            formats=formats,
             settings=settings,
             resume=resume,
             overwrite=overwrite,
@@ -310,6 +328,25 @@ def down(folder: StoreFolder = Path("store"), json: Json = False) -> None:
         store.stop()
     text = "stopped" if store else f"no store runs in {folder}"
     console.result({"stopped": store is not None}, as_json=json, text=text)
+
+
+def _split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Of the arguments of a verb that takes both: places, and configuration keys as ``key.sub=value``."""
+    overrides = [argument for argument in arguments if _OVERRIDE.match(argument)]
+    return [argument for argument in arguments if not _OVERRIDE.match(argument)], overrides
+
+
+def _columns(overrides: Sequence[str]) -> ColumnsConfig:
+    """``data.columns`` as ``data.columns.key=value`` overrides leave it.
+
+    Raises:
+        ConfigError: an unknown key (the nearest right one is named), a bad value, or a key of something else.
+    """
+    columns = RunConfig.load(None, overrides).data.columns
+    for override in overrides:
+        if not override.startswith("data.columns."):
+            raise ConfigError(f"'{override}' cannot be set here; ingest takes data.columns.key=value only")
+    return columns
 
 
 def _segmentation_overrides(overrides: Sequence[str] | None) -> Callable[[SegmentationConfig], SegmentationConfig]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,10 +47,15 @@ def main(out: Path, *, quick: bool = False) -> dict[str, Any]:
         The summary: ``miou``, ``miou_untrained``, ``seconds`` by stage, ``pairs_uri``, ``model_uri``, ``results_uri``.
 
     Raises:
-        StorageError: ``out`` holds something that is no demo.
+        StorageError: ``out`` holds something that is no demo, or is no folder.
     """
     seconds: dict[str, float] = {}
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(
+            f"{out} cannot be the demo's folder ({error.strerror}); give another one by --out"
+        ) from error
     if any(out.iterdir()) and not (out / "store").is_dir():
         raise StorageError(f"{out} holds other things; give the demo a folder of its own by --out")
     with console.stage("store", seconds):
@@ -66,9 +72,10 @@ def main(out: Path, *, quick: bool = False) -> dict[str, Any]:
 def _run(session: Session, out: Path, seconds: dict[str, float], *, quick: bool) -> dict[str, Any]:
     storage.delete(_ROOT)
     pairs, unseen, results = (storage.join(_ROOT, name) for name in ("pairs", "unseen", "segmented"))
-    overrides = [f"data.source={pairs}", f"trainer.storage={_ROOT}/runs", *(_QUICK if quick else ())]
     workers = min(2, session.cpus)
-    config = RunConfig.load(str(CONFIG), [*overrides, f"trainer.workers={workers}", "name=scenes"])
+    overrides = [f"data.source={pairs}", f"trainer.storage={_ROOT}/runs", f"trainer.workers={workers}"]
+    overrides += _QUICK if quick else ()
+    config = RunConfig.load(str(CONFIG), [*overrides, "name=scenes"])
     with console.stage("scenes", seconds):
         count, held_out = (_QUICK_PAIRS, _QUICK_UNSEEN) if quick else (_PAIRS, _UNSEEN)
         ingest_scenes.main(
@@ -114,7 +121,7 @@ def _run(session: Session, out: Path, seconds: dict[str, float], *, quick: bool)
         seconds=seconds,
         metrics=run.read_metrics(folder),
         miou_curve=curve,
-        commands=_commands(out, overrides, folder, results, unseen),
+        commands=_commands(out, overrides, folder, results, unseen, quick=quick),
         configuration=config.to_yaml(),
         facts={"pairs": pairs, "checkpoints": folder.checkpoints, "model": folder.model, "masks": results},
     )
@@ -149,11 +156,17 @@ class _Head:
         return iter(self._items)
 
 
-def _commands(out: Path, overrides: list[str], folder: RunFolder, results: str, unseen: str) -> list[str]:
+def _commands(
+    out: Path, overrides: list[str], folder: RunFolder, results: str, unseen: str, *, quick: bool
+) -> list[str]:
+    """The command itself, then the verbs that do its stages one by one."""
     names = ",".join(scene.name for scene in scenes.CLASSES)
+    demo = f"vilseg demo --out {shlex.quote(str(out))}"
+    settings = shlex.join(overrides)
     return [
-        f'eval "$(vilseg store up --dir {out / "store"})"',
-        f"vilseg train --config configs/demo.yaml --name scenes {' '.join(overrides)}",
+        f"{demo} --quick" if quick else demo,
+        f'eval "$(vilseg store up --dir {shlex.quote(str(out / "store"))})"',
+        f"vilseg train --config configs/demo.yaml --name scenes {settings}",
         f'vilseg segment {unseen}/images --model {folder.model} --classes "{names}" --out {results}',
         f"vilseg evaluate --model {folder.model} --dataset folder:{unseen}",
     ]

@@ -17,6 +17,7 @@ from vilseg.segmentation.segmenter import Segmenter
 from vilseg.text.vocabulary import Vocabulary
 
 _EXAMPLES = 24
+_FIGURES, _PAGE = "evaluation.json", "report.html"
 
 
 def main(
@@ -50,8 +51,10 @@ def main(
     uri = dataset.partition(":")[2]
     for place in filter(None, (model, uri, out)):
         storage.require_bucket(place)
-    if out and storage.exists(storage.join(out, "evaluation.json")) and not overwrite:
-        raise StorageError(f"{out} holds an evaluation already; replace it by --overwrite or choose another --out")
+    if out and not overwrite:
+        for name in (_FIGURES, _PAGE):
+            if storage.exists(storage.join(out, name)):
+                raise StorageError(f"{out} holds {name} already; replace it by --overwrite or choose another --out")
     data: MaskedDataset = open_dataset(dataset)
     if classes is not None:
         if len(classes.classes) != len(data.classes):
@@ -64,8 +67,8 @@ def main(
     result = evaluate(Segmenter(loaded, data.classes), data, progress=progress, keep=_EXAMPLES if out else 0)
     if out:
         page = render_evaluation(result, f"{storage.name(model)} on {storage.name(uri)}", [command] if command else [])
-        storage.write_text(storage.join(out, "report.html"), page)
-        storage.write_text(storage.join(out, "evaluation.json"), json.dumps(result.to_dict(), indent=2))
+        storage.write_text(storage.join(out, _PAGE), page)
+        storage.write_text(storage.join(out, _FIGURES), json.dumps(result.to_dict(), indent=2))
     return result
 
 

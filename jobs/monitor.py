@@ -18,6 +18,8 @@ class Snapshot:
     bad: list[tuple[str, str]] = field(default_factory=list)
     read: int = 0
     bad_total: int = 0
+    failure: Exception | None = None
+    """A user's mistake that a worker met; the run is over."""
 
 
 @ray.remote(num_cpus=0, max_restarts=0)
@@ -30,6 +32,7 @@ class Monitor:
         self._read = self._bad = 0
         self._known: set[str] = set()
         self._stop = False
+        self._failure: Exception | None = None
 
     def add_pairs(self, read: int, bad: list[tuple[str, str]]) -> str | None:
         """Count pairs; returns a sentence when too many were bad. Each bad key is passed on once."""
@@ -57,8 +60,16 @@ class Monitor:
         """Ask the run to stop at its next report."""
         self._stop = True
 
+    def fail(self, failure: Exception) -> None:
+        """Tell of a user's mistake, which no restart mends."""
+        self._failure = self._failure or failure
+
+    def failed(self) -> bool:
+        """Whether a mistake was told of."""
+        return self._failure is not None
+
     def poll(self) -> Snapshot:
         """What is new since the last call."""
         new, self._new = self._new, Snapshot()
-        new.read, new.bad_total = self._read, self._bad
+        new.read, new.bad_total, new.failure = self._read, self._bad, self._failure
         return new

@@ -10,7 +10,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -31,6 +31,8 @@ from vilseg.text.vocabulary import Vocabulary
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 _BLOCK = 32
 """Pictures an actor takes at once: enough to fill batches, little to lose when it dies."""
+_JOB, _MASKS, _PARTS, _RESULTS = "job.json", "masks", "parts", "results.parquet"
+_ANNOTATIONS, _SUMMARY = "annotations.json", "summary.json"
 _SCHEMA = pa.schema(
     [
         ("path", pa.string()),
@@ -45,6 +47,24 @@ _SCHEMA = pa.schema(
         ("rle", pa.list_(pa.string())),
     ]
 )
+
+
+@dataclass(frozen=True)
+class Job:
+    """What decides an output; ``job.json`` there holds it, so that only the same job goes on with it."""
+
+    inputs: list[str]
+    """Absolute URIs, each once, sorted."""
+    model: str
+    """Absolute URI of a model folder, or a hub id."""
+    classes: Vocabulary
+    segmentation: SegmentationConfig
+    formats: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in ``job.json``."""
+        segmentation = self.segmentation.model_dump(mode="json")
+        return {**vars(self), "classes": list(self.classes.classes), "segmentation": segmentation}
 
 
 @dataclass(frozen=True)
@@ -85,24 +105,19 @@ def main(
         settings: replace those that the model carries.
         max_pixels: pictures whose header announces more are rejected.
         resume: go on with what an earlier call left at ``out``.
-        overwrite: delete what is there first.
+        overwrite: delete what an earlier call left at ``out`` first.
         progress: told (done, total, rejected) as blocks end.
 
     Raises:
-        DataError: no picture at ``inputs``.
-        StorageError: ``out`` exists without ``resume`` or ``overwrite``; a URI cannot be reached.
-        ConfigError: an unknown format; ``resume`` with another model or other classes.
-        ModelError: no model folder.
+        DataError: no picture at ``inputs``, or two that would be written under one name.
+        UserError: as :func:`preflight`.
     """
-    unknown = sorted(set(formats) - {"png", "coco", "parquet"})
-    if unknown:
-        raise ConfigError(f"--format {unknown[0]} is not known; choose among png, coco, parquet")
-    for uri in (*inputs, model, out):
-        storage.require_bucket(uri)
+    job = preflight(inputs, model, classes, out, formats=formats, settings=settings, resume=resume, overwrite=overwrite)
     out = storage.absolute(out)
-    entries = list_images(inputs)
-    settings = settings or read_settings(model)  # a sentence now instead of a pool of actors that die one by one
-    _open_output(out, {"model": model, "classes": list(classes.classes)}, resume=resume, overwrite=overwrite)
+    entries = list_images(job.inputs)
+    if overwrite:
+        _delete_output(out)
+    storage.write_text(storage.join(out, _JOB), json.dumps(job.to_dict(), indent=2, ensure_ascii=False))
     done = set(_rows(out).column("path").to_pylist())
     todo = [entry for entry in entries if entry.relative not in done]
     blocks = [todo[i : i + _BLOCK] for i in range(0, len(todo), _BLOCK)]
@@ -112,9 +127,7 @@ def main(
     if blocks:
         actors = max(1, min(len(blocks), session.gpus or session.cpus))
         rows = [{"paths": [e.uri for e in block], "names": [e.relative for e in block]} for block in blocks]
-        worker = partial(
-            BlockSegmenter, model, classes, out, settings, max_pixels, "png" in formats, session.cpus // actors
-        )
+        worker = partial(BlockSegmenter, job, out, max_pixels, session.cpus // actors)
         counted = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
             _Actor,
             fn_constructor_args=(worker,),
@@ -128,7 +141,50 @@ def main(
             rejected += row["rejected"]
             progress(len(done) + finished, len(entries), rejected)
     seconds = time.perf_counter() - started
-    return _finish(out, entries, "coco" in formats, finished / seconds if finished else 0.0)
+    return _finish(out, job, entries, finished / seconds if finished else 0.0)
+
+
+def preflight(
+    inputs: Sequence[str],
+    model: str,
+    classes: Vocabulary,
+    out: str,
+    *,
+    formats: Sequence[str] = ("png", "coco"),
+    settings: SegmentationConfig | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> Job:
+    """What can be said against a job before Ray is started and the inputs are listed; arguments as of :func:`main`.
+
+    Raises:
+        DataError: no input.
+        StorageError: ``out`` overlaps an input or the model, is there without ``resume`` or ``overwrite``, or holds
+            what this job did not write; a URI cannot be reached.
+        ConfigError: an unknown format; ``resume`` of another job.
+        ModelError: no model folder.
+    """
+    unknown = sorted(set(formats) - {"png", "coco", "parquet"})
+    if unknown:
+        raise ConfigError(f"--format {unknown[0]} is not known; choose among png, coco, parquet")
+    if not inputs:
+        raise DataError("no input is given: name folders, s3:// prefixes or pictures")
+    for uri in (*inputs, model, out):
+        storage.require_bucket(uri)
+    for uri in inputs:
+        if not storage.exists(uri):
+            raise StorageError(f"{uri} does not exist")
+    carried = read_settings(model)  # a sentence now instead of a pool of actors that die one by one
+    job = Job(
+        inputs=sorted({storage.absolute(uri) for uri in inputs}),
+        # Actors may have another working directory; what does not exist here is a hub id.
+        model=storage.absolute(model) if storage.exists(model) else model,
+        classes=classes,
+        segmentation=settings or carried,
+        formats=sorted({"parquet", *formats}),  # that one always comes
+    )
+    _check_output(storage.absolute(out), job, resume=resume, overwrite=overwrite)
+    return job
 
 
 def list_images(inputs: Sequence[str]) -> list[storage.FileEntry]:
@@ -154,28 +210,19 @@ def list_images(inputs: Sequence[str]) -> list[storage.FileEntry]:
 class BlockSegmenter:
     """Segments blocks of pictures; one an actor."""
 
-    def __init__(
-        self,
-        model: str,
-        classes: Vocabulary,
-        out: str,
-        settings: SegmentationConfig,
-        max_pixels: int,
-        masks: bool,
-        threads: int,
-    ) -> None:
+    def __init__(self, job: Job, out: str, max_pixels: int, threads: int) -> None:
         import torch
 
         from vilseg.model import ViLSeg
         from vilseg.segmentation.segmenter import Segmenter
 
         torch.set_num_threads(max(1, threads))
-        loaded = ViLSeg.from_pretrained(model)
-        loaded.segmentation = settings
-        self._segmenter = Segmenter(loaded, classes)
+        loaded = ViLSeg.from_pretrained(job.model)
+        loaded.segmentation = job.segmentation
+        self._segmenter = Segmenter(loaded, job.classes)
         self._out = out
         self._max_pixels = max_pixels
-        self._masks = masks
+        self._masks = "png" in job.formats
 
     def block(self, uris: Sequence[str], names: Sequence[str]) -> tuple[int, int]:
         """Segment the pictures at ``uris`` and write their masks and rows; returns (pictures, rejected)."""
@@ -197,13 +244,13 @@ class BlockSegmenter:
             # One at a time: on CPUs a batch is no faster, and the largest picture bounds the memory.
             result = self._segmenter(image)
             if self._masks:
-                storage.write_bytes(storage.join(self._out, "masks", f"{row['path']}.png"), result.to_png_bytes())
+                storage.write_bytes(storage.join(self._out, _MASKS, f"{row['path']}.png"), result.to_png_bytes())
             row["classes"] = [region.class_name for region in result.regions]
             row["areas"] = [region.area for region in result.regions]
             row["scores"] = [region.score for region in result.regions]
             row["rle"] = [region.rle["counts"] for region in result.regions]
         name = hashlib.sha256("\n".join(sorted(names)).encode()).hexdigest()[:24]
-        with storage.open_atomic(storage.join(self._out, "parts", f"{name}.parquet")) as file:
+        with storage.open_atomic(storage.join(self._out, _PARTS, f"{name}.parquet")) as file:
             pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), file)
         return len(rows), sum(row["status"] == "rejected" for row in rows)
 
@@ -219,27 +266,69 @@ class _Actor:
         return {"images": np.array([images]), "rejected": np.array([rejected])}
 
 
-def _open_output(out: str, identity: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
-    """Make ``out`` ours: new, emptied, or the same job's as before."""
-    marker = storage.join(out, "job.json")
-    if storage.exists(out) and storage.is_folder(out) and storage.list_files(out):
-        if overwrite:
-            storage.delete(out)
-        elif not resume:
+# --------------------------------------------------------------------------------------------------------- output
+
+
+def _check_output(out: str, job: Job, *, resume: bool, overwrite: bool) -> None:
+    """Make sure that ``job`` may write to ``out``: it is new or empty, or an output to replace or to go on with."""
+    for place in (*job.inputs, job.model):
+        if _overlap(out, place):
+            raise StorageError(f"cannot write to {out}: it and {place}, which is read, overlap; name a folder apart")
+    if not storage.exists(out):
+        return
+    if not storage.is_folder(out):
+        raise StorageError(f"cannot write to {out}: it is a file; name a folder")
+    before = _job_at(out)
+    if before is None:
+        if storage.list_files(out):
             raise StorageError(
-                f"the output {out} exists already; go on with it by --resume or replace it by --overwrite"
+                f"cannot write to {out}: it holds files and is no output of vilseg segment, which --resume and "
+                "--overwrite need; name an empty folder"
             )
-        elif not storage.exists(marker) or json.loads(storage.read_text(marker)) != identity:
-            raise ConfigError(f"cannot resume into {out}: it was made with another model or other classes")
-    storage.write_text(marker, json.dumps(identity, indent=2, ensure_ascii=False))
+    elif resume and not overwrite:
+        said = {"model": "another model", "segmentation": "other segmentation settings"}
+        other = [said.get(key, f"other {key}") for key, value in job.to_dict().items() if before[key] != value]
+        if other:
+            raise ConfigError(
+                f"cannot resume into {out}: it was made with {' and '.join(other)}; "
+                "repeat what it was made with, or replace it by --overwrite"
+            )
+    elif not overwrite:
+        raise StorageError(f"the output {out} exists already; go on with it by --resume or replace it by --overwrite")
+
+
+def _overlap(one: str, other: str) -> bool:
+    """Whether two absolute URIs are the same or one lies below the other."""
+    one, other = (f"{uri.rstrip('/')}/" for uri in (one, other))
+    return one.startswith(other) or other.startswith(one)
+
+
+def _job_at(out: str) -> dict[str, Any] | None:
+    """The ``job.json`` at ``out``, if there is one and it is a job's of ours."""
+    marker = storage.join(out, _JOB)
+    if not storage.exists(marker):
+        return None
+    try:
+        tree = json.loads(storage.read_text(marker))
+    except ValueError:
+        return None
+    ours = {field.name for field in fields(Job)}
+    return tree if isinstance(tree, dict) and tree.keys() >= ours else None
+
+
+def _delete_output(out: str) -> None:
+    """Delete what an earlier job wrote and nothing else; its ``job.json`` stays until that of this job replaces it."""
+    # Rows first: a picture with a row and without its mask would pass for done.
+    for name in (_RESULTS, _PARTS, _SUMMARY, _ANNOTATIONS, _MASKS):
+        storage.delete(storage.join(out, name))
 
 
 def _rows(out: str) -> pa.Table:
     """Rows written so far, final or in parts, each path once, ordered by path."""
     tables = [_SCHEMA.empty_table()]
-    results = storage.join(out, "results.parquet")
+    results = storage.join(out, _RESULTS)
     uris = [results] if storage.exists(results) else []
-    parts = storage.join(out, "parts")
+    parts = storage.join(out, _PARTS)
     if storage.exists(parts):
         uris += [entry.uri for entry in storage.list_files(parts, {".parquet"})]
     for uri in uris:
@@ -251,29 +340,33 @@ def _rows(out: str) -> pa.Table:
     return table.take(pa.array([first[path] for path in sorted(first)], pa.int64()))
 
 
-def _finish(out: str, entries: Sequence[storage.FileEntry], coco: bool, rate: float) -> Summary:
+def _finish(out: str, job: Job, entries: Sequence[storage.FileEntry], rate: float) -> Summary:
     """Gather the parts into the files of the contract; the summary comes last."""
     wanted = pa.array([entry.relative for entry in entries], pa.string())
     table = _rows(out)
     table = table.filter(pc.is_in(table.column("path"), value_set=wanted))
-    with storage.open_atomic(storage.join(out, "results.parquet")) as file:
+    with storage.open_atomic(storage.join(out, _RESULTS)) as file:
         pq.write_table(table, file)
-    if coco:
-        identity = json.loads(storage.read_text(storage.join(out, "job.json")))
-        with storage.open_atomic(storage.join(out, "annotations.json")) as file:
-            for piece in json.JSONEncoder(ensure_ascii=False).iterencode(_coco(table, identity["classes"])):
+    if "coco" in job.formats:
+        tree = _coco(table, job.classes.classes, masks="png" in job.formats)
+        with storage.open_atomic(storage.join(out, _ANNOTATIONS)) as file:
+            for piece in json.JSONEncoder(ensure_ascii=False).iterencode(tree):
                 file.write(piece.encode())
-    storage.delete(storage.join(out, "parts"))
+    storage.delete(storage.join(out, _PARTS))
     rejected = pc.sum(pc.equal(table.column("status"), "rejected")).as_py() or 0
     summary = Summary(table.num_rows, table.num_rows - rejected, rejected, round(rate, 2), out)
     counts = {name: value for name, value in asdict(summary).items() if name != "uri"}
-    storage.write_text(storage.join(out, "summary.json"), json.dumps(counts, indent=2))
+    storage.write_text(storage.join(out, _SUMMARY), json.dumps(counts, indent=2))
     return summary
 
 
-def _coco(table: pa.Table, classes: Sequence[str]) -> dict[str, Any]:
-    """COCO in both styles: ``annotations`` with a mask each, and ``panoptic`` with the segments of every mask file."""
-    category = {name: index + 1 for index, name in enumerate(classes)}
+def _coco(table: pa.Table, classes: Sequence[str], *, masks: bool) -> dict[str, Any]:
+    """COCO in both styles: ``annotations`` with a mask each and, with ``masks``, ``panoptic`` with every mask file's segments.
+
+    A category's id is the index of its class plus 1, because COCO keeps 0 for "no category". A segment's id is the pixel
+    value in its mask file, as in COCO's panoptic style, and that is the index itself, from 0: always ``category_id`` - 1.
+    """
+    index = {name: number for number, name in enumerate(classes)}
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     panoptic: list[dict[str, Any]] = []
@@ -283,21 +376,14 @@ def _coco(table: pa.Table, classes: Sequence[str]) -> dict[str, Any]:
         regions = zip(row["classes"], row["areas"], row["scores"], row["rle"], strict=True)
         for name, area, score, counts in regions:
             rle = {"size": [row["height"], row["width"]], "counts": counts}
-            segment = {"id": category[name], "category_id": category[name], "area": area, "iscrowd": 0}
-            segments.append(segment)
-            annotations.append(
-                {
-                    **segment,
-                    "id": len(annotations) + 1,
-                    "image_id": image_id,
-                    "segmentation": rle,
-                    "bbox": _bbox(rle),
-                    "score": round(score, 4),
-                }
-            )
-        panoptic.append({"image_id": image_id, "file_name": f"masks/{row['path']}.png", "segments_info": segments})
-    categories = [{"id": index, "name": name, "supercategory": ""} for name, index in category.items()]
-    return {"images": images, "annotations": annotations, "categories": categories, "panoptic": panoptic}
+            region = {"category_id": index[name] + 1, "area": area, "bbox": _bbox(rle), "iscrowd": 0}
+            segments.append({"id": index[name], **region})
+            annotation = {"image_id": image_id, **region, "segmentation": rle, "score": round(score, 4)}
+            annotations.append({"id": len(annotations) + 1, **annotation})
+        panoptic.append({"image_id": image_id, "file_name": f"{_MASKS}/{row['path']}.png", "segments_info": segments})
+    categories = [{"id": number + 1, "name": name, "supercategory": ""} for name, number in index.items()]
+    tree = {"images": images, "annotations": annotations, "categories": categories}
+    return {**tree, "panoptic": panoptic} if masks else tree
 
 
 def _ok_rows(table: pa.Table) -> Iterator[dict[str, Any]]:

@@ -61,10 +61,13 @@ def ray_session(address: str | None = None) -> Iterator[Session]:
     carried = {name: value for name, value in os.environ.items() if name.startswith(_CARRIED)}
     try:
         if address is None:
-            ray.init(num_cpus=os.cpu_count(), include_dashboard=False, **options)
+            # Said outright, or Ray would look for a cluster in RAY_ADDRESS and in what an earlier one left in /tmp.
+            ray.init(address="local", num_cpus=os.cpu_count(), include_dashboard=False, **options)
         else:
             ray.init(address=address, runtime_env={"env_vars": carried}, **options)
     except (ConnectionError, TimeoutError, ValueError) as error:
+        if address is None:
+            raise
         raise UserError(f"no Ray cluster answers at {address}: {str(error).strip().splitlines()[0]}") from error
     try:
         from ray.data import DataContext

@@ -65,10 +65,11 @@ def main(
         KeyboardInterrupt: Ctrl-C, after the last checkpoint was written; a second one does not wait for it.
     """
     resources = session.worker_resources(config.trainer.workers)
+    config.trainer.check_shares()
     config = config if config.name else config.model_copy(update={"name": new_name()})
     folder = run.open_folder(config, resume=resume)
     if resume:
-        prepared = Prepared.from_json(storage.read_text(folder.prepared))
+        prepared = run.resume(config, folder)
     else:
         cache = None
         if config.data.feature_cache:
@@ -93,7 +94,7 @@ def main(
             checkpoint_config=CheckpointConfig(num_to_keep=config.trainer.keep_checkpoints),
         ),
     )
-    return _watch(trainer, monitor, folder, progress)
+    return _watch(trainer, monitor, folder, config.trainer.steps, progress)
 
 
 def say_cached(done: int, total: int) -> None:
@@ -101,7 +102,9 @@ def say_cached(done: int, total: int) -> None:
     console.say(f"features of {done} of {total} shards cached")
 
 
-def _watch(trainer: TorchTrainer, monitor: Any, folder: RunFolder, progress: Callable[[Snapshot], None]) -> Outcome:
+def _watch(
+    trainer: TorchTrainer, monitor: Any, folder: RunFolder, steps: int, progress: Callable[[Snapshot], None]
+) -> Outcome:
     """Run the trainer in a thread; show progress and take Ctrl-C in this one."""
     failure: list[BaseException] = []
 
@@ -110,39 +113,56 @@ def _watch(trainer: TorchTrainer, monitor: Any, folder: RunFolder, progress: Cal
             trainer.fit()
         except BaseException as error:  # noqa: BLE001  (handed to the caller below)
             failure.append(error)
+        finally:
+            ended.set()
 
-    thread = threading.Thread(target=fit, name="vilseg-train", daemon=True)
-    thread.start()
+    # Not Thread.join: interrupted by Ctrl-C, it takes a thread that still runs for one that has ended (Python 3.11).
+    ended = threading.Event()
+    threading.Thread(target=fit, name="vilseg-train", daemon=True).start()
     last: dict[str, float] = {}
     interrupted = False
     while True:
         try:
-            thread.join(_POLL_SECONDS)
+            over = ended.wait(_POLL_SECONDS)
             snapshot = ray.get(monitor.poll.remote())
             last = snapshot.metrics[-1] if snapshot.metrics else last
             progress(snapshot)
-            if not thread.is_alive():
+            if snapshot.failure:
+                raise snapshot.failure  # the trainer goes on restarting its workers, which find nothing to do
+            if over:
                 break
         except KeyboardInterrupt:
             if interrupted:
                 raise
             interrupted = True
             monitor.stop.remote()
+            console.say("stopping after the next report with a checkpoint; Ctrl-C again stops without one")
     if failure:
         raise user_error_in(failure[0]) or failure[0]
-    return Outcome(folder, last, interrupted)
+    return Outcome(folder, last, interrupted and last.get("step", 0) < steps)
 
 
 def train_worker(config: RunConfig, folder: RunFolder, prepared: Prepared, monitor: Any) -> None:
     """What every Ray Train worker runs."""
+    if ray.get(monitor.failed.remote()):
+        return
+    try:
+        _train(config, folder, prepared, monitor)
+    except Exception as error:
+        mistake = user_error_in(error)
+        if mistake:
+            ray.get(monitor.fail.remote(mistake))
+        raise
+
+
+def _train(config: RunConfig, folder: RunFolder, prepared: Prepared, monitor: Any) -> None:
     trainer = make_trainer(config, folder, prepared)
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is not None:
-        with checkpoint.as_directory() as local:
-            trainer.load_state_dict(run.load_checkpoint(local))
+    done = folder.checkpoint_steps()  # the stream of pairs begins after the same one: see pairs_from_last_checkpoint
+    if done:
+        trainer.load_state_dict(run.load_checkpoint(folder, done[-1]))
     first = ray.train.get_context().get_world_rank() == 0
     metrics_file = run.MetricsFile(folder, trainer.step) if first else None
-    last: dict[str, float] = {}
+    last = (run.read_metrics(folder) or [{}])[-1] if done else {}
     stop = False
 
     def on_report(metrics: dict[str, float]) -> None:

@@ -1,7 +1,7 @@
 """The run configuration: one tree of small parts, each handed alone to the component that it configures.
 
-A configuration is a YAML file plus ``key.sub=value`` overrides. Every key has a default whose docstring names its source;
-an unknown key is an error that names the nearest right one. The resolved tree is saved beside every run.
+A configuration is a YAML file plus ``key.sub=value`` overrides. A default's docstring names its source; where it names none
+the value is ours. An unknown key is an error that names the nearest right one. The resolved tree is saved beside every run.
 """
 
 from __future__ import annotations
@@ -62,8 +62,6 @@ class ViewsConfig(Part):
     """Augmented views of an image. Crop scales are shares of the area (DINO, Caron et al. 2021, section 3.2)."""
 
     global_size: PositiveInt = 224
-    global_crops: Literal[1, 2] = 2
-    """Two are needed by the vision and mutual-information losses."""
     global_scale: Range = (0.4, 1.0)
     local_size: PositiveInt = 96
     local_crops: Annotated[int, Field(ge=0)] = 2
@@ -226,13 +224,23 @@ class TrainerConfig(Part):
     storage: str = "runs"
     """URI under which the run's folder is made."""
 
-    @model_validator(mode="after")
-    def _batch_divides(self) -> Self:
-        if self.workers < 1:
-            raise ValueError(f"workers is {self.workers}, but training needs at least 1")
+    @field_validator("workers")
+    @classmethod
+    def _some_worker(cls, workers: int) -> int:
+        if workers < 1:
+            raise ValueError("training needs at least 1 worker")
+        return workers
+
+    def check_shares(self) -> None:
+        """Raise ConfigError where a step's pairs cannot be shared evenly.
+
+        Not a part of validation: that there are too few CPUs for so many workers is the better thing to say first.
+        """
         if self.batch_size % self.workers:
-            raise ValueError(f"batch_size {self.batch_size} cannot be shared evenly by {self.workers} workers")
-        return self
+            raise ConfigError(
+                f"trainer.batch_size {self.batch_size} cannot be shared evenly by {self.workers} workers; "
+                f"the nearest that can is {max(1, round(self.batch_size / self.workers)) * self.workers}"
+            )
 
 
 class RefinementConfig(Part):
@@ -240,9 +248,11 @@ class RefinementConfig(Part):
     ``vilseg.segmentation.refinement``."""
 
     iterations: Annotated[int, Field(ge=0)] = 0
-    """0 switches it off: the paper of ViL-Seg has none. Its authors use 10."""
-    dilations: Annotated[list[PositiveInt], Field(min_length=1)] = [1, 2, 4, 8, 12, 24]
-    """Distances of the neighbours in pixels of the picture as the model sees it."""
+    """0 switches it off, as ViL-Seg has none; the authors of PAMR use 10."""
+    dilations: Annotated[list[PositiveInt], Field(min_length=1)] = [1, 2, 4, 8]
+    """Distances of the neighbours in pixels of the enlarged patch grid (PAMR, six up to 24, on pixels of the picture)."""
+    upscale: PositiveInt = 4
+    """Pixels a side that every patch becomes, as long as the picture has as many; more cost more and gain little."""
     tolerance: Positive = 0.1
     """Colour difference, in local standard deviations, that weakens a neighbour by a factor e (0.1 in the authors'
     implementation); larger values forgive noise and leave fewer specks."""
@@ -335,6 +345,14 @@ class RunConfig(Part):
     def to_yaml(self) -> str:
         """The resolved tree, every default written out."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values of a nested mapping by their dotted keys; an empty mapping counts as a value."""
+    values: dict[str, Any] = {}
+    for key, value in tree.items():
+        values |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: value}
+    return values
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:

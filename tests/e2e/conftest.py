@@ -1,12 +1,10 @@
 """Fixtures of the end-to-end tests: the command as a user runs it, in a process of its own."""
 
-import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -30,8 +28,3 @@ def vilseg() -> Run:
         )
 
     return run
-
-
-def last_json(text: str) -> dict[str, Any]:
-    """The JSON object that a verb printed."""
-    return json.loads(text.strip().splitlines()[-1])

@@ -30,6 +30,16 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Refused:
 
 
 @pytest.fixture
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Starting Ray takes ten seconds; a mistake is to be told before."""
+
+    def start(*arguments: object, **options: object) -> None:
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr("ray.init", start)
+
+
+@pytest.fixture
 def config(tmp_path: Path) -> str:
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump({"data": {"source": str(tmp_path)}, "trainer": {"storage": str(tmp_path / "runs")}}))
@@ -82,15 +92,16 @@ def test_more_workers_than_cpus(refused: Refused, config: str, tmp_path: Path) -
     import os
 
     (tmp_path / "pairs.tar").write_bytes(b"")
-    said = refused("train", "--config", config, "trainer.workers=256", "trainer.batch_size=256")
+    said = refused("train", "--config", config, "trainer.workers=4999")
     assert f"{os.cpu_count()} CPUs" in said
 
 
-def test_run_that_exists(refused: Refused, config: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["first", "42", "2026-11-23", "yes", "null"])
+def test_run_that_exists(refused: Refused, config: str, tmp_path: Path, name: str) -> None:
     (tmp_path / "pairs.tar").write_bytes(b"")
-    (tmp_path / "runs" / "first").mkdir(parents=True)
-    (tmp_path / "runs" / "first" / "config.yaml").write_text("name: first\n")
-    assert "--resume" in refused("train", "--config", config, "--name", "first")
+    (tmp_path / "runs" / name).mkdir(parents=True)
+    (tmp_path / "runs" / name / "config.yaml").write_text("name: one\n")
+    assert f"the run {tmp_path}/runs/{name} exists already" in refused("train", "--config", config, "--name", name)
 
 
 def test_resume_of_nothing(refused: Refused, config: str, tmp_path: Path) -> None:
@@ -98,6 +109,7 @@ def test_resume_of_nothing(refused: Refused, config: str, tmp_path: Path) -> Non
     assert "no run to resume" in refused("train", "--config", config, "--name", "never", "--resume")
 
 
+@pytest.mark.usefixtures("no_ray")
 @pytest.mark.parametrize("verb", ["segment", "evaluate"])
 def test_folder_that_is_no_model(refused: Refused, tmp_path: Path, pictures: str, verb: str) -> None:
     empty = tmp_path / "empty"
@@ -128,6 +140,7 @@ def test_too_many_classes(refused: Refused, tmp_path: Path, pictures: str) -> No
     assert "65,534" in said
 
 
+@pytest.mark.usefixtures("no_ray")
 def test_output_that_exists(refused: Refused, tmp_path: Path, pictures: str) -> None:
     out, model = tmp_path / "out", _model(tmp_path)
     out.mkdir()
@@ -136,6 +149,61 @@ def test_output_that_exists(refused: Refused, tmp_path: Path, pictures: str) -> 
     assert "--resume" in said
     assert "--overwrite" in said
     assert (out / "something").read_text() == "of the user's"
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_pictures_that_do_not_exist(refused: Refused, tmp_path: Path) -> None:
+    place, out = str(tmp_path / "nowhere"), str(tmp_path / "out")
+    said = refused("segment", place, "--model", _model(tmp_path), "--classes", "a", "--out", out)
+    assert f"{place} does not exist" in said
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_key_that_segment_does_not_take(refused: Refused, tmp_path: Path, pictures: str) -> None:
+    out = str(tmp_path / "out")
+    said = refused("segment", pictures, "trainer.steps=3", "--model", "m", "--classes", "a", "--out", out)
+    assert "'trainer.steps=3' cannot be set here" in said
+
+
+@pytest.mark.parametrize("option", ["--overwrite", "--resume"])
+@pytest.mark.usefixtures("no_ray")
+def test_output_that_holds_the_pictures(refused: Refused, tmp_path: Path, pictures: str, option: str) -> None:
+    said = refused("segment", pictures, "--model", _model(tmp_path), "--classes", "a", "--out", pictures, option)
+    assert "overlap" in said
+    assert (Path(pictures) / "a.png").exists()
+
+
+@pytest.mark.parametrize("name", ["evaluation.json", "report.html"])
+def test_evaluation_that_exists(refused: Refused, tmp_path: Path, name: str) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / name).write_text("of the user's")
+    said = refused("evaluate", "--model", "m", "--dataset", f"folder:{_dataset(tmp_path)}", "--out", str(out))
+    assert f"{out} holds {name} already" in said
+    assert (out / name).read_text() == "of the user's"
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("data.colums.image=photo", "did you mean 'data.columns"),
+        ("data.columns.picture=photo", "unknown configuration key 'data.columns.picture'"),
+        ("trainer.steps=3", "'trainer.steps=3' cannot be set here; ingest takes data.columns.key=value only"),
+    ],
+)
+def test_keys_that_ingest_does_not_take(refused: Refused, tmp_path: Path, override: str, words: str) -> None:
+    assert words in refused("ingest", str(tmp_path), str(tmp_path / "pairs"), override)
+
+
+def test_keys_are_no_places(refused: Refused, tmp_path: Path) -> None:
+    assert "at least one SOURCE and a DEST" in refused("ingest", str(tmp_path), "data.columns.image=photo")
+
+
+def test_demo_into_a_file(refused: Refused, tmp_path: Path) -> None:
+    out = tmp_path / "file"
+    out.write_text("of the user's")
+    assert f"{out} cannot be the demo's folder" in refused("demo", "--out", str(out))
+    assert out.read_text() == "of the user's"
 
 
 def test_bucket_that_does_not_exist(refused: Refused, config: str, store: ObjectStore) -> None:

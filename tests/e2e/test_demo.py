@@ -33,6 +33,7 @@ def test_demo_ends_well_and_prints_its_summary(finished: tuple[Path, subprocess.
 def test_report_is_one_file_with_everything(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     page = (finished[0] / "report.html").read_text()
     assert page.count("data:image") >= 3 * 12
+    assert f"vilseg demo --out {finished[0]} --quick" in page
     assert "vilseg train --config configs/demo.yaml" in page
     assert 'src="http' not in page
     assert 'href="http' not in page

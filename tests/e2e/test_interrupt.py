@@ -1,5 +1,6 @@
 """Ctrl-C during `vilseg train` leaves a checkpoint that `--resume` goes on from."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -32,23 +33,29 @@ def test_interrupted_training_resumes(tmp_path: Path, vilseg: Callable[..., subp
     )
     arguments = ["train", "--config", str(config), "--name", "it"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "jobs.cli", *arguments, "trainer.log_every=50"],
+        [sys.executable, "-m", "jobs.cli", *arguments, "trainer.log_every=5"],
         cwd=ROOT,
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,
+        start_new_session=True,  # a group of its own, as a terminal makes, and Ctrl-C reaches every process in it
     )
     assert process.stderr is not None
     folder = RunFolder(str(tmp_path / "runs" / "it"))
-    for line in process.stderr:
-        if line.startswith("step "):
-            process.send_signal(signal.SIGINT)
-            break
-    said = process.stderr.read()
-    assert process.wait(timeout=120) == 130, said
+    try:
+        for line in process.stderr:
+            if line.startswith("step "):
+                os.killpg(process.pid, signal.SIGINT)
+                break
+        said = process.stderr.read()
+        assert process.wait(timeout=120) == 130, said
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
     assert "--resume" in said
+    assert len(folder.checkpoint_steps()) == 1, said
     (stopped,) = folder.checkpoint_steps()
-    assert 50 <= stopped < STEPS
+    assert 5 <= stopped < STEPS
     done = vilseg(*arguments, "--resume", f"trainer.steps={stopped + 3}")
     assert done.returncode == 0, done.stderr
     assert folder.checkpoint_steps()[-1] == stopped + 3

@@ -113,13 +113,18 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         ("loss.mutual_information.entropy_weight=0.5", ["loss.mutual_information.entropy_weight", "0.5"]),
         ("trainer.precision=float16", ["trainer.precision", "'float32'", "'float16'"]),
         ("optimizer.betas=[0.9, 2]", ["optimizer.betas.1", "2"]),
-        ("trainer.workers=0", ["trainer", "workers is 0", "at least 1"]),
-        ("trainer.workers=3", ["trainer", "batch_size 256", "3 workers"]),
+        ("trainer.workers=0", ["trainer.workers", "at least 1", "0"]),
     ],
 )
 def test_a_bad_value_is_told_with_its_key(override: str, words: list[str]) -> None:
     message = sentence(override)
     assert [word for word in words if word not in message] == []
+
+
+def test_a_batch_that_cannot_be_shared_is_told() -> None:
+    RunConfig.load(None, ["trainer.workers=4"]).trainer.check_shares()
+    with pytest.raises(ConfigError, match=r"batch_size 256 cannot be shared evenly by 3 workers.*255"):
+        RunConfig.load(None, ["trainer.workers=3"]).trainer.check_shares()
 
 
 def test_checkpoint_and_factory_exclude_each_other() -> None:

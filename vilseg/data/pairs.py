@@ -62,7 +62,7 @@ class Shard:
 
 
 def list_shards(source: str) -> list[storage.FileEntry]:
-    """The tar and Parquet files at ``source``, a folder or one file.
+    """The tar and Parquet files at ``source``, a folder or one file, without the tables that img2dataset leaves beside tars.
 
     Raises:
         DataError: there is none.
@@ -71,7 +71,8 @@ def list_shards(source: str) -> list[storage.FileEntry]:
     entries = storage.list_files(source, suffixes={TAR, PARQUET})
     if not entries:
         raise DataError(f"no pair shards at {source}: expected .tar or .parquet files (see `vilseg ingest --help`)")
-    return entries
+    tars = {entry.uri[: -len(TAR)] for entry in entries if entry.uri.lower().endswith(TAR)}
+    return [e for e in entries if e.uri.lower().endswith(TAR) or e.uri[: -len(PARQUET)] not in tars]
 
 
 def read_shard(uri: str, columns: ColumnsConfig | None = None) -> Iterator[Pair | BadPair]:

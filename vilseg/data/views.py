@@ -32,21 +32,25 @@ class Views:
     local_LB3HW: Tensor
 
 
-def make_views(images_BHW3: Tensor, seeds_B: Tensor, config: ViewsConfig) -> Views:
+def make_views(
+    images_BHW3: Tensor, seeds_B: Tensor, config: ViewsConfig, *, global_crops: int, local_crops: int
+) -> Views:
     """Random resized crops, flips and colour changes.
 
     Args:
         images_BHW3: RGB, uint8. Shape: (B, H, W, 3).
         seeds_B: int64, on the same device. Shape: (B,).
         config: sizes and strengths.
+        global_crops: G, at least 1.
+        local_crops: L, perhaps fewer than configured: only as many as a loss looks at.
 
     Returns:
         Global views (G, B, 3, global_size, global_size) and local views (L, B, 3, local_size, local_size), float32 in 0..1.
     """
     images = images_BHW3.permute(0, 3, 1, 2).float().div_(255)
     global_views, geometries, local_views = [], [], []
-    for number in range(config.global_crops + config.local_crops):
-        is_global = number < config.global_crops
+    for number in range(global_crops + local_crops):
+        is_global = number < global_crops
         scale, size = (
             (config.global_scale, config.global_size) if is_global else (config.local_scale, config.local_size)
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -201,10 +202,19 @@ def _from_factory(path: str, options: dict[str, Any]) -> nn.Module:
     module_name, separator, function = path.partition(":")
     if not separator:
         raise ConfigError(f"model.image_encoder.factory is '{path}'; write it as module:function")
+    # A model folder of anybody's may name the factory: it shall reach only functions that were written to be one.
+    if module_name.partition(".")[0] in sys.stdlib_module_names:
+        raise ConfigError(
+            f"model.image_encoder.factory '{path}' is no factory: {module_name} is a module of Python itself"
+        )
     try:
         factory = getattr(importlib.import_module(module_name), function)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"model.image_encoder.factory '{path}' cannot be imported: {error}") from error
+    home = getattr(factory, "__module__", None)
+    if home != module_name:
+        hint = f"name it by {home}, which defines it" if home else "name a function or class of that module"
+        raise ConfigError(f"model.image_encoder.factory '{path}' is not defined in {module_name}; {hint}")
     try:
         inspect.signature(factory).bind(**options)
     except TypeError as error:

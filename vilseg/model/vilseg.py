@@ -107,7 +107,11 @@ class ViLSeg(nn.Module):
     def from_pretrained(cls, source: str) -> ViLSeg:
         """Load a model folder: a path, an ``s3://`` URI or a hub id. Safetensors only; nothing is unpickled.
 
+        A model with a ``factory`` has that function imported and called with options of the folder's choice, so load
+        only folders that you trust.
+
         Raises:
+            ConfigError: the model's factory cannot be imported, or is none.
             ModelError: no model folder there, or its weights do not fit its configuration.
             StorageError: the URI cannot be read.
         """

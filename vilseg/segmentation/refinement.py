@@ -6,7 +6,8 @@ its neighbours' scores, weighted by how much these look like it:
     s_x <- sum_n w_xn s_n,    w_xn = softmax_n( -mean_c |I_xc - I_nc| / (tolerance sigma_xc) )
 
 over the eight neighbours n at every dilation, with sigma_xc the standard deviation of colour channel c over x and its
-neighbours. Only scores of classes that win somewhere are worth the work; see :func:`refine`.
+neighbours. This happens on an enlarged patch grid rather than on the picture's own pixels, and for the classes alone that
+are best at some patch: of thousands asked for, a picture holds a few.
 """
 
 from __future__ import annotations
@@ -28,43 +29,51 @@ class RefinedScores(NamedTuple):
 
     classes_W: Tensor
     """(W,) their indices, ascending."""
-    scores_WHW: Tensor
+    scores_Whw: Tensor
+    """(W, upscale h, upscale w) unless the image is smaller."""
 
 
 def refine(scores_Chw: Tensor, image_3HW: Tensor, config: RefinementConfig) -> RefinedScores:
-    """Bring the scores of an image's winning classes to the size of the image and along its edges.
+    """Bring the scores of an image's best classes onto a finer grid and along the image's edges.
 
     Args:
         scores_Chw: one score for each class and patch. Shape: (C, h, w).
         image_3HW: the picture, floats of any range. Shape: (3, H, W).
-        config: iterations, dilations and tolerance.
+        config: iterations, dilations, upscale and tolerance.
     """
     classes_W = scores_Chw.argmax(0).unique()
-    size = (image_3HW.shape[1], image_3HW.shape[2])
-    scores_WHW = F.interpolate(scores_Chw[classes_W].unsqueeze(0), size=size, mode="bilinear", align_corners=False)[0]
-    if len(classes_W) > 1:  # one class alone wins whatever its scores
-        weights_NHW = _weights(image_3HW, config)
+    patches, pixels = scores_Chw.shape[1:], image_3HW.shape[1:]
+    size = tuple(min(config.upscale * p, pixel) for p, pixel in zip(patches, pixels, strict=True))
+    scores_Whw = _resize(scores_Chw[classes_W], size, "bilinear")
+    if len(classes_W) > 1:  # one class alone is best whatever its scores
+        weights_Nhw = _weights(_resize(image_3HW, size, "area"), config)
         for _ in range(config.iterations):
-            total_WHW = torch.zeros_like(scores_WHW)
-            for weight_HW, neighbour_WHW in zip(weights_NHW, _neighbours(scores_WHW, config.dilations), strict=True):
-                total_WHW.addcmul_(neighbour_WHW, weight_HW)
-            scores_WHW = total_WHW
-    return RefinedScores(classes_W, scores_WHW)
+            total_Whw = torch.zeros_like(scores_Whw)
+            for weight_hw, neighbour_Whw in zip(weights_Nhw, _neighbours(scores_Whw, config.dilations), strict=True):
+                total_Whw.addcmul_(neighbour_Whw, weight_hw)
+            scores_Whw = total_Whw
+    return RefinedScores(classes_W, scores_Whw)
 
 
-def _weights(image_3HW: Tensor, config: RefinementConfig) -> Tensor:
-    """Weights of the neighbours, summing to 1. Shape: (3, H, W) -> (8 x dilations, H, W)."""
-    neighbours_N3HW = torch.stack(list(_neighbours(image_3HW, config.dilations)))
-    deviation_3HW = torch.cat([neighbours_N3HW, image_3HW.unsqueeze(0)]).std(0)
-    difference_N3HW = (neighbours_N3HW - image_3HW).abs() / (config.tolerance * deviation_3HW + _EPS)
-    return (-difference_N3HW.mean(1)).softmax(0)
+def _resize(map_Chw: Tensor, size: tuple[int, ...], mode: str) -> Tensor:
+    if map_Chw.shape[1:] == size:
+        return map_Chw
+    return F.interpolate(map_Chw.unsqueeze(0), size=size, mode=mode)[0]
 
 
-def _neighbours(map_CHW: Tensor, dilations: Sequence[int]) -> Iterator[Tensor]:
+def _weights(image_3hw: Tensor, config: RefinementConfig) -> Tensor:
+    """Weights of the neighbours, summing to 1. Shape: (3, h, w) -> (8 x dilations, h, w)."""
+    neighbours_N3hw = torch.stack(list(_neighbours(image_3hw, config.dilations)))
+    deviation_3hw = torch.cat([neighbours_N3hw, image_3hw.unsqueeze(0)]).std(0)
+    difference_N3hw = (neighbours_N3hw - image_3hw).abs() / (config.tolerance * deviation_3hw + _EPS)
+    return (-difference_N3hw.mean(1)).softmax(0)
+
+
+def _neighbours(map_Chw: Tensor, dilations: Sequence[int]) -> Iterator[Tensor]:
     """The map shifted to every neighbour, the border repeated."""
-    height, width = map_CHW.shape[1:]
+    height, width = map_Chw.shape[1:]
     for dilation in dilations:
-        padded = F.pad(map_CHW.unsqueeze(0), (dilation,) * 4, mode="replicate")[0]
+        padded = F.pad(map_Chw.unsqueeze(0), (dilation,) * 4, mode="replicate")[0]
         for y in (0, dilation, 2 * dilation):
             for x in (0, dilation, 2 * dilation):
                 if (y, x) != (dilation, dilation):

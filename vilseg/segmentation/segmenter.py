@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +18,7 @@ from vilseg.data.decode import decode_image, to_rgb
 from vilseg.device import best_device, has_bfloat16_units
 from vilseg.errors import DataError
 from vilseg.model import ViLSeg
-from vilseg.segmentation.refinement import RefinedScores, refine
+from vilseg.segmentation.refinement import refine
 from vilseg.segmentation.regions import ClassTexts, calibrate, class_similarities
 from vilseg.segmentation.result import Segmentation, label_dtype
 from vilseg.text.vocabulary import Vocabulary
@@ -28,6 +30,16 @@ _COCO_MARKS = ("-merged", "-other", "-stuff")
 """What COCO's panoptic class names say of how the classes were made, not of what they show."""
 
 ImageLike = Image.Image | np.ndarray | str | Path
+
+
+class _Contenders(NamedTuple):
+    """What is compared at the pixels of one picture."""
+
+    logits_Whw: Tensor
+    classes_W: Tensor
+    """Indices of the classes that can win."""
+    others_1hw: Tensor | None
+    """Logarithm of the summed exponentials of all other classes' logits, on the patch grid; None where there are none."""
 
 
 class Segmenter:
@@ -76,8 +88,8 @@ class Segmenter:
             pixels = torch.stack([_resize(arrays[index], size) for index in members]).to(self.device)
             maps = zip(pixels, *self._run(pixels), strict=True)
             for index, (image_3HW, similarity_Chw, clusters_Khw) in zip(members, maps, strict=True):
-                refined = self._refine(image_3HW, similarity_Chw)
-                results[index] = self._paint(arrays[index], similarity_Chw, clusters_Khw, refined)
+                contenders = self._contenders(image_3HW, similarity_Chw)
+                results[index] = self._paint(arrays[index], contenders, clusters_Khw)
         return [results[index] for index in range(len(arrays))]
 
     @torch.inference_mode()
@@ -127,34 +139,39 @@ class Segmenter:
         return rows, columns
 
     @torch.inference_mode()
-    def _refine(self, image_3HW: Tensor, similarity_Chw: Tensor) -> RefinedScores | None:
-        config = self.config.refinement
-        return refine(similarity_Chw, image_3HW.float(), config) if config.iterations else None
+    def _contenders(self, image_3HW: Tensor, similarity_Chw: Tensor) -> _Contenders:
+        temperature, config = self.config.temperature, self.config.refinement
+        count = len(similarity_Chw)
+        if not config.iterations:
+            return _Contenders(similarity_Chw / temperature, torch.arange(count, device=self.device), None)
+        classes_W, scores_Whw = refine(similarity_Chw, image_3HW.float(), config)
+        others = torch.ones(count, dtype=torch.bool, device=self.device)
+        others[classes_W] = False
+        rest_1hw = (similarity_Chw[others] / temperature).logsumexp(0, keepdim=True) if others.any() else None
+        return _Contenders(scores_Whw / temperature, classes_W, rest_1hw)
 
     @torch.inference_mode()
-    def _paint(
-        self, image: np.ndarray, similarity_Chw: Tensor, clusters_Khw: Tensor, refined: RefinedScores | None
-    ) -> Segmentation:
-        """Bring class similarities to the picture's own size, strip by strip, and let the best class win."""
+    def _paint(self, image: np.ndarray, contenders: _Contenders, clusters_Khw: Tensor) -> Segmentation:
+        """Bring class scores to the picture's own size, strip by strip, and let the best class win."""
         height, width = image.shape[:2]
         count = len(self.classes)
+        logits_Whw, classes_W, others_1hw = contenders
         labels = np.empty((height, width), label_dtype(count))
         scores = np.empty((height, width), np.float32)
         clusters = np.empty((height, width), np.int16)
-        rows = max(1, _STRIP_VALUES // (width * max(count, len(clusters_Khw))))
+        rows = max(1, _STRIP_VALUES // (width * max(len(classes_W), len(clusters_Khw))))
         for top in range(0, height, rows):
             bottom = min(height, top + rows)
-            logits = _resample(similarity_Chw / self.config.temperature, (height, width), top, bottom)
-            best, label = logits.max(0)
-            if refined is not None:
-                winners_Wrw = _resample(refined.scores_WHW / self.config.temperature, (height, width), top, bottom)
-                best, winner = winners_Wrw.max(0)
-                label = refined.classes_W[winner]
-                # A class that is best at no patch must not become it where the refined ones lost their peaks.
-                logits.clamp_(max=best)[refined.classes_W] = winners_Wrw
-            labels[top:bottom] = label.cpu().numpy()
+            logits = _resample(logits_Whw, (height, width), top, bottom)
+            best, winner = logits.max(0)
+            labels[top:bottom] = classes_W[winner].cpu().numpy()
             # The soft-max of the best class alone: all of them would be written and read once more for nothing.
-            scores[top:bottom] = logits.sub_(best).exp_().sum(0).reciprocal_().cpu().numpy()
+            total = logits.sub_(best).exp_().sum(0)
+            if others_1hw is not None:
+                others = _resample(others_1hw, (height, width), top, bottom)[0] - best
+                # None of them is better than the best, though refinement may have lowered it.
+                total += others.clamp(max=math.log(count - len(classes_W))).exp()
+            scores[top:bottom] = total.reciprocal().cpu().numpy()
             clusters[top:bottom] = _resample(clusters_Khw, (height, width), top, bottom).argmax(0).cpu().numpy()
         return Segmentation(labels=labels, classes=self.classes, scores=scores, clusters=clusters, image=image)
 

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 import time
+import zipfile
 from dataclasses import dataclass
 
 from vilseg import storage
 from vilseg.data.pairs import Shard
 from vilseg.text.nouns import NounPhrases
 from vilseg.text.tokenizer import FixedTokenizer
+
+STATE = "state.pt"
+"""What a checkpoint's folder holds."""
+_STATE_FILE = re.compile(rf"step-(\d+)/{re.escape(STATE)}")
 
 
 @dataclass(frozen=True)
@@ -49,11 +55,21 @@ class RunFolder:
         return storage.join(self.uri, "prepared.json")
 
     def checkpoint_steps(self) -> list[int]:
-        """Steps of the checkpoints kept, ascending."""
+        """Steps of the whole checkpoints kept, ascending; one that was cut off while it was written does not count."""
         if not storage.exists(self.checkpoints):
             return []
-        names = {entry.relative.split("/")[0] for entry in storage.list_files(self.checkpoints)}
-        return sorted(int(name.removeprefix("step-")) for name in names if name.startswith("step-"))
+        names = [entry.relative for entry in storage.list_files(self.checkpoints)]
+        steps = sorted(int(found[1]) for name in names if (found := _STATE_FILE.fullmatch(name)))
+        return [step for step in steps if self._is_whole(step)]
+
+    def _is_whole(self, step: int) -> bool:
+        # torch writes zip archives, whose table of contents comes last.
+        with storage.open_input(self.state(step)) as file:
+            return zipfile.is_zipfile(file)
+
+    def state(self, step: int) -> str:
+        """The file of the checkpoint at ``step``."""
+        return storage.join(self.checkpoint(step), STATE)
 
     def checkpoint(self, step: int) -> str:
         """Folder of the checkpoint at ``step``."""

@@ -145,8 +145,8 @@ class Objective(nn.Module):
             features = _cached_features(batch.images)
             self._undropped_BNF = features.patches
             return [self._drop(features, batch.seeds, number) for number in range(count)], [], None
-        wanted = {"global_crops": count, "local_crops": self.views.local_crops if self.config.vision.weight else 0}
-        views = make_views(batch.images, batch.seeds, self.views.model_copy(update=wanted))
+        local_count = self.views.local_crops if self.config.vision.weight else 0
+        views = make_views(batch.images, batch.seeds, self.views, global_crops=count, local_crops=local_count)
         # The teacher looks at the same pixels; making them twice would cost as much as a small encoder.
         self._global_views = views.global_GB3HW
         # Where the second view serves the clustering head alone, nothing flows back through its encoding.

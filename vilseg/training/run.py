@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -12,17 +13,16 @@ from typing import Any
 import torch
 
 from vilseg import storage
-from vilseg.config import RunConfig
+from vilseg.config import RunConfig, flat
 from vilseg.data.pairs import Shard, list_shards
 from vilseg.data.stream import index_shards, sample_pairs
 from vilseg.errors import ConfigError, DataError, StorageError, UserError
 from vilseg.model import ViLSeg
 from vilseg.text.nouns import NounPhrases
-from vilseg.training.folder import Prepared, RunFolder
+from vilseg.training.folder import STATE, Prepared, RunFolder
 
 _SAMPLE_PAIRS = 10_000
 """Pairs whose captions make the tokenizer and the table of noun phrases."""
-_STATE = "state.pt"
 
 
 def open_folder(config: RunConfig, *, resume: bool) -> RunFolder:
@@ -43,8 +43,34 @@ def open_folder(config: RunConfig, *, resume: bool) -> RunFolder:
     return folder
 
 
+_MAY_CHANGE = re.compile(r"name|optimizer\..*|segmentation\..*|trainer\.(?!batch_size|seed).*")
+"""Keys that a resumed run may set anew: they change neither the order of the pairs nor what the checkpoint holds."""
+
+
+def resume(config: RunConfig, folder: RunFolder) -> Prepared:
+    """What the run in ``folder`` was begun with; ``config`` becomes the one saved there.
+
+    Raises:
+        ConfigError: ``config`` differs from the run's where it must not, or wants fewer steps than were made.
+    """
+    before = flat(RunConfig.load(folder.config).model_dump())
+    now = flat(config.model_dump())
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key) and not _MAY_CHANGE.fullmatch(key):
+            raise ConfigError(
+                f"cannot resume {folder.uri}: {key} was {before.get(key)!r} and is now {now.get(key)!r}; "
+                "set it as it was, or start a new run by another --name"
+            )
+    done = max([0, *folder.checkpoint_steps()])
+    if config.trainer.steps < done:
+        raise ConfigError(f"cannot resume {folder.uri}: it has made {done} steps, trainer.steps={config.trainer.steps}")
+    storage.write_text(folder.config, config.to_yaml())
+    return Prepared.from_json(storage.read_text(folder.prepared))
+
+
 def preflight(config: RunConfig, *, resume: bool) -> None:
     """What can be said against a run before anything is started; raises as :func:`open_folder` and :func:`prepare`."""
+    config.trainer.check_shares()
     list_shards(require_source(config))
     if config.name:
         open_folder(config, resume=resume)
@@ -118,19 +144,19 @@ def require_source(config: RunConfig) -> str:
 
 def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
     """Write a trainer's state into a local folder."""
-    torch.save(state, folder / _STATE)
+    torch.save(state, folder / STATE)
 
 
-def load_checkpoint(uri: str) -> dict[str, Any]:
+def load_checkpoint(folder: RunFolder, step: int) -> dict[str, Any]:
     """Read a trainer's state; tensors and plain numbers only, nothing else is unpickled."""
-    data = storage.read_bytes(storage.join(uri, _STATE))
+    data = storage.read_bytes(folder.state(step))
     return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
 
 def model_at(folder: RunFolder, step: int) -> ViLSeg:
     """The model as it was at a checkpoint kept."""
     model = ViLSeg.from_pretrained(folder.initial)
-    objective = load_checkpoint(folder.checkpoint(step))["objective"]
+    objective = load_checkpoint(folder, step)["objective"]
     prefix = "model."
     weights = {name.removeprefix(prefix): value for name, value in objective.items() if name.startswith(prefix)}
     model.load_state_dict(weights)

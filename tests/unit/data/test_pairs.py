@@ -218,6 +218,13 @@ def test_shards_are_found_in_order_and_alone(tmp_path: Path) -> None:
     assert [entry.uri for entry in list_shards(f"{tmp_path}/b.tar")] == [f"{tmp_path}/b.tar"]
 
 
+def test_the_table_that_img2dataset_leaves_beside_a_tar_is_no_shard(tmp_path: Path) -> None:
+    for name in ("00000.tar", "00000.parquet", "sub/00000.parquet", "00001.PARQUET", "00001.TAR"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    assert [entry.relative for entry in list_shards(str(tmp_path))] == ["00000.tar", "00001.TAR", "sub/00000.parquet"]
+
+
 def test_no_shards_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=f"no pair shards at {tmp_path}"):
         list_shards(str(tmp_path))

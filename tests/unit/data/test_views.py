@@ -1,5 +1,7 @@
 """Augmented views: their geometry against a loop over patches, and randomness that hangs on the seed alone."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -155,10 +157,8 @@ def pictures(count: int, size: int = 24) -> Tensor:
 
 
 def test_shapes_and_range() -> None:
-    config = ViewsConfig(
-        global_size=16, local_size=8, local_crops=3, brightness=0.9, contrast=0.9, saturation=0.9, hue=0.5
-    )
-    views = make_views(pictures(3), seeds(3), config)
+    config = ViewsConfig(global_size=16, local_size=8, brightness=0.9, contrast=0.9, saturation=0.9, hue=0.5)
+    views = make_views(pictures(3), seeds(3), config, global_crops=2, local_crops=3)
     assert views.global_GB3HW.shape == (2, 3, 3, 16, 16)
     assert views.geometry_GB23.shape == (2, 3, 2, 3)
     assert views.local_LB3HW.shape == (3, 3, 3, 8, 8)
@@ -167,16 +167,17 @@ def test_shapes_and_range() -> None:
         assert view.isfinite().all()
         assert view.min() >= 0
         assert view.max() <= 1
-    none = make_views(pictures(3), seeds(3), ViewsConfig(global_size=16, local_size=8, local_crops=0, global_crops=1))
+    none = make_views(pictures(3), seeds(3), config, global_crops=1, local_crops=0)
     assert none.local_LB3HW.shape == (0, 3, 3, 8, 8)
     assert len(none.global_GB3HW) == 1
 
 
 def test_views_hang_on_the_pair_and_not_on_its_batch() -> None:
-    config, order = ViewsConfig(global_size=16, local_size=8), torch.tensor([2, 0, 3, 1])
-    whole = make_views(pictures(4), seeds(4), config)
-    shuffled = make_views(pictures(4)[order], seeds(4)[order], config)
-    alone = make_views(pictures(4)[1:2], seeds(4)[1:2], config)
+    make = partial(make_views, config=ViewsConfig(global_size=16, local_size=8), global_crops=2, local_crops=2)
+    order = torch.tensor([2, 0, 3, 1])
+    whole = make(pictures(4), seeds(4))
+    shuffled = make(pictures(4)[order], seeds(4)[order])
+    alone = make(pictures(4)[1:2], seeds(4)[1:2])
     np.testing.assert_allclose(shuffled.global_GB3HW, whole.global_GB3HW[:, order], atol=1e-6)
     np.testing.assert_allclose(shuffled.local_LB3HW, whole.local_LB3HW[:, order], atol=1e-6)
     np.testing.assert_allclose(alone.global_GB3HW, whole.global_GB3HW[:, 1:2], atol=1e-6)
@@ -185,7 +186,7 @@ def test_views_hang_on_the_pair_and_not_on_its_batch() -> None:
 
 def test_views_and_pairs_differ() -> None:
     same = pictures(1).expand(2, -1, -1, -1)
-    views = make_views(same, seeds(2), ViewsConfig(global_size=16, local_size=8)).global_GB3HW
+    views = make_views(same, seeds(2), ViewsConfig(global_size=16), global_crops=2, local_crops=0).global_GB3HW
     assert (views[0, 0] - views[0, 1]).abs().mean() > 0.02, "another seed is another view"
     assert (views[0, 0] - views[1, 0]).abs().mean() > 0.02, "and so is another number"
 
@@ -196,8 +197,8 @@ def test_the_geometry_returned_is_that_of_the_view() -> None:
     centres = (torch.arange(size) + 0.5) / size * 2 - 1
     x, y = torch.meshgrid(centres, centres, indexing="xy")
     image = torch.stack([(x + 1) * 127.5, (y + 1) * 127.5, torch.zeros_like(x)], -1).round().to(torch.uint8)
-    config = ViewsConfig(global_size=16, local_crops=0, **STILL)
-    views = make_views(image.expand(5, -1, -1, -1), seeds(5), config)
+    config = ViewsConfig(global_size=16, **STILL)
+    views = make_views(image.expand(5, -1, -1, -1), seeds(5), config, global_crops=2, local_crops=0)
     inner = (torch.arange(16) + 0.5) / 16 * 2 - 1
     view_x, view_y = torch.meshgrid(inner, inner, indexing="xy")
     points = torch.stack([view_x, view_y, torch.ones_like(view_x)])

@@ -240,6 +240,10 @@ def test_a_factory_by_import_path() -> None:
         ("module.function", "module:function"),
         ("no_such_module_anywhere:f", "cannot be imported.*no_such_module_anywhere"),
         (f"{__name__}:missing", "cannot be imported.*missing"),
+        ("os:system", "os is a module of Python itself"),
+        ("importlib.util:find_spec", "importlib.util is a module of Python itself"),
+        (f"{__name__}:Dinov2Model", f"not defined in {__name__}.*transformers"),
+        (f"{__name__}:CONVOLUTIONAL", f"not defined in {__name__}"),
         (f"{__name__}:no_encoder", "must return a torch module with 'num_features'"),
     ],
 )

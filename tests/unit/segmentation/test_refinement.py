@@ -49,7 +49,7 @@ def test_as_the_formula_says() -> None:
     scores = torch.rand(3, 6, 7, generator=generator, dtype=torch.float64)
     result = refine(scores, image, RefinementConfig(iterations=2, dilations=[1, 3], tolerance=0.3))
     assert result.classes_W.tolist() == [0, 1, 2]
-    torch.testing.assert_close(result.scores_WHW, naive(scores, image, 2, [1, 3], 0.3))
+    torch.testing.assert_close(result.scores_Whw, naive(scores, image, 2, [1, 3], 0.3))
 
 
 def two_halves() -> tuple[Tensor, Tensor]:
@@ -66,25 +66,32 @@ def two_halves() -> tuple[Tensor, Tensor]:
 
 def test_boundaries_move_to_the_edges_of_the_picture() -> None:
     image, coarse = two_halves()
-    before = refine(coarse, image, RefinementConfig(iterations=0))
-    after = refine(coarse, image, RefinementConfig(iterations=10, dilations=[1, 2, 4]))
+    before = refine(coarse, image, RefinementConfig(iterations=0, upscale=8))
+    after = refine(coarse, image, RefinementConfig(iterations=10, dilations=[1, 2, 4], upscale=8))
     truth = torch.where(torch.arange(32) < 20, 1, 3).expand(32, 32)
 
     def right(result_classes: Tensor, scores: Tensor) -> float:
         return float((result_classes[scores.argmax(0)] == truth).float().mean())
 
     assert after.classes_W.tolist() == [1, 3]
-    assert right(before.classes_W, before.scores_WHW) < 0.92
-    assert right(after.classes_W, after.scores_WHW) > 0.97
+    assert right(before.classes_W, before.scores_Whw) < 0.92
+    assert right(after.classes_W, after.scores_Whw) > 0.97
 
 
 def test_an_even_picture_and_even_scores_stay_finite_and_as_they_are() -> None:
     scores = torch.tensor([0.25, 0.5]).view(2, 1, 1).expand(2, 3, 5)
-    result = refine(scores, torch.zeros(3, 12, 20), RefinementConfig(iterations=3, dilations=[1, 40]))
-    torch.testing.assert_close(result.scores_WHW, torch.full((1, 12, 20), 0.5))
+    result = refine(scores, torch.zeros(3, 48, 80), RefinementConfig(iterations=3, dilations=[1, 40]))
+    torch.testing.assert_close(result.scores_Whw, torch.full((1, 12, 20), 0.5))
     left = torch.stack([torch.linspace(0, 1, 5).expand(3, 5), torch.linspace(1, 0, 5).expand(3, 5)])
-    result = refine(left, torch.zeros(3, 12, 20), RefinementConfig(iterations=3, dilations=[1, 40]))
-    torch.testing.assert_close(result.scores_WHW.sum(0), torch.ones(12, 20))
+    result = refine(left, torch.zeros(3, 48, 80), RefinementConfig(iterations=3, dilations=[1, 40]))
+    torch.testing.assert_close(result.scores_Whw.sum(0), torch.ones(12, 20))
+
+
+def test_the_finer_grid_is_never_finer_than_the_picture() -> None:
+    scores = torch.rand(3, 4, 6, generator=torch.Generator().manual_seed(2))
+    for upscale, size in ((1, (4, 6)), (4, (16, 24)), (9, (32, 48))):
+        config = RefinementConfig(iterations=1, upscale=upscale)
+        assert refine(scores, torch.rand(3, 32, 48), config).scores_Whw.shape[1:] == size
 
 
 def test_the_segmenter_names_only_classes_that_won_and_scores_them(make_model: Callable[..., ViLSeg]) -> None:
@@ -101,6 +108,17 @@ def test_the_segmenter_names_only_classes_that_won_and_scores_them(make_model: C
     assert (fine.labels != coarse.labels).any()
     assert ((fine.scores >= 1 / 7 - 1e-6) & (fine.scores <= 1 + 1e-6)).all()
     np.testing.assert_array_equal(fine.clusters, coarse.clusters)
+
+
+def test_scores_count_the_classes_that_cannot_win(make_model: Callable[..., ViLSeg]) -> None:
+    model = make_model()
+    even = np.full((64, 64, 3), 90, np.uint8)  # nothing to refine: scores must be those of all classes' soft-max
+    model.segmentation = SegmentationConfig(input_size=64)
+    plain = Segmenter(model, ["dog", "cat", "sofa by the sea", "grass"], device="cpu")(even)
+    model.segmentation = SegmentationConfig(input_size=64, refinement=RefinementConfig(iterations=2, dilations=[1]))
+    refined = Segmenter(model, ["dog", "cat", "sofa by the sea", "grass"], device="cpu")(even)
+    assert len(np.unique(plain.labels[24:40, 24:40])) == 1
+    np.testing.assert_allclose(refined.scores[24:40, 24:40], plain.scores[24:40, 24:40], atol=1e-3)
 
 
 def test_bad_settings_are_refused() -> None:

@@ -2,10 +2,16 @@
 
 from pathlib import Path
 
+import pytest
+
+from vilseg import storage
+from vilseg.config import RunConfig
 from vilseg.data.pairs import Shard
+from vilseg.errors import ConfigError
 from vilseg.text.nouns import NounPhrases
 from vilseg.text.tokenizer import FixedTokenizer, train_tokenizer
 from vilseg.training.folder import Prepared, RunFolder, checkpoint_name
+from vilseg.training.run import resume, save_checkpoint
 
 
 def test_checkpoints_are_listed_by_step(tmp_path: Path) -> None:
@@ -13,9 +19,13 @@ def test_checkpoints_are_listed_by_step(tmp_path: Path) -> None:
     assert folder.checkpoint_steps() == []
     for step in (1000, 20, 300):
         (tmp_path / "run" / "checkpoints" / checkpoint_name(step)).mkdir(parents=True)
-        (tmp_path / "run" / "checkpoints" / checkpoint_name(step) / "state.pt").write_bytes(b"x")
+        save_checkpoint(Path(folder.checkpoint(step)), {"step": step})
     (tmp_path / "run" / "checkpoints" / ".trainer").write_bytes(b"x")
     assert folder.checkpoint_steps() == [20, 300, 1000]
+    whole = Path(folder.state(1000)).read_bytes()
+    Path(folder.state(1000)).write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "run" / "checkpoints" / checkpoint_name(2000)).mkdir()
+    assert folder.checkpoint_steps() == [20, 300], "one that was cut off does not count"
     assert folder.checkpoint(20).endswith("run/checkpoints/step-00000020")
 
 
@@ -26,3 +36,39 @@ def test_what_a_run_is_begun_with_survives_json() -> None:
     again = Prepared.from_json(prepared.to_json())
     assert again == prepared
     assert again.tokenizer(["a dog"]).tolist() == fixed(["a dog"]).tolist()
+
+
+def begun(tmp_path: Path, *overrides: str) -> tuple[RunConfig, RunFolder]:
+    config = RunConfig.load(None, ["name=r", "data.source=pairs", "trainer.steps=50", *overrides])
+    folder = RunFolder(str(tmp_path / "r"))
+    storage.write_text(folder.config, config.to_yaml())
+    tokenizer = FixedTokenizer(train_tokenizer(["a dog"], 100).backend_tokenizer.to_str(), 9, 0)
+    storage.write_text(folder.prepared, Prepared((Shard("0.tar", 3),), NounPhrases(), tokenizer).to_json())
+    return config, folder
+
+
+def test_a_resumed_run_may_be_longer_and_its_settings_are_kept(tmp_path: Path) -> None:
+    config, folder = begun(tmp_path)
+    longer = config.with_overrides(["trainer.steps=80", "optimizer.learning_rate=0.1", "segmentation.image_mix=0.2"])
+    assert resume(longer, folder).shards == (Shard("0.tar", 3),)
+    assert RunConfig.load(folder.config) == longer
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["trainer.batch_size=8", "trainer.seed=1", "loss.vision.weight=0", "data.source=others", "model.clusters=3"],
+)
+def test_what_a_checkpoint_depends_on_must_stay(tmp_path: Path, change: str) -> None:
+    config, folder = begun(tmp_path)
+    with pytest.raises(ConfigError, match=f"cannot resume .*{change.partition('=')[0]} was"):
+        resume(config.with_overrides([change]), folder)
+    assert RunConfig.load(folder.config) == config
+
+
+def test_fewer_steps_than_were_made_are_refused(tmp_path: Path) -> None:
+    config, folder = begun(tmp_path)
+    Path(folder.checkpoint(40)).mkdir(parents=True)
+    save_checkpoint(Path(folder.checkpoint(40)), {"step": 40})
+    with pytest.raises(ConfigError, match="has made 40 steps"):
+        resume(config.with_overrides(["trainer.steps=30"]), folder)
+    resume(config.with_overrides(["trainer.steps=40"]), folder)

@@ -19,6 +19,7 @@ from vilseg.distributed import rank, world_size
 from vilseg.errors import DataError
 from vilseg.model import ViLSeg
 from vilseg.text.nouns import NounPhrases
+from vilseg.training.folder import RunFolder
 from vilseg.training.loop import NonFiniteLossError, Trainer
 from vilseg.training.objective import Objective
 from vilseg.training.run import load_checkpoint, save_checkpoint
@@ -127,11 +128,14 @@ def test_a_resumed_run_repeats_the_unbroken_one_bit_by_bit(tmp_path: Path, make_
     expected = losses(run(unbroken, batches(folder, 0, 6)))
 
     stopped = make_trainer(folder, 6)
+    left = RunFolder(str(tmp_path / "left"))
+    kept = Path(left.checkpoint(3))
+    kept.mkdir(parents=True)
     before: list[dict[str, float]] = []
     stopped.train(
         batches(folder, 0, 6),
         on_report=before.append,
-        on_checkpoint=lambda: save_checkpoint(tmp_path, stopped.state_dict()),
+        on_checkpoint=lambda: save_checkpoint(kept, stopped.state_dict()),
         should_stop=lambda: stopped.step == 3,
     )
     assert stopped.step == 3
@@ -139,7 +143,7 @@ def test_a_resumed_run_repeats_the_unbroken_one_bit_by_bit(tmp_path: Path, make_
     with torch.no_grad():
         for parameter in resumed.objective.parameters():
             parameter.zero_()
-    resumed.load_state_dict(load_checkpoint(str(tmp_path)))
+    resumed.load_state_dict(load_checkpoint(left, 3))
     assert resumed.step == 3
     after = losses(run(resumed, batches(folder, resumed.step, 6)))
     assert [*losses(before), *after] == expected
