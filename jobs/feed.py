@@ -59,7 +59,7 @@ def pairs_from_last_checkpoint(
     monitor: Any,
 ) -> ray.data.Dataset:
     """The batches that a run still needs; called whenever its workers (re)start."""
-    done = max([0, *folder.checkpoint_steps()])
+    done = folder.last_step
     return pairs_of_steps(config, prepared, monitor, done, max(config.trainer.steps, done + 1))
 
 

@@ -210,7 +210,7 @@ def _find(sources: list[str], columns: ColumnsConfig | None, shard_pairs: int) -
 def _clear(dest: str, sources: list[str], overwrite: bool) -> None:
     """Make sure that ``dest`` can take shards and holds none."""
     for source in sources:
-        if source == dest or dest.startswith(f"{source}/") or source.startswith(f"{dest}/"):
+        if storage.overlap(source, dest):
             raise StorageError(f"cannot write pairs to {dest}: it and the source {source} overlap; name a folder apart")
     storage.require_bucket(dest)
     if not storage.exists(dest):

@@ -272,7 +272,7 @@ class _Actor:
 def _check_output(out: str, job: Job, *, resume: bool, overwrite: bool) -> None:
     """Make sure that ``job`` may write to ``out``: it is new or empty, or an output to replace or to go on with."""
     for place in (*job.inputs, job.model):
-        if _overlap(out, place):
+        if storage.overlap(out, place):
             raise StorageError(f"cannot write to {out}: it and {place}, which is read, overlap; name a folder apart")
     if not storage.exists(out):
         return
@@ -295,12 +295,6 @@ def _check_output(out: str, job: Job, *, resume: bool, overwrite: bool) -> None:
             )
     elif not overwrite:
         raise StorageError(f"the output {out} exists already; go on with it by --resume or replace it by --overwrite")
-
-
-def _overlap(one: str, other: str) -> bool:
-    """Whether two absolute URIs are the same or one lies below the other."""
-    one, other = (f"{uri.rstrip('/')}/" for uri in (one, other))
-    return one.startswith(other) or other.startswith(one)
 
 
 def _job_at(out: str) -> dict[str, Any] | None:

@@ -157,9 +157,9 @@ def train_worker(config: RunConfig, folder: RunFolder, prepared: Prepared, monit
 
 def _train(config: RunConfig, folder: RunFolder, prepared: Prepared, monitor: Any) -> None:
     trainer = make_trainer(config, folder, prepared)
-    done = folder.checkpoint_steps()  # the stream of pairs begins after the same one: see pairs_from_last_checkpoint
+    done = folder.last_step  # the stream of pairs begins after the same one: see pairs_from_last_checkpoint
     if done:
-        trainer.load_state_dict(run.load_checkpoint(folder, done[-1]))
+        trainer.load_state_dict(run.load_checkpoint(folder, done))
     first = ray.train.get_context().get_world_rank() == 0
     metrics_file = run.MetricsFile(folder, trainer.step) if first else None
     last = (run.read_metrics(folder) or [{}])[-1] if done else {}

@@ -109,6 +109,12 @@ def parent(uri: str) -> str:
     return full if full.startswith("s3://") and full.count("/") == 2 else os.path.dirname(full)
 
 
+def overlap(one: str, other: str) -> bool:
+    """Whether two URIs are the same or one lies below the other; links are not followed."""
+    one, other = (f"{absolute(uri).rstrip('/')}/" for uri in (one, other))
+    return one.startswith(other) or other.startswith(one)
+
+
 # --------------------------------------------------------------------------------------------------------- errors
 
 

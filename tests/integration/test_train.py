@@ -17,6 +17,7 @@ from vilseg.data.pairs import write_tar
 from vilseg.errors import DataError, StorageError
 from vilseg.model import ViLSeg
 from vilseg.training import run
+from vilseg.training.folder import RunFolder
 
 ROOT = "s3://vilseg/test-train"
 SIZE = 32
@@ -53,52 +54,60 @@ def config(*overrides: str) -> RunConfig:
     return RunConfig.load(None, [*BASE, *overrides])
 
 
-def test_two_workers_see_the_losses_of_one(ray_cluster: Session, pairs: str) -> None:
-    losses = []
-    for workers in (1, 2):
-        settings = config(
-            f"data.source={pairs}", f"name=workers{workers}", f"trainer.workers={workers}", "trainer.steps=5"
-        )
-        outcome = train.main(settings, ray_cluster)
-        losses.append(run.read_metrics(outcome.folder))
-    for one, two in zip(*losses, strict=True):
-        names = [name for name in one if name.startswith("loss")]
-        assert {"loss", "loss/cross_modal", "loss/nouns", "loss/vision", "loss/mutual_information"} == set(names)
+@pytest.fixture(scope="module")
+def whole(ray_cluster: Session, pairs: str) -> train.Outcome:
+    """A run of eight steps by two workers; to begin one takes far longer than its steps, so tests share it."""
+    return train.main(eight_steps(pairs, "whole"), ray_cluster)
+
+
+def eight_steps(pairs: str, name: str, *overrides: str) -> RunConfig:
+    settings = (f"data.source={pairs}", "trainer.steps=8", "trainer.checkpoint_every=4", "trainer.workers=2")
+    return config(*settings, f"name={name}", *overrides)
+
+
+def test_two_workers_see_the_losses_of_one(
+    ray_cluster: Session, pairs: str, whole: train.Outcome, tmp_path: Path
+) -> None:
+    here = f"trainer.storage={tmp_path}"  # a folder instead of S3, as on a laptop
+    alone = train.main(eight_steps(pairs, "alone", "trainer.workers=1", here), ray_cluster)
+    assert (tmp_path / "alone" / "model" / "model.safetensors").exists()
+    names = {"loss", "loss/cross_modal", "loss/nouns", "loss/vision", "loss/mutual_information"}
+    for one, two in zip(run.read_metrics(alone.folder)[:5], run.read_metrics(whole.folder)[:5], strict=True):
+        assert names == {name for name in one if name.startswith("loss")}
         for name in names:
             assert one[name] == pytest.approx(two[name], abs=1e-4), (one["step"], name)
 
 
-def test_resumed_run_goes_on_as_if_it_had_not_stopped(ray_cluster: Session, pairs: str) -> None:
-    common = (f"data.source={pairs}", "trainer.steps=8", "trainer.checkpoint_every=4", "trainer.workers=2")
-    whole = train.main(config(*common, "name=whole"), ray_cluster)
-    first = train.main(config(*common, "name=broken"), ray_cluster)
-    folder = first.folder
+def test_resumed_run_goes_on_as_if_it_had_not_stopped(ray_cluster: Session, pairs: str, whole: train.Outcome) -> None:
+    settings = eight_steps(pairs, "broken")
+    folder = RunFolder(f"{ROOT}/runs/broken")
     # As if all had died while step 8 was written, before Ray took note of step 4.
-    torn = folder.state(8)
-    storage.write_bytes(torn, storage.read_bytes(torn)[:1000])
-    storage.delete(storage.join(folder.checkpoints, "checkpoint_manager_snapshot.json"))
-    storage.delete(folder.model)
+    for entry in storage.list_files(whole.folder.uri):
+        if not entry.relative.startswith("model/") and not entry.relative.endswith("snapshot.json"):
+            storage.write_bytes(storage.join(folder.uri, entry.relative), storage.read_bytes(entry.uri))
+    storage.write_bytes(folder.state(8), storage.read_bytes(folder.state(8))[:1000])
     with pytest.raises(StorageError, match="--resume"):
-        train.main(config(*common, "name=broken"), ray_cluster)
-    train.main(config(*common, "name=broken"), ray_cluster, resume=True)
+        train.main(settings, ray_cluster)
+    train.main(settings, ray_cluster, resume=True)
     expected, found = run.read_metrics(whole.folder), run.read_metrics(folder)
     assert [line["step"] for line in found] == list(range(1, 9))
     for want, got in zip(expected, found, strict=True):
         assert got["loss"] == pytest.approx(want["loss"], abs=1e-3)
+    assert storage.exists(folder.model)
 
 
-def test_run_folder_holds_what_the_documentation_names(ray_cluster: Session, pairs: str) -> None:
-    settings = config(f"data.source={pairs}", "name=folder", "trainer.steps=3", "trainer.checkpoint_every=2")
-    folder = train.main(settings, ray_cluster).folder
-    assert folder.checkpoint_steps() == [2, 3]
-    assert RunConfig.load(folder.config) == settings
-    line = run.read_metrics(folder)[-1]
-    assert {"step", "epoch", "loss", "images_per_second", "data_wait", "learning_rate", "temperature"} <= set(line)
+def test_run_folder_holds_what_the_documentation_names(pairs: str, whole: train.Outcome) -> None:
+    folder = whole.folder
+    assert folder.checkpoint_steps() == [4, 8]
+    assert RunConfig.load(folder.config) == eight_steps(pairs, "whole")
+    lines = [json.loads(line) for line in storage.read_text(folder.metrics).splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    assert {"step", "epoch", "loss", "images_per_second", "data_wait", "learning_rate", "temperature"} <= set(lines[-1])
     names = {entry.relative for entry in storage.list_files(folder.model)}
     assert {"config.json", "model.safetensors", "README.md", "tokenizer.json"} <= names
     assert any("events" in entry.relative for entry in storage.list_files(storage.join(folder.uri, "tensorboard")))
     trained = ViLSeg.from_pretrained(folder.model)
-    kept = run.model_at(folder, 3)
+    kept = run.model_at(folder, 8)
     pictures = torch.rand(2, 3, SIZE, SIZE)
     assert torch.equal(trained.encode_image(pictures).patches, kept.encode_image(pictures).patches)
 
@@ -139,10 +148,3 @@ def _png(number: int) -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", (SIZE, SIZE), (255, 0, number % 256) if number % 2 else (0, number % 256, 255)).save(buffer, "png")
     return buffer.getvalue()
-
-
-def test_metrics_are_json_lines(ray_cluster: Session, pairs: str, tmp_path: Path) -> None:
-    settings = config(f"data.source={pairs}", "name=local", "trainer.steps=2", f"trainer.storage={tmp_path}")
-    train.main(settings, ray_cluster)
-    lines = (tmp_path / "local" / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [1, 2]

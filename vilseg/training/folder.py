@@ -62,6 +62,11 @@ class RunFolder:
         steps = sorted(int(found[1]) for name in names if (found := _STATE_FILE.fullmatch(name)))
         return [step for step in steps if self._is_whole(step)]
 
+    @property
+    def last_step(self) -> int:
+        """Step of the last whole checkpoint, where a resumed run goes on; 0 where there is none."""
+        return max(self.checkpoint_steps(), default=0)
+
     def _is_whole(self, step: int) -> bool:
         # torch writes zip archives, whose table of contents comes last.
         with storage.open_input(self.state(step)) as file:

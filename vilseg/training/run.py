@@ -61,7 +61,7 @@ def resume(config: RunConfig, folder: RunFolder) -> Prepared:
                 f"cannot resume {folder.uri}: {key} was {before.get(key)!r} and is now {now.get(key)!r}; "
                 "set it as it was, or start a new run by another --name"
             )
-    done = max([0, *folder.checkpoint_steps()])
+    done = folder.last_step
     if config.trainer.steps < done:
         raise ConfigError(f"cannot resume {folder.uri}: it has made {done} steps, trainer.steps={config.trainer.steps}")
     storage.write_text(folder.config, config.to_yaml())

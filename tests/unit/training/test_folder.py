@@ -16,7 +16,7 @@ from vilseg.training.run import resume, save_checkpoint
 
 def test_checkpoints_are_listed_by_step(tmp_path: Path) -> None:
     folder = RunFolder(str(tmp_path / "run"))
-    assert folder.checkpoint_steps() == []
+    assert folder.checkpoint_steps() == [] and folder.last_step == 0
     for step in (1000, 20, 300):
         (tmp_path / "run" / "checkpoints" / checkpoint_name(step)).mkdir(parents=True)
         save_checkpoint(Path(folder.checkpoint(step)), {"step": step})
@@ -26,6 +26,7 @@ def test_checkpoints_are_listed_by_step(tmp_path: Path) -> None:
     Path(folder.state(1000)).write_bytes(whole[: len(whole) // 2])
     (tmp_path / "run" / "checkpoints" / checkpoint_name(2000)).mkdir()
     assert folder.checkpoint_steps() == [20, 300], "one that was cut off does not count"
+    assert folder.last_step == 300
     assert folder.checkpoint(20).endswith("run/checkpoints/step-00000020")
 
 
