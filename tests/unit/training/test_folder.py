@@ -16,7 +16,8 @@ from vilseg.training.run import resume, save_checkpoint
 
 def test_checkpoints_are_listed_by_step(tmp_path: Path) -> None:
     folder = RunFolder(str(tmp_path / "run"))
-    assert folder.checkpoint_steps() == [] and folder.last_step == 0
+    assert folder.checkpoint_steps() == []
+    assert folder.last_step == 0
     for step in (1000, 20, 300):
         (tmp_path / "run" / "checkpoints" / checkpoint_name(step)).mkdir(parents=True)
         save_checkpoint(Path(folder.checkpoint(step)), {"step": step})
