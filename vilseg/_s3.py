@@ -3,13 +3,14 @@
 import functools
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
 from pyarrow.fs import AwsStandardS3RetryStrategy, FileType, S3FileSystem
 
-from vilseg.errors import StorageError
+from vilseg.errors import StorageError, StoreUnavailable
 
 # An address that answers nothing fails after ATTEMPTS * CONNECT_TIMEOUT_S and the pauses between, 8 s in all.
 ATTEMPTS = 3
@@ -92,8 +93,8 @@ def connect(settings: Settings, *, for_upload: bool = False) -> S3FileSystem:
 
 
 @functools.lru_cache(maxsize=8)
-def boto_client(settings: Settings) -> Any:
-    """For the two questions that pyarrow cannot ask: why a bucket is refused, and the first few keys of a prefix."""
+def boto_client(settings: Settings, *, timeout_s: float = ANSWER_TIMEOUT_S) -> Any:
+    """For what pyarrow cannot do: say why a bucket is refused, list the first few keys of a prefix, or keys by the page."""
     import boto3  # here, since it takes a third of a second that local runs and most workers need not spend
     from botocore.config import Config
 
@@ -107,7 +108,7 @@ def boto_client(settings: Settings) -> Any:
         verify=settings.ca_file,
         config=Config(
             connect_timeout=CONNECT_TIMEOUT_S,
-            read_timeout=ANSWER_TIMEOUT_S,
+            read_timeout=timeout_s,
             retries={"total_max_attempts": 2, "mode": "standard"},
             proxies={},  # pyarrow takes no proxy from the environment, and a check has to travel the same way
             s3={"addressing_style": "path" if settings.endpoint else "auto"},
@@ -115,11 +116,47 @@ def boto_client(settings: Settings) -> Any:
     )
 
 
+def list_keys(uri: str, path: str, after: str, beginning: str) -> Iterator[tuple[str, int]]:
+    """(Key below the folder ``path``, size) for every object, by pages of 1,000, in the order of the store.
+
+    Args:
+        uri: for messages.
+        path: "bucket" or "bucket/folder".
+        after: go on after this key below the folder; "" for all.
+        beginning: only keys that go on so below the folder.
+
+    Raises:
+        StorageError: the store does not answer or refuses.
+    """
+    from botocore.exceptions import BotoCoreError, ClientError  # as slow as boto3, and needed by few
+
+    bucket, _, folder = path.partition("/")
+    prefix = f"{folder}/" if folder else ""
+    request = {"Bucket": bucket, "Prefix": prefix + beginning, **({"StartAfter": prefix + after} if after else {})}
+    while True:
+        try:
+            # boto3 has the keys percent-encoded on the way, since XML cannot hold every character.
+            page = boto_client(read_settings(), timeout_s=REQUEST_TIMEOUT_S).list_objects_v2(**request)
+        except (BotoCoreError, ClientError) as error:
+            raise failure(uri, path, "list", error) from error
+        for found in page.get("Contents", ()):
+            if not found["Key"].endswith("/"):  # the mark of a folder
+                yield found["Key"][len(prefix) :], found["Size"]
+        if not page["IsTruncated"]:
+            return
+        request = {"Bucket": bucket, "Prefix": request["Prefix"], "ContinuationToken": page["NextContinuationToken"]}
+
+
 # Names of pyarrow ("AWS Error NAME"), of the S3 protocol, HTTP states where an answer has no body, and boto3's classes.
 _UNREACHABLE = {
     *("NETWORK_CONNECTION", "REQUEST_TIMEOUT"),
     *("EndpointConnectionError", "ConnectTimeoutError", "ReadTimeoutError", "ConnectionClosedError", "SSLError"),
 }
+_BUSY = {
+    *("INTERNAL_FAILURE", "SERVICE_UNAVAILABLE", "SLOW_DOWN", "THROTTLING", "UNKNOWN", "500", "502", "503", "504"),
+    *("InternalError", "ServiceUnavailable", "SlowDown", "RequestTimeout"),
+}
+"""A store that starts up or is overloaded."""
 _NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "ProfileNotFound"}
 _REFUSED = {
     *("ACCESS_DENIED", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH", "INVALID_SIGNATURE", "EXPIRED_TOKEN"),
@@ -139,9 +176,14 @@ def _code(error: Exception) -> str:
     return (match.group(1) or match.group(2)) if match else type(error).__name__
 
 
-def sentence(uri: str, path: str, action: str, error: Exception) -> str:
-    """What ``error`` of pyarrow or boto3 means, met while ``uri`` (``path`` is "bucket/key") was read, written, ..."""
+def failure(uri: str, path: str, action: str, error: Exception) -> StorageError:
+    """``error`` of pyarrow or boto3, met while ``uri`` (``path`` is "bucket/key") was read, written, ..., as ours."""
     code = _code(error)
+    kind = StoreUnavailable if code in _UNREACHABLE | _BUSY else StorageError
+    return kind(_sentence(uri, path, action, error, code))
+
+
+def _sentence(uri: str, path: str, action: str, error: Exception, code: str) -> str:
     endpoint = read_settings().endpoint
     store = f"the object store at {endpoint}" if endpoint else "Amazon S3"
     bucket = path.partition("/")[0]

@@ -11,27 +11,30 @@ cannot do is a `StorageError` of one sentence; only a stream that was handed out
 
 import errno
 import os
+import random
 import re
 import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
-from urllib.parse import unquote
+from typing import IO, Any, TypeVar
+from urllib.parse import unquote_to_bytes
 
 import pyarrow as pa
 from pyarrow.fs import FileInfo, FileSelector, FileSystem, FileType, LocalFileSystem
 
-from vilseg import _s3
-from vilseg.errors import StorageError
+from vilseg import _local, _s3
+from vilseg.errors import StorageError, StoreUnavailable
 
 # Small files are bound by latency, so several travel at once.
 TRANSFERS_AT_ONCE = 8
 
+T = TypeVar("T")
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.\-]*)://")
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -60,7 +63,7 @@ def _split(uri: str) -> tuple[str, str]:
         host, slash, path = rest.partition("/")
         if host not in ("", "localhost") or not slash:
             raise StorageError(f"{uri}: a file URI has three slashes and an absolute path, as in file:///data/pairs")
-        return "file", unquote(slash + path)
+        return "file", os.fsdecode(unquote_to_bytes(slash + path))
     if scheme != "s3":
         raise StorageError(f"{uri}: {scheme}:// is not supported; give a plain path, file:///path or s3://bucket/key")
     path = rest.strip("/")
@@ -124,21 +127,8 @@ def _failure(uri: str, action: str, error: Exception) -> StorageError:
         where = "" if is_local(uri) else " for its temporary copy (TMPDIR chooses another folder)"
         return StorageError(f"cannot {action} {uri}: no space is left on the disk{where}")
     if is_local(uri):
-        return StorageError(_local_sentence(uri, action, error))
-    return StorageError(_s3.sentence(uri, _split(uri)[1], action, error))
-
-
-def _local_sentence(uri: str, action: str, error: Exception) -> str:
-    if isinstance(error, FileNotFoundError):
-        return f"{uri} does not exist"
-    if isinstance(error, PermissionError):
-        return f"cannot {action} {uri}: this user has no permission to"
-    if isinstance(error, NotADirectoryError | FileExistsError):
-        return f"cannot {action} {uri}: a part of its path is a file, not a folder"
-    if os.path.isdir(absolute(uri)):
-        return f"cannot {action} {uri}: it is a folder, and a file is wanted here"
-    detail = getattr(error, "strerror", None) or str(error)
-    return f"cannot {action} {uri}: {detail}"
+        return StorageError(_local.sentence(uri, absolute(uri), action, error))
+    return _s3.failure(uri, _split(uri)[1], action, error)
 
 
 @contextmanager
@@ -163,6 +153,29 @@ def require_bucket(uri: str) -> None:
     scheme, path = _split(uri)
     if scheme == "s3":
         _ask_boto(uri, lambda client: client.head_bucket(Bucket=path.partition("/")[0]))
+
+
+_PATIENCE_S = 600.0
+_PAUSES_S = (1.0, 10.0)  # the first and the longest
+
+
+def patiently(action: Callable[[], T], *, seconds: float = _PATIENCE_S) -> T:
+    """The result of ``action``, which is tried again while the store does not answer; for work that has begun.
+
+    Raises:
+        StoreUnavailable: it still does not after ``seconds``.
+    """
+    deadline = time.monotonic() + seconds
+    pause, longest = _PAUSES_S
+    while True:
+        try:
+            return action()
+        except StoreUnavailable:
+            if time.monotonic() + pause > deadline:
+                raise
+            # Many processes wait for the same store: they should not come back all at once.
+            time.sleep(pause * random.uniform(0.5, 1.0))
+            pause = min(2 * pause, longest)
 
 
 # -------------------------------------------------------------------------------------------------------- reading
@@ -232,16 +245,46 @@ def list_files(uri: str, suffixes: Collection[str] | None = None) -> list[FileEn
     ]
 
 
+def stream_files(
+    uri: str, *, after: str = "", beginning: str = "", enter: Callable[[str], bool] = lambda folder: True
+) -> Iterator[FileEntry]:
+    """Every file under the folder ``uri``, hidden ones too, while it is being listed; of a file, that file alone.
+
+    The order is the store's own and the same each time: ``after``, the relative path of the last file seen, goes on with
+    a listing that broke. A folder without files gives none; one that cannot be listed is a `StorageError`. ``beginning``
+    keeps the relative paths that begin so. ``enter`` is asked for the relative paths of local folders. The URI of a local
+    name that is not UTF-8 is a ``file://`` URI.
+    """
+    info, root = _info(uri), absolute(uri)
+    if info.type == FileType.File:
+        yield FileEntry(root, name(uri), info.size)
+        return
+    try:
+        found = _local.walk(root, after, enter) if is_local(uri) else _s3.list_keys(uri, root[5:], after, beginning)
+        for relative, size in found:
+            if relative.startswith(beginning):
+                yield FileEntry(_local.portable(f"{root.rstrip('/')}/{relative}"), relative, size)
+    except OSError as error:
+        raise _failure(error.filename or uri, "list", error) from error
+
+
 def open_input(uri: str) -> pa.NativeFile:
     """A seekable binary file; close it, or use it in a ``with`` statement."""
     fs, path = filesystem(uri)
     with _errors(uri, "read"):
-        return fs.open_input_file(path)
+        return fs.open_input_file(os.fsencode(path))  # names on disk are bytes, and not always UTF-8
+
+
+@contextmanager
+def reading(uri: str) -> Iterator[pa.NativeFile]:
+    """`open_input`, with what fails on the way as a `StorageError` too."""
+    with _errors(uri, "read"), open_input(uri) as file:
+        yield file
 
 
 def read_bytes(uri: str) -> bytes:
     """The whole file."""
-    with _errors(uri, "read"), open_input(uri) as file:
+    with reading(uri) as file:
         return file.read()
 
 

@@ -1,6 +1,8 @@
 import os
 import socket
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa
@@ -172,3 +174,45 @@ def test_an_address_that_swallows_packets(monkeypatch: pytest.MonkeyPatch) -> No
             assert time.monotonic() - start < 12
         for client in waiting:
             client.close()
+
+
+@pytest.fixture
+def no_server(monkeypatch: pytest.MonkeyPatch) -> str:
+    """An endpoint where nothing listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        endpoint = f"http://127.0.0.1:{probe.getsockname()[1]}"
+    for variable in ("AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "KEY-FOR-TEST")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "SECRET-FOR-TEST")
+    return endpoint
+
+
+def test_an_unreachable_store_is_told_within_seconds_and_without_secrets(no_server: str, tmp_path: Path) -> None:
+    for i in range(100):
+        (tmp_path / str(i)).write_bytes(b"x")
+    attempts = (
+        lambda: storage.exists("s3://vilseg/x"),
+        lambda: storage.list_files("s3://vilseg/x"),
+        lambda: storage.read_bytes("s3://vilseg/x"),
+        lambda: storage.write_bytes("s3://vilseg/x", b"x"),
+        lambda: storage.delete("s3://vilseg/x"),
+        lambda: storage.upload_folder(tmp_path, "s3://vilseg/x"),
+        lambda: storage.require_bucket("s3://vilseg/x"),
+    )
+
+    def told(attempt: Callable[[], object]) -> tuple[str, float]:
+        start = time.monotonic()
+        with pytest.raises(StorageError) as caught:
+            attempt()
+        return str(caught.value), time.monotonic() - start
+
+    with ThreadPoolExecutor(len(attempts)) as pool:  # each waits for its retries
+        for sentence, seconds in pool.map(told, attempts):
+            assert seconds < 30, "a user should not wait longer"
+            assert f"the object store at {no_server} does not answer" in sentence
+            assert "is the store running? `vilseg store up` starts the embedded one" in sentence
+            assert "FOR-TEST" not in sentence
+            assert "\n" not in sentence

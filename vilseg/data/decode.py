@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import struct
 import warnings
 
@@ -20,6 +21,8 @@ _DAMAGE = (
     struct.error,
 )
 """Pillow's plugins raise any of these on damaged files."""
+_ICON_STARTS = (b"\x00\x00\x01\x00", b"icns")
+_PNG_SIZE = re.compile(rb"\x89PNG\r\n\x1a\n.{4}IHDR(.{8})", re.DOTALL)
 
 # The header is checked against the caller's own limit before anything is decoded.
 Image.MAX_IMAGE_PIXELS = None
@@ -46,6 +49,11 @@ def decode_image(data: bytes, *, max_pixels: int | None = None, min_side: int | 
         array = _decode_jpeg(data, limit, min_side)
         if array is not None:
             return array
+    if data.startswith(_ICON_STARTS):
+        # Pillow decodes the pictures in an icon to learn its size, whatever sizes the icon's own header gives.
+        for size in _PNG_SIZE.findall(data):
+            width, height = struct.unpack(">II", size)
+            _check_size(width, height, limit)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of metadata it skips
@@ -107,10 +115,12 @@ def _check_size(width: int, height: int, limit: int) -> None:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An upright RGB version of any Pillow image: 16 bits scaled to 8, transparency over white."""
+    """An upright RGB version of any Pillow image: 16 bits and floats in 0..1 scaled to 8 bits, transparency over white."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image, dtype=np.float64)
+        values = np.nan_to_num(np.asarray(image, dtype=np.float64))
+        if image.mode == "F" and values.min(initial=0) >= 0 and values.max(initial=0) <= 1:
+            values = values * 255  # as programs that compute with pictures write them
         # 16-bit files hold 0..65535; what fits in 8 bits already is left as it is.
         values = values / 257.0 if values.max(initial=0) > 255 else values
         return Image.fromarray(values.clip(0, 255).astype(np.uint8)).convert("RGB")

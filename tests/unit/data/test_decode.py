@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from vilseg.data.decode import decode_image, square
 from vilseg.errors import DataError
@@ -91,6 +91,17 @@ def test_sixteen_bits_keep_their_brightness() -> None:
     np.testing.assert_array_equal(decode_image(encode(Image.fromarray(deep), "PNG"))[:, :, 1], picture()[:, :, 0])
 
 
+def test_floats_from_0_to_1_keep_their_brightness() -> None:
+    grey = picture()[:, :, 0]
+    floats = (grey / 255).astype(np.float32)
+    array = decode_image(encode(Image.fromarray(floats), "TIFF"))
+    np.testing.assert_allclose(array, np.repeat(grey[:, :, None], 3, 2), atol=1)
+    floats[0, 0] = np.nan
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert decode_image(encode(Image.fromarray(floats), "TIFF"))[0, 0].tolist() == [0, 0, 0]
+
+
 def test_transparency_lies_over_white() -> None:
     rgba = np.dstack([picture(), np.full(picture().shape[:2], 255, np.uint8)])
     rgba[:, :20, 3] = 0
@@ -145,6 +156,33 @@ def jpeg_header(width: int, height: int) -> bytes:
 @pytest.mark.parametrize("data", [png_header(200_000, 100_000), jpeg_header(60_000, 65_000)], ids=["png", "jpeg"])
 def test_a_bomb_is_refused_from_its_header(data: bytes) -> None:
     with pytest.raises(DataError, match="more than the limit of 100,000,000"):
+        decode_image(data)
+
+
+def big_png(side: int) -> bytes:
+    """A whole PNG of ``side`` x ``side`` black pixels, one bit each."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+    rows = zlib.compress(bytes((side // 8 + 1) * side), 9)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("icon", ["ico", "icns"])
+def test_a_bomb_inside_an_icon_is_not_decoded(icon: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    png = big_png(10_008)
+    if icon == "ico":
+        data = struct.pack("<HHHBBBBHHII", 0, 1, 1, 16, 16, 0, 0, 1, 32, len(png), 22) + png
+    else:
+        data = b"icns" + struct.pack(">I", 16 + len(png)) + b"ic07" + struct.pack(">I", 8 + len(png)) + png
+
+    def decoded(*_: Any, **__: Any) -> None:
+        pytest.fail("its pixels were decoded")
+
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", decoded)
+    with pytest.raises(DataError, match="10008 x 10008 pixels, more than the limit of 100,000,000"):
         decode_image(data)
 
 
