@@ -18,7 +18,7 @@ has over the patches of the training pictures, and mean_c' runs over all texts. 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +44,15 @@ class ClassTexts:
     """(T,) q mu, subtracted from the cosines."""
     gain_T: Tensor
     """(T,) what the difference is multiplied with."""
+
+    def to(self, device: torch.device) -> ClassTexts:
+        """The same on another device."""
+        return replace(
+            self,
+            embeddings_TD=self.embeddings_TD.to(device),
+            offset_T=self.offset_T.to(device),
+            gain_T=self.gain_T.to(device),
+        )
 
 
 def calibrate(

@@ -49,19 +49,37 @@ class Segmenter:
         model: a trained model; moved to ``device`` and put into evaluation mode.
         classes: names in index order, or a :class:`Vocabulary`.
         device: where to compute; a GPU where there is one.
+        keep_clusters: fill `Segmentation.clusters`, which takes about as long as the labels.
 
     Raises:
         DataError: the class list is empty, repeats a name or is too long.
     """
 
     def __init__(
-        self, model: ViLSeg, classes: Vocabulary | Iterable[str], *, device: str | torch.device | None = None
+        self,
+        model: ViLSeg,
+        classes: Vocabulary | Iterable[str],
+        *,
+        device: str | torch.device | None = None,
+        keep_clusters: bool = True,
     ) -> None:
+        self._keep_clusters = keep_clusters
         self.vocabulary = Vocabulary.of(classes)
         self.device = torch.device(device) if device else best_device()
         self.model = model.to(self.device).eval()
         self.config = model.segmentation
         self._texts = self._class_texts()
+
+    def forget_texts(self) -> None:
+        """Let go of the text encoder: the classes are embedded, and they cannot change any more."""
+        self.model.text_encoder = None  # type: ignore[assignment]
+
+    def to(self, device: str | torch.device) -> Segmenter:
+        """Move everything to ``device``; returns itself."""
+        self.device = torch.device(device)
+        self.model.to(self.device)
+        self._texts = self._texts.to(self.device)
+        return self
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -89,8 +107,45 @@ class Segmenter:
             maps = zip(pixels, *self._run(pixels), strict=True)
             for index, (image_3HW, similarity_Chw, clusters_Khw) in zip(members, maps, strict=True):
                 contenders = self._contenders(image_3HW, similarity_Chw)
-                results[index] = self._paint(arrays[index], contenders, clusters_Khw)
+                results[index] = self._paint(arrays[index], contenders, clusters_Khw if self._keep_clusters else None)
         return [results[index] for index in range(len(arrays))]
+
+    @torch.inference_mode()
+    def class_scores(self, image: ImageLike) -> Tensor:
+        """Cosine of every class at every place of one picture, before the best one is taken; `paint` does that.
+
+        Where the model's scores are refined, these are too, on the enlarged patch grid; there a class that was not
+        refined, as it is best at no patch, has the score of its patch or that of the best class, whichever is lower.
+
+        Returns:
+            Shape: (C, h, w), float32, on the segmenter's device.
+
+        Raises:
+            DataError, StorageError: as `__call__`.
+        """
+        array = _to_array(image)
+        pixels = _resize(array, self._model_size(array)).unsqueeze(0).to(self.device)
+        similarity_Chw = self._run(pixels)[0][0]
+        if not self.config.refinement.iterations:
+            return similarity_Chw
+        classes_W, scores_Whw = refine(similarity_Chw, pixels[0].float(), self.config.refinement)
+        enlarged = F.interpolate(similarity_Chw.unsqueeze(0), size=scores_Whw.shape[1:], mode="bilinear")[0]
+        return torch.minimum(enlarged, scores_Whw.amax(0)).index_copy_(0, classes_W, scores_Whw)
+
+    @torch.inference_mode()
+    def paint(self, image: np.ndarray, scores_Chw: Tensor) -> Segmentation:
+        """Name every pixel of a picture after the class of the best score.
+
+        Args:
+            image: (H, W, 3) uint8 RGB.
+            scores_Chw: as from `class_scores`, on a grid of any size. Shape: (C, h, w).
+        """
+        logits_Chw = scores_Chw / self.config.temperature
+        others = torch.ones(len(logits_Chw), dtype=torch.bool, device=self.device)
+        # As in `__call__`: where scores are refined, those count at full size that are best at some place of the grid.
+        others[logits_Chw.argmax(0).unique() if self.config.refinement.iterations else slice(None)] = False
+        rest_1hw = logits_Chw[others].logsumexp(0, keepdim=True) if others.any() else None
+        return self._paint(image, _Contenders(logits_Chw[~others], (~others).nonzero()[:, 0], rest_1hw), None)
 
     @torch.inference_mode()
     def _run(self, pixels_B3HW: Tensor) -> tuple[Tensor, Tensor]:
@@ -151,15 +206,16 @@ class Segmenter:
         return _Contenders(scores_Whw / temperature, classes_W, rest_1hw)
 
     @torch.inference_mode()
-    def _paint(self, image: np.ndarray, contenders: _Contenders, clusters_Khw: Tensor) -> Segmentation:
+    def _paint(self, image: np.ndarray, contenders: _Contenders, clusters_Khw: Tensor | None) -> Segmentation:
         """Bring class scores to the picture's own size, strip by strip, and let the best class win."""
         height, width = image.shape[:2]
         count = len(self.classes)
         logits_Whw, classes_W, others_1hw = contenders
         labels = np.empty((height, width), label_dtype(count))
         scores = np.empty((height, width), np.float32)
-        clusters = np.empty((height, width), np.int16)
-        rows = max(1, _STRIP_VALUES // (width * max(len(classes_W), len(clusters_Khw))))
+        clusters = None if clusters_Khw is None else np.empty((height, width), np.int16)
+        maps = max(len(classes_W), 0 if clusters_Khw is None else len(clusters_Khw))
+        rows = max(1, _STRIP_VALUES // (width * maps))
         for top in range(0, height, rows):
             bottom = min(height, top + rows)
             logits = _resample(logits_Whw, (height, width), top, bottom)
@@ -172,7 +228,8 @@ class Segmenter:
                 # None of them is better than the best, though refinement may have lowered it.
                 total += others.clamp(max=math.log(count - len(classes_W))).exp()
             scores[top:bottom] = total.reciprocal().cpu().numpy()
-            clusters[top:bottom] = _resample(clusters_Khw, (height, width), top, bottom).argmax(0).cpu().numpy()
+            if clusters is not None and clusters_Khw is not None:
+                clusters[top:bottom] = _resample(clusters_Khw, (height, width), top, bottom).argmax(0).cpu().numpy()
         return Segmentation(labels=labels, classes=self.classes, scores=scores, clusters=clusters, image=image)
 
 
