@@ -1,0 +1,163 @@
+"""Video files: frames upright and with their times, in and out, by PyAV (the extra ``video``)."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vilseg import storage
+from vilseg.errors import DataError, UserError
+
+_MAX_PIXELS = 100_000_000
+"""As for pictures: what a damaged header may not announce."""
+
+_STATE_THEIR_LENGTH = ("mov,mp4", "matroska", "avi")
+"""Formats whose header says how long the film is; elsewhere FFmpeg guesses it."""
+
+_ENCODERS = {"libx264": {"crf": "20", "preset": "veryfast"}, "mpeg4": {"qmin": "2", "qmax": "6"}}
+"""H.264 where PyAV's FFmpeg was built with it, MPEG-4 part 2 otherwise, with settings that keep edges sharp."""
+
+_CLOCK = 60_000
+"""Ticks a second of written films: whole ticks for the usual frame rates, and MPEG-4 allows no more than 65535."""
+
+
+@dataclass(frozen=True, eq=False)
+class Frame:
+    """One frame of a film."""
+
+    index: int
+    """From 0, in the order shown."""
+    seconds: float
+    """When it is shown, from the first frame on; frames of a variable rate keep their own times."""
+    image: np.ndarray
+    """(H, W, 3) uint8 RGB, upright."""
+
+
+def read_frames(path: str | Path) -> Iterator[Frame]:
+    """The frames of the first video stream of a file, decoded as they are asked for.
+
+    Rotation noted by the camera is applied, in quarter turns. Should the size change on the way, frames are brought to
+    the size of the first. Pixels that are not square stay as they are stored.
+
+    Args:
+        path: a path or URI; what lies on an object store is copied to a temporary file first.
+
+    Raises:
+        DataError: not a video, no video stream, no frame, or damaged or cut short; all good frames come before that.
+        StorageError: it cannot be read.
+        UserError: PyAV is not installed.
+    """
+    av = _import_av()
+    uri = str(path)
+    with storage.local_copy(uri) as local:
+        storage.open_input(str(local)).close()  # a folder, or no permission: told better than by FFmpeg
+        try:
+            container = av.open(str(local))
+        except (av.error.FFmpegError, OSError) as error:
+            raise DataError(f"{uri} is not a video of a known format, or its head or index is damaged") from error
+        with container:
+            if not container.streams.video:
+                raise DataError(f"{uri} has no video stream")
+            yield from _decode(av, container, uri)
+
+
+def _decode(av: Any, container: Any, uri: str) -> Iterator[Frame]:
+    stream = container.streams.video[0]
+    width, height = stream.codec_context.width, stream.codec_context.height
+    if width * height > _MAX_PIXELS:
+        raise DataError(f"{uri} has frames of {width} x {height} pixels, more than the limit of {_MAX_PIXELS:,}")
+    step = float(1 / stream.average_rate) if stream.average_rate else 1 / 25
+    start, seconds, lasts, size = 0.0, -step, step, None
+    decoded = container.decode(stream)
+    for index in itertools.count():
+        try:
+            frame = next(decoded, None)
+        except (av.error.FFmpegError, OSError) as error:
+            raise DataError(f"{uri} is damaged after {_so_far(index, seconds + lasts)}") from error
+        if frame is None:
+            break
+        if frame.time is None:
+            seconds += lasts
+        else:
+            start = frame.time if index == 0 else start
+            seconds = frame.time - start
+        lasts = float(frame.duration * frame.time_base) if frame.duration else step
+        image = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
+        size = size or image.shape[1::-1]
+        if image.shape[1::-1] != size:
+            image = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
+        yield Frame(index, seconds, np.ascontiguousarray(image))
+    if size is None:
+        raise DataError(f"{uri} has a video stream without a frame that can be decoded")
+    stated, shown = _stated_seconds(container, stream), seconds + lasts
+    if stated is not None and stated - shown > max(0.5, 0.02 * stated):
+        raise DataError(f"{uri} is cut short after {_so_far(index, shown)}: its header says {stated:.2f} s")
+
+
+def _so_far(frames: int, seconds: float) -> str:
+    return f"{frames} frames ({max(0.0, seconds):.2f} s)"
+
+
+def _stated_seconds(container: Any, stream: Any) -> float | None:
+    """How long the film is by its header; None where that does not say."""
+    if not container.format.name.startswith(_STATE_THEIR_LENGTH):
+        return None
+    if stream.duration is not None:
+        return float(stream.duration * stream.time_base)
+    tag = stream.metadata.get("DURATION", "").split(":")  # Matroska: 00:01:02.500000000
+    if len(tag) == 3:
+        hours, minutes, rest = (float(part) for part in tag)
+        return 3600 * hours + 60 * minutes + rest
+    alone = len(container.streams) == 1  # sound may last longer than the picture
+    return container.duration / 1e6 if alone and container.duration is not None else None
+
+
+def write_video(uri: str, frames: Iterable[Frame]) -> None:
+    """Write frames as an MP4 file with H.264 (MPEG-4 part 2 where PyAV has none), each shown from its own time on.
+
+    Both sides must be even there, so an odd one is made longer by a repeated row or column. The file appears whole or
+    not at all, also when ``frames`` raises.
+
+    Raises:
+        DataError: there is no frame, or one differs in size from the first.
+        StorageError: the place cannot be written.
+        UserError: PyAV is not installed.
+    """
+    av = _import_av()
+    iterator = iter(frames)
+    first = next(iterator, None)
+    if first is None:
+        raise DataError(f"there is no frame to write to {uri}")
+    encoder = next(name for name in _ENCODERS if name in av.codecs_available)
+    height, width = first.image.shape[:2]
+    tick = -1
+    with storage.open_atomic(uri) as file, av.open(file, "w", format="mp4") as container:
+        stream = container.add_stream(encoder, rate=_CLOCK, options=_ENCODERS[encoder])
+        stream.width, stream.height, stream.pix_fmt = width + width % 2, height + height % 2, "yuv420p"
+        stream.codec_context.time_base = Fraction(1, _CLOCK)
+        for frame in itertools.chain([first], iterator):
+            if frame.image.shape != first.image.shape:
+                there, here = (f"{image.shape[1]} x {image.shape[0]}" for image in (frame.image, first.image))
+                raise DataError(f"frame {frame.index} of {uri} has {there} pixels, and the first one {here}")
+            even = np.pad(frame.image, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+            picture = av.VideoFrame.from_ndarray(even, format="rgb24")
+            tick = max(tick + 1, math.floor(frame.seconds * _CLOCK + 0.5))  # times must rise
+            picture.pts, picture.time_base = tick, Fraction(1, _CLOCK)
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode(None))
+
+
+def _import_av() -> Any:
+    try:
+        import av
+    except ImportError as error:
+        raise UserError("videos need PyAV, which is not installed: pip install 'vilseg[video]'") from error
+    return av
