@@ -127,16 +127,11 @@ def _train(session: Session, seconds: dict[str, float]) -> tuple[str, str]:
 
 def _segment(session: Session, model: str, data: Path) -> dict[str, Any]:
     from jobs import segment
+    from jobs.segment_plan import plan
 
     classes = Vocabulary.parse(str(data / "coco_mini_dev" / "things_background" / "classes.txt"))
-    done = segment.main([f"{_ROOT}/photos"], model, classes, f"{_ROOT}/segmented", session)
-    return {
-        "images": done.images,
-        "ok": done.ok,
-        "rejected": done.rejected,
-        "images_per_second": done.images_per_second,
-        "uri": done.uri,
-    }
+    done = segment.main(plan([f"{_ROOT}/photos"], model, classes, f"{_ROOT}/segmented"), session)
+    return {**done.to_dict(), "uri": done.uri}
 
 
 def _evaluate(models: dict[str, str], datasets: dict[str, str]) -> dict[str, dict[str, dict[str, Any]]]:

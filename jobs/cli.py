@@ -224,12 +224,28 @@ def evaluate(
 @app.command()
 def segment(
     inputs: Annotated[
-        list[str], typer.Argument(metavar="INPUT… [KEY=VALUE…]", help="Folders, s3:// prefixes, pictures.")
+        list[str],
+        typer.Argument(
+            metavar="INPUT… [KEY=VALUE…]",
+            help="Folders, s3:// prefixes, 'patterns/*.jpg', pictures, videos, tar or Parquet shards, lists of URIs (.txt).",
+        ),
     ],
     model: Annotated[str, typer.Option(help="URI of a model folder.")],
     classes: Annotated[str, typer.Option(help='Text file with a name a line, or "a,b,c".')],
     out: Annotated[str, typer.Option(help="Folder or s3:// URI for the results.")],
-    format: Annotated[str, typer.Option(help="What to write: png, coco, parquet, separated by commas.")] = "png,coco",
+    format: Annotated[
+        str, typer.Option(help="What to write, with commas: png, coco, parquet, overlay, gallery, geotiff.")
+    ] = "png,coco",
+    limit: Annotated[int | None, typer.Option(help="Only the first so many inputs.")] = None,
+    sample: Annotated[int | None, typer.Option(help="Only so many inputs, picked by chance.")] = None,
+    deduplicate: Annotated[bool, typer.Option("--deduplicate", help="Segment files of equal bytes once.")] = False,
+    min_side: Annotated[int, typer.Option(help="Reject pictures with a side of fewer pixels.")] = 1,
+    max_pixels: Annotated[int, typer.Option(help="Reject pictures of more pixels, before decoding.")] = 100_000_000,
+    key_every: Annotated[int, typer.Option(help="Of a video, look at one frame in so many.")] = 6,
+    max_rejected: Annotated[float, typer.Option(help="End when more than this share cannot be used.")] = 1.0,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Count, try a few inputs, estimate; write nothing.")
+    ] = False,
     resume: Resume = False,
     overwrite: Overwrite = False,
     address: Address = None,
@@ -241,42 +257,40 @@ def segment(
     """
     from jobs import console
     from jobs import segment as job
+    from jobs.segment_plan import estimate, plan
     from jobs.session import ray_session
+    from vilseg.archive.outputs import Rules
     from vilseg.model.pretrained import read_settings
     from vilseg.text.vocabulary import Vocabulary
 
     places, overrides = _split_overrides(inputs)
-    vocabulary = Vocabulary.parse(classes)
-    settings = _segmentation_overrides(overrides)(read_settings(model)) if overrides else None
-    formats = [name.strip() for name in format.split(",")]
-    job.preflight(
-        places, model, vocabulary, out, formats=formats, settings=settings, resume=resume, overwrite=overwrite
+    if not 0 <= max_rejected <= 1:
+        raise ConfigError(f"--max-rejected is {max_rejected}, but it is a share from 0 to 1")
+    wishes = plan(
+        places,
+        model,
+        Vocabulary.parse(classes),
+        out,
+        formats=[name.strip() for name in format.split(",")],
+        settings=_segmentation_overrides(overrides)(read_settings(model)) if overrides else None,
+        rules=Rules(max_pixels=max_pixels, min_side=min_side, key_every=key_every),
+        limit=limit,
+        sample=sample,
+        deduplicate=deduplicate,
+        resume=resume,
+        overwrite=overwrite,
     )
-    with console.progress_bar("segment") as bar, ray_session(address) as session:
-
-        def progress(done: int, total: int, rejected: int) -> None:
-            bar.update(bar.task_ids[0], completed=done, total=total, note=f"{rejected} rejected" if rejected else "")
-
-        done = job.main(
-            places,
-            model,
-            vocabulary,
-            out,
-            session,
-            formats=formats,
-            settings=settings,
-            resume=resume,
-            overwrite=overwrite,
-            progress=progress,
-        )
-    value = {
-        "images": done.images,
-        "ok": done.ok,
-        "rejected": done.rejected,
-        "images_per_second": done.images_per_second,
-        "out": done.uri,
-    }
-    console.result(value, as_json=json, text=f"{done.ok} of {done.images} pictures segmented to {done.uri}")
+    if dry_run:
+        with tempfile.TemporaryDirectory(prefix="vilseg-") as scratch:
+            guess = estimate(wishes, scratch)
+        workers = os.cpu_count() or 1
+        value = {**vars(guess), "workers": workers, "seconds": round(guess.seconds(workers), 1)}
+        console.result(value, as_json=json, text=console.estimate_text(guess, workers))
+        return
+    with console.SegmentationProgress() as progress, ray_session(address) as session:
+        done = job.main(wishes, session, max_rejected=max_rejected, progress=progress)
+    text = f"{done.ok} of {done.images} inputs segmented to {done.uri}, {done.rejected} rejected"
+    console.result({**done.to_dict(), "out": done.uri}, as_json=json, text=text)
 
 
 @store_app.command()

@@ -48,6 +48,66 @@ def progress_bar(title: str) -> Iterator[Progress]:
 _SECONDS_BETWEEN_LINES = 10.0
 
 
+class SegmentationProgress:
+    """Shows a bulk segmentation: a bar on a terminal, a line in ten seconds elsewhere; a line for every rejected input."""
+
+    def __init__(self) -> None:
+        columns = (BarColumn(bar_width=24), TextColumn("{task.fields[text]}"), TimeElapsedColumn())
+        self._bar = Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal)
+        self._bar.add_task("segment", total=None, text="starting")
+        self._before: tuple[float, int] | None = None
+        self._last_line = -math.inf
+
+    def __enter__(self) -> SegmentationProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def __call__(self, progress: Any) -> None:
+        """Show what is new."""
+        for name, reason in progress.new_rejected:
+            say(f"rejected {name!r}: {reason}")
+        now = time.monotonic()
+        # From the first block on: what comes before it is starting.
+        since, count = self._before = self._before or (now, progress.done)
+        text = f"{progress.done:,}/{progress.listed:,}{'' if progress.listing_ended else '+'}"
+        if progress.done > count:
+            rate = (progress.done - count) / (now - since)
+            left = (progress.listed - progress.done) / rate if progress.listing_ended else None
+            text += f"  {rate:.1f} images/s" + ("" if left is None else f"  {duration(left)} left")
+        if progress.rejected:
+            text += f"  {progress.rejected:,} rejected"
+        self._bar.update(
+            self._bar.task_ids[0],
+            completed=progress.done,
+            total=progress.listed if progress.listing_ended else None,
+            text=text,
+        )
+        if not stderr.is_terminal and now >= self._last_line + _SECONDS_BETWEEN_LINES:
+            self._last_line = now
+            say(f"segmented {text}")
+
+
+def duration(seconds: float) -> str:
+    """``40 s``, ``12 min`` or ``3.5 h``."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def estimate_text(guess: Any, workers: int) -> str:
+    """What a dry run found, for people."""
+    text = f"{guess.images:,} inputs, {guess.bytes / 1e6:,.1f} MB"
+    if guess.containers:
+        text += f", some of them in {guess.containers:,} shards, tables or lists"
+    tried = f"{guess.tried} of them took {guess.seconds_per_image * 1000:.0f} ms each"
+    if guess.rejected_of_tried:
+        tried += f" ({guess.rejected_of_tried} were rejected)"
+    return f"{text}; {tried}: about {duration(guess.seconds(workers))} on {workers} CPUs. Nothing was written."
+
+
 @contextmanager
 def stage(name: str, seconds: dict[str, float]) -> Iterator[None]:
     """Say that a stage begins, and note its wall time in ``seconds`` when it ends well."""

@@ -13,6 +13,7 @@ from typing import Any
 
 from cluster.store import ObjectStore
 from jobs import console, ingest_scenes, segment, train
+from jobs.segment_plan import plan
 from jobs.session import Session, ray_session
 from vilseg import storage
 from vilseg.config import RunConfig
@@ -87,15 +88,9 @@ def _run(session: Session, out: Path, seconds: dict[str, float], *, quick: bool)
             raise KeyboardInterrupt
     folder = outcome.folder
     names = Vocabulary.of(scene.name for scene in scenes.CLASSES)
-    with console.stage("segment", seconds), console.progress_bar("segment") as bar:
-        segment.main(
-            [storage.join(unseen, "images")],
-            folder.model,
-            names,
-            results,
-            session,
-            progress=lambda done, total, rejected: bar.update(bar.task_ids[0], completed=done, total=total),
-        )
+    with console.stage("segment", seconds), console.SegmentationProgress() as progress:
+        job = plan([storage.join(unseen, "images")], folder.model, names, results)
+        segment.main(job, session, progress=progress)
     with console.stage("evaluate", seconds):
         dataset = FolderDataset(unseen)
         trained = _measure(ViLSeg.from_pretrained(folder.model), dataset, keep=_EXAMPLES)

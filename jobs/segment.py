@@ -1,70 +1,54 @@
-"""Segment an archive in bulk: Ray Data deals blocks of pictures to a pool of actors around one :class:`Segmenter` each.
+"""Segment an archive in bulk: one task lists it, small tasks open containers, a pool of actors segments blocks of it.
 
-Every actor writes the masks of a block and then one part file with the block's rows, both under their final name or not at
-all. A block that is done again writes the same files; so whatever is killed on the way, each picture ends in one row.
+Every actor writes the masks of its block and then the block's rows as a part, each whole or not at all. What is killed on
+the way loses a block an actor; going on, rows there are tell what is done; so each input ends in one row.
 """
 
 from __future__ import annotations
 
-import hashlib
+import itertools
 import json
+import pickle
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
+import ray
 import ray.data
 
-from jobs.session import Session
+from jobs.segment_plan import ANNOTATIONS, SUMMARY, Job, begin, list_inputs, open_container
+from jobs.session import Session, user_error_in
 from vilseg import storage
-from vilseg.config import SegmentationConfig
-from vilseg.data.decode import decode_image
-from vilseg.errors import ConfigError, DataError, StorageError, UserError
-from vilseg.model.pretrained import read_settings
-from vilseg.text.vocabulary import Vocabulary
+from vilseg.archive import rows
+from vilseg.archive.coco import Row, write_coco
+from vilseg.archive.gallery import THUMBS, write_gallery
+from vilseg.archive.inputs import Container, Input
+from vilseg.archive.lease import lease
+from vilseg.archive.outputs import MASKS, OVERLAYS
+from vilseg.errors import DataError
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-_BLOCK = 32
-"""Pictures an actor takes at once: enough to fill batches, little to lose when it dies."""
-_JOB, _MASKS, _PARTS, _RESULTS = "job.json", "masks", "parts", "results.parquet"
-_ANNOTATIONS, _SUMMARY = "annotations.json", "summary.json"
-_SCHEMA = pa.schema(
-    [
-        ("path", pa.string()),
-        ("sha256", pa.string()),
-        ("width", pa.int32()),
-        ("height", pa.int32()),
-        ("status", pa.string()),
-        ("error", pa.string()),
-        ("classes", pa.list_(pa.string())),
-        ("areas", pa.list_(pa.int64())),
-        ("scores", pa.list_(pa.float32())),
-        ("rle", pa.list_(pa.string())),
-    ]
-)
+if TYPE_CHECKING:  # torch would keep every process waiting that computes nothing
+    from vilseg.archive.worker import BlockSegmenter
+    from vilseg.model.shared import TakenApart
 
-
-@dataclass(frozen=True)
-class Job:
-    """What decides an output; ``job.json`` there holds it, so that only the same job goes on with it."""
-
-    inputs: list[str]
-    """Absolute URIs, each once, sorted."""
-    model: str
-    """Absolute URI of a model folder, or a hub id."""
-    classes: Vocabulary
-    segmentation: SegmentationConfig
-    formats: list[str]
-
-    def to_dict(self) -> dict[str, Any]:
-        """As in ``job.json``."""
-        segmentation = self.segmentation.model_dump(mode="json")
-        return {**vars(self), "classes": list(self.classes.classes), "segmentation": segmentation}
+_SMALLEST_BLOCK, _LARGEST_BLOCK = 8, 256
+_GROWTH = 256
+"""A block is at most so small a part of what was listed before it, so that no actor is left with much when all others end."""
+_CONTAINER_BLOCK = 64
+_BLOCK_BYTES = 64 << 20
+"""Of pictures that travel with their block because they come out of a container."""
+_LISTING_CPUS, _OPENING_CPUS, _ACTORS_SHARE = 0.05, 0.1, 0.85
+"""Listing and opening wait for storage most of the time. Ray Data fuses stages that ask for the same, so these differ."""
+_COPIES_AT_ONCE = 1000
+_RETRIES = 5
+"""Of a block whose actor died. An input that kills every process it meets ends the job instead of going round for ever."""
+_MIN_INPUTS_TO_STOP = 50
+"""A share of rejected inputs means little before so many were seen."""
 
 
 @dataclass(frozen=True)
@@ -78,314 +62,304 @@ class Summary:
     """Of this call, reading and writing included, starting Ray not."""
     uri: str
 
+    def to_dict(self) -> dict[str, Any]:
+        """As in ``summary.json``."""
+        return {name: value for name, value in vars(self).items() if name != "uri"}
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a job is."""
+
+    done: int
+    listed: int
+    """Inputs found so far, those done earlier included."""
+    listing_ended: bool
+    rejected: int
+    new_rejected: list[tuple[str, str]]
+    """Names and reasons since the last call."""
+
 
 def main(
-    inputs: Sequence[str],
-    model: str,
-    classes: Vocabulary,
-    out: str,
+    job: Job,
     session: Session,
     *,
-    formats: Sequence[str] = ("png", "coco"),
-    settings: SegmentationConfig | None = None,
-    max_pixels: int = 100_000_000,
-    resume: bool = False,
-    overwrite: bool = False,
-    progress: Callable[[int, int, int], None] = lambda done, total, rejected: None,
+    max_rejected: float = 1.0,
+    progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Summary:
-    """Segment every picture below ``inputs`` and write the output contract to ``out``.
+    """Do what :func:`jobs.segment_plan.plan` made of the user's wishes.
 
     Args:
-        inputs: folders, ``s3://`` prefixes or picture files.
-        model: URI of a model folder.
-        classes: what to look for.
-        out: folder or ``s3://`` URI; ``results.parquet`` and ``summary.json`` always come, the rest by ``formats``.
+        job: what to do, and where to write.
         session: the cluster.
-        formats: ``png`` writes masks, ``coco`` writes ``annotations.json``.
-        settings: replace those that the model carries.
-        max_pixels: pictures whose header announces more are rejected.
-        resume: go on with what an earlier call left at ``out``.
-        overwrite: delete what an earlier call left at ``out`` first.
-        progress: told (done, total, rejected) as blocks end.
+        max_rejected: end early when more than this share of the inputs cannot be used.
+        progress: told as blocks end.
 
     Raises:
-        DataError: no picture at ``inputs``, or two that would be written under one name.
-        UserError: as :func:`preflight`.
+        DataError: too many inputs were rejected.
+        StorageError: another job writes to the same place, something cannot be written, or the store stays away.
+        ModelError: the model cannot be loaded.
     """
-    job = preflight(inputs, model, classes, out, formats=formats, settings=settings, resume=resume, overwrite=overwrite)
-    out = storage.absolute(out)
-    entries = list_images(job.inputs)
-    if overwrite:
-        _delete_output(out)
-    storage.write_text(storage.join(out, _JOB), json.dumps(job.to_dict(), indent=2, ensure_ascii=False))
-    done = set(_rows(out).column("path").to_pylist())
-    todo = [entry for entry in entries if entry.relative not in done]
-    blocks = [todo[i : i + _BLOCK] for i in range(0, len(todo), _BLOCK)]
-    started = time.perf_counter()
-    finished = rejected = 0
-    progress(len(done), len(entries), 0)
-    if blocks:
-        actors = max(1, min(len(blocks), session.gpus or session.cpus))
-        rows = [{"paths": [e.uri for e in block], "names": [e.relative for e in block]} for block in blocks]
-        worker = partial(BlockSegmenter, job, out, max_pixels, session.cpus // actors)
-        counted = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-            _Actor,
-            fn_constructor_args=(worker,),
-            batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=actors),
-            num_cpus=0.9 * session.cpus / actors,
-            num_gpus=1 if session.gpus else 0,
-        )
-        for row in counted.iter_rows():
-            finished += row["images"]
-            rejected += row["rejected"]
-            progress(len(done) + finished, len(entries), rejected)
-    seconds = time.perf_counter() - started
-    return _finish(out, job, entries, finished / seconds if finished else 0.0)
+    with lease(job.out) as held:
+        started = time.perf_counter()
+        parts = _load(job)
+        storage.patiently(lambda: begin(job, parts.digest()))
+        done = storage.patiently(lambda: rows.names_done(job.out))
+        finished = rejected = 0
+        tally: Any = _Tally.remote(len(done))  # type: ignore[attr-defined]  # ray.remote hides the class it wraps
+        try:
+            for result in _stream(job, session, parts, done, tally):
+                held.check()
+                finished += result["images"]
+                refusals = pickle.loads(result["rejected"])
+                rejected += len(refusals)
+                listed, ended = ray.get(tally.state.remote())
+                progress(Progress(len(done) + finished, listed, ended, rejected, refusals))
+                _check_rejected(rejected, finished, max_rejected, refusals)
+        except Exception as error:
+            raise user_error_in(error) or error from error
+        rate = finished / (time.perf_counter() - started) if finished else 0.0
+        held.check()
+        summary = _finish(job, round(rate, 2))
+        held.check()
+        return summary
 
 
-def preflight(
-    inputs: Sequence[str],
-    model: str,
-    classes: Vocabulary,
-    out: str,
-    *,
-    formats: Sequence[str] = ("png", "coco"),
-    settings: SegmentationConfig | None = None,
-    resume: bool = False,
-    overwrite: bool = False,
-) -> Job:
-    """What can be said against a job before Ray is started and the inputs are listed; arguments as of :func:`main`.
+# --------------------------------------------------------------------------------------------------------- stages
 
-    Raises:
-        DataError: no input.
-        StorageError: ``out`` overlaps an input or the model, is there without ``resume`` or ``overwrite``, or holds
-            what this job did not write; a URI cannot be reached.
-        ConfigError: an unknown format; ``resume`` of another job.
-        ModelError: no model folder.
-    """
-    unknown = sorted(set(formats) - {"png", "coco", "parquet"})
-    if unknown:
-        raise ConfigError(f"--format {unknown[0]} is not known; choose among png, coco, parquet")
-    if not inputs:
-        raise DataError("no input is given: name folders, s3:// prefixes or pictures")
-    for uri in (*inputs, model, out):
-        storage.require_bucket(uri)
-    for uri in inputs:
-        if not storage.exists(uri):
-            raise StorageError(f"{uri} does not exist")
-    carried = read_settings(model)  # a sentence now instead of a pool of actors that die one by one
-    job = Job(
-        inputs=sorted({storage.absolute(uri) for uri in inputs}),
-        # Actors may have another working directory; what does not exist here is a hub id.
-        model=storage.absolute(model) if storage.exists(model) else model,
-        classes=classes,
-        segmentation=settings or carried,
-        formats=sorted({"parquet", *formats}),  # that one always comes
+
+def _stream(job: Job, session: Session, parts: TakenApart, done: rows.Names, tally: Any) -> Iterator[dict[str, Any]]:
+    """Results of blocks as they end."""
+    known = ray.put(done)
+    actors = max(1, min(job.parallelism, session.gpus or session.cpus))
+    shared = ray.put(parts)
+    claims: Any = None
+    if job.deduplicate:
+        claims = _Claims.remote(storage.patiently(lambda: rows.claims(job.out)))  # type: ignore[attr-defined]
+    cpus = session.cpus_per_actor(actors)
+    make = partial(_make_segmenter, job, [shared], claims, max(1, int(cpus)))
+    listing = ray.data.from_items([{"id": 0}], override_num_blocks=1)
+    listing.context.target_max_block_size = 1  # byte: every row is a block of its own and goes on its way
+    blocks = listing.map_batches(
+        lambda _: _list_blocks(job, ray.get(known), tally), batch_size=None, num_cpus=_LISTING_CPUS
+    ).map_batches(lambda batch: _open_containers(batch, ray.get(known), tally), batch_size=1, num_cpus=_OPENING_CPUS)
+    results = blocks.map_batches(
+        _Actor,
+        fn_constructor_args=(make,),
+        batch_size=1,
+        # Two blocks at a time, so that an actor computes while it writes what is left of the block before.
+        compute=ray.data.ActorPoolStrategy(
+            size=actors, max_concurrent_calls_per_actor=2, enable_true_multi_threading=True
+        ),
+        num_cpus=_ACTORS_SHARE * cpus,
+        num_gpus=1 if session.gpus else 0,
+        max_task_retries=_RETRIES,
     )
-    _check_output(storage.absolute(out), job, resume=resume, overwrite=overwrite)
-    return job
+    yield from results.iter_rows()
 
 
-def list_images(inputs: Sequence[str]) -> list[storage.FileEntry]:
-    """Every picture below ``inputs`` by its name in the output, which is its path below the input.
+def _list_blocks(job: Job, done: rows.Names, tally: Any) -> Iterator[dict[str, np.ndarray]]:
+    """Rows of one block of inputs, or of one container, each."""
+    listed = 0
+    block = _Block(tally)
+    for item in list_inputs(job):
+        if isinstance(item, Container):
+            yield _row([item])
+            continue
+        listed += 1
+        if item.name not in done:
+            block.add(item)
+        if block.is_full(min(_LARGEST_BLOCK, _SMALLEST_BLOCK + listed // _GROWTH)):
+            yield block.take()
+    if block.items:
+        yield block.take()
+    tally.end.remote()
 
-    Raises:
-        DataError: there is none, or two inputs hold the same path.
+
+def _open_containers(batch: dict[str, np.ndarray], done: rows.Names, tally: Any) -> Iterator[dict[str, np.ndarray]]:
+    """Blocks as they come; a container becomes blocks of what it holds."""
+    items = pickle.loads(batch["items"][0])
+    if not isinstance(items[0], Container):
+        yield _row(items)
+        return
+    block = _Block(tally)
+    for item in open_container(items[0]):
+        if item.name not in done:
+            block.add(item)
+        if block.is_full(_CONTAINER_BLOCK):
+            yield block.take()
+    if block.items:
+        yield block.take()
+
+
+class _Block:
+    """Inputs gathered until they are enough for an actor."""
+
+    def __init__(self, tally: Any) -> None:
+        self.items: list[Input] = []
+        self._bytes = 0
+        self._has_video = False
+        self._tally = tally
+
+    def add(self, item: Input) -> None:
+        self.items.append(item)
+        self._bytes += len(item.data or b"")
+        self._has_video = item.problem is None and item.kind == "video"
+
+    def is_full(self, most: int) -> bool:
+        # A video takes as long as a block; what follows it is for others.
+        return len(self.items) >= most or self._bytes > _BLOCK_BYTES or self._has_video
+
+    def take(self) -> dict[str, np.ndarray]:
+        self._tally.add.remote(len(self.items))
+        row = _row(self.items)
+        self.items, self._bytes, self._has_video = [], 0, False
+        return row
+
+
+def _row(items: list[Any]) -> dict[str, np.ndarray]:
+    data = np.empty(1, object)
+    data[0] = pickle.dumps(items, protocol=5)
+    return {"items": data}
+
+
+def _load(job: Job) -> TakenApart:
+    """The segmenter in parts for the object store, where all actors of a machine share its weights.
+
+    The classes are embedded here once, and the text encoder, which no picture needs, stays behind.
     """
-    entries = [entry for uri in inputs for entry in storage.list_files(storage.absolute(uri), IMAGE_SUFFIXES)]
-    if not entries:
-        kinds = ", ".join(sorted(IMAGE_SUFFIXES))
-        raise DataError(f"no picture at {', '.join(inputs)}: expected files ending in {kinds}")
-    seen: dict[str, str] = {}
-    for entry in entries:
-        if seen.setdefault(entry.relative, entry.uri) != entry.uri:
-            raise DataError(
-                f"{seen[entry.relative]} and {entry.uri} would both be written as {entry.relative}; "
-                "segment the folder above them, or one at a time"
-            )
-    return entries
+    from vilseg.model import ViLSeg
+    from vilseg.model.shared import take_apart
+    from vilseg.segmentation.segmenter import Segmenter
+
+    model = ViLSeg.from_pretrained(job.model)
+    model.segmentation = job.segmentation
+    segmenter = Segmenter(model, job.classes, device="cpu", keep_clusters=False)
+    segmenter.forget_texts()
+    return take_apart(segmenter)
 
 
-class BlockSegmenter:
-    """Segments blocks of pictures; one an actor."""
+def _make_segmenter(job: Job, parts: list[Any], claims: Any, threads: int) -> BlockSegmenter:
+    import torch
 
-    def __init__(self, job: Job, out: str, max_pixels: int, threads: int) -> None:
-        import torch
+    from vilseg.archive.worker import BlockSegmenter
+    from vilseg.device import best_device
+    from vilseg.model.shared import put_together
 
-        from vilseg.model import ViLSeg
-        from vilseg.segmentation.segmenter import Segmenter
-
-        torch.set_num_threads(max(1, threads))
-        loaded = ViLSeg.from_pretrained(job.model)
-        loaded.segmentation = job.segmentation
-        self._segmenter = Segmenter(loaded, job.classes)
-        self._out = out
-        self._max_pixels = max_pixels
-        self._masks = "png" in job.formats
-
-    def block(self, uris: Sequence[str], names: Sequence[str]) -> tuple[int, int]:
-        """Segment the pictures at ``uris`` and write their masks and rows; returns (pictures, rejected)."""
-        rows: list[dict[str, Any]] = []
-        images: list[tuple[dict[str, Any], np.ndarray]] = []
-        for uri, name in zip(uris, names, strict=True):
-            row: dict[str, Any] = {"path": name, "status": "ok"}
-            rows.append(row)
-            try:
-                data = storage.read_bytes(uri)
-                row["sha256"] = hashlib.sha256(data).hexdigest()
-                image = decode_image(data, max_pixels=self._max_pixels)
-            except UserError as error:
-                row |= {"status": "rejected", "error": str(error)}
-                continue
-            row["height"], row["width"] = image.shape[:2]
-            images.append((row, image))
-        for row, image in images:
-            # One at a time: on CPUs a batch is no faster, and the largest picture bounds the memory.
-            result = self._segmenter(image)
-            if self._masks:
-                storage.write_bytes(storage.join(self._out, _MASKS, f"{row['path']}.png"), result.to_png_bytes())
-            row["classes"] = [region.class_name for region in result.regions]
-            row["areas"] = [region.area for region in result.regions]
-            row["scores"] = [region.score for region in result.regions]
-            row["rle"] = [region.rle["counts"] for region in result.regions]
-        name = hashlib.sha256("\n".join(sorted(names)).encode()).hexdigest()[:24]
-        with storage.open_atomic(storage.join(self._out, _PARTS, f"{name}.parquet")) as file:
-            pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), file)
-        return len(rows), sum(row["status"] == "rejected" for row in rows)
+    torch.set_num_threads(threads)
+    segmenter = put_together(ray.get(parts[0])).to(best_device())
+    claim = None if claims is None else lambda digest, name: ray.get(claims.claim.remote(digest, name))
+    return BlockSegmenter(segmenter, job.outputs, job.rules, readers=max(2, threads), claim=claim)
 
 
 class _Actor:
     """What Ray Data makes one of in every actor."""
 
     def __init__(self, make: Callable[[], BlockSegmenter]) -> None:
-        self._worker = make()
+        from ray.util import metrics
+
+        self._segmenter = make()
+        self._count = metrics.Counter("vilseg_segmented_images", "Inputs of bulk segmentation.", tag_keys=("status",))
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        images, rejected = self._worker.block(list(batch["paths"][0]), list(batch["names"][0]))
-        return {"images": np.array([images]), "rejected": np.array([rejected])}
+        result = self._segmenter.block(pickle.loads(batch["items"][0]))
+        rejected = len(result.rejected)
+        for status, count in (("ok", result.images - rejected), ("rejected", rejected)):
+            if count:
+                self._count.inc(count, {"status": status})
+        refusals = np.empty(1, object)
+        refusals[0] = pickle.dumps(result.rejected)
+        return {"images": np.array([result.images]), "rejected": refusals}
 
 
-# --------------------------------------------------------------------------------------------------------- output
+@ray.remote(num_cpus=0)
+class _Tally:
+    """Counts what listing found."""
+
+    def __init__(self, done: int) -> None:
+        self._listed = done
+        self._ended = False
+
+    def add(self, inputs: int) -> None:
+        self._listed += inputs
+
+    def end(self) -> None:
+        self._ended = True
+
+    def state(self) -> tuple[int, bool]:
+        return self._listed, self._ended
 
 
-def _check_output(out: str, job: Job, *, resume: bool, overwrite: bool) -> None:
-    """Make sure that ``job`` may write to ``out``: it is new or empty, or an output to replace or to go on with."""
-    for place in (*job.inputs, job.model):
-        if storage.overlap(out, place):
-            raise StorageError(f"cannot write to {out}: it and {place}, which is read, overlap; name a folder apart")
-    if not storage.exists(out):
-        return
-    if not storage.is_folder(out):
-        raise StorageError(f"cannot write to {out}: it is a file; name a folder")
-    before = _job_at(out)
-    if before is None:
-        if storage.list_files(out):
-            raise StorageError(
-                f"cannot write to {out}: it holds files and is no output of vilseg segment, which --resume and "
-                "--overwrite need; name an empty folder"
-            )
-    elif resume and not overwrite:
-        said = {"model": "another model", "segmentation": "other segmentation settings"}
-        other = [said.get(key, f"other {key}") for key, value in job.to_dict().items() if before[key] != value]
-        if other:
-            raise ConfigError(
-                f"cannot resume into {out}: it was made with {' and '.join(other)}; "
-                "repeat what it was made with, or replace it by --overwrite"
-            )
-    elif not overwrite:
-        raise StorageError(f"the output {out} exists already; go on with it by --resume or replace it by --overwrite")
+@ray.remote(num_cpus=0)
+class _Claims:
+    """Knows which input was the first with its bytes."""
+
+    def __init__(self, claims: dict[str, str]) -> None:
+        self._claims = claims
+
+    def claim(self, digest: str, name: str) -> str:
+        return self._claims.setdefault(digest, name)
 
 
-def _job_at(out: str) -> dict[str, Any] | None:
-    """The ``job.json`` at ``out``, if there is one and it is a job's of ours."""
-    marker = storage.join(out, _JOB)
-    if not storage.exists(marker):
-        return None
-    try:
-        tree = json.loads(storage.read_text(marker))
-    except ValueError:
-        return None
-    ours = {field.name for field in fields(Job)}
-    return tree if isinstance(tree, dict) and tree.keys() >= ours else None
+# ------------------------------------------------------------------------------------------------------------ end
 
 
-def _delete_output(out: str) -> None:
-    """Delete what an earlier job wrote and nothing else; its ``job.json`` stays until that of this job replaces it."""
-    # Rows first: a picture with a row and without its mask would pass for done.
-    for name in (_RESULTS, _PARTS, _SUMMARY, _ANNOTATIONS, _MASKS):
-        storage.delete(storage.join(out, name))
+def _check_rejected(rejected: int, finished: int, max_rejected: float, refusals: list[tuple[str, str]]) -> None:
+    if finished >= _MIN_INPUTS_TO_STOP and rejected > max_rejected * finished:
+        last = f"; the last is {refusals[-1][0]}: {refusals[-1][1]}" if refusals else ""
+        raise DataError(
+            f"{rejected} of {finished} inputs cannot be used, more than --max-rejected {max_rejected} allows{last}; "
+            "what was segmented is kept for --resume"
+        )
 
 
-def _rows(out: str) -> pa.Table:
-    """Rows written so far, final or in parts, each path once, ordered by path."""
-    tables = [_SCHEMA.empty_table()]
-    results = storage.join(out, _RESULTS)
-    uris = [results] if storage.exists(results) else []
-    parts = storage.join(out, _PARTS)
-    if storage.exists(parts):
-        uris += [entry.uri for entry in storage.list_files(parts, {".parquet"})]
-    for uri in uris:
-        with storage.open_input(uri) as file:
-            tables.append(pq.read_table(file, schema=_SCHEMA))
-    table = pa.concat_tables(tables)
-    paths = table.column("path").to_pylist()
-    first = {path: row for row, path in reversed(list(enumerate(paths)))}
-    return table.take(pa.array([first[path] for path in sorted(first)], pa.int64()))
-
-
-def _finish(out: str, job: Job, entries: Sequence[storage.FileEntry], rate: float) -> Summary:
+def _finish(job: Job, rate: float) -> Summary:
     """Gather the parts into the files of the contract; the summary comes last."""
-    wanted = pa.array([entry.relative for entry in entries], pa.string())
-    table = _rows(out)
-    table = table.filter(pc.is_in(table.column("path"), value_set=wanted))
-    with storage.open_atomic(storage.join(out, _RESULTS)) as file:
-        pq.write_table(table, file)
+    storage.patiently(lambda: _copy_for_duplicates(job))
+    storage.patiently(lambda: rows.merge(job.out))
     if "coco" in job.formats:
-        tree = _coco(table, job.classes.classes, masks="png" in job.formats)
-        with storage.open_atomic(storage.join(out, _ANNOTATIONS)) as file:
-            for piece in json.JSONEncoder(ensure_ascii=False).iterencode(tree):
-                file.write(piece.encode())
-    storage.delete(storage.join(out, _PARTS))
-    rejected = pc.sum(pc.equal(table.column("status"), "rejected")).as_py() or 0
-    summary = Summary(table.num_rows, table.num_rows - rejected, rejected, round(rate, 2), out)
-    counts = {name: value for name, value in asdict(summary).items() if name != "uri"}
-    storage.write_text(storage.join(out, _SUMMARY), json.dumps(counts, indent=2))
+        storage.patiently(lambda: _write_annotations(job))
+    if job.outputs.gallery:
+        storage.patiently(lambda: write_gallery(job.out, rows.read_results(job.out), job.classes.classes))
+    return storage.patiently(lambda: _summarise(job, rate))
+
+
+def _write_annotations(job: Job) -> None:
+    masks = _mask_name if job.outputs.png else None
+    with storage.open_atomic(storage.join(job.out, ANNOTATIONS)) as file:
+        write_coco(file, lambda: _pictures(job.out), job.classes.classes, masks)
+
+
+def _summarise(job: Job, rate: float) -> Summary:
+    counts = Counter(row["status"] for row in rows.read_results(job.out, ["status"]))
+    summary = Summary(counts.total(), counts["ok"], counts["rejected"], rate, job.out)
+    storage.write_text(storage.join(job.out, SUMMARY), json.dumps(summary.to_dict(), indent=2))
     return summary
 
 
-def _coco(table: pa.Table, classes: Sequence[str], *, masks: bool) -> dict[str, Any]:
-    """COCO in both styles: ``annotations`` with a mask each and, with ``masks``, ``panoptic`` with every mask file's segments.
-
-    A category's id is the index of its class plus 1, because COCO keeps 0 for "no category". A segment's id is the pixel
-    value in its mask file, as in COCO's panoptic style, and that is the index itself, from 0: always ``category_id`` - 1.
-    """
-    index = {name: number for number, name in enumerate(classes)}
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
-    panoptic: list[dict[str, Any]] = []
-    for image_id, row in enumerate(_ok_rows(table), start=1):
-        images.append({"id": image_id, "file_name": row["path"], "width": row["width"], "height": row["height"]})
-        segments = []
-        regions = zip(row["classes"], row["areas"], row["scores"], row["rle"], strict=True)
-        for name, area, score, counts in regions:
-            rle = {"size": [row["height"], row["width"]], "counts": counts}
-            region = {"category_id": index[name] + 1, "area": area, "bbox": _bbox(rle), "iscrowd": 0}
-            segments.append({"id": index[name], **region})
-            annotation = {"image_id": image_id, **region, "segmentation": rle, "score": round(score, 4)}
-            annotations.append({"id": len(annotations) + 1, **annotation})
-        panoptic.append({"image_id": image_id, "file_name": f"{_MASKS}/{row['path']}.png", "segments_info": segments})
-    categories = [{"id": number + 1, "name": name, "supercategory": ""} for name, number in index.items()]
-    tree = {"images": images, "annotations": annotations, "categories": categories}
-    return {**tree, "panoptic": panoptic} if masks else tree
+def _pictures(out: str) -> Iterator[Row]:
+    """Rows that have run lengths; of a video or a GeoTIFF there are none."""
+    return (row for row in rows.read_results(out) if row["status"] == "ok" and row["rle"])
 
 
-def _ok_rows(table: pa.Table) -> Iterator[dict[str, Any]]:
-    for batch in table.filter(pc.equal(table.column("status"), "ok")).to_batches(max_chunksize=1024):
-        yield from batch.to_pylist()
+def _mask_name(row: Row) -> str:
+    return f"{MASKS}/{row['path']}.png"
 
 
-def _bbox(rle: dict[str, Any]) -> list[int]:
-    from pycocotools import mask
+def _copy_for_duplicates(job: Job) -> None:
+    if not job.deduplicate:
+        return
+    kinds = {MASKS: ("png", job.outputs.png), OVERLAYS: ("webp", job.outputs.overlay)}
+    kinds[THUMBS] = ("webp", job.outputs.gallery)
 
-    return [int(side) for side in mask.toBbox(rle)]
+    def copy(names: tuple[str, str]) -> None:
+        path, first = names
+        for folder, (suffix, wanted) in kinds.items():
+            source = storage.join(job.out, folder, f"{first}.{suffix}")
+            if wanted and storage.exists(source):  # a rejected one has none
+                storage.write_bytes(storage.join(job.out, folder, f"{path}.{suffix}"), storage.read_bytes(source))
+
+    with ThreadPoolExecutor(storage.TRANSFERS_AT_ONCE) as pool:
+        pairs = rows.duplicates(job.out)
+        while some := list(itertools.islice(pairs, _COPIES_AT_ONCE)):
+            list(pool.map(copy, some))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ class Session:
 
     cpus: int
     gpus: int
+    node_cpus: int | None = None
+    """Of the smallest machine, of those with a GPU where there is any; as many as there are in all where None."""
 
     def worker_resources(self, workers: int) -> dict[str, float]:
         """What each training worker takes, so that reading always keeps a CPU: a plan without one hangs silently.
@@ -30,6 +33,10 @@ class Session:
         check_workers(workers, self.cpus)
         share = min(1.0, max(self.cpus - 1, 0.5 * self.cpus) / workers)
         return {"CPU": share, **({"GPU": 1.0} if self.gpus >= workers else {})}
+
+    def cpus_per_actor(self, actors: int) -> float:
+        """The share of each of ``actors``, as far as one machine has it: what no machine has is waited for without end."""
+        return min(self.cpus / actors, self.node_cpus or self.cpus)
 
 
 def check_workers(workers: int, cpus: int) -> None:
@@ -76,6 +83,7 @@ def ray_session(address: str | None = None) -> Iterator[Session]:
         # What Ray tells of its plans is in its log folder; ours is told by the jobs.
         for name in ("ray.data", "ray.train"):
             logging.getLogger(name).setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore", "The minimum number of concurrent actors", UserWarning)
         yield _session()
     finally:
         ray.shutdown()
@@ -85,7 +93,10 @@ def _session() -> Session:
     import ray
 
     resources = ray.cluster_resources()
-    return Session(cpus=int(resources.get("CPU", 0)), gpus=int(resources.get("GPU", 0)))
+    gpus = int(resources.get("GPU", 0))
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    sizes = [int(node.get("CPU", 0)) for node in nodes if node.get("GPU", 0) or not gpus]
+    return Session(int(resources.get("CPU", 0)), gpus, min((size for size in sizes if size), default=None))
 
 
 def user_error_in(error: BaseException | None, depth: int = 8) -> UserError | None:

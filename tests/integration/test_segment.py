@@ -15,6 +15,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from jobs import segment
+from jobs.segment_plan import plan
 from jobs.session import Session
 from vilseg import Segmenter, ViLSeg, Vocabulary, storage
 from vilseg.config import ModelConfig, SegmentationConfig
@@ -61,7 +62,7 @@ def archive(ray_cluster: Session) -> str:
 
 @pytest.fixture(scope="module")
 def done(ray_cluster: Session, archive: str, model: str) -> segment.Summary:
-    return segment.main([archive], model, NAMES, f"{ROOT}/out", ray_cluster)
+    return run([archive], model, NAMES, f"{ROOT}/out", ray_cluster)
 
 
 @pytest.fixture
@@ -71,6 +72,12 @@ def pictures(tmp_path: Path) -> Path:
     for number in range(2):
         Image.fromarray(scenes.render_scene(5, number, 96).image).save(folder / f"{number}.png")
     return folder
+
+
+def run(
+    inputs: list[str], model: str, classes: Vocabulary, out: str, session: Session, **options: Any
+) -> segment.Summary:
+    return segment.main(plan(inputs, model, classes, out, **options), session)
 
 
 def tree_of(folder: Path) -> dict[str, bytes]:
@@ -138,7 +145,7 @@ def test_panoptic_segments_are_the_pixels_of_the_masks(done: segment.Summary) ->
 
 
 def test_without_masks_no_mask_is_named(ray_cluster: Session, pictures: Path, model: str, tmp_path: Path) -> None:
-    done = segment.main([str(pictures)], model, NAMES, str(tmp_path / "out"), ray_cluster, formats=["coco"])
+    done = run([str(pictures)], model, NAMES, str(tmp_path / "out"), ray_cluster, formats=["coco"])
     tree = json.loads(storage.read_text(f"{done.uri}/annotations.json"))
     assert tree["annotations"]
     assert "panoptic" not in tree
@@ -153,7 +160,7 @@ def test_resume_does_the_missing_pictures_only(
     storage.write_bytes(name, storage.read_bytes(f"{archive}/picture 0.png"))
     mask = f"{done.uri}/masks/picture 0.png.png"
     storage.write_bytes(mask, b"untouched")
-    again = segment.main([archive], model, NAMES, done.uri, ray_cluster, resume=True)
+    again = run([archive], model, NAMES, done.uri, ray_cluster, resume=True)
     assert again.images == 14
     assert storage.read_bytes(mask) == b"untouched"
     assert [row for row in rows_of(done.uri) if row["path"] != "late.png"] == before
@@ -175,13 +182,13 @@ def test_resume_of_another_job_is_refused(
 ) -> None:
     asked: dict[str, Any] = {"inputs": [archive], "model": model, "classes": NAMES, "out": done.uri, **change}
     with pytest.raises(ConfigError, match=f"cannot resume into {done.uri}: it was made with {words}"):
-        segment.main(**asked, session=NO_CLUSTER, resume=True)
+        run(**asked, session=NO_CLUSTER, resume=True)
 
 
 def test_resume_with_another_model_is_refused(done: segment.Summary, archive: str, model: str, tmp_path: Path) -> None:
     shutil.copytree(model, tmp_path / "other")
     with pytest.raises(ConfigError, match="another model;"):
-        segment.main([archive], str(tmp_path / "other"), NAMES, done.uri, NO_CLUSTER, resume=True)
+        run([archive], str(tmp_path / "other"), NAMES, done.uri, NO_CLUSTER, resume=True)
 
 
 def test_same_job_in_other_words_is_resumed(
@@ -190,9 +197,9 @@ def test_same_job_in_other_words_is_resumed(
     """Paths from the working directory, which is another one in the actors than here."""
     shutil.copytree(model, tmp_path / "model")
     monkeypatch.chdir(tmp_path)
-    first = segment.main(["pictures"], "model", NAMES, "out", ray_cluster, formats=["png"])
+    first = run(["pictures"], "model", NAMES, "out", ray_cluster, formats=["png"])
     assert (first.ok, first.uri) == (2, str(tmp_path / "out"))
-    again = segment.main(
+    again = run(
         [str(pictures), "./pictures"], "./model", NAMES, "./out", NO_CLUSTER, formats=["parquet", "png"], resume=True
     )
     assert again.ok == 2
@@ -200,7 +207,7 @@ def test_same_job_in_other_words_is_resumed(
 
 def test_output_that_exists_is_refused(done: segment.Summary, archive: str, model: str) -> None:
     with pytest.raises(StorageError, match="--overwrite"):
-        segment.main([archive], model, NAMES, done.uri, NO_CLUSTER)
+        run([archive], model, NAMES, done.uri, NO_CLUSTER)
 
 
 @pytest.mark.parametrize("out", ["pictures", "pictures/out", ".", "model", "model/out"])
@@ -208,7 +215,7 @@ def test_output_apart_from_what_is_read(pictures: Path, model: str, tmp_path: Pa
     shutil.copytree(model, tmp_path / "model")
     before = tree_of(tmp_path)
     with pytest.raises(StorageError, match="overlap"):
-        segment.main([str(pictures)], str(tmp_path / "model"), NAMES, str(tmp_path / out), NO_CLUSTER, overwrite=True)
+        run([str(pictures)], str(tmp_path / "model"), NAMES, str(tmp_path / out), NO_CLUSTER, overwrite=True)
     assert tree_of(tmp_path) == before
 
 
@@ -223,32 +230,32 @@ def test_overwriting_what_is_not_ours_is_refused(
         (out / "job.json").write_text(marker)
     before = tree_of(out)
     with pytest.raises(StorageError, match="no output of vilseg segment"):
-        segment.main([str(pictures)], model, NAMES, str(out), NO_CLUSTER, overwrite=True)
+        run([str(pictures)], model, NAMES, str(out), NO_CLUSTER, overwrite=True)
     assert tree_of(out) == before
 
 
 def test_output_that_is_a_file_is_refused(pictures: Path, model: str, tmp_path: Path) -> None:
     (tmp_path / "out").write_text("of the user's")
     with pytest.raises(StorageError, match="it is a file"):
-        segment.main([str(pictures)], model, NAMES, str(tmp_path / "out"), NO_CLUSTER, overwrite=True)
+        run([str(pictures)], model, NAMES, str(tmp_path / "out"), NO_CLUSTER, overwrite=True)
 
 
 def test_overwrite_replaces_our_files_alone(ray_cluster: Session, pictures: Path, model: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    segment.main([str(pictures)], model, NAMES, str(out), ray_cluster)
+    run([str(pictures)], model, NAMES, str(out), ray_cluster)
     (out / "notes.txt").write_text("of the user's")
-    segment.main([str(pictures / "0.png")], model, NAMES, str(out), ray_cluster, formats=["parquet"], overwrite=True)
+    run([str(pictures / "0.png")], model, NAMES, str(out), ray_cluster, formats=["parquet"], overwrite=True)
     assert set(tree_of(out)) == {"job.json", "results.parquet", "summary.json", "notes.txt"}
     assert [row["path"] for row in rows_of(str(out))] == ["0.png"]
 
 
 def test_no_input_is_refused(model: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no input"):
-        segment.main([], model, NAMES, str(tmp_path / "out"), NO_CLUSTER)
+        run([], model, NAMES, str(tmp_path / "out"), NO_CLUSTER)
 
 
 def test_archive_without_pictures_is_refused(model: str, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no picture"):
-        segment.main([str(tmp_path / "empty")], model, NAMES, str(tmp_path / "out"), NO_CLUSTER)
+        run([str(tmp_path / "empty")], model, NAMES, str(tmp_path / "out"), NO_CLUSTER)
     assert not (tmp_path / "out").exists()

@@ -1,0 +1,240 @@
+"""Whatever dies on the way: every input ends in one row and one whole mask, and finished work is not done again."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from cluster.store import ObjectStore
+from vilseg import ViLSeg, storage
+from vilseg.archive import rows
+from vilseg.config import ModelConfig, SegmentationConfig
+from vilseg.data import scenes
+
+ROOT = Path(__file__).parents[2]
+PICTURES = 600
+SIZE = 64
+PROMPTLY_S = 120
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
+    """A store of its own, since a test stops it on the way."""
+    store = ObjectStore.start(tmp_path_factory.mktemp("store"))
+    with pytest.MonkeyPatch.context() as patch:
+        for variable, value in store.environment().items():
+            patch.setenv(variable, value)
+        yield store
+    ObjectStore.start(store.directory).stop(timeout=0)
+
+
+@pytest.fixture(scope="module")
+def archive(store: ObjectStore) -> list[str]:
+    """Names of pictures at s3://vilseg/archive; five drawings under many names."""
+    drawings = []
+    for number in range(5):
+        buffer = io.BytesIO()
+        Image.fromarray(scenes.render_scene(5, number, SIZE).image).save(buffer, "png")
+        drawings.append(buffer.getvalue())
+    names = [f"{number % 7}/picture {number}.png" for number in range(PICTURES)]
+    with ThreadPoolExecutor(8) as pool:
+        list(
+            pool.map(
+                lambda it: storage.write_bytes(f"s3://vilseg/archive/{it[1]}", drawings[it[0] % 5]), enumerate(names)
+            )
+        )
+    return names
+
+
+@pytest.fixture(scope="module")
+def model(store: ObjectStore) -> str:
+    config = ModelConfig.model_validate(
+        {
+            "embedding_dim": 16,
+            "clusters": 4,
+            "image_encoder": {"sizes": {"width": 16, "depth": 1}},
+            "text_encoder": {"sizes": {"hidden_size": 16, "num_hidden_layers": 0, "num_attention_heads": 1}},
+        }
+    )
+    torch.manual_seed(0)
+    # Large for pictures of this size, so that there is time to kill something.
+    settings = SegmentationConfig(input_size=192, region_weight=0)
+    ViLSeg.from_config(config, ["the sky over the grass", "a boat"], segmentation=settings).save_pretrained(
+        "s3://vilseg/model"
+    )
+    return "s3://vilseg/model"
+
+
+@dataclass
+class Running:
+    """`vilseg segment` in a process of its own."""
+
+    process: subprocess.Popen[str]
+    out: str
+
+    def parts(self) -> set[str]:
+        """Parts that are written."""
+        place = f"{self.out}/{rows.PARTS}"
+        return {entry.relative for entry in storage.list_files(place)} if storage.exists(place) else set()
+
+    def wait_for_parts(self, count: int) -> None:
+        deadline = time.monotonic() + PROMPTLY_S
+        while len(self.parts()) < count:
+            assert self.process.poll() is None, self.process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+    def family(self) -> list[int]:
+        """Ids of the processes of its cluster, the youngest generation first."""
+        generations = [[self.process.pid]]
+        while generations[-1]:
+            generations.append([pid for pid, parent in _processes() if parent in generations[-1]])
+        return [pid for generation in reversed(generations[1:]) for pid in generation]
+
+    def end(self) -> str:
+        """Wait for a good end; returns what was said."""
+        said = self.process.communicate(timeout=300)[1]
+        assert self.process.returncode == 0, said
+        return said
+
+
+Start = Callable[..., Running]
+
+
+@pytest.fixture
+def start(archive: list[str], model: str, request: pytest.FixtureRequest) -> Iterator[Start]:
+    begun: list[Running] = []
+    out = f"s3://vilseg/{request.node.name}"
+
+    def run(*options: str) -> Running:
+        arguments = ["segment", "s3://vilseg/archive", "--model", model, "--classes", "sky,grass,boat", "--out", out]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "jobs.cli", *arguments, *options],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        begun.append(Running(process, out))
+        return begun[-1]
+
+    yield run
+    for running in begun:
+        if running.process.poll() is None:
+            _kill([*running.family(), running.process.pid])
+            running.process.wait()
+
+
+def _processes() -> Iterator[tuple[int, int]]:
+    """Id and parent's id of every process (proc(5))."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            yield int(folder.name), int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # it has ended
+
+
+def _title(pid: int) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_text()
+
+
+def _kill(processes: list[int]) -> None:
+    for pid in processes:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue  # it ended with its parent
+
+
+def finished(out: str) -> dict[str, bytes]:
+    """Masks of the pictures whose rows are in parts, with a mark put into each: whoever does one again removes it."""
+    marked = {}
+    for entry in storage.list_files(f"{out}/{rows.PARTS}"):
+        for name in pq.read_table(io.BytesIO(storage.read_bytes(entry.uri))).column("path").to_pylist():
+            mask = f"{out}/masks/{name}.png"
+            marked[name] = storage.read_bytes(mask) + b"after the end of the picture"
+            storage.write_bytes(mask, marked[name])
+    return marked
+
+
+def check(out: str, archive: list[str], marked: dict[str, bytes]) -> None:
+    """One row and one whole mask for every input; ``marked`` ones untouched."""
+    table = pq.read_table(io.BytesIO(storage.read_bytes(f"{out}/{rows.RESULTS}")))
+    assert table.column("path").to_pylist() == sorted(archive)
+    assert set(table.column("status").to_pylist()) == {"ok"}
+    masks = {entry.relative: entry.uri for entry in storage.list_files(f"{out}/masks")}
+    assert sorted(masks) == sorted(f"{name}.png" for name in archive)
+
+    def read(name: str) -> bytes:
+        data = storage.read_bytes(masks[f"{name}.png"])
+        assert np.asarray(Image.open(io.BytesIO(data))).shape == (SIZE, SIZE)
+        return data
+
+    with ThreadPoolExecutor(8) as pool:
+        found = dict(zip(archive, pool.map(read, archive), strict=True))
+    assert {name: found[name] for name in marked} == marked
+    assert not storage.exists(f"{out}/{rows.PARTS}")
+    assert not storage.exists(f"{out}/lock.json")
+    assert json.loads(storage.read_text(f"{out}/summary.json"))["images"] == len(archive)
+    assert len(json.loads(storage.read_text(f"{out}/annotations.json"))["images"]) == len(archive)
+
+
+def test_driver_killed(start: Start, archive: list[str]) -> None:
+    first = start()
+    first.wait_for_parts(3)
+    os.kill(first.process.pid, signal.SIGKILL)
+    first.process.wait()
+    time.sleep(5)  # its actors find out and end, perhaps after one more block
+    marked = finished(first.out)
+    assert 0 < len(marked) < PICTURES
+    start("--resume").end()
+    check(first.out, archive, marked)
+
+
+def test_whole_cluster_killed(start: Start, archive: list[str]) -> None:
+    first = start()
+    first.wait_for_parts(3)
+    _kill([first.process.pid, *first.family()])
+    first.process.wait()
+    marked = finished(first.out)
+    assert 0 < len(marked) < PICTURES
+    start("--resume").end()
+    check(first.out, archive, marked)
+
+
+def test_actor_killed_and_second_job_refused(start: Start, archive: list[str]) -> None:
+    running = start()
+    running.wait_for_parts(2)
+    second = start("--resume")
+    actors = [pid for pid in running.family() if "MapWorker" in _title(pid)]
+    assert actors
+    _kill(actors[:1])
+    said = second.process.communicate(timeout=PROMPTLY_S)[1]
+    assert second.process.returncode == 2, said
+    assert "another job" in said
+    running.end()
+    check(running.out, archive, {})
+
+
+def test_store_away_for_a_minute(start: Start, archive: list[str], store: ObjectStore) -> None:
+    running = start()
+    running.wait_for_parts(2)
+    store.stop()
+    time.sleep(60)
+    ObjectStore.start(store.directory)
+    running.end()
+    check(running.out, archive, {})

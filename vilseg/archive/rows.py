@@ -1,0 +1,251 @@
+"""The rows of a bulk segmentation: small part files while it runs, one ``results.parquet`` at its end.
+
+An actor writes what it finished as a part, whole or not at all. A picture done twice, because an actor died or an old one
+lived on, is in two parts with the same outcome; merging keeps one row of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import itertools
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from vilseg import storage
+
+RESULTS, PARTS = "results.parquet", "parts"
+SCHEMA = pa.schema(
+    [
+        ("path", pa.string()),
+        ("sha256", pa.string()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("status", pa.string()),
+        ("error", pa.string()),
+        ("classes", pa.list_(pa.string())),
+        ("areas", pa.list_(pa.int64())),
+        ("scores", pa.list_(pa.float32())),
+        ("rle", pa.list_(pa.string())),
+        ("duplicate_of", pa.string()),
+    ]
+)
+"""``status`` is ``ok`` or ``rejected``, then with a sentence in ``error``; ``rle`` is COCO's, one a class. A file with
+the same bytes as another may be a ``duplicate_of`` it, and then has the other's outcome."""
+_OPEN_FILES = 64
+_GROUP = 1024
+"""Rows written at a time; a row holds some kilobytes of run lengths."""
+
+
+class Names:
+    """Many names in 15 bytes each: says which of others are among them, but for one in 2^120 by mistake."""
+
+    def __init__(self, digests: Iterable[bytes]) -> None:
+        self._sorted = np.sort(np.fromiter(digests, "S16"))
+
+    @classmethod
+    def of(cls, names: Iterable[str]) -> Names:
+        """Those of ``names``."""
+        return cls(_digest(name) for name in names)
+
+    def __len__(self) -> int:
+        return len(self._sorted)
+
+    def __contains__(self, name: str) -> bool:
+        digest = np.bytes_(_digest(name))
+        place = int(np.searchsorted(self._sorted, digest))
+        return place < len(self._sorted) and self._sorted[place] == digest
+
+
+def _digest(name: str) -> bytes:
+    # numpy cuts zero bytes off the end of its strings, so none may stand there.
+    return hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=15).digest() + b"\1"
+
+
+def write_part(out: str, rows: list[dict[str, Any]]) -> None:
+    """Write rows as a part below ``out``; the same rows always make the same file."""
+    rows = sorted(rows, key=lambda row: row["path"])
+    name = hashlib.sha256("\0".join(row["path"] for row in rows).encode("utf-8", "surrogateescape")).hexdigest()[:24]
+    with storage.open_atomic(storage.join(out, PARTS, f"{name}.parquet")) as file:
+        pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), file)
+
+
+def names_done(out: str) -> Names:
+    """Paths of all rows below ``out``, merged or in parts, but for duplicates of what has no row."""
+    orphans = {path for path, _ in _orphans(out)}
+
+    def digests(uri: str) -> list[bytes]:
+        return [_digest(row["path"]) for row in _read_rows(uri, ["path"]) if row["path"] not in orphans]
+
+    with ThreadPoolExecutor(storage.TRANSFERS_AT_ONCE) as pool:
+        return Names(itertools.chain.from_iterable(pool.map(digests, _files(out))))
+
+
+def _files(out: str) -> list[str]:
+    results, parts = storage.join(out, RESULTS), storage.join(out, PARTS)
+    found = [results] if storage.exists(results) else []
+    if storage.exists(parts):
+        found += [entry.uri for entry in storage.list_files(parts, {".parquet"})]
+    return found
+
+
+def claims(out: str) -> dict[str, str]:
+    """SHA-256 of every input that has a row of its own below ``out``, with its path."""
+    found: dict[str, str] = {}
+    for uri in _files(out):
+        for row in _read_rows(uri, ["path", "sha256", "duplicate_of"]):
+            if row["sha256"] and not row["duplicate_of"]:
+                found[row["sha256"]] = row["path"]
+    return found
+
+
+def duplicates(out: str) -> Iterator[tuple[str, str]]:
+    """Paths of duplicates in the parts below ``out``, each with the path that was segmented for it."""
+    for uri in _files(out):
+        if storage.name(uri) != RESULTS:
+            for row in _read_rows(uri, ["path", "duplicate_of"]):
+                if row["duplicate_of"]:
+                    yield row["path"], row["duplicate_of"]
+
+
+def _orphans(out: str) -> list[tuple[str, str]]:
+    """Duplicates in the parts whose first one was claimed by an actor that died before it had a row."""
+    pairs = list(duplicates(out))
+    firsts = {first for _, first in pairs}
+    if firsts:
+        for uri in _files(out):
+            firsts.difference_update(
+                row["path"] for row in _read_rows(uri, ["path", "duplicate_of"]) if not row["duplicate_of"]
+            )
+    return [pair for pair in pairs if pair[1] in firsts]
+
+
+def merge(out: str) -> int:
+    """Gather the parts into ``results.parquet``, ordered by path, each path once; returns the number of rows.
+
+    Memory holds the rows of a few parts, those that overlap, since an actor's block is a run of neighbours; and the rows
+    that have duplicates. Where a listing was not in order, all parts overlap, and are brought into longer ones first.
+    """
+    files = _files(out)
+    results = storage.join(out, RESULTS)
+    if files == [results]:
+        with storage.reading(results) as source:
+            return pq.ParquetFile(source).metadata.num_rows
+    wanted = {first for _, first in duplicates(out)}
+    firsts = {
+        row["path"]: row
+        for uri in files
+        if wanted
+        for row in _read_rows(uri)
+        if row["path"] in wanted and not row["duplicate_of"]
+    }
+    with tempfile.TemporaryDirectory(prefix="vilseg-") as scratch:
+        number = itertools.count()
+        bounds = _bounds(files)
+        while _most_at_once(bounds) > _OPEN_FILES:
+            groups = [bounds[start : start + _OPEN_FILES] for start in range(0, len(bounds), _OPEN_FILES)]
+            longer = [str(Path(scratch) / f"{next(number)}.parquet") for _ in groups]
+            for group, uri in zip(groups, longer, strict=True):
+                _write(uri, _in_order(group), firsts)
+            bounds = _bounds(longer)
+        count = _write(results, _in_order(bounds), firsts)
+    storage.delete(storage.join(out, PARTS))
+    return count
+
+
+def _write(uri: str, rows: Iterable[dict[str, Any]], firsts: Mapping[str, dict[str, Any]]) -> int:
+    count = 0
+    unique = _each_once(rows, firsts)
+    with storage.open_atomic(uri) as target, pq.ParquetWriter(target, SCHEMA) as writer:
+        while group := list(itertools.islice(unique, _GROUP)):
+            writer.write_table(pa.Table.from_pylist(group, schema=SCHEMA))
+            count += len(group)
+    return count
+
+
+def _each_once(rows: Iterable[dict[str, Any]], firsts: Mapping[str, dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """One row a path; a duplicate, which in a part has its own names alone, with the first one's outcome."""
+    for path, same in itertools.groupby(rows, lambda row: row["path"]):
+        best = None
+        for row in same:
+            if not row["duplicate_of"] or row["classes"] is not None or row["status"] == "rejected":
+                best = row
+                break
+            if first := firsts.get(row["duplicate_of"]):
+                best = {**first, "path": path, "duplicate_of": row["duplicate_of"]}
+        # Without an outcome: the first one is gone. The next call does the path itself.
+        if best is not None:
+            yield best
+
+
+class _Bounds(NamedTuple):
+    first: str
+    last: str
+    uri: str
+
+
+def _bounds(files: Sequence[str]) -> list[_Bounds]:
+    """First and last path of every file that has rows, by the first."""
+
+    def look(uri: str) -> _Bounds | None:
+        paths = [row["path"] for row in _read_rows(uri, ["path"])] if storage.name(uri) != RESULTS else _ends(uri)
+        return _Bounds(paths[0], paths[-1], uri) if paths else None
+
+    with ThreadPoolExecutor(storage.TRANSFERS_AT_ONCE) as pool:
+        return sorted(found for found in pool.map(look, files) if found)
+
+
+def _ends(uri: str) -> list[str]:
+    """First and last path of a file that may be long."""
+    with storage.reading(uri) as file:
+        table = pq.ParquetFile(file)
+        groups = sorted({0, table.num_row_groups - 1} if table.num_row_groups else [])
+        return [path for group in groups for path in table.read_row_group(group, ["path"]).column(0).to_pylist()]
+
+
+def _most_at_once(bounds: Sequence[_Bounds]) -> int:
+    """How many of the files have to be open at a time."""
+    lasts: list[str] = []
+    most = 0
+    for found in bounds:
+        while lasts and lasts[0] < found.first:
+            heapq.heappop(lasts)
+        heapq.heappush(lasts, found.last)
+        most = max(most, len(lasts))
+    return most
+
+
+def _in_order(bounds: Sequence[_Bounds]) -> Iterator[dict[str, Any]]:
+    """Rows of all files by path; a file is opened when its first path is due and read in batches."""
+    waiting = list(reversed(bounds))
+    # (path, tie-breaker, row, the file's further rows)
+    heap: list[tuple[str, int, dict[str, Any], Iterator[dict[str, Any]]]] = []
+    number = itertools.count()
+    while waiting or heap:
+        while waiting and (not heap or waiting[-1].first <= heap[0][0]):
+            further = _read_rows(waiting.pop().uri)
+            row = next(further)
+            heapq.heappush(heap, (row["path"], next(number), row, further))
+        _, _, row, further = heapq.heappop(heap)
+        yield row
+        following = next(further, None)
+        if following is not None:
+            heapq.heappush(heap, (following["path"], next(number), following, further))
+
+
+def _read_rows(uri: str, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
+    with storage.reading(uri) as file:
+        for batch in pq.ParquetFile(file).iter_batches(batch_size=_GROUP, columns=columns):
+            yield from batch.to_pylist()
+
+
+def read_results(out: str, columns: list[str] | None = None) -> Iterator[Mapping[str, Any]]:
+    """The rows of ``results.parquet`` one after the other."""
+    yield from _read_rows(storage.join(out, RESULTS), columns)
