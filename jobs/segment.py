@@ -9,11 +9,12 @@ from __future__ import annotations
 import itertools
 import json
 import pickle
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,7 @@ from vilseg.archive.coco import Row, write_coco
 from vilseg.archive.gallery import THUMBS, write_gallery
 from vilseg.archive.inputs import Container, Input
 from vilseg.archive.lease import lease
-from vilseg.archive.outputs import MASKS, OVERLAYS
+from vilseg.archive.outputs import MASKS, OVERLAYS, BlockResult
 from vilseg.errors import DataError
 
 if TYPE_CHECKING:  # torch would keep every process waiting that computes nothing
@@ -45,8 +46,8 @@ _BLOCK_BYTES = 64 << 20
 _LISTING_CPUS, _OPENING_CPUS, _ACTORS_SHARE = 0.05, 0.1, 0.85
 """Listing and opening wait for storage most of the time. Ray Data fuses stages that ask for the same, so these differ."""
 _COPIES_AT_ONCE = 1000
-_RETRIES = 5
-"""Of a block whose actor died. An input that kills every process it meets ends the job instead of going round for ever."""
+_DEATHS_TO_SUSPECT, _DEATHS_TO_REJECT = 2, 2
+"""After so many deaths of actors in a block its inputs go one by one; then one that two die of is rejected."""
 _MIN_INPUTS_TO_STOP = 50
 """A share of rejected inputs means little before so many were seen."""
 
@@ -138,6 +139,7 @@ def _stream(job: Job, session: Session, parts: TakenApart, done: rows.Names, tal
         claims = _Claims.remote(storage.patiently(lambda: rows.claims(job.out)))  # type: ignore[attr-defined]
     cpus = session.cpus_per_actor(actors)
     make = partial(_make_segmenter, job, [shared], claims, max(1, int(cpus)))
+    actor = (make, tally)
     listing = ray.data.from_items([{"id": 0}], override_num_blocks=1)
     listing.context.target_max_block_size = 1  # byte: every row is a block of its own and goes on its way
     blocks = listing.map_batches(
@@ -145,7 +147,7 @@ def _stream(job: Job, session: Session, parts: TakenApart, done: rows.Names, tal
     ).map_batches(lambda batch: _open_containers(batch, ray.get(known), tally), batch_size=1, num_cpus=_OPENING_CPUS)
     results = blocks.map_batches(
         _Actor,
-        fn_constructor_args=(make,),
+        fn_constructor_args=actor,
         batch_size=1,
         # Two blocks at a time, so that an actor computes while it writes what is left of the block before.
         compute=ray.data.ActorPoolStrategy(
@@ -153,7 +155,6 @@ def _stream(job: Job, session: Session, parts: TakenApart, done: rows.Names, tal
         ),
         num_cpus=_ACTORS_SHARE * cpus,
         num_gpus=1 if session.gpus else 0,
-        max_task_retries=_RETRIES,
     )
     yield from results.iter_rows()
 
@@ -255,14 +256,33 @@ def _make_segmenter(job: Job, parts: list[Any], claims: Any, threads: int) -> Bl
 class _Actor:
     """What Ray Data makes one of in every actor."""
 
-    def __init__(self, make: Callable[[], BlockSegmenter]) -> None:
+    def __init__(self, make: Callable[[], BlockSegmenter], tally: Any) -> None:
         from ray.util import metrics
 
         self._segmenter = make()
+        self._tally = tally
+        self._alone = threading.Lock()
         self._count = metrics.Counter("vilseg_segmented_images", "Inputs of bulk segmentation.", tag_keys=("status",))
 
+    def _block(self, inputs: list[Input]) -> BlockResult:
+        """Ray gives a block whose actor died to another, again and again; so whatever kills them has to be found."""
+        if ray.get(self._tally.begin.remote(inputs[0].name)) <= _DEATHS_TO_SUSPECT:
+            return self._segmenter.block(inputs)
+        total = BlockResult()
+        for item in inputs:
+            alone = f"{item.name} alone"
+            with self._alone:  # or one would be blamed for another's deed
+                deaths = ray.get(self._tally.begin.remote(alone)) - 1
+                if deaths >= _DEATHS_TO_REJECT:
+                    item = replace(item, problem=f"the process that works on it dies: {deaths} did", data=None)
+                result = self._segmenter.block([item])
+                ray.get(self._tally.survived.remote(alone))
+            total.images += result.images
+            total.rejected += result.rejected
+        return total
+
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        result = self._segmenter.block(pickle.loads(batch["items"][0]))
+        result = self._block(pickle.loads(batch["items"][0]))
         rejected = len(result.rejected)
         for status, count in (("ok", result.images - rejected), ("rejected", rejected)):
             if count:
@@ -274,11 +294,19 @@ class _Actor:
 
 @ray.remote(num_cpus=0)
 class _Tally:
-    """Counts what listing found."""
+    """Counts what listing found, and how often each block was begun."""
 
     def __init__(self, done: int) -> None:
         self._listed = done
         self._ended = False
+        self._begun: Counter[str] = Counter()
+
+    def begin(self, block: str) -> int:
+        self._begun[block] += 1
+        return self._begun[block]
+
+    def survived(self, block: str) -> None:
+        del self._begun[block]
 
     def add(self, inputs: int) -> None:
         self._listed += inputs

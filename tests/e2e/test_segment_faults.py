@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -238,3 +239,42 @@ def test_store_away_for_a_minute(start: Start, archive: list[str], store: Object
     ObjectStore.start(store.directory)
     running.end()
     check(running.out, archive, {})
+
+
+def test_input_that_kills_its_process_is_rejected(store: ObjectStore, model: str, tmp_path: Path) -> None:
+    # As a fault in a native decoder would: a user's own encoder, which lies in the working folder.
+    (tmp_path / "killer.py").write_text(
+        "import os\n"
+        "from vilseg.model.image_encoder import LocalConvEncoder\n"
+        "class Killer(LocalConvEncoder):\n"
+        "    def forward(self, images):\n"
+        "        if images[:, 0].mean() > 0.99 and images[:, 1].mean() < 0.01:\n"
+        "            os._exit(9)\n"
+        "        return super().forward(images)\n"
+    )
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for number in range(12):
+        Image.fromarray(scenes.render_scene(5, number, SIZE).image).save(folder / f"{number:02d}.png")
+    Image.new("RGB", (SIZE, SIZE), "red").save(folder / "05 kills.png")
+    with storage.local_copy(model) as path:
+        shutil.copytree(path, tmp_path / "model")
+    tree = json.loads((tmp_path / "model" / "config.json").read_text())
+    tree["model"]["image_encoder"] = {"factory": "killer:Killer", "factory_options": {"width": 16, "depth": 1}}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(tree))
+    arguments = ["in", "--model", "model", "--classes", "sky,grass", "--out", "out", "--json"]
+    done = subprocess.run(
+        [sys.executable, "-m", "jobs.cli", "segment", *arguments],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["rejected"] == 1
+    assert "dies" in done.stderr
+    table = pq.read_table(tmp_path / "out" / "results.parquet").to_pylist()
+    assert len(table) == 13
+    assert [row["path"] for row in table if row["status"] == "rejected"] == ["05 kills.png"]

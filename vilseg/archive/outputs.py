@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 MASKS, OVERLAYS = "masks", "overlays"
 """Folders below the output."""
@@ -27,3 +27,12 @@ class Rules:
     min_side: int = 1
     key_every: int = 6
     """Of a video, every so many frames the model looks at one."""
+
+
+@dataclass
+class BlockResult:
+    """What came of a block."""
+
+    images: int = 0
+    rejected: list[tuple[str, str]] = field(default_factory=list)
+    """Names and reasons."""

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ import numpy as np
 from vilseg import storage
 from vilseg.archive.gallery import THUMBS, thumbnail
 from vilseg.archive.inputs import Input
-from vilseg.archive.outputs import MASKS, OVERLAYS, Outputs, Rules
+from vilseg.archive.outputs import MASKS, OVERLAYS, BlockResult, Outputs, Rules
 from vilseg.archive.rows import write_part
 from vilseg.data.decode import decode_image
 from vilseg.errors import DataError, StorageError, StoreUnavailable, UserError
@@ -47,15 +47,6 @@ _MAX_NAME = 900
 """Bytes of a whole name; keys on S3 have at most 1,024 with what stands before."""
 _MAX_OVERLAY = 4096
 """Pixels a side; WebP ends at 16,383, and nobody looks at so many."""
-
-
-@dataclass
-class BlockResult:
-    """What came of a block."""
-
-    images: int = 0
-    rejected: list[tuple[str, str]] = field(default_factory=list)
-    """Names and reasons."""
 
 
 @dataclass
