@@ -22,8 +22,8 @@ from vilseg.training.folder import Prepared, RunFolder
 
 _ROW_PAIRS = 128
 """Pairs that a row holds at least, where batches are smaller."""
-READ_CPUS = 0.5
-"""Reading waits for storage half of its time."""
+READ_CPUS, _NUMBERING_CPUS = 0.45, 0.05
+"""Reading waits for storage half of its time. Two tasks that read and one that numbers chunks share a CPU."""
 
 
 def stream_batches(order: PairOrder, reader: BatchReader, first_step: int, last_step: int) -> ray.data.Dataset:
@@ -35,14 +35,19 @@ def stream_batches(order: PairOrder, reader: BatchReader, first_step: int, last_
     """
     chunks = list(order.chunks(first_step, last_step))
 
+    def number(_: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
+        # By one task as they are wanted: a source of so many blocks would be made whole before the first is read.
+        for chunk in range(len(chunks)):
+            yield {"id": np.array([chunk])}
+
     def read(rows: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
         yield from _rows(
             reader.read(chunks[rows["id"][0]]), reader.workers, max(1, _ROW_PAIRS * reader.workers // reader.batch_size)
         )
 
-    dataset = ray.data.range(len(chunks), override_num_blocks=len(chunks))
+    dataset = ray.data.from_items([{"id": 0}], override_num_blocks=1)
     dataset.context.target_max_block_size = 1  # byte: a block is closed after every row
-    return dataset.map_batches(read, batch_size=1, num_cpus=READ_CPUS)
+    return dataset.map_batches(number, num_cpus=_NUMBERING_CPUS).map_batches(read, batch_size=1, num_cpus=READ_CPUS)
 
 
 def _rows(batches: Iterator[WorkerBatch], workers: int, steps: int) -> Iterator[dict[str, np.ndarray]]:
