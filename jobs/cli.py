@@ -9,8 +9,9 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TextIO
 
 import click
 import typer
@@ -73,6 +74,11 @@ def _failed(error: Exception) -> int:
     return 1
 
 
+def _quiet_stdout() -> redirect_stdout[TextIO]:
+    """Keeps stdout for the result: what Ray prints of workers that died goes to stderr."""
+    return redirect_stdout(sys.stderr)
+
+
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the report and the store.")] = Path("runs/demo"),
@@ -88,7 +94,8 @@ def demo(
     from jobs import console
     from jobs import demo as job
 
-    summary = job.main(out, quick=quick)
+    with _quiet_stdout():
+        summary = job.main(out, quick=quick)
     text = (
         f"mIoU {summary['miou']:.3f} (untrained {summary['miou_untrained']:.3f})\n"
         f"model   {summary['model_uri']}\nreport  {out / 'report.html'}"
@@ -123,7 +130,7 @@ def ingest(
     if len(places) < 2:
         raise UserError("ingest needs at least one SOURCE and a DEST")
     *sources, dest = places
-    with console.progress_bar("ingest") as bar, ray_session(address) as session:
+    with _quiet_stdout(), console.progress_bar("ingest") as bar, ray_session(address) as session:
 
         def progress(done: int, total: int, bad: int) -> None:
             bar.update(bar.task_ids[0], completed=done, total=total, note=f"{bad} bad" if bad else "")
@@ -174,7 +181,7 @@ def train(
     if address is None:
         check_workers(settings.trainer.workers, os.cpu_count() or 1)
     preflight(settings, resume=resume)
-    with ray_session(address) as session:
+    with _quiet_stdout(), ray_session(address) as session:
         from jobs import train as job
 
         done = job.main(settings, session, resume=resume, progress=console.TrainingProgress(settings.trainer.steps))
@@ -287,7 +294,7 @@ def segment(
         value = {**vars(guess), "workers": workers, "seconds": round(guess.seconds(workers), 1)}
         console.result(value, as_json=json, text=console.estimate_text(guess, workers))
         return
-    with console.SegmentationProgress() as progress, ray_session(address) as session:
+    with _quiet_stdout(), console.SegmentationProgress() as progress, ray_session(address) as session:
         done = job.main(wishes, session, max_rejected=max_rejected, progress=progress)
     text = f"{done.ok} of {done.images} inputs segmented to {done.uri}, {done.rejected} rejected"
     console.result({**done.to_dict(), "out": done.uri}, as_json=json, text=text)
