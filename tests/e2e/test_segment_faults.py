@@ -16,13 +16,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import torch
 from PIL import Image
 
 from cluster.store import ObjectStore
-from vilseg import ViLSeg, storage
+from vilseg import storage
 from vilseg.archive import rows
-from vilseg.config import ModelConfig, SegmentationConfig
 from vilseg.data import scenes
 
 ROOT = Path(__file__).parents[2]
@@ -61,22 +59,9 @@ def archive(store: ObjectStore) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def model(store: ObjectStore) -> str:
-    config = ModelConfig.model_validate(
-        {
-            "embedding_dim": 16,
-            "clusters": 4,
-            "image_encoder": {"sizes": {"width": 16, "depth": 1}},
-            "text_encoder": {"sizes": {"hidden_size": 16, "num_hidden_layers": 0, "num_attention_heads": 1}},
-        }
-    )
-    torch.manual_seed(0)
+def model(store: ObjectStore, save_tiny_model: Callable[[str, int], str]) -> str:
     # Large for pictures of this size, so that there is time to kill something.
-    settings = SegmentationConfig(input_size=192, region_weight=0)
-    ViLSeg.from_config(config, ["the sky over the grass", "a boat"], segmentation=settings).save_pretrained(
-        "s3://vilseg/model"
-    )
-    return "s3://vilseg/model"
+    return save_tiny_model("s3://vilseg/model", 192)
 
 
 @dataclass

@@ -3,13 +3,13 @@
 import io
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
@@ -18,7 +18,7 @@ from jobs import segment
 from jobs.segment_plan import plan
 from jobs.session import Session
 from vilseg import Segmenter, ViLSeg, Vocabulary, storage
-from vilseg.config import ModelConfig, SegmentationConfig
+from vilseg.config import SegmentationConfig
 from vilseg.data import scenes
 from vilseg.errors import ConfigError, DataError, StorageError
 
@@ -30,22 +30,8 @@ NO_CLUSTER = Session(cpus=1, gpus=0)
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("model")
-    config = ModelConfig.model_validate(
-        {
-            "embedding_dim": 16,
-            "clusters": 4,
-            "image_encoder": {"sizes": {"width": 16, "depth": 1}},
-            "text_encoder": {"sizes": {"hidden_size": 16, "num_hidden_layers": 0, "num_attention_heads": 1}},
-        }
-    )
-    # Untrained regions are all alike: patches named by themselves put several classes into a picture.
-    settings = SegmentationConfig(input_size=64, region_weight=0)
-    torch.manual_seed(0)
-    made = ViLSeg.from_config(config, ["the sky over the grass", "a boat"], segmentation=settings)
-    made.save_pretrained(str(folder))
-    return str(folder)
+def model(tmp_path_factory: pytest.TempPathFactory, save_tiny_model: Callable[[str, int], str]) -> str:
+    return save_tiny_model(str(tmp_path_factory.mktemp("model")), 64)
 
 
 @pytest.fixture(scope="module")

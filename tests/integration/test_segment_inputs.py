@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tarfile
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import rasterio
-import torch
 from PIL import Image
 from rasterio.transform import Affine
 
@@ -24,7 +24,6 @@ from jobs.segment_plan import estimate, list_inputs, plan
 from jobs.session import Session
 from vilseg import Segmenter, ViLSeg, Vocabulary, storage
 from vilseg.archive.outputs import Rules
-from vilseg.config import ModelConfig, SegmentationConfig
 from vilseg.data import scenes
 from vilseg.data.decode import decode_image
 from vilseg.data.moving_scenes import render_moving_scene
@@ -38,20 +37,8 @@ UTM = {"crs": "EPSG:32633", "transform": Affine(0.5, 0, 500_000, 0, -0.5, 5_400_
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("model")
-    config = ModelConfig.model_validate(
-        {
-            "embedding_dim": 16,
-            "clusters": 4,
-            "image_encoder": {"sizes": {"width": 16, "depth": 1}},
-            "text_encoder": {"sizes": {"hidden_size": 16, "num_hidden_layers": 0, "num_attention_heads": 1}},
-        }
-    )
-    torch.manual_seed(0)
-    settings = SegmentationConfig(input_size=64, region_weight=0)
-    ViLSeg.from_config(config, ["the sky over the grass", "a boat"], segmentation=settings).save_pretrained(str(folder))
-    return str(folder)
+def model(tmp_path_factory: pytest.TempPathFactory, save_tiny_model: Callable[[str, int], str]) -> str:
+    return save_tiny_model(str(tmp_path_factory.mktemp("model")), 64)
 
 
 def picture(number: int, size: int = 64) -> np.ndarray:

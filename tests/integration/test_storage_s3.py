@@ -176,20 +176,6 @@ def test_an_address_that_swallows_packets(monkeypatch: pytest.MonkeyPatch) -> No
             client.close()
 
 
-@pytest.fixture
-def no_server(monkeypatch: pytest.MonkeyPatch) -> str:
-    """An endpoint where nothing listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        endpoint = f"http://127.0.0.1:{probe.getsockname()[1]}"
-    for variable in ("AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3"):
-        monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "KEY-FOR-TEST")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "SECRET-FOR-TEST")
-    return endpoint
-
-
 def test_an_unreachable_store_is_told_within_seconds_and_without_secrets(no_server: str, tmp_path: Path) -> None:
     for i in range(100):
         (tmp_path / str(i)).write_bytes(b"x")

@@ -1,6 +1,5 @@
 import errno
 import os
-import socket
 from pathlib import Path
 
 import pyarrow.fs
@@ -25,20 +24,6 @@ def tree(tmp_path: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(relative.encode())
     return tmp_path / "tree"
-
-
-@pytest.fixture
-def no_server(monkeypatch: pytest.MonkeyPatch) -> str:
-    """An endpoint where nothing listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        endpoint = f"http://127.0.0.1:{probe.getsockname()[1]}"
-    for variable in ("AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3"):
-        monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "KEY-FOR-TEST")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "SECRET-FOR-TEST")
-    return endpoint
 
 
 def test_the_parts_of_a_uri() -> None:
