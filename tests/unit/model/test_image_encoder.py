@@ -106,10 +106,12 @@ def test_patches_run_row_by_row() -> None:
 
 
 def test_every_image_is_independent_of_its_batch() -> None:
-    encoder, images = LocalConvEncoder(8, 1, 4).eval(), pictures(16, 16)
+    torch.manual_seed(0)
+    # In float64, since processors choose other float32 kernels for one image than for two, which round differently.
+    encoder, images = LocalConvEncoder(8, 1, 4).eval().double(), pictures(16, 16).double()
     with torch.no_grad():
         alone = torch.cat([encoder(image[None]).patches for image in images])
-        np.testing.assert_allclose(encoder(images).patches, alone, atol=1e-6)
+        np.testing.assert_allclose(encoder(images).patches, alone, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(
