@@ -26,7 +26,6 @@ from vilseg.data import scenes
 from vilseg.data.moving_scenes import MovingScene, render_moving_scene
 from vilseg.data.pairs import write_tar
 from vilseg.data.stream import BatchReader, PairOrder, WorkerBatch, decode_to_canvas
-from vilseg.device import precision_dtype
 from vilseg.evaluation.confusion import ConfusionMatrix
 from vilseg.model import ViLSeg
 from vilseg.segmentation.result import Segmentation
@@ -34,8 +33,6 @@ from vilseg.segmentation.segmenter import Segmenter
 from vilseg.segmentation.video import segment_video
 from vilseg.training import run
 from vilseg.training.folder import Prepared
-from vilseg.training.loop import Trainer
-from vilseg.training.objective import Objective
 
 CONFIG = Path(__file__).parent.parent / "configs" / "demo.yaml"
 _PAIRS = 4_000
@@ -75,18 +72,9 @@ def _train(out: Path) -> ViLSeg:
     write_tar(f"{out}/pairs/0.tar", ((pair.key, pair.image, "jpg", {"captions": pair.captions}) for pair in drawn))
     folder = run.open_folder(config, resume=False)
     prepared = run.prepare(config, folder)
-    torch.manual_seed(config.trainer.seed)
-    device = torch.device("cpu")
-    objective = Objective(
-        ViLSeg.from_pretrained(folder.initial),
-        config.loss,
-        config.views,
-        prepared.nouns.phrases,
-        autocast=precision_dtype(config.trainer.precision, device),
-    )
-    trainer = Trainer(objective, config.optimizer, config.trainer, device)
+    trainer = run.make_trainer(config, folder, prepared, torch.device("cpu"))
     trainer.train(_batches(config, prepared), on_report=lambda metrics: None, on_checkpoint=lambda: None)
-    run.save_model(objective.model, config, folder, {})
+    run.save_model(trainer.objective.model, config, folder, {})
     return ViLSeg.from_pretrained(folder.model)
 
 

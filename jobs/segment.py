@@ -32,6 +32,7 @@ from vilseg.archive.inputs import Container, Input
 from vilseg.archive.lease import lease
 from vilseg.archive.outputs import MASKS, OVERLAYS, BlockResult
 from vilseg.errors import DataError
+from vilseg.patience import patiently
 
 if TYPE_CHECKING:  # torch would keep every process waiting that computes nothing
     from vilseg.archive.worker import BlockSegmenter
@@ -104,8 +105,8 @@ def main(
     with lease(job.out) as held:
         started = time.perf_counter()
         parts = _load(job)
-        storage.patiently(lambda: begin(job, parts.digest()))
-        done = storage.patiently(lambda: rows.names_done(job.out))
+        patiently(lambda: begin(job, parts.digest()))
+        done = patiently(lambda: rows.names_done(job.out))
         finished = rejected = 0
         tally: Any = _Tally.remote(len(done))  # type: ignore[attr-defined]  # ray.remote hides the class it wraps
         try:
@@ -136,7 +137,7 @@ def _stream(job: Job, session: Session, parts: TakenApart, done: rows.Names, tal
     shared = ray.put(parts)
     claims: Any = None
     if job.deduplicate:
-        claims = _Claims.remote(storage.patiently(lambda: rows.claims(job.out)))  # type: ignore[attr-defined]
+        claims = _Claims.remote(patiently(lambda: rows.claims(job.out)))  # type: ignore[attr-defined]
     cpus = session.cpus_per_actor(actors)
     make = partial(_make_segmenter, job, [shared], claims, max(1, int(cpus)))
     actor = (make, tally)
@@ -343,13 +344,13 @@ def _check_rejected(rejected: int, finished: int, max_rejected: float, refusals:
 
 def _finish(job: Job, rate: float) -> Summary:
     """Gather the parts into the files of the contract; the summary comes last."""
-    storage.patiently(lambda: _copy_for_duplicates(job))
-    storage.patiently(lambda: rows.merge(job.out))
+    patiently(lambda: _copy_for_duplicates(job))
+    patiently(lambda: rows.merge(job.out))
     if "coco" in job.formats:
-        storage.patiently(lambda: _write_annotations(job))
+        patiently(lambda: _write_annotations(job))
     if job.outputs.gallery:
-        storage.patiently(lambda: write_gallery(job.out, rows.read_results(job.out), job.classes.classes))
-    return storage.patiently(lambda: _summarise(job, rate))
+        patiently(lambda: write_gallery(job.out, rows.read_results(job.out), job.classes.classes))
+    return patiently(lambda: _summarise(job, rate))
 
 
 def _write_annotations(job: Job) -> None:

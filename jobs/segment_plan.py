@@ -18,15 +18,14 @@ from vilseg.archive.lease import LOCK, require_free
 from vilseg.archive.outputs import MASKS, OVERLAYS, Outputs, Rules
 from vilseg.archive.rows import PARTS, RESULTS
 from vilseg.config import SegmentationConfig
-from vilseg.errors import ConfigError, DataError, StorageError, StoreUnavailable
+from vilseg.errors import ConfigError, DataError, StorageError
+from vilseg.patience import stream_patiently
 from vilseg.text.vocabulary import Vocabulary
 
 ANNOTATIONS, SUMMARY, JOB = "annotations.json", "summary.json", "job.json"
 _KEYS = {"inputs", "model", "classes", "segmentation", "formats", "rules", "limit", "sample", "deduplicate"}
 FORMATS = ("png", "coco", "parquet", "overlay", "gallery", "geotiff")
 DEFAULT_FORMATS = ("png", "coco")
-_PATIENCE_S, _PAUSE_S = 600.0, 2.0
-"""How long a container waits for a store that went away."""
 _PEEK = 1024
 """Inputs looked at before anything starts: that there is one, and whether they are worth many actors."""
 _ACTOR_INPUTS = 16
@@ -182,23 +181,10 @@ def open_container(found: Input | Container) -> Iterator[Input]:
     if isinstance(found, Input):
         yield found
         return
-    given, failing_since = 0, None
-    inputs = found.inputs()
-    while True:
-        try:
-            item = next(inputs)
-        except StopIteration:
-            return
-        except (DataError, StorageError) as error:
-            failing_since = failing_since or time.monotonic()
-            if not isinstance(error, StoreUnavailable) or time.monotonic() > failing_since + _PATIENCE_S:
-                yield Input(found.name, found.uri, problem=str(error))
-                return
-            time.sleep(_PAUSE_S)
-            inputs = itertools.islice(found.inputs(), given, None)
-            continue
-        given, failing_since = given + 1, None
-        yield item
+    try:
+        yield from stream_patiently(lambda given, _: itertools.islice(found.inputs(), given, None))
+    except (DataError, StorageError) as error:
+        yield Input(found.name, found.uri, problem=str(error))
 
 
 def _digest(item: Input) -> bytes:

@@ -24,12 +24,9 @@ from jobs.monitor import Monitor, Snapshot
 from jobs.session import Session, user_error_in
 from vilseg import distributed, storage
 from vilseg.config import RunConfig
-from vilseg.device import precision_dtype
-from vilseg.model import ViLSeg
 from vilseg.training import run
 from vilseg.training.folder import Prepared, RunFolder, checkpoint_name, new_name
 from vilseg.training.loop import Trainer
-from vilseg.training.objective import Objective
 
 _POLL_SECONDS = 0.3
 
@@ -198,15 +195,7 @@ def make_trainer(config: RunConfig, folder: RunFolder, prepared: Prepared) -> Tr
     """A Ray Train worker's trainer of the run's initial model, data-parallel over all workers."""
     device = ray.train.torch.get_device()
     _limit_threads(device)
-    torch.manual_seed(config.trainer.seed)
-    objective = Objective(
-        ViLSeg.from_pretrained(folder.initial),
-        config.loss,
-        config.views,
-        prepared.nouns.phrases,
-        autocast=precision_dtype(config.trainer.precision, device),
-    ).to(device)
-    return Trainer(objective, config.optimizer, config.trainer, device, wrap=_data_parallel)
+    return run.make_trainer(config, folder, prepared, device, wrap=_data_parallel)
 
 
 def _limit_threads(device: torch.device) -> None:

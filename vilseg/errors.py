@@ -24,7 +24,7 @@ class StorageError(UserError):
     """A URI cannot be read or written."""
 
 
-class StoreUnavailable(StorageError):  # noqa: N818  (a state that passes, see `vilseg.storage.patiently`)
+class StoreUnavailable(StorageError):  # noqa: N818  (a state that passes, see `vilseg.patience`)
     """The object store does not answer, or says that it cannot now; the same request may succeed later."""
 
 

@@ -11,30 +11,27 @@ cannot do is a `StorageError` of one sentence; only a stream that was handed out
 
 import errno
 import os
-import random
 import re
 import secrets
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any
 from urllib.parse import unquote_to_bytes
 
 import pyarrow as pa
 from pyarrow.fs import FileInfo, FileSelector, FileSystem, FileType, LocalFileSystem
 
 from vilseg import _local, _s3
-from vilseg.errors import StorageError, StoreUnavailable
+from vilseg.errors import StorageError
 
 # Small files are bound by latency, so several travel at once.
 TRANSFERS_AT_ONCE = 8
 
-T = TypeVar("T")
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.\-]*)://")
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -153,29 +150,6 @@ def require_bucket(uri: str) -> None:
     scheme, path = _split(uri)
     if scheme == "s3":
         _ask_boto(uri, lambda client: client.head_bucket(Bucket=path.partition("/")[0]))
-
-
-_PATIENCE_S = 600.0
-_PAUSES_S = (1.0, 10.0)  # the first and the longest
-
-
-def patiently(action: Callable[[], T], *, seconds: float = _PATIENCE_S) -> T:
-    """The result of ``action``, which is tried again while the store does not answer; for work that has begun.
-
-    Raises:
-        StoreUnavailable: it still does not after ``seconds``.
-    """
-    deadline = time.monotonic() + seconds
-    pause, longest = _PAUSES_S
-    while True:
-        try:
-            return action()
-        except StoreUnavailable:
-            if time.monotonic() + pause > deadline:
-                raise
-            # Many processes wait for the same store: they should not come back all at once.
-            time.sleep(pause * random.uniform(0.5, 1.0))
-            pause = min(2 * pause, longest)
 
 
 # -------------------------------------------------------------------------------------------------------- reading

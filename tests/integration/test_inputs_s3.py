@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 
 from cluster.store import ObjectStore
-from vilseg import _s3, storage
-from vilseg.archive import inputs as archive_inputs
+from vilseg import _s3, patience, storage
 from vilseg.archive.inputs import Container, Input, scan
 from vilseg.errors import DataError, StorageError
 
@@ -160,7 +159,7 @@ def test_a_glob_asks_for_the_keys_that_begin_like_it(many: tuple[str, list[str]]
 
 
 def test_a_listing_survives_a_store_that_is_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(archive_inputs, "_PAUSE_S", 0.2)
+    monkeypatch.setattr(patience, "_PAUSES_S", (0.2, 0.2))
     store = ObjectStore.start(tmp_path / "store")
     try:
         for variable, value in store.environment().items():

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fnmatch
 import re
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from vilseg import storage
@@ -17,13 +16,11 @@ from vilseg.archive.suffixes import is_hidden_folder, is_tried, suffix_of
 from vilseg.config import ColumnsConfig
 from vilseg.data.image_files import resolve
 from vilseg.data.pairs import PARQUET, TAR
-from vilseg.errors import DataError, StorageError, StoreUnavailable
+from vilseg.errors import DataError, StorageError
+from vilseg.patience import PATIENCE_S, stream_patiently
 
-__all__ = ["PATIENCE_S", "Container", "Input", "fixed_part", "scan"]
+__all__ = ["Container", "Input", "fixed_part", "scan"]
 
-PATIENCE_S = 600.0
-"""How long a listing that has begun waits for a store that went away."""
-_PAUSE_S = 2.0
 _LIST_SUFFIXES = frozenset({".txt", ".lst"})
 _LONGEST_LINE = 1 << 16
 _WILD = re.compile(r"[*?[]")
@@ -94,19 +91,12 @@ class _Place:
         folder = self.glob.folder if self.glob else self.root
         beginning = self.glob.beginning if self.glob else ""
         enters = self.glob.enters if self.glob else lambda folder: not is_hidden_folder(folder)
-        last, failing_since = "", None
-        while True:
-            try:
-                for file in storage.stream_files(folder, after=last, beginning=beginning, enter=enters):
-                    last, failing_since = file.relative, None
-                    yield file
-            except StoreUnavailable:
-                failing_since = failing_since or time.monotonic()
-                if time.monotonic() - failing_since >= patience_s:
-                    raise
-                time.sleep(_PAUSE_S)
-            else:
-                return
+
+        def after(_: int, last: storage.FileEntry | None) -> Iterator[storage.FileEntry]:
+            seen = last.relative if last else ""
+            return storage.stream_files(folder, after=seen, beginning=beginning, enter=enters)
+
+        return stream_patiently(after, seconds=patience_s)
 
 
 def _at(place: _Place, columns: ColumnsConfig, patience_s: float) -> Iterator[Input | Container]:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from vilseg import storage
 from vilseg.errors import StorageError, StoreUnavailable
+from vilseg.patience import patiently
 
 LOCK = "lock.json"
 EXPIRY_S = 180.0
@@ -90,7 +91,7 @@ class Lease:
         self._over.set()
         self._thread.join()
         if self._lost is None:
-            storage.patiently(self._release, seconds=_RELEASE_S)
+            patiently(self._release, seconds=_RELEASE_S)
 
     def _release(self) -> None:
         now = _read(self._uri)

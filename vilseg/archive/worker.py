@@ -29,6 +29,7 @@ from vilseg.archive.outputs import MASKS, OVERLAYS, BlockResult, Outputs, Rules
 from vilseg.archive.rows import write_part
 from vilseg.data.decode import decode_image
 from vilseg.errors import DataError, StorageError, StoreUnavailable, UserError
+from vilseg.patience import patiently
 from vilseg.segmentation.geotiff import GeoMask, is_georeferenced, segment_geotiff
 from vilseg.segmentation.result import Segmentation
 from vilseg.segmentation.segmenter import Segmenter
@@ -113,7 +114,7 @@ class BlockSegmenter:
 
     def _flush(self, rows: list[dict[str, Any]]) -> None:
         if rows:
-            storage.patiently(lambda: write_part(self._outputs.out, rows))
+            patiently(lambda: write_part(self._outputs.out, rows))
         rows.clear()
 
     def _rows(self, inputs: Sequence[Input]) -> Iterator[dict[str, Any]]:
@@ -142,7 +143,7 @@ class BlockSegmenter:
                 return _Loaded(row, whole=item)
             if self._outputs.geotiff and _is_geotiff(item):
                 return _Loaded(row, whole=item)
-            data = storage.patiently(item.read)
+            data = patiently(item.read)
             row["sha256"] = hashlib.sha256(data).hexdigest()
             if self._claim and (first := self._claim(row["sha256"], item.name)) != item.name:
                 return _Loaded(row | {"duplicate_of": first})
@@ -173,7 +174,7 @@ class BlockSegmenter:
 
     def _segment_file(self, item: Input, row: dict[str, Any]) -> dict[str, Any]:
         """A video or a GeoTIFF, which write their masks while they are read; after a break of the store from the start."""
-        return storage.patiently(lambda: self._try_file(item, row))
+        return patiently(lambda: self._try_file(item, row))
 
     def _try_file(self, item: Input, row: dict[str, Any]) -> dict[str, Any]:
         masks = storage.join(self._outputs.out, MASKS, item.name)
@@ -250,7 +251,7 @@ class _Ahead:
 
 def _put(data: bytes, *place: str) -> None:
     uri = storage.join(*place)
-    storage.patiently(lambda: storage.write_bytes(uri, data))
+    patiently(lambda: storage.write_bytes(uri, data))
 
 
 def _check_name(name: str) -> None:
@@ -283,7 +284,7 @@ def _is_geotiff(item: Input) -> bool:
         with storage.local_copy(item.uri) as path:
             return is_georeferenced(str(path))
 
-    return storage.patiently(look)
+    return patiently(look)
 
 
 def _sha256(path: Path) -> str:

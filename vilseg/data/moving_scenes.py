@@ -54,16 +54,16 @@ def render_moving_scene(
     Raises:
         DataError: ``size`` or ``frames`` is too small.
     """
-    if size < scenes._MIN_SIZE:
-        raise DataError(f"size of synthetic scenes is {size} pixels; ask for at least {scenes._MIN_SIZE}")
+    if size < scenes.MIN_SIZE:
+        raise DataError(f"size of synthetic scenes is {size} pixels; ask for at least {scenes.MIN_SIZE}")
     if frames < 1:
         raise DataError(f"a film of {frames} frames was asked for; ask for at least 1")
     stream = f"{seed}/{split}"
     rng = random.Random(seed_of(stream, "film", index))
     world = round(size * _WORLD)
     bands = choose_bands(rng)
-    items = choose_items(rng, bands, scenes._OBJECTS)
-    canvas, ground = scenes._draw_stuff(rng, stream, bands, world)
+    items = choose_items(rng, bands, scenes.OBJECTS)
+    canvas, ground = scenes.draw_stuff(rng, stream, bands, world)
     looks = [rng.getrandbits(64) for _ in items]
     speeds = [_velocity(rng, _OBJECT_SPEED / _WORLD) for _ in items]
     camera = _camera_path(rng, frames, size, world - size)
@@ -82,7 +82,7 @@ def render_moving_scene(
         for number, (item, look, (down, right)) in enumerate(zip(items, looks, speeds, strict=True)):
             moved = Item(item.name, item.variant, item.x + right * t, item.base + down * t, item.scale)
             outline = np.full_like(mask, _NOTHING)
-            scenes._draw_item(random.Random(look), stream, moved, picture, outline)
+            scenes.draw_item(random.Random(look), stream, moved, picture, outline)
             covered = outline != _NOTHING
             mask[covered], owners[covered] = outline[covered], number
             places[number] = (moved.base * world - corner[0], moved.x * world - corner[1])

@@ -30,7 +30,7 @@ from vilseg.errors import DataError
 Split = Literal["train", "eval"]
 
 _JPEG_QUALITY = 92
-_MIN_SIZE = 32
+MIN_SIZE = 32
 """Below this many pixels a side the textures cannot be told apart."""
 
 
@@ -86,7 +86,7 @@ CLASSES: tuple[SceneClass, ...] = tuple(
 """All classes. Every pixel of a scene belongs to one; there is no background class."""
 
 _ID = {scene_class.name: index for index, scene_class in enumerate(CLASSES)}
-_OBJECTS = tuple(scene_class.name for scene_class in CLASSES if scene_class.kind == "object")
+OBJECTS = tuple(scene_class.name for scene_class in CLASSES if scene_class.kind == "object")
 
 
 class SceneObject(NamedTuple):
@@ -143,17 +143,17 @@ def render_scene(seed: int, index: int, size: int = 96, *, split: Split = "train
     Raises:
         DataError: ``size`` is too small or ``split`` is unknown.
     """
-    if size < _MIN_SIZE:
-        raise DataError(f"size of synthetic scenes is {size} pixels; ask for at least {_MIN_SIZE}")
+    if size < MIN_SIZE:
+        raise DataError(f"size of synthetic scenes is {size} pixels; ask for at least {MIN_SIZE}")
     if split not in ("train", "eval"):
         raise DataError(f"split of synthetic scenes is {split!r}; ask for 'train' or 'eval'")
     stream = f"{seed}/{split}"
     rng = random.Random(scene_textures.seed_of(stream, index))
     bands = choose_bands(rng)
-    items = choose_items(rng, bands, _OBJECTS)
+    items = choose_items(rng, bands, OBJECTS)
 
-    canvas, mask = _draw_stuff(rng, stream, bands, size)
-    drawn = [_draw_item(rng, stream, item, canvas, mask) for item in items]
+    canvas, mask = draw_stuff(rng, stream, bands, size)
+    drawn = [draw_item(rng, stream, item, canvas, mask) for item in items]
     image = _light(rng, canvas)
 
     by_class: dict[str, list[str | None]] = {}
@@ -218,7 +218,7 @@ def _ticks(size: int) -> np.ndarray:
     return ((np.arange(size) + 0.5) / size).astype(np.float32)
 
 
-def _draw_stuff(rng: random.Random, stream: str, bands: list[Band], size: int) -> tuple[np.ndarray, np.ndarray]:
+def draw_stuff(rng: random.Random, stream: str, bands: list[Band], size: int) -> tuple[np.ndarray, np.ndarray]:
     """Draw the background; return (3, H, W) float32 in 0..255 and the mask (H, W) uint8."""
     ticks = _ticks(size)
     canvas = _draw_texture(rng, stream, bands[0].name, size)
@@ -253,7 +253,7 @@ def _draw_texture(rng: random.Random, stream: str, name: str, size: int) -> np.n
     return (surface + (accent - surface) * blend) * gain
 
 
-def _draw_item(rng: random.Random, stream: str, item: Item, canvas: np.ndarray, mask: np.ndarray) -> SceneObject:
+def draw_item(rng: random.Random, stream: str, item: Item, canvas: np.ndarray, mask: np.ndarray) -> SceneObject:
     """Draw an object with its shadow into ``canvas`` (3, H, W) and ``mask`` (H, W), in place."""
     size = mask.shape[0]
     side = item.scale * size

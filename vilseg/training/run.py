@@ -11,15 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from vilseg import storage
 from vilseg.config import RunConfig, flat
 from vilseg.data.pairs import Shard, list_shards
 from vilseg.data.stream import index_shards, sample_pairs
+from vilseg.device import precision_dtype
 from vilseg.errors import ConfigError, DataError, StorageError, UserError
 from vilseg.model import ViLSeg
 from vilseg.text.nouns import NounPhrases
 from vilseg.training.folder import STATE, Prepared, RunFolder
+from vilseg.training.loop import Trainer
+from vilseg.training.objective import Objective
 
 _SAMPLE_PAIRS = 10_000
 """Pairs whose captions make the tokenizer and the table of noun phrases."""
@@ -140,6 +144,34 @@ def require_source(config: RunConfig) -> str:
         )
     storage.require_bucket(config.data.source)
     return config.data.source
+
+
+def make_trainer(
+    config: RunConfig,
+    folder: RunFolder,
+    prepared: Prepared,
+    device: torch.device,
+    *,
+    wrap: Callable[[nn.Module], nn.Module] = lambda module: module,
+) -> Trainer:
+    """The trainer of a run's initial model; the seed is set.
+
+    Args:
+        config: of the run.
+        folder: holds the initial model.
+        prepared: its noun phrases.
+        device: where to train.
+        wrap: as for :class:`~vilseg.training.loop.Trainer`.
+    """
+    torch.manual_seed(config.trainer.seed)
+    objective = Objective(
+        ViLSeg.from_pretrained(folder.initial),
+        config.loss,
+        config.views,
+        prepared.nouns.phrases,
+        autocast=precision_dtype(config.trainer.precision, device),
+    ).to(device)
+    return Trainer(objective, config.optimizer, config.trainer, device, wrap=wrap)
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
