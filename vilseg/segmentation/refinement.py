@@ -64,9 +64,18 @@ def _resize(map_Chw: Tensor, size: tuple[int, ...], mode: str) -> Tensor:
 def _weights(image_3hw: Tensor, config: RefinementConfig) -> Tensor:
     """Weights of the neighbours, summing to 1. Shape: (3, h, w) -> (8 x dilations, h, w)."""
     neighbours_N3hw = torch.stack(list(_neighbours(image_3hw, config.dilations)))
-    deviation_3hw = torch.cat([neighbours_N3hw, image_3hw.unsqueeze(0)]).std(0)
-    difference_N3hw = (neighbours_N3hw - image_3hw).abs() / (config.tolerance * deviation_3hw + _EPS)
-    return (-difference_N3hw.mean(1)).softmax(0)
+    scale_3hw = -1 / (3 * (config.tolerance * _deviation(neighbours_N3hw, image_3hw) + _EPS))
+    return neighbours_N3hw.sub_(image_3hw).abs_().mul_(scale_3hw).sum(1).softmax(0)
+
+
+def _deviation(neighbours_N3hw: Tensor, image_3hw: Tensor) -> Tensor:
+    """Standard deviation over every pixel and its neighbours; as two passes of sums, since `std` takes ten times as long."""
+    count = len(neighbours_N3hw) + 1
+    mean_3hw = (neighbours_N3hw.sum(0) + image_3hw) / count
+    total_3hw = (image_3hw - mean_3hw).square_()
+    for neighbour_3hw in neighbours_N3hw:
+        total_3hw += (neighbour_3hw - mean_3hw).square_()
+    return (total_3hw / (count - 1)).sqrt_()
 
 
 def _neighbours(map_Chw: Tensor, dilations: Sequence[int]) -> Iterator[Tensor]:
