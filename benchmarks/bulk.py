@@ -2,7 +2,8 @@
 
 2,000 photos at their own sizes (those of the shared data, under several names where there are fewer) lie on the S3 store.
 Every way reads, decodes, segments, writes an indexed PNG a photo and rows with run lengths. A way's rate is that of its
-steady state: photos finished after each of its workers has had some, over the time these took.
+steady state: the photos between the first tenth and the last twentieth of those finished, over the time these took. So
+neither processes that start nor the last worker at work count, of which a long job has no more than a short one.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -40,8 +42,8 @@ _ROOT = "s3://vilseg/bulk"
 _MODEL = f"{_ROOT}/model"
 _PHOTOS = 2000
 _ROUNDS = 2
-_WARM_UP = 32
-"""Photos a worker has had before its way is in steady state."""
+_STEADY = (0.1, 0.95)
+"""Shares of the photos between which a way is in steady state."""
 _CLASSES = tuple(scene.name for scene in scenes.CLASSES)
 
 
@@ -117,10 +119,10 @@ def _save_model() -> None:
 
 
 def _steady(finished: Sequence[float]) -> float:
-    """Photos/s once every worker had its first ones; ``finished`` are the moments at which photos were."""
+    """Photos/s in the steady state; ``finished`` are the moments at which photos were, of a block all at once."""
     times = sorted(finished)
-    first = _WARM_UP * (os.cpu_count() or 1)
-    return (len(times) - first) / (times[-1] - times[first - 1])
+    begin, end = (times[round(share * len(times))] for share in _STEADY)
+    return (bisect_right(times, end) - bisect_right(times, begin)) / (end - begin)
 
 
 def _check(place: str, names: Sequence[str]) -> None:

@@ -26,6 +26,7 @@ from jobs.segment_plan import ANNOTATIONS, SUMMARY, Job, begin, list_inputs, ope
 from jobs.session import Session, user_error_in
 from vilseg import storage
 from vilseg.archive import rows
+from vilseg.archive.blocks import cut, cut_container
 from vilseg.archive.coco import Row, write_coco
 from vilseg.archive.gallery import THUMBS, write_gallery
 from vilseg.archive.inputs import Container, Input
@@ -38,12 +39,6 @@ if TYPE_CHECKING:  # torch would keep every process waiting that computes nothin
     from vilseg.archive.worker import BlockSegmenter
     from vilseg.model.shared import TakenApart
 
-_SMALLEST_BLOCK, _LARGEST_BLOCK = 8, 256
-_GROWTH = 256
-"""A block is at most so small a part of what was listed before it, so that no actor is left with much when all others end."""
-_CONTAINER_BLOCK = 64
-_BLOCK_BYTES = 64 << 20
-"""Of pictures that travel with their block because they come out of a container."""
 _LISTING_CPUS, _OPENING_CPUS, _ACTORS_SHARE = 0.05, 0.1, 0.85
 """Listing and opening wait for storage most of the time. Ray Data fuses stages that ask for the same, so these differ."""
 _COPIES_AT_ONCE = 1000
@@ -104,8 +99,8 @@ def main(
     """
     with lease(job.out) as held:
         started = time.perf_counter()
-        parts = _load(job)
-        patiently(lambda: begin(job, parts.digest()))
+        parts, weights = _load(job)
+        patiently(lambda: begin(job, weights))
         done = patiently(lambda: rows.names_done(job.out))
         finished = rejected = 0
         tally: Any = _Tally.remote(len(done))  # type: ignore[attr-defined]  # ray.remote hides the class it wraps
@@ -144,7 +139,7 @@ def _stream(job: Job, session: Session, parts: TakenApart, done: rows.Names, tal
     listing = ray.data.from_items([{"id": 0}], override_num_blocks=1)
     listing.context.target_max_block_size = 1  # byte: every row is a block of its own and goes on its way
     blocks = listing.map_batches(
-        lambda _: _list_blocks(job, ray.get(known), tally), batch_size=None, num_cpus=_LISTING_CPUS
+        lambda _: _list_blocks(job, actors, ray.get(known), tally), batch_size=None, num_cpus=_LISTING_CPUS
     ).map_batches(lambda batch: _open_containers(batch, ray.get(known), tally), batch_size=1, num_cpus=_OPENING_CPUS)
     results = blocks.map_batches(
         _Actor,
@@ -160,21 +155,16 @@ def _stream(job: Job, session: Session, parts: TakenApart, done: rows.Names, tal
     yield from results.iter_rows()
 
 
-def _list_blocks(job: Job, done: rows.Names, tally: Any) -> Iterator[dict[str, np.ndarray]]:
+def _list_blocks(job: Job, actors: int, done: rows.Names, tally: Any) -> Iterator[dict[str, np.ndarray]]:
     """Rows of one block of inputs, or of one container, each."""
-    listed = 0
-    block = _Block(tally)
-    for item in list_inputs(job):
-        if isinstance(item, Container):
-            yield _row([item])
-            continue
-        listed += 1
-        if item.name not in done:
-            block.add(item)
-        if block.is_full(min(_LARGEST_BLOCK, _SMALLEST_BLOCK + listed // _GROWTH)):
-            yield block.take()
-    if block.items:
-        yield block.take()
+    new = (one for one in list_inputs(job) if isinstance(one, Container) or one.name not in done)
+    for found in cut(new, actors):
+        if isinstance(found, Container):
+            tally.add_container.remote(found.name)
+            yield _row([found])
+        else:
+            tally.add.remote(len(found))
+            yield _row(found)
     tally.end.remote()
 
 
@@ -184,39 +174,10 @@ def _open_containers(batch: dict[str, np.ndarray], done: rows.Names, tally: Any)
     if not isinstance(items[0], Container):
         yield _row(items)
         return
-    block = _Block(tally)
-    for item in open_container(items[0]):
-        if item.name not in done:
-            block.add(item)
-        if block.is_full(_CONTAINER_BLOCK):
-            yield block.take()
-    if block.items:
-        yield block.take()
-
-
-class _Block:
-    """Inputs gathered until they are enough for an actor."""
-
-    def __init__(self, tally: Any) -> None:
-        self.items: list[Input] = []
-        self._bytes = 0
-        self._has_video = False
-        self._tally = tally
-
-    def add(self, item: Input) -> None:
-        self.items.append(item)
-        self._bytes += len(item.data or b"")
-        self._has_video = item.problem is None and item.kind == "video"
-
-    def is_full(self, most: int) -> bool:
-        # A video takes as long as a block; what follows it is for others.
-        return len(self.items) >= most or self._bytes > _BLOCK_BYTES or self._has_video
-
-    def take(self) -> dict[str, np.ndarray]:
-        self._tally.add.remote(len(self.items))
-        row = _row(self.items)
-        self.items, self._bytes, self._has_video = [], 0, False
-        return row
+    for block in cut_container(item for item in open_container(items[0]) if item.name not in done):
+        tally.add.remote(len(block))
+        yield _row(block)
+    tally.opened.remote(items[0].name)
 
 
 def _row(items: list[Any]) -> dict[str, np.ndarray]:
@@ -225,8 +186,8 @@ def _row(items: list[Any]) -> dict[str, np.ndarray]:
     return {"items": data}
 
 
-def _load(job: Job) -> TakenApart:
-    """The segmenter in parts for the object store, where all actors of a machine share its weights.
+def _load(job: Job) -> tuple[TakenApart, str]:
+    """The segmenter in parts for the object store, where all actors of a machine share its weights; and their digest.
 
     The classes are embedded here once, and the text encoder, which no picture needs, stays behind.
     """
@@ -235,10 +196,12 @@ def _load(job: Job) -> TakenApart:
     from vilseg.segmentation.segmenter import Segmenter
 
     model = ViLSeg.from_pretrained(job.model)
+    # Of the file's weights: embeddings of the classes are rounded as the processor likes.
+    weights = take_apart(model.state_dict()).digest()
     model.segmentation = job.segmentation
     segmenter = Segmenter(model, job.classes, device="cpu", keep_clusters=False)
     segmenter.forget_texts()
-    return take_apart(segmenter)
+    return take_apart(segmenter), weights
 
 
 def _make_segmenter(job: Job, parts: list[Any], claims: Any, threads: int) -> BlockSegmenter:
@@ -293,13 +256,18 @@ class _Actor:
         return {"images": np.array([result.images]), "rejected": refusals}
 
 
-@ray.remote(num_cpus=0)
+# What the two know is worth less than the job: where one dies it begins anew.
+_helper = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
+
+
+@_helper
 class _Tally:
     """Counts what listing found, and how often each block was begun."""
 
     def __init__(self, done: int) -> None:
         self._listed = done
         self._ended = False
+        self._unopened: set[str] = set()
         self._begun: Counter[str] = Counter()
 
     def begin(self, block: str) -> int:
@@ -307,19 +275,25 @@ class _Tally:
         return self._begun[block]
 
     def survived(self, block: str) -> None:
-        del self._begun[block]
+        self._begun.pop(block, None)
 
     def add(self, inputs: int) -> None:
         self._listed += inputs
+
+    def add_container(self, name: str) -> None:
+        self._unopened.add(name)
+
+    def opened(self, name: str) -> None:
+        self._unopened.discard(name)
 
     def end(self) -> None:
         self._ended = True
 
     def state(self) -> tuple[int, bool]:
-        return self._listed, self._ended
+        return self._listed, self._ended and not self._unopened
 
 
-@ray.remote(num_cpus=0)
+@_helper
 class _Claims:
     """Knows which input was the first with its bytes."""
 

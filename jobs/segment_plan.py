@@ -18,7 +18,7 @@ from vilseg.archive.lease import LOCK, require_free
 from vilseg.archive.outputs import MASKS, OVERLAYS, Outputs, Rules
 from vilseg.archive.rows import PARTS, RESULTS
 from vilseg.config import SegmentationConfig
-from vilseg.errors import ConfigError, DataError, StorageError
+from vilseg.errors import ConfigError, DataError, StorageError, StoreUnavailable
 from vilseg.patience import stream_patiently
 from vilseg.text.vocabulary import Vocabulary
 
@@ -165,24 +165,33 @@ def list_inputs(job: Job) -> Iterator[Input | Container]:
     """What the job segments, as it is listed; containers are opened here only to count off or to pick from."""
     if not (job.limit or job.sample):
         return scan(job.inputs)
-    opened = itertools.chain.from_iterable(map(open_container, scan(job.inputs)))
+
+    def opened() -> Iterator[Input]:
+        return itertools.chain.from_iterable(map(open_container, scan(job.inputs)))
+
     if job.limit:
-        return itertools.islice(opened, job.limit)
+        return itertools.islice(opened(), job.limit)
     # The smallest digests: by chance, the same in every call, and found without holding all names.
-    picked = heapq.nsmallest(job.sample or 0, opened, key=_digest)
-    return iter(sorted(picked, key=lambda item: item.name))
+    without_data = (replace(item, data=None) for item in opened())
+    picked = {item.name for item in heapq.nsmallest(job.sample or 0, without_data, key=_digest)}
+    return (item for item in opened() if item.name in picked)
 
 
 def open_container(found: Input | Container) -> Iterator[Input]:
     """What is in a container, or the input itself; damage comes as an input with a problem, in the container's name.
 
     Where the store goes away, it is waited for, and the container read anew without what was given before.
+
+    Raises:
+        StoreUnavailable: the store stays away.
     """
     if isinstance(found, Input):
         yield found
         return
     try:
         yield from stream_patiently(lambda given, _: itertools.islice(found.inputs(), given, None))
+    except StoreUnavailable:
+        raise  # or what the container still holds would be lost without a word
     except (DataError, StorageError) as error:
         yield Input(found.name, found.uri, problem=str(error))
 
@@ -275,15 +284,17 @@ def begin(job: Job, weights: str) -> None:
         weights: digest of the model's, which may be others by now in the same place.
 
     Raises:
-        ConfigError: what is there was made with other weights.
+        ConfigError: what is there is another job's, or was made with other weights.
     """
     before = _job_at(job.out)
     if job.overwrite:
         clear_output(job.out)
-    elif before and before.get("weights") not in (None, weights):
-        raise ConfigError(
-            f"cannot resume into {job.out}: the model at {job.model} has other weights now; replace it by --overwrite"
-        )
+    elif before:
+        _require_same(job, before)  # again, now that nobody else can write
+        if before.get("weights") not in (None, weights):
+            raise ConfigError(
+                f"cannot resume into {job.out}: the model at {job.model} has other weights now; replace it by --overwrite"
+            )
     tree = {**job.to_dict(), "weights": weights}
     storage.write_text(storage.join(job.out, JOB), json.dumps(tree, indent=2, ensure_ascii=False))
 
@@ -307,16 +318,21 @@ def _check_output(job: Job, *, resume: bool) -> None:
                 "--overwrite need; name an empty folder"
             )
     elif resume:
-        said = {"model": "another model", "segmentation": "other segmentation settings", "rules": "other limits"}
-        said |= {"limit": "another --limit", "sample": "another --sample", "deduplicate": "another --deduplicate"}
-        other = [said.get(key, f"other {key}") for key, value in job.to_dict().items() if before[key] != value]
-        if other:
-            raise ConfigError(
-                f"cannot resume into {out}: it was made with {' and '.join(other)}; "
-                "repeat what it was made with, or replace it by --overwrite"
-            )
+        _require_same(job, before)
     elif not job.overwrite:
         raise StorageError(f"the output {out} exists already; go on with it by --resume or replace it by --overwrite")
+
+
+def _require_same(job: Job, before: dict[str, Any]) -> None:
+    """Refuse to go on with another job's output."""
+    said = {"model": "another model", "segmentation": "other segmentation settings", "rules": "other limits"}
+    said |= {"limit": "another --limit", "sample": "another --sample", "deduplicate": "another --deduplicate"}
+    other = [said.get(key, f"other {key}") for key, value in job.to_dict().items() if before[key] != value]
+    if other:
+        raise ConfigError(
+            f"cannot resume into {job.out}: it was made with {' and '.join(other)}; "
+            "repeat what it was made with, or replace it by --overwrite"
+        )
 
 
 def _job_at(out: str) -> dict[str, Any] | None:

@@ -80,6 +80,8 @@ def ray_session(address: str | None = None) -> Iterator[Session]:
         from ray.data import DataContext
 
         DataContext.get_current().enable_progress_bars = False
+        # Or every task has a thread that measures its memory for figures that nobody looks at.
+        DataContext.get_current().memory_usage_poll_interval_s = None
         # What Ray tells of its plans is in its log folder; ours is told by the jobs.
         for name in ("ray.data", "ray.train"):
             logging.getLogger(name).setLevel(logging.ERROR)

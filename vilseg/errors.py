@@ -3,6 +3,7 @@
     UserError            the input is wrong: the `vilseg` command prints the sentence and exits with 2
     |- ConfigError       a key or value of a configuration
     |- StorageError      a URI: missing, refused, unreachable
+    |  |- DiskFullError      no space is left, for a result or a temporary copy
     |  `- StoreUnavailable   the object store does not answer, or says that it cannot now
     |- DataError         pairs, images, masks, class lists
     `- ModelError        a model folder or checkpoint
@@ -22,6 +23,10 @@ class ConfigError(UserError):
 
 class StorageError(UserError):
     """A URI cannot be read or written."""
+
+
+class DiskFullError(StorageError):
+    """No space is left on a disk; no fault of what was read or written."""
 
 
 class StoreUnavailable(StorageError):  # noqa: N818  (a state that passes, see `vilseg.patience`)

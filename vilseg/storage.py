@@ -27,7 +27,7 @@ import pyarrow as pa
 from pyarrow.fs import FileInfo, FileSelector, FileSystem, FileType, LocalFileSystem
 
 from vilseg import _local, _s3
-from vilseg.errors import StorageError
+from vilseg.errors import DiskFullError, StorageError
 
 # Small files are bound by latency, so several travel at once.
 TRANSFERS_AT_ONCE = 8
@@ -122,7 +122,7 @@ def _failure(uri: str, action: str, error: Exception) -> StorageError:
     """``error`` as one sentence; ``action`` is the verb for what was tried on ``uri``: "read", "write", ..."""
     if isinstance(error, OSError) and error.errno in _DISK_FULL:
         where = "" if is_local(uri) else " for its temporary copy (TMPDIR chooses another folder)"
-        return StorageError(f"cannot {action} {uri}: no space is left on the disk{where}")
+        return DiskFullError(f"cannot {action} {uri}: no space is left on the disk{where}")
     if is_local(uri):
         return StorageError(_local.sentence(uri, absolute(uri), action, error))
     return _s3.failure(uri, _split(uri)[1], action, error)
@@ -273,16 +273,24 @@ def read_text(uri: str) -> str:
 # -------------------------------------------------------------------------------------------------------- writing
 
 
-def _upload(file: Path, path: str) -> None:
-    """Put a local file at ``path`` ("bucket/key") on S3; the object appears whole or not at all.
+def _upload(content: bytes | pa.Buffer, path: str) -> None:
+    """Put an object at ``path`` ("bucket/key") on S3; it appears whole or not at all.
 
     pyarrow's streams cannot be aborted: closed or forgotten, they publish what was written so far. So the bytes go
     over in a single call, which fails as a whole.
     """
+    with _s3.connect(_s3.read_settings(), for_upload=True).open_output_stream(path) as stream:
+        stream.write(content)
+
+
+def _upload_file(file: Path, path: str) -> None:
     with pa.memory_map(str(file)) as source:
-        content = source.read_buffer()
-        with _s3.connect(_s3.read_settings(), for_upload=True).open_output_stream(path) as stream:
-            stream.write(content)
+        _upload(source.read_buffer(), path)
+
+
+def _require_key(uri: str, path: str) -> None:
+    if "/" not in path:
+        raise StorageError(f"cannot write {uri}: it names a bucket and no key; an object's URI reads s3://bucket/key")
 
 
 @contextmanager
@@ -292,8 +300,8 @@ def open_atomic(uri: str) -> Iterator[IO[bytes]]:
     Parent folders are made. An object for S3 is collected in a temporary file and sent when the block ends.
     """
     scheme, path = _split(uri)
-    if scheme == "s3" and "/" not in path:
-        raise StorageError(f"cannot write {uri}: it names a bucket and no key; an object's URI reads s3://bucket/key")
+    if scheme == "s3":
+        _require_key(uri, path)
     with tempfile.TemporaryDirectory(prefix="vilseg-") if scheme == "s3" else _folder_of(uri) as folder:
         # The name starts with a dot, so that a listing does not show a file half written.
         partial = Path(folder) / f".{secrets.token_hex(8)}.partial"
@@ -313,7 +321,7 @@ def open_atomic(uri: str) -> Iterator[IO[bytes]]:
                         os.fsync(stream.fileno())
             with _errors(uri, "write"):
                 if scheme == "s3":
-                    _upload(partial, path)
+                    _upload_file(partial, path)
                 else:
                     os.replace(partial, absolute(uri))
         finally:
@@ -330,6 +338,12 @@ def _folder_of(uri: str) -> Iterator[str]:
 
 def write_bytes(uri: str, data: bytes) -> None:
     """Write the whole file, atomically as `open_atomic` does."""
+    scheme, path = _split(uri)
+    if scheme == "s3":  # no temporary file: of a small object it would take as long as sending it
+        _require_key(uri, path)
+        with _errors(uri, "write"):
+            _upload(data, path)
+        return
     with open_atomic(uri) as file:
         file.write(data)
 
@@ -373,7 +387,7 @@ def upload_folder(local: Path, uri: str) -> None:
                 shutil.copyfileobj(source, stream, 1 << 20)
         else:
             with _errors(target, "write"):
-                _upload(Path(entry.uri), _split(target)[1])
+                _upload_file(Path(entry.uri), _split(target)[1])
 
     _for_each(send, _walk(str(local)))
 

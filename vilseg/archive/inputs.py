@@ -9,6 +9,7 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 
 from vilseg import storage
 from vilseg.archive.containers import Container, Hashes, Input, safe_name
@@ -17,7 +18,7 @@ from vilseg.config import ColumnsConfig
 from vilseg.data.image_files import resolve
 from vilseg.data.pairs import PARQUET, TAR
 from vilseg.errors import DataError, StorageError
-from vilseg.patience import PATIENCE_S, stream_patiently
+from vilseg.patience import PATIENCE_S, patiently, stream_patiently
 
 __all__ = ["Container", "Input", "fixed_part", "scan"]
 
@@ -104,7 +105,7 @@ def _at(place: _Place, columns: ColumnsConfig, patience_s: float) -> Iterator[In
     for file in _without_tables(place.files(patience_s)):
         found: Iterable[Input | Container] = ()
         if file.uri == place.root and _is_list(place.root):
-            found = _lines(place.root, columns)
+            found = _lines(place.root, columns, patience_s)
         elif is_tried(file.relative) and (place.glob is None or place.glob.takes(file.relative)):
             found = [_found(safe_name(file.relative), file.uri, file.size, columns)]
         for one in found:
@@ -207,11 +208,13 @@ def _is_list(uri: str) -> bool:
     return suffix_of(uri) in _LIST_SUFFIXES
 
 
-def _lines(uri: str, columns: ColumnsConfig) -> Iterator[Input | Container]:
+def _lines(uri: str, columns: ColumnsConfig, patience_s: float) -> Iterator[Input | Container]:
     """What a list names; a line that is no URI of ours is an input with a problem."""
     folder, number = storage.parent(uri), 0
     # A copy, because a connection would be open for as long as the pictures take.
-    with storage.local_copy(uri) as path, open(path, encoding="utf-8-sig", newline="\n") as file:
+    with ExitStack() as stack:
+        path = patiently(lambda: stack.enter_context(storage.local_copy(uri)), seconds=patience_s)
+        file = stack.enter_context(open(path, encoding="utf-8-sig", newline="\n"))
         try:
             while line := file.readline(_LONGEST_LINE):
                 number += 1

@@ -50,7 +50,7 @@ class Lease:
         self._uri = storage.join(uri, LOCK)
         self._expiry, self._renew = expiry, renew
         now = time.time()
-        self._holder = _Holder(secrets.token_hex(16), socket.gethostname(), _process(os.getpid()), now, now + expiry)
+        self._holder = _Holder(secrets.token_hex(16), _host(), _process(os.getpid()), now, now + expiry)
         self._over = threading.Event()
         self._lost: StorageError | None = None
         self._thread = threading.Thread(target=self._keep, name="vilseg-lease", daemon=True)
@@ -142,9 +142,17 @@ def _read(uri: str) -> _Holder | None:
 def _is_dead(holder: _Holder) -> bool:
     if holder.expires < time.time():
         return True
-    if holder.host != socket.gethostname():
+    if holder.host != _host():
         return False
     return _process(int(holder.process.partition(" ")[0])) != holder.process
+
+
+def _host() -> str:
+    """Where process ids mean the same: containers may share a machine's name, but not its processes."""
+    try:
+        return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return socket.gethostname()
 
 
 def _process(pid: int) -> str:
@@ -160,6 +168,6 @@ def _process(pid: int) -> str:
 def _taken(uri: str, holder: _Holder) -> str:
     since, until = (time.strftime("%H:%M:%S", time.localtime(moment)) for moment in (holder.since, holder.expires))
     return (
-        f"another job (process {holder.process.partition(' ')[0]} on {holder.host}, since {since}) writes to "
+        f"another job (process {holder.process.partition(' ')[0]} on {holder.host.partition(' ')[0]}, since {since}) writes to "
         f"{storage.parent(uri)}; wait for it, or, if it is dead, until its lock expires at {until}"
     )

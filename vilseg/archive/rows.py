@@ -108,11 +108,14 @@ def claims(out: str) -> dict[str, str]:
 
 def duplicates(out: str) -> Iterator[tuple[str, str]]:
     """Paths of duplicates in the parts below ``out``, each with the path that was segmented for it."""
-    for uri in _files(out):
-        if storage.name(uri) != RESULTS:
-            for row in _read_rows(uri, ["path", "duplicate_of"]):
-                if row["duplicate_of"]:
-                    yield row["path"], row["duplicate_of"]
+
+    def look(uri: str) -> list[tuple[str, str]]:
+        rows = _read_rows(uri, ["path", "duplicate_of"]) if storage.name(uri) != RESULTS else iter(())
+        return [(row["path"], row["duplicate_of"]) for row in rows if row["duplicate_of"]]
+
+    with ThreadPoolExecutor(storage.TRANSFERS_AT_ONCE) as pool:
+        for found in pool.map(look, _files(out)):
+            yield from found
 
 
 def _orphans(out: str) -> list[tuple[str, str]]:
@@ -195,7 +198,7 @@ def _bounds(files: Sequence[str]) -> list[_Bounds]:
     """First and last path of every file that has rows, by the first."""
 
     def look(uri: str) -> _Bounds | None:
-        paths = [row["path"] for row in _read_rows(uri, ["path"])] if storage.name(uri) != RESULTS else _ends(uri)
+        paths = _ends(uri)
         return _Bounds(paths[0], paths[-1], uri) if paths else None
 
     with ThreadPoolExecutor(storage.TRANSFERS_AT_ONCE) as pool:
@@ -203,7 +206,7 @@ def _bounds(files: Sequence[str]) -> list[_Bounds]:
 
 
 def _ends(uri: str) -> list[str]:
-    """First and last path of a file that may be long."""
+    """Paths of a file from its first to its last, those between perhaps left out."""
     with storage.reading(uri) as file:
         table = pq.ParquetFile(file)
         groups = sorted({0, table.num_row_groups - 1} if table.num_row_groups else [])

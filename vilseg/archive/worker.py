@@ -28,7 +28,7 @@ from vilseg.archive.inputs import Input
 from vilseg.archive.outputs import MASKS, OVERLAYS, BlockResult, Outputs, Rules
 from vilseg.archive.rows import write_part
 from vilseg.data.decode import decode_image
-from vilseg.errors import DataError, StorageError, StoreUnavailable, UserError
+from vilseg.errors import DataError, DiskFullError, StorageError, StoreUnavailable, UserError
 from vilseg.patience import patiently
 from vilseg.segmentation.geotiff import GeoMask, is_georeferenced, segment_geotiff
 from vilseg.segmentation.result import Segmentation
@@ -37,7 +37,7 @@ from vilseg.segmentation.video import VideoResult, segment_file
 
 _PART_SECONDS = 60.0
 _AHEAD_PIXELS = 64_000_000
-"""Decoded pictures that wait for the model; a few more may be under way."""
+"""Decoded pictures that wait for the model, and as many whose masks wait to be written; a few more may be under way."""
 _GPU_BATCH = 16
 """Pictures a pass through the model on a GPU. On CPUs a batch is no faster."""
 _WRITERS = 4
@@ -57,6 +57,11 @@ class _Loaded:
     """None where the row is complete or the file is one for itself (video, GeoTIFF)."""
     whole: Input | None = None
     """To be segmented as a file."""
+
+    @property
+    def pixels(self) -> int:
+        """Of the decoded picture."""
+        return 0 if self.image is None else self.image.shape[0] * self.image.shape[1]
 
 
 class BlockSegmenter:
@@ -119,21 +124,26 @@ class BlockSegmenter:
 
     def _rows(self, inputs: Sequence[Input]) -> Iterator[dict[str, Any]]:
         """Finished rows, in the order of the inputs."""
-        writing: deque[Future[dict[str, Any]]] = deque()
+        writing: deque[tuple[Future[dict[str, Any]], int]] = deque()
+        pixels = 0
         ahead = _Ahead(self._reading, self._load, inputs, self._readers + self._batch)
         with self._turn:
             for batch in _batched(ahead, self._batch):
                 results = iter(self._segmenter.batch([loaded.image for loaded in batch if loaded.image is not None]))
                 for loaded in batch:
                     if loaded.image is not None:
-                        writing.append(self._writing.submit(self._write, loaded.row, loaded.image, next(results)))
+                        future = self._writing.submit(self._write, loaded.row, loaded.image, next(results))
                     else:
                         row = loaded.row if loaded.whole is None else self._segment_file(loaded.whole, loaded.row)
-                        writing.append(_finished(row))
-                while len(writing) > 2 * _WRITERS or (writing and writing[0].done()):
-                    yield writing.popleft().result()
-        while writing:
-            yield writing.popleft().result()
+                        future = _finished(row)
+                    writing.append((future, loaded.pixels))
+                    pixels += loaded.pixels
+                while writing and (len(writing) > 2 * _WRITERS or pixels > _AHEAD_PIXELS or writing[0][0].done()):
+                    future, written = writing.popleft()
+                    pixels -= written
+                    yield future.result()
+        for future, _ in writing:
+            yield future.result()
 
     def _load(self, item: Input) -> _Loaded:
         row: dict[str, Any] = {"path": item.name, "status": "ok"}
@@ -145,15 +155,16 @@ class BlockSegmenter:
                 return _Loaded(row, whole=item)
             data = patiently(item.read)
             row["sha256"] = hashlib.sha256(data).hexdigest()
-            if self._claim and (first := self._claim(row["sha256"], item.name)) != item.name:
-                return _Loaded(row | {"duplicate_of": first})
             image = decode_image(data, max_pixels=self._rules.max_pixels)
             row["height"], row["width"] = image.shape[:2]
             if min(image.shape[:2]) < self._rules.min_side:
                 least = self._rules.min_side
                 raise DataError(f"{row['width']} x {row['height']} pixels, less than --min-side {least}")
+            # After the checks: a copy of what is no picture is rejected as well, and told and counted.
+            if self._claim and (first := self._claim(row["sha256"], item.name)) != item.name:
+                return _Loaded({"path": item.name, "status": "ok", "sha256": row["sha256"], "duplicate_of": first})
             return _Loaded(row, image=image)
-        except StoreUnavailable:
+        except (StoreUnavailable, DiskFullError):
             raise
         except UserError as error:
             return _Loaded(_rejected(row, str(error)))
@@ -182,10 +193,12 @@ class BlockSegmenter:
             try:
                 path = stack.enter_context(_as_file(item))
                 row["sha256"] = _sha256(path)
-            except StoreUnavailable:
+            except (StoreUnavailable, DiskFullError):
                 raise
             except StorageError as error:
                 return _rejected(row, str(error))
+            except OSError as error:
+                return _rejected(row, f"cannot read {item.uri}: {error.strerror or error}")
             try:
                 segment = self._segment_video if item.kind == "video" else self._segment_geotiff
                 found = segment(item, path, masks)
@@ -280,11 +293,7 @@ def _is_geotiff(item: Input) -> bool:
     if item.data is not None or item.problem or not item.name.lower().endswith(_TIFF):
         return False
 
-    def look() -> bool:
-        with storage.local_copy(item.uri) as path:
-            return is_georeferenced(str(path))
-
-    return patiently(look)
+    return patiently(lambda: is_georeferenced(item.uri))
 
 
 def _sha256(path: Path) -> str:
@@ -306,10 +315,7 @@ def _rejected(row: dict[str, Any], reason: str) -> dict[str, Any]:
 
 
 def _pixels(future: Future[_Loaded]) -> int:
-    if not future.done() or future.exception() is not None:
-        return 0
-    image = future.result().image
-    return 0 if image is None else image.shape[0] * image.shape[1]
+    return future.result().pixels if future.done() and future.exception() is None else 0
 
 
 def _finished(row: dict[str, Any]) -> Future[dict[str, Any]]:
@@ -319,6 +325,12 @@ def _finished(row: dict[str, Any]) -> Future[dict[str, Any]]:
 
 
 def _batched(items: Iterable[_Loaded], size: int) -> Iterator[list[_Loaded]]:
-    iterator = iter(items)
-    while batch := list(itertools.islice(iterator, size)):
+    """At most ``size`` at a time, and no more when they have many pixels."""
+    batch: list[_Loaded] = []
+    for item in items:
+        batch.append(item)
+        if len(batch) == size or sum(one.pixels for one in batch) > _AHEAD_PIXELS:
+            yield batch
+            batch = []
+    if batch:
         yield batch

@@ -249,3 +249,9 @@ def test_square_resizes_the_shorter_side() -> None:
     assert difference(square(picture(40, 60), 20), expected) < 4
     assert square(picture(), 40).shape == (40, 40, 3)
     assert square(picture(1, 500), 8).shape == (8, 8, 3)
+
+
+def test_what_pillow_does_not_expect_is_damage_too() -> None:
+    two_formats = b"FTEX" + struct.pack("<5i", 0, 1, 1, 1, 2)  # Pillow asserts that there is one
+    with pytest.raises(DataError, match="damaged"):
+        decode_image(two_formats)
