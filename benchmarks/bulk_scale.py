@@ -33,7 +33,7 @@ from vilseg.model import ViLSeg
 from vilseg.model.image_encoder import ImageFeatures
 from vilseg.segmentation.segmenter import Segmenter
 
-_SIZES = (2_000, 20_000, 200_000, 1_000_000)
+_SIZES = (2_000, 20_000, 1_000_000)
 _CLASSES = ("sky", "grass")
 _FOLDER_PICTURES = 1000
 _SIDE = 8

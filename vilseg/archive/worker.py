@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +133,7 @@ class BlockSegmenter:
                 results = iter(self._segmenter.batch([loaded.image for loaded in batch if loaded.image is not None]))
                 for loaded in batch:
                     if loaded.image is not None:
-                        future = self._writing.submit(self._write, loaded.row, loaded.image, next(results))
+                        future = self._begin_writing(loaded.row, loaded.image, next(results))
                     else:
                         row = loaded.row if loaded.whole is None else self._segment_file(loaded.whole, loaded.row)
                         future = _finished(row)
@@ -169,18 +170,32 @@ class BlockSegmenter:
         except UserError as error:
             return _Loaded(_rejected(row, str(error)))
 
-    def _write(self, row: dict[str, Any], image: np.ndarray, result: Segmentation) -> dict[str, Any]:
+    def _begin_writing(self, row: dict[str, Any], image: np.ndarray, result: Segmentation) -> Future[dict[str, Any]]:
+        if self._segmenter.device.type != "cpu":
+            return self._writing.submit(lambda: self._send(row, self._encode(row, image, result)))
+        # Where the model runs on this core too, nothing is gained by encoding beside it; only sending is waiting.
+        files = self._encode(row, image, result)
+        return self._writing.submit(self._send, row, files) if files else _finished(row)
+
+    def _encode(self, row: dict[str, Any], image: np.ndarray, result: Segmentation) -> dict[str, bytes]:
+        """Fill ``row``; returns what is to be written, by its name below the output."""
         outputs, name = self._outputs, row["path"]
+        files = {}
         if outputs.png:
-            _put(result.to_png_bytes(), outputs.out, MASKS, f"{name}.png")
+            files[f"{MASKS}/{name}.png"] = result.to_png_bytes()
         if outputs.overlay:
-            _put(_encode_overlay(result), outputs.out, OVERLAYS, f"{name}.webp")
+            files[f"{OVERLAYS}/{name}.webp"] = _encode_overlay(result)
         if outputs.gallery:
-            _put(thumbnail(image, result.labels, result.classes), outputs.out, THUMBS, f"{name}.webp")
+            files[f"{THUMBS}/{name}.webp"] = thumbnail(image, result.labels, result.classes)
         row["classes"] = [region.class_name for region in result.regions]
         row["areas"] = [region.area for region in result.regions]
         row["scores"] = [region.score for region in result.regions]
         row["rle"] = [region.rle["counts"] for region in result.regions]
+        return files
+
+    def _send(self, row: dict[str, Any], files: dict[str, bytes]) -> dict[str, Any]:
+        for name, data in files.items():
+            patiently(partial(storage.write_bytes, storage.join(self._outputs.out, name), data))
         return row
 
     def _segment_file(self, item: Input, row: dict[str, Any]) -> dict[str, Any]:
@@ -247,8 +262,12 @@ class _Ahead:
         self._refill()
 
     def _refill(self) -> None:
-        unknown = sum(not future.done() for future in self._waiting)
-        decoded = sum(_pixels(future) for future in self._waiting)
+        unknown = decoded = 0
+        for future in self._waiting:
+            if not future.done():
+                unknown += 1
+            elif future.exception() is None:
+                decoded += future.result().pixels
         room = min(self._most - unknown, 2 * self._most - len(self._waiting))
         if decoded >= _AHEAD_PIXELS:
             room = int(not self._waiting)
@@ -260,11 +279,6 @@ class _Ahead:
             loaded = self._waiting.popleft().result()
             self._refill()
             yield loaded
-
-
-def _put(data: bytes, *place: str) -> None:
-    uri = storage.join(*place)
-    patiently(lambda: storage.write_bytes(uri, data))
 
 
 def _check_name(name: str) -> None:
@@ -312,10 +326,6 @@ def _encode_overlay(result: Segmentation) -> bytes:
 def _rejected(row: dict[str, Any], reason: str) -> dict[str, Any]:
     # A sentence may quote a name that is not Unicode.
     return row | {"status": "rejected", "error": reason.encode("utf-8", "backslashreplace").decode()}
-
-
-def _pixels(future: Future[_Loaded]) -> int:
-    return future.result().pixels if future.done() and future.exception() is None else 0
 
 
 def _finished(row: dict[str, Any]) -> Future[dict[str, Any]]:
