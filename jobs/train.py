@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -117,9 +119,9 @@ def _watch(
     ended = threading.Event()
     threading.Thread(target=fit, name="vilseg-train", daemon=True).start()
     last: dict[str, float] = {}
-    interrupted = False
-    while True:
-        try:
+    stopping = False
+    with _interrupts() as interrupts:
+        while True:
             over = ended.wait(_POLL_SECONDS)
             snapshot = ray.get(monitor.poll.remote())
             last = snapshot.metrics[-1] if snapshot.metrics else last
@@ -128,15 +130,29 @@ def _watch(
                 raise snapshot.failure  # the trainer goes on restarting its workers, which find nothing to do
             if over:
                 break
-        except KeyboardInterrupt:
-            if interrupted:
-                raise
-            interrupted = True
-            monitor.stop.remote()
-            console.say("stopping after the next report with a checkpoint; Ctrl-C again stops without one")
+            if len(interrupts) > 1:
+                raise KeyboardInterrupt
+            if interrupts and not stopping:
+                stopping = True
+                monitor.stop.remote()
+                console.say("stopping after the next report with a checkpoint; Ctrl-C again stops without one")
     if failure:
         raise user_error_in(failure[0]) or failure[0]
-    return Outcome(folder, last, interrupted and last.get("step", 0) < steps)
+    return Outcome(folder, last, stopping and last.get("step", 0) < steps)
+
+
+@contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """Every Ctrl-C while this lasts, noted instead of raised: as an exception inside Ray's calls it may get lost."""
+    noted: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield noted  # signals come to the main thread alone
+        return
+    before = signal.signal(signal.SIGINT, lambda number, frame: noted.append(number))
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def train_worker(config: RunConfig, folder: RunFolder, prepared: Prepared, monitor: Any) -> None:
