@@ -133,8 +133,8 @@ class ObjectStore:
                     leftover.unlink(missing_ok=True)
 
     def _is_running(self) -> bool:
-        if self._process is not None and self._process.poll() is not None:
-            return False
+        if self._process is not None:  # of a process just begun the command line may be empty for a moment
+            return self._process.poll() is None
         return _is_ours(self.pid, self.directory)
 
     def _write_state(self, pid: int | None) -> None:
