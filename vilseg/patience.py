@@ -37,13 +37,14 @@ def patiently(action: Callable[[], T], *, seconds: float = PATIENCE_S) -> T:
     """The result of ``action``, which is tried again while the store does not answer.
 
     Raises:
-        StoreUnavailable: it still does not after ``seconds``.
+        StoreUnavailable: it still does not ``seconds`` after the first failure.
     """
-    waiting = _Waiting(seconds)
+    waiting = None
     while True:
         try:
             return action()
         except StoreUnavailable:
+            waiting = waiting or _Waiting(seconds)  # what fails after an hour has as much time as what fails at once
             if not waiting.pause():
                 raise
 

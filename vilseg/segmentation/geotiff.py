@@ -69,7 +69,7 @@ def is_georeferenced(path: str) -> bool:
         StorageError: it cannot be read.
         UserError: it is a TIFF and rasterio is missing.
     """
-    with storage.open_input(path) as stream:
+    with storage.reading(path) as stream:  # a connection that breaks here is the store's affair
         if stream.read(4) not in _TIFF_STARTS:
             return False
     _import_rasterio()
