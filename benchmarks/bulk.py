@@ -44,7 +44,7 @@ _PHOTOS = 2000
 _ROUNDS = 2
 _STEADY = (0.1, 0.95)
 """Shares of the photos between which a way is in steady state."""
-_CLASSES = tuple(scene.name for scene in scenes.CLASSES)
+CLASSES = tuple(scene.name for scene in scenes.CLASSES)
 
 
 def main(out: Path) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def main(out: Path) -> dict[str, Any]:
         os.environ.update(store.environment())
         os.environ["OMP_NUM_THREADS"] = "1"
         names = _upload()
-        _save_model()
+        save_model(_MODEL)
         ways: dict[str, Callable[[str, list[str]], list[float]]] = {
             "vilseg": _vilseg,
             "bare_loop": _bare_loop,
@@ -108,14 +108,14 @@ def _upload() -> list[str]:
     return names
 
 
-def _save_model() -> None:
+def save_model(uri: str) -> None:
     """The demo's model before training, which takes as long as afterwards, on pictures twice as large as there."""
     config = RunConfig.load(
         str(Path(__file__).parent.parent / "configs" / "demo.yaml"), ["segmentation.input_size=128"]
     )
     captions = [caption for pair in scenes.pairs(200, 0, 32) for caption in pair.captions]
     torch.manual_seed(0)
-    ViLSeg.from_config(config.model, captions, segmentation=config.segmentation).save_pretrained(_MODEL)
+    ViLSeg.from_config(config.model, captions, segmentation=config.segmentation).save_pretrained(uri)
 
 
 def _steady(finished: Sequence[float]) -> float:
@@ -151,7 +151,7 @@ def run_vilseg(place: str) -> None:
         moments.extend([time.time()] * (progress.done - len(moments)))
 
     with ray_session() as session:
-        job = plan([f"{_ROOT}/photos"], _MODEL, Vocabulary.of(_CLASSES), place, formats=["png"])
+        job = plan([f"{_ROOT}/photos"], _MODEL, Vocabulary.of(CLASSES), place, formats=["png"])
         segment.main(job, session, progress=note)
     print(json.dumps(moments))
 
@@ -166,7 +166,7 @@ class OnePhoto:
 
     def __init__(self, place: str) -> None:
         torch.set_num_threads(1)
-        self._segmenter = Segmenter(ViLSeg.from_pretrained(_MODEL), _CLASSES, keep_clusters=False)
+        self._segmenter = Segmenter(ViLSeg.from_pretrained(_MODEL), CLASSES, keep_clusters=False)
         self._place = place
 
     def read(self, name: str) -> tuple[dict[str, Any], Any]:

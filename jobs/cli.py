@@ -16,6 +16,7 @@ from typing import Annotated, TextIO
 import click
 import typer
 
+from jobs.store_cli import Json, store_app
 from vilseg import storage
 from vilseg.config import ColumnsConfig, RunConfig, SegmentationConfig
 from vilseg.errors import ConfigError, UserError
@@ -23,15 +24,12 @@ from vilseg.errors import ConfigError, UserError
 app = typer.Typer(
     help="Open-vocabulary segmentation trained from image-caption pairs.", no_args_is_help=True, add_completion=False
 )
-store_app = typer.Typer(help="The embedded S3 server (SeaweedFS) on this machine.", no_args_is_help=True)
 app.add_typer(store_app, name="store")
 
-Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 Address = Annotated[str | None, typer.Option(help="Ray cluster: auto or ray://…; a local one is started without it.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Configuration keys as key.sub=value.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with what an earlier call left.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
-StoreFolder = Annotated[Path, typer.Option("--dir", help="Folder that the store keeps everything in.")]
 _OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_]+)+=")
 """How an override begins, as no path or URI is likely to."""
 
@@ -300,55 +298,59 @@ def segment(
     console.result({**done.to_dict(), "out": done.uri}, as_json=json, text=text)
 
 
-@store_app.command()
-def up(
-    folder: StoreFolder = Path("store"),
-    port: Annotated[int | None, typer.Option(help="Port of the S3 endpoint; a free one without it.")] = None,
+@app.command()
+def serve(
+    overrides: Overrides = None,
+    model: Annotated[
+        list[str] | None, typer.Option(help="URI of a model folder, or NAME=URI; several times for several models.")
+    ] = None,
+    config: Annotated[str | None, typer.Option(help="Configuration file (YAML) of the deployment.")] = None,
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+    host: Annotated[str, typer.Option(help="Address to listen on; others than loopback need --keys.")] = "127.0.0.1",
+    keys: Annotated[str | None, typer.Option(help="File of API keys, as 'vilseg key' writes it.")] = None,
+    address: Address = None,
     json: Json = False,
 ) -> None:
-    """Start the store and print its endpoint and the variables to export.
+    """Put models up: an HTTP API, and a page to try them; until Ctrl-C.
 
-    Example: eval "$(vilseg store up --dir store)"
+    Example: vilseg serve --model runs/first/model
     """
-    from cluster.store import ObjectStore
     from jobs import console
+    from jobs.session import ray_session
+    from serve import run as job
+    from serve.config import ServeConfig
 
-    store = ObjectStore.start(folder, port)
-    variables = store.environment()
-    console.say(f"the store answers at {store.endpoint}, bucket s3://vilseg")
-    exports = "\n".join(f"export {name}={value}" for name, value in variables.items())
-    console.result({"endpoint": store.endpoint, **variables}, as_json=json, text=exports)
+    settings = ServeConfig.of(config, model or [], keys, overrides or [])
+    job.check(settings, host, port)
+
+    def ready(url: str) -> None:
+        console.say("Ctrl-C stops it" + ("" if settings.keys else "; without --keys it answers this machine only"))
+        value = {"url": url, "api": f"{url}/docs", "models": list(settings.models)}
+        with redirect_stdout(stdout):
+            console.result(value, as_json=json, text=f"page {url}\nAPI  {url}/docs")
+
+    console.say("starting; this takes some 20 seconds")
+    stdout = sys.stdout
+    with _quiet_stdout(), ray_session(address) as session:
+        job.main(settings, session, host=host, port=port, ready=ready)
 
 
-@store_app.command()
-def status(folder: StoreFolder = Path("store"), json: Json = False) -> None:
-    """Say whether the store runs.
+@app.command()
+def key(
+    name: Annotated[str, typer.Argument(help="Whose key it is.")],
+    file: Annotated[str, typer.Option(help="File or URI of the keys; made where it is not.")],
+    json: Json = False,
+) -> None:
+    """Make an API key for 'vilseg serve --keys'. It is printed once; the file holds its hash only.
 
-    Example: vilseg store status --dir store
+    Example: vilseg key anna --file keys.txt
     """
-    from cluster.store import ObjectStore
     from jobs import console
+    from serve.keys import add_key
 
-    store = ObjectStore.attach(folder)
-    value = {"running": store is not None, "endpoint": store.endpoint if store else None}
-    text = f"running at {store.endpoint}" if store else f"no store runs in {folder}"
-    console.result(value, as_json=json, text=text)
-
-
-@store_app.command()
-def down(folder: StoreFolder = Path("store"), json: Json = False) -> None:
-    """Stop the store; what it holds stays.
-
-    Example: vilseg store down --dir store
-    """
-    from cluster.store import ObjectStore
-    from jobs import console
-
-    store = ObjectStore.attach(folder)
-    if store is not None:
-        store.stop()
-    text = "stopped" if store else f"no store runs in {folder}"
-    console.result({"stopped": store is not None}, as_json=json, text=text)
+    made = add_key(file, name)
+    console.say(f"the key of {name}; delete the line {name} of {file} to take it back")
+    console.result({"name": name, "key": made, "file": file}, as_json=json, text=made)
 
 
 def _split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:

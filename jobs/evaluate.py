@@ -64,7 +64,7 @@ def main(
         data = _Renamed(data, classes.classes)
     loaded = ViLSeg.from_pretrained(model)
     loaded.segmentation = settings(loaded.segmentation)
-    result = evaluate(Segmenter(loaded, data.classes), data, progress=progress, keep=_EXAMPLES if out else 0)
+    result = evaluate(Segmenter(loaded, classes or data.classes), data, progress=progress, keep=_EXAMPLES if out else 0)
     if out:
         page = render_evaluation(result, f"{storage.name(model)} on {storage.name(uri)}", [command] if command else [])
         storage.write_text(storage.join(out, _PAGE), page)

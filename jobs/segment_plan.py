@@ -74,7 +74,7 @@ class Job:
         return {
             "inputs": self.inputs,
             "model": self.model,
-            "classes": list(self.classes.classes),
+            "classes": list(self.classes.entries),
             "segmentation": self.segmentation.model_dump(mode="json"),
             "formats": self.formats,
             "rules": vars(self.rules),

@@ -4,15 +4,17 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from vilseg.client import Client
     from vilseg.config import RunConfig
     from vilseg.model import ViLSeg
     from vilseg.segmentation.result import Segmentation
     from vilseg.segmentation.segmenter import Segmenter
     from vilseg.text.vocabulary import Vocabulary
 
-__all__ = ["RunConfig", "Segmentation", "Segmenter", "ViLSeg", "Vocabulary"]
+__all__ = ["Client", "RunConfig", "Segmentation", "Segmenter", "ViLSeg", "Vocabulary"]
 
 _HOMES = {
+    "Client": "vilseg.client",
     "RunConfig": "vilseg.config",
     "Segmentation": "vilseg.segmentation.result",
     "Segmenter": "vilseg.segmentation.segmenter",

@@ -6,6 +6,7 @@
     |  |- DiskFullError      no space is left, for a result or a temporary copy
     |  `- StoreUnavailable   the object store does not answer, or says that it cannot now
     |- DataError         pairs, images, masks, class lists
+    |  `- TooLargeError      more pixels than the caller allows
     `- ModelError        a model folder or checkpoint
 
 A message says what is wrong, where (file, key, value) and what to do about it. Errors of our own making are plain
@@ -35,6 +36,10 @@ class StoreUnavailable(StorageError):  # noqa: N818  (a state that passes, see `
 
 class DataError(UserError):
     """Pairs, images, masks or class lists are wrong."""
+
+
+class TooLargeError(DataError):
+    """A picture or film has more pixels than the caller allows."""
 
 
 class ModelError(UserError):

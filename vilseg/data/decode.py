@@ -11,7 +11,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from vilseg.errors import DataError
+from vilseg.errors import DataError, TooLargeError
 
 _MAX_PIXELS = 100_000_000
 _ORIENTATION = 0x0112
@@ -35,7 +35,8 @@ def decode_image(data: bytes, *, max_pixels: int | None = None, min_side: int | 
         Shape: (H, W, 3), uint8.
 
     Raises:
-        DataError: not an image, damaged, or too many pixels.
+        DataError: not an image, or damaged.
+        TooLargeError: too many pixels.
     """
     if not data:
         raise DataError("the image has no bytes")
@@ -106,7 +107,7 @@ def _is_rotated(data: bytes) -> bool:
 
 def _check_size(width: int, height: int, limit: int) -> None:
     if width * height > limit:
-        raise DataError(f"the image has {width} x {height} pixels, more than the limit of {limit:,}")
+        raise TooLargeError(f"the image has {width} x {height} pixels, more than the limit of {limit:,}")
     if width < 1 or height < 1:
         raise DataError(f"the image has no pixels ({width} x {height})")
 

@@ -14,6 +14,8 @@ has over the patches of the training pictures, and mean_c' runs over all texts. 
 ``background`` is what other words name better:
 
     s'_background = max_b s'_nb + bias   over the background words b, or over the word background where there are none.
+
+A class with synonyms has the score of the one that fits best.
 """
 
 from __future__ import annotations
@@ -33,11 +35,13 @@ _EPS = 1e-6
 
 @dataclass(frozen=True, eq=False)
 class ClassTexts:
-    """What patches are compared with: class names, and after them the background words."""
+    """What patches are compared with: class names, after them their synonyms, and after these the background words."""
 
     embeddings_TD: Tensor
-    """(T, D) unit length; rows 0..C-1 are the classes, the rest are background words."""
+    """(T, D) unit length; rows 0..C-1 are the classes."""
     classes: int
+    synonym_of_S: Tensor
+    """(S,) index of the class that each synonym, rows C..C+S-1, stands for."""
     background: int | None
     """Index of the class ``background``, which takes the scores of the background words; None where there is none."""
     offset_T: Tensor
@@ -50,6 +54,7 @@ class ClassTexts:
         return replace(
             self,
             embeddings_TD=self.embeddings_TD.to(device),
+            synonym_of_S=self.synonym_of_S.to(device),
             offset_T=self.offset_T.to(device),
             gain_T=self.gain_T.to(device),
         )
@@ -63,24 +68,32 @@ def calibrate(
     *,
     classes: int,
     background: int | None,
+    synonym_of_S: Tensor | None = None,
 ) -> ClassTexts:
     """Texts with the calibration that the statistics of patch embeddings give them; see the module for the formula.
 
     Args:
-        embeddings_TD: classes, then background words, unit length. Shape: (T, D).
+        embeddings_TD: classes, synonyms, background words, unit length. Shape: (T, D).
         mean_D: mean of unit-length patch embeddings. Shape: (D,).
         covariance_DD: their covariance. Shape: (D, D).
         strength: q in 0..1.
         classes: how many of the texts are classes.
         background: index of the class ``background``, or None.
+        synonym_of_S: classes that the synonyms stand for, where there are any. Shape: (S,).
     """
     deviation_T = ((embeddings_TD @ covariance_DD) * embeddings_TD).sum(1).clamp(min=0).sqrt().clamp(min=_EPS)
     gain_T = (deviation_T.mean() / deviation_T) ** strength
-    return ClassTexts(embeddings_TD, classes, background, strength * (embeddings_TD @ mean_D), gain_T)
+    if synonym_of_S is None:
+        synonym_of_S = torch.empty(0, dtype=torch.long, device=embeddings_TD.device)
+    return ClassTexts(embeddings_TD, classes, synonym_of_S, background, strength * (embeddings_TD @ mean_D), gain_T)
 
 
 def class_similarities(
-    embeddings: ImageEmbeddings, assignments_BNK: Tensor, texts: ClassTexts, config: SegmentationConfig
+    embeddings: ImageEmbeddings,
+    assignments_BNK: Tensor,
+    texts: ClassTexts,
+    config: SegmentationConfig,
+    background_bias: float | None = None,
 ) -> Tensor:
     """How well every class fits every patch, through the region that the patch belongs to; see the module.
 
@@ -89,6 +102,7 @@ def class_similarities(
         assignments_BNK: soft assignments, summing to 1 over K. Shape: (B, N, K).
         texts: classes and background words.
         config: region_weight, image_mix and background_bias.
+        background_bias: takes the place of the one in ``config``.
 
     Returns:
         Cosine similarities, calibrated if ``texts`` are. Shape: (B, C, h, w).
@@ -106,12 +120,20 @@ def class_similarities(
         own_BNT = _mix(patches_BND, whole_B1D, config.image_mix) @ texts_DT
         similarity_BNT = similarity_BNT + (1 - config.region_weight) * own_BNT
     similarity_BNT = (similarity_BNT - texts.offset_T) * texts.gain_T
+    named = texts.classes + len(texts.synonym_of_S)
     similarity_BNC = similarity_BNT[:, :, : texts.classes]
+    if len(texts.synonym_of_S):
+        owner_BNS = texts.synonym_of_S.expand(*similarity_BNC.shape[:2], -1)
+        similarity_BNC = similarity_BNC.scatter_reduce(
+            2, owner_BNS, similarity_BNT[:, :, texts.classes : named], "amax"
+        )
     if texts.background is not None:
-        words_BNb = similarity_BNT[:, :, texts.classes :]
+        words_BNb = similarity_BNT[:, :, named:]
         best_BN = words_BNb.amax(2) if words_BNb.shape[2] else similarity_BNC[:, :, texts.background]
         similarity_BNC = similarity_BNC.clone()
-        similarity_BNC[:, :, texts.background] = best_BN + config.background_bias
+        similarity_BNC[:, :, texts.background] = best_BN + (
+            config.background_bias if background_bias is None else background_bias
+        )
     return similarity_BNC.transpose(1, 2).unflatten(2, embeddings.grid)
 
 

@@ -1,8 +1,10 @@
 """What segmenting an image gives: labels, scores, regions, and the forms they are drawn and stored in."""
 
+from __future__ import annotations
+
 import io
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -90,6 +92,18 @@ class Segmentation:
                 )
             )
         return regions
+
+    def above(self, threshold: float) -> Segmentation:
+        """The same with pixels of lower scores given to the class ``background``, or to none where there is no such class.
+
+        Args:
+            threshold: from 0 (leaves all as it is) to 1.
+        """
+        if threshold <= 0:
+            return self
+        rest = self.classes.index(drawing.BACKGROUND) if drawing.BACKGROUND in self.classes else None
+        label = no_class(self.labels.dtype) if rest is None else rest
+        return replace(self, labels=np.where(self.scores < threshold, self.labels.dtype.type(label), self.labels))
 
     def _areas_and_score_sums(self) -> tuple[np.ndarray, np.ndarray]:
         """Pixels and sum of scores of every class, (C,) int64 and (C,) float64."""

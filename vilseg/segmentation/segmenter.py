@@ -17,7 +17,7 @@ from vilseg import storage
 from vilseg.data.decode import decode_image, to_rgb
 from vilseg.device import best_device, has_bfloat16_units
 from vilseg.errors import DataError
-from vilseg.model import ViLSeg
+from vilseg.model import ImageEmbeddings, ViLSeg
 from vilseg.segmentation.refinement import refine
 from vilseg.segmentation.regions import ClassTexts, calibrate, class_similarities
 from vilseg.segmentation.result import Segmentation, label_dtype
@@ -30,6 +30,18 @@ _COCO_MARKS = ("-merged", "-other", "-stuff")
 """What COCO's panoptic class names say of how the classes were made, not of what they show."""
 
 ImageLike = Image.Image | np.ndarray | str | Path
+
+
+class Look(NamedTuple):
+    """What the encoder and the clustering head made of one picture: all that naming its pixels takes, whatever the classes."""
+
+    pixels_3HW: Tensor
+    """(3, H, W) uint8, the picture at the size that the model saw."""
+    patches_ND: Tensor
+    """(N, D) float32 unit length, row by row over the grid."""
+    assignments_NK: Tensor
+    """(N, K) float32, summing to 1 over K."""
+    grid: tuple[int, int]
 
 
 class _Contenders(NamedTuple):
@@ -98,17 +110,42 @@ class Segmenter:
     def batch(self, images: Sequence[ImageLike]) -> list[Segmentation]:
         """Segment pictures of any sizes together; those that come to one size share a pass through the model."""
         arrays = [_to_array(image) for image in images]
+        return [self.name(look, array) for look, array in zip(self.look(arrays), arrays, strict=True)]
+
+    @torch.inference_mode()
+    def look(self, images: Sequence[np.ndarray]) -> list[Look]:
+        """The part of the work that does not depend on the classes: pictures of one model size share a pass.
+
+        Args:
+            images: (H, W, 3) uint8 RGB arrays of any sizes.
+        """
         groups: dict[tuple[int, int], list[int]] = {}
-        for index, array in enumerate(arrays):
-            groups.setdefault(self._model_size(array), []).append(index)
-        results: dict[int, Segmentation] = {}
+        for index, image in enumerate(images):
+            groups.setdefault(self._model_size(image), []).append(index)
+        looks: dict[int, Look] = {}
         for size, members in groups.items():
-            pixels = torch.stack([_resize(arrays[index], size) for index in members]).to(self.device)
-            maps = zip(pixels, *self._run(pixels), strict=True)
-            for index, (image_3HW, similarity_Chw, clusters_Khw) in zip(members, maps, strict=True):
-                contenders = self._contenders(image_3HW, similarity_Chw)
-                results[index] = self._paint(arrays[index], contenders, clusters_Khw if self._keep_clusters else None)
-        return [results[index] for index in range(len(arrays))]
+            pixels_B3HW = torch.stack([_resize(images[index], size) for index in members]).to(self.device)
+            found = self._encode(pixels_B3HW)
+            looks.update(zip(members, found, strict=True))
+        return [looks[index] for index in range(len(images))]
+
+    @torch.inference_mode()
+    def name(self, look: Look, image: np.ndarray, *, background_bias: float | None = None) -> Segmentation:
+        """Name the pixels of a picture that was looked at, by this segmenter or one of the same model with other classes.
+
+        Args:
+            look: from `look`.
+            image: the picture. Shape: (H, W, 3), uint8 RGB.
+            background_bias: takes the place of the one in the model's settings.
+        """
+        look = look._replace(
+            pixels_3HW=look.pixels_3HW.to(self.device),
+            patches_ND=look.patches_ND.to(self.device),
+            assignments_NK=look.assignments_NK.to(self.device),
+        )
+        contenders = self._contenders(look.pixels_3HW, self._similarity(look, background_bias))
+        clusters_Khw = look.assignments_NK.T.unflatten(1, look.grid) if self._keep_clusters else None
+        return self._paint(image, contenders, clusters_Khw)
 
     @torch.inference_mode()
     def class_scores(self, image: ImageLike) -> Tensor:
@@ -124,11 +161,11 @@ class Segmenter:
             DataError, StorageError: as `__call__`.
         """
         array = _to_array(image)
-        pixels = _resize(array, self._model_size(array)).unsqueeze(0).to(self.device)
-        similarity_Chw = self._run(pixels)[0][0]
+        [look] = self.look([array])
+        similarity_Chw = self._similarity(look)
         if not self.config.refinement.iterations:
             return similarity_Chw
-        classes_W, scores_Whw = refine(similarity_Chw, pixels[0].float(), self.config.refinement)
+        classes_W, scores_Whw = refine(similarity_Chw, look.pixels_3HW.float(), self.config.refinement)
         enlarged = F.interpolate(similarity_Chw.unsqueeze(0), size=scores_Whw.shape[1:], mode="bilinear")[0]
         return torch.minimum(enlarged, scores_Whw.amax(0)).index_copy_(0, classes_W, scores_Whw)
 
@@ -147,8 +184,7 @@ class Segmenter:
         rest_1hw = logits_Chw[others].logsumexp(0, keepdim=True) if others.any() else None
         return self._paint(image, _Contenders(logits_Chw[~others], (~others).nonzero()[:, 0], rest_1hw), None)
 
-    @torch.inference_mode()
-    def _run(self, pixels_B3HW: Tensor) -> tuple[Tensor, Tensor]:
+    def _encode(self, pixels_B3HW: Tensor) -> list[Look]:
         images = pixels_B3HW.float().div_(255)
         # Matrix units of recent CPUs and GPUs are several times faster in bfloat16; the comparison itself is not.
         with torch.autocast(self.device.type, torch.bfloat16, enabled=has_bfloat16_units(self.device)):
@@ -156,21 +192,32 @@ class Segmenter:
         features = features._replace(
             patches=features.patches.float(), pooled=None if features.pooled is None else features.pooled.float()
         )
-        embeddings = self.model.embed(features)
+        patches_BND = self.model.embed(features).patches
         assignments_BNK = self.model.cluster_logits(features).softmax(-1)
-        similarity_BChw = class_similarities(embeddings, assignments_BNK, self._texts, self.config)
-        return similarity_BChw, assignments_BNK.transpose(1, 2).unflatten(2, features.grid)
+        parts = zip(pixels_B3HW, patches_BND, assignments_BNK, strict=True)
+        return [Look(pixels, patches, assignments, features.grid) for pixels, patches, assignments in parts]
+
+    def _similarity(self, look: Look, background_bias: float | None = None) -> Tensor:
+        """Shape: -> (C, h, w)."""
+        # Of the image as a whole only the mean of its patches counts.
+        embeddings = ImageEmbeddings(look.patches_ND.mean(0, keepdim=True), look.patches_ND.unsqueeze(0), look.grid)
+        assignments_1NK = look.assignments_NK.unsqueeze(0)
+        return class_similarities(embeddings, assignments_1NK, self._texts, self.config, background_bias)[0]
 
     @torch.inference_mode()
     def _class_texts(self) -> ClassTexts:
         """Class names and background words as the model sees them; each the mean over the prompts."""
+        vocabulary = self.vocabulary
+        owners = range(len(self.classes))
         names = [spoken(name) for name in self.classes]
-        background = self.vocabulary.background
+        synonyms = [(index, spoken(name)) for index in owners for name in vocabulary.names(index)[1:]]
         words: list[str] = []
-        if background is not None:
-            asked_for = {name.casefold() for name in names}
-            words = [word for word in self.config.background_words if spoken(word).casefold() not in asked_for]
-        texts = [prompt.format(name) for name in [*names, *words] for prompt in self.config.prompts]
+        if vocabulary.background is not None:
+            asked_for = {name.casefold() for name in [*names, *(name for _, name in synonyms)]}
+            candidates = vocabulary.background_words or self.config.background_words
+            words = [word for word in candidates if spoken(word).casefold() not in asked_for]
+        spoken_names = [*names, *(name for _, name in synonyms), *words]
+        texts = [prompt.format(name) for name in spoken_names for prompt in self.config.prompts]
         embedded = torch.cat([self.model.encode_text(texts[i : i + 256]) for i in range(0, len(texts), 256)])
         mean_TD = embedded.unflatten(0, (-1, len(self.config.prompts))).mean(1)
         if self.config.center_text:
@@ -181,7 +228,8 @@ class Segmenter:
             self.model.patch_covariance,
             self.config.calibration,
             classes=len(names),
-            background=background,
+            synonym_of_S=torch.tensor([index for index, _ in synonyms], dtype=torch.long, device=self.device),
+            background=vocabulary.background,
         )
 
     def _model_size(self, image: np.ndarray) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from vilseg import storage
-from vilseg.errors import ConfigError, DataError, StorageError
+from vilseg.errors import ConfigError, DataError, StorageError, TooLargeError
 from vilseg.segmentation import propagation
 from vilseg.segmentation.propagation import Carried
 from vilseg.segmentation.result import Segmentation
@@ -203,6 +203,8 @@ def segment_file(
     overlay_uri: str | None = None,
     key_every: int = 6,
     smoothing: float = 0.7,
+    max_pixels: int | None = None,
+    progress: Callable[[int, float], None] = lambda frames, seconds: None,
 ) -> VideoResult:
     """Segment a video file and write what was found.
 
@@ -214,8 +216,11 @@ def segment_file(
         overlay_uri: an MP4 file of the film with the classes laid over it, at the same times; it appears only whole.
         key_every: see `segment_video`.
         smoothing: see `segment_video`.
+        max_pixels: largest width x height of the frames; 100 million where None.
+        progress: told how many frames were read and at which second the last of them is shown; what it raises ends the work.
 
     Raises:
+        TooLargeError: the frames have more pixels.
         DataError: not a video, or a damaged one; the masks of the frames before the damage are kept.
         StorageError: the source cannot be read, the results cannot be written, or ``masks_uri`` holds files already.
         ConfigError: ``key_every`` or ``smoothing`` is out of range.
@@ -225,7 +230,10 @@ def segment_file(
         raise StorageError(f"{masks_uri} holds files already; choose another folder for the masks or delete this one")
     tally = _Tally(len(segmenter.classes))
     results = segment_video(
-        segmenter, _images(read_frames(source_uri), tally), key_every=key_every, smoothing=smoothing
+        segmenter,
+        _images(read_frames(source_uri, max_pixels=max_pixels), tally, progress),
+        key_every=key_every,
+        smoothing=smoothing,
     )
     written = _write_masks(results, masks_uri, tally)
     if overlay_uri is None:
@@ -270,12 +278,15 @@ class _Tally:
         )
 
 
-def _images(frames: Iterator[Frame], tally: _Tally) -> Iterator[np.ndarray]:
+def _images(frames: Iterator[Frame], tally: _Tally, progress: Callable[[int, float], None]) -> Iterator[np.ndarray]:
     """The frames' images; damage after the first of them ends the film rather than losing those that wait for a key."""
     try:
         for frame in frames:
             tally.seconds.append(frame.seconds)
+            progress(len(tally.seconds), frame.seconds)
             yield frame.image
+    except TooLargeError:
+        raise
     except DataError as error:
         if not tally.seconds:
             raise

@@ -14,10 +14,16 @@ import numpy as np
 from PIL import Image
 
 from vilseg import storage
-from vilseg.errors import DataError, UserError
+from vilseg.errors import DataError, TooLargeError, UserError
 
 _MAX_PIXELS = 100_000_000
 """As for pictures: what a damaged header may not announce."""
+
+_FORMATS = (
+    "mov,matroska,avi,mpegts,mpeg,mpegvideo,m4v,h264,hevc,av1,obu,ivf,flv,live_flv,asf,ogg,gif,apng,webp_anim,mxf,mxf_opatom,"
+    "gxf,nut,nsv,dv,rm,wtv,wav,mp3,flac,yuv4mpegpipe,mjpeg,vc1,dhav,3gp,swf,smk,bink,cavsvideo,dirac,film_cpk"
+)
+"""Demuxers for films, and for nothing that refers to other files or addresses, as play lists do: they may come from strangers."""
 
 _STATE_THEIR_LENGTH = ("mov,mp4", "matroska", "avi")
 """Formats whose header says how long the film is; elsewhere FFmpeg guesses it."""
@@ -41,7 +47,7 @@ class Frame:
     """(H, W, 3) uint8 RGB, upright."""
 
 
-def read_frames(path: str | Path) -> Iterator[Frame]:
+def read_frames(path: str | Path, *, max_pixels: int | None = None) -> Iterator[Frame]:
     """The frames of the first video stream of a file, decoded as they are asked for.
 
     Rotation noted by the camera is applied, in quarter turns. Should the size change on the way, frames are brought to
@@ -49,8 +55,10 @@ def read_frames(path: str | Path) -> Iterator[Frame]:
 
     Args:
         path: a path or URI; what lies on an object store is copied to a temporary file first.
+        max_pixels: largest width x height of the frames; 100 million where None.
 
     Raises:
+        TooLargeError: the frames have more pixels.
         DataError: not a video, no video stream, no frame, or damaged or cut short; all good frames come before that.
         StorageError: it cannot be read.
         UserError: PyAV is not installed.
@@ -60,20 +68,20 @@ def read_frames(path: str | Path) -> Iterator[Frame]:
     with storage.local_copy(uri) as local:
         storage.open_input(str(local)).close()  # a folder, or no permission: told better than by FFmpeg
         try:
-            container = av.open(str(local))
+            container = av.open(str(local), options={"format_whitelist": _FORMATS})
         except (av.error.FFmpegError, OSError) as error:
             raise DataError(f"{uri} is not a video of a known format, or its head or index is damaged") from error
         with container:
             if not container.streams.video:
                 raise DataError(f"{uri} has no video stream")
-            yield from _decode(av, container, uri)
+            yield from _decode(av, container, uri, max_pixels or _MAX_PIXELS)
 
 
-def _decode(av: Any, container: Any, uri: str) -> Iterator[Frame]:
+def _decode(av: Any, container: Any, uri: str, limit: int) -> Iterator[Frame]:
     stream = container.streams.video[0]
     width, height = stream.codec_context.width, stream.codec_context.height
-    if width * height > _MAX_PIXELS:
-        raise DataError(f"{uri} has frames of {width} x {height} pixels, more than the limit of {_MAX_PIXELS:,}")
+    if width * height > limit:
+        raise TooLargeError(f"{uri} has frames of {width} x {height} pixels, more than the limit of {limit:,}")
     step = float(1 / stream.average_rate) if stream.average_rate else 1 / 25
     start, seconds, lasts, size = 0.0, -step, step, None
     decoded = container.decode(stream)

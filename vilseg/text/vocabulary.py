@@ -15,7 +15,7 @@ MAX_CLASSES = 65_534
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Class names in index order.
+    """Class names in index order, each with the synonyms that stand for it.
 
     A class named ``background`` stands for whatever the other names do not describe; it exists only where it is listed.
 
@@ -24,8 +24,16 @@ class Vocabulary:
     """
 
     classes: tuple[str, ...]
+    """What results call the classes."""
+    synonyms: tuple[tuple[str, ...], ...] = ()
+    """Of every class, other names for it: a picture's score for a class is that of the name that fits best. Empty where
+    no class has any."""
+    background_words: tuple[str, ...] = ()
+    """What the class ``background`` is made of; the model's own words where empty."""
 
     def __post_init__(self) -> None:
+        if self.synonyms and len(self.synonyms) != len(self.classes):
+            raise DataError(f"there are synonyms of {len(self.synonyms)} classes, but {len(self.classes)} classes")
         if not self.classes:
             raise DataError("the class list is empty; give at least one class name")
         if len(self.classes) > MAX_CLASSES:
@@ -42,6 +50,31 @@ class Vocabulary:
                     f"the class name '{name}' is listed twice, at {seen[folded]} and {index} (counted from 0)"
                 )
             seen[folded] = index
+        for index, others in enumerate(self.synonyms):
+            for name in others:
+                owner = seen.setdefault(name.casefold(), index)
+                if owner != index:
+                    raise DataError(
+                        f"'{name}' cannot stand for '{self.classes[index]}' and for '{self.classes[owner]}'"
+                    )
+
+    def names(self, index: int) -> tuple[str, ...]:
+        """The name of a class and its synonyms."""
+        return (self.classes[index], *(self.synonyms[index] if self.synonyms else ()))
+
+    @property
+    def entries(self) -> tuple[str, ...]:
+        """The classes as :meth:`of` reads them, synonyms included."""
+        return tuple("|".join(self.names(index)) for index in range(len(self.classes)))
+
+    def with_background(self, words: Iterable[str] = ()) -> Vocabulary:
+        """The same with the class ``background``, last where it was not listed, made of ``words``."""
+        listed = self.background is not None
+        return Vocabulary(
+            self.classes if listed else (*self.classes, BACKGROUND),
+            self.synonyms if listed or not self.synonyms else (*self.synonyms, ()),
+            tuple(words),
+        )
 
     @property
     def background(self) -> int | None:
@@ -50,14 +83,23 @@ class Vocabulary:
 
     @classmethod
     def of(cls, classes: Vocabulary | Iterable[str] | str) -> Vocabulary:
-        """A vocabulary from names, the vocabulary itself, or one from text as :meth:`parse` reads it."""
+        """A vocabulary from names (``sofa`` or, with synonyms, ``sofa|couch``), itself, or text for :meth:`parse`."""
         if isinstance(classes, str):
             return cls.parse(classes)
-        return classes if isinstance(classes, Vocabulary) else cls(tuple(name.strip() for name in classes))
+        if isinstance(classes, Vocabulary):
+            return classes
+        names = [[part.strip() for part in entry.split("|")] for entry in classes]
+        for first, *others in names:
+            if not all(others):
+                raise DataError(f"the class '{first}' has an empty synonym; write {first}|other name")
+        synonyms = tuple(tuple(others) for _, *others in names)
+        return cls(tuple(first for first, *_ in names), synonyms if any(synonyms) else ())
 
     @classmethod
     def parse(cls, spec: str) -> Vocabulary:
-        """Read ``"cat,sofa"`` or the URI of a text file with one name a line (its lines may hold commas).
+        """Read ``"cat,sofa|couch"`` or the URI of a text file with one class a line (its lines may hold commas).
+
+        Synonyms follow the name of a class after ``|``.
 
         Raises:
             DataError: not a class list; see the class for what is checked.

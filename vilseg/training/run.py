@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from vilseg import storage
-from vilseg.config import RunConfig, flat
+from vilseg.config import RunConfig
+from vilseg.config_tree import flat
 from vilseg.data.pairs import Shard, list_shards
 from vilseg.data.stream import index_shards, sample_pairs
 from vilseg.device import precision_dtype

@@ -96,8 +96,9 @@ def test_strips_equal_the_whole(segmenter: Segmenter, monkeypatch: pytest.Monkey
 def test_scores_and_labels_are_the_soft_max_of_enlarged_similarities(segmenter: Segmenter) -> None:
     image = picture(50, 70)
     result = segmenter(image)
-    pixels = module._resize(image, segmenter._model_size(image))[None]
-    similarity, clusters = segmenter._run(pixels)
+    [look] = segmenter.look([image])
+    similarity = segmenter._similarity(look).unsqueeze(0)
+    clusters = look.assignments_NK.T.unflatten(1, look.grid).unsqueeze(0)
     size = {"size": (50, 70), "mode": "bilinear", "align_corners": False}
     scores = (torch.nn.functional.interpolate(similarity, **size)[0] / segmenter.config.temperature).softmax(0)
     np.testing.assert_allclose(result.scores, scores.max(0).values, atol=1e-4)

@@ -1,0 +1,117 @@
+"""From bytes to answers with the models of one process; what a replica does, without Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+
+from serve.answers import encode
+from serve.batching import Batcher
+from serve.question import Answer, Question, SeenPicture
+from vilseg import ViLSeg
+from vilseg.data.decode import decode_image
+from vilseg.errors import DataError, TooLargeError
+from vilseg.segmentation.result import Segmentation
+from vilseg.segmentation.segmenter import Look, Segmenter
+from vilseg.text.vocabulary import Vocabulary
+
+_CLASS_LISTS = 64
+"""Class lists whose text embeddings a model keeps."""
+
+
+class LoadedModel:
+    """A model and the class lists that were asked of it lately."""
+
+    def __init__(self, uri: str) -> None:
+        self._model = ViLSeg.from_pretrained(uri)
+        self._segmenters: OrderedDict[Vocabulary, Segmenter] = OrderedDict()
+
+    def segmenter(self, vocabulary: Vocabulary) -> Segmenter:
+        """The segmenter of a class list; its texts are embedded once, until 64 other lists were asked for since."""
+        segmenter = self._segmenters.pop(vocabulary, None) or Segmenter(self._model, vocabulary)
+        self._segmenters[vocabulary] = segmenter
+        if len(self._segmenters) > _CLASS_LISTS:
+            self._segmenters.popitem(last=False)
+        return segmenter
+
+
+class Engine:
+    """Answers questions about pictures: decoding, model and encoding of different pictures overlap.
+
+    Args:
+        batch: most pictures a pass through the model.
+        max_pixels: what a picture's header may announce.
+        threads: of the model's own computations.
+    """
+
+    def __init__(self, *, batch: int, max_pixels: int, threads: int = 1) -> None:
+        torch.set_num_threads(threads)
+        self._max_pixels = max_pixels
+        self._batcher = Batcher(self._run, batch)
+        self._pool = ThreadPoolExecutor(2, thread_name_prefix="pictures")
+
+    async def answer(self, model: LoadedModel, question: Question) -> Answer:
+        """The answer to one question; a picture that cannot be used is an answer as well."""
+        loop = asyncio.get_running_loop()
+        begun = time.perf_counter()
+        try:
+            image = await loop.run_in_executor(self._pool, self._decode, question.image)
+        except TooLargeError as error:
+            return Answer(status=413, code="too_many_pixels", message=_sentence(error))
+        except DataError as error:
+            return Answer(status=422, code="not_a_picture", message=_sentence(error))
+        decoded = time.perf_counter()
+        result, look, started, done, batch = await self._batcher.submit(model, (question, image))
+        body, media_type = await loop.run_in_executor(self._pool, encode, result, question)
+        seconds = {
+            "decode": decoded - begun,
+            "wait": started - decoded,
+            "model": done - started,
+            "encode": time.perf_counter() - done,
+        }
+        seen = _keep(look) if question.format == "view" else None
+        return Answer(body=body, media_type=media_type, seen=seen, batch=batch, seconds=seconds)
+
+    def _decode(self, data: bytes) -> np.ndarray:
+        return decode_image(data, max_pixels=self._max_pixels)
+
+    @staticmethod
+    def _run(
+        model: Hashable, items: Sequence[tuple[Question, np.ndarray]]
+    ) -> list[tuple[Segmentation, Look, float, float, int]]:
+        assert isinstance(model, LoadedModel)
+        started = time.perf_counter()
+        segmenters = [model.segmenter(question.vocabulary) for question, _ in items]
+        fresh = [image for question, image in items if question.seen is None]
+        looked = iter(segmenters[0].look(fresh))
+        results: list[Any] = []
+        for segmenter, (question, image) in zip(segmenters, items, strict=True):
+            look = next(looked) if question.seen is None else _recall(question.seen)
+            result = segmenter.name(look, image, background_bias=question.background_bias)
+            results.append((result, look, started, time.perf_counter(), len(items)))
+        return results
+
+
+def _keep(look: Look) -> SeenPicture:
+    pixels, patches, assignments = (part.cpu().numpy() for part in look[:3])
+    return SeenPicture(pixels_3HW=pixels, patches_ND=patches, assignments_NK=assignments, grid=look.grid)
+
+
+def _recall(seen: SeenPicture) -> Look:
+    # Arrays from Ray's object store are read-only, and torch warns of those.
+    pixels, patches, assignments = (
+        torch.from_numpy(np.array(part)) for part in (seen.pixels_3HW, seen.patches_ND, seen.assignments_NK)
+    )
+    return Look(pixels, patches, assignments, seen.grid)
+
+
+def _sentence(error: DataError) -> str:
+    text = str(error)
+    return text[:1].upper() + text[1:] + ("" if text.endswith(".") else ".")

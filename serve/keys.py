@@ -1,0 +1,88 @@
+"""API keys: a file with ``NAME:HASH`` a line. The keys themselves are known to their holders only."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+import secrets
+import time
+
+from vilseg import storage
+from vilseg.errors import ConfigError, UserError
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
+_LINE = re.compile(r"([^:\s]+):([0-9a-f]{64})")
+_REFRESH = 15.0
+"""Seconds after which the file is read anew, so that keys can be added and taken away while the server runs."""
+
+
+def add_key(uri: str, name: str) -> str:
+    """Make a key, write its hash to the file at ``uri`` and return the key, which nobody can read off that file.
+
+    Raises:
+        ConfigError: ``name`` is no name, is in the file already, or the file is not one of keys.
+        StorageError: the file cannot be read or written.
+    """
+    if not _NAME.fullmatch(name):
+        raise ConfigError(f"'{name}' is no name for a key; use up to 64 letters, digits and . _ @ -")
+    hashes = _read(uri) if storage.exists(uri) else {}
+    if name in hashes:
+        raise ConfigError(f"{uri} has a key for '{name}' already; delete its line first")
+    key = f"vs_{secrets.token_urlsafe(32)}"
+    lines = [f"{holder}:{digest}" for holder, digest in {**hashes, name: _digest(key)}.items()]
+    storage.write_text(uri, "\n".join(lines) + "\n")
+    return key
+
+
+class Keys:
+    """The keys that open a server.
+
+    Raises:
+        ConfigError: the file is not one of keys, or holds none.
+        StorageError: it cannot be read.
+    """
+
+    def __init__(self, uri: str) -> None:
+        self._uri = uri
+        self._hashes = _read(uri)
+        self._read_at = time.monotonic()
+
+    def holder(self, key: str) -> str | None:
+        """Whose key this is; None for nobody's. Takes as long for a wrong one as for a right one."""
+        # 256 random bits cannot be guessed, so one round of SHA-256 hides them as well as a slow hash would.
+        digest, found = _digest(key), None
+        for name, known in self._hashes.items():
+            if hmac.compare_digest(digest, known):
+                found = name
+        return found
+
+    def is_stale(self) -> bool:
+        """Whether `refresh` is due."""
+        return time.monotonic() - self._read_at > _REFRESH
+
+    def refresh(self) -> None:
+        """Read the file anew. What cannot be read leaves the keys as they are."""
+        self._read_at = time.monotonic()
+        try:
+            self._hashes = _read(self._uri)
+        except UserError as error:
+            raise ConfigError(f"the keys stay as they were: {error}") from error
+
+
+def _read(uri: str) -> dict[str, str]:
+    hashes: dict[str, str] = {}
+    for number, line in enumerate(storage.read_text(uri).splitlines(), 1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        match = _LINE.fullmatch(line.strip())
+        if match is None:
+            raise ConfigError(f"{uri}, line {number} is not NAME:HASH; make keys by: vilseg key NAME --file {uri}")
+        hashes[match[1]] = match[2]
+    if not hashes:
+        raise ConfigError(f"{uri} holds no key; make one by: vilseg key NAME --file {uri}")
+    return hashes
+
+
+def _digest(key: str) -> str:
+    return hashlib.sha256(key.encode()).hexdigest()

@@ -1,0 +1,1 @@
+"""The Gradio page and the viewer that it shows results in."""

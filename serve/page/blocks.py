@@ -1,0 +1,89 @@
+"""The page as a whole, mounted beside the API."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from fastapi import FastAPI
+
+from serve.api import Ask
+from serve.config import ServeConfig
+from serve.desk import FilmDesk
+from serve.keys import Keys
+from serve.page import other_tabs, picture_tab
+from serve.page.examples import load_examples
+from serve.page.parts import Desk
+
+_HERE = Path(__file__).parent
+_FONTS = ["system-ui", "sans-serif"]
+"""Of the reader's own machine: nothing is fetched from elsewhere."""
+
+
+def mount_page(
+    app: FastAPI, *, ask: Ask, films: FilmDesk, keys: Keys | None, config: Callable[[], ServeConfig]
+) -> None:
+    """Put the page at ``/``.
+
+    Args:
+        app: with the API's routes, which come first.
+        ask: puts a question to the replicas.
+        films: takes films in.
+        keys: whoever has one may log in, with the key as password.
+        config: the present one.
+    """
+    desk = Desk(ask, config)
+    kept = picture_tab.KeptPictures(load_examples(config().examples))
+    with gr.Blocks(title="vilseg", analytics_enabled=False) as demo:
+        gr.Markdown("# vilseg\nName what you look for; the picture is cut into regions of these names.")
+        with gr.Tab("Picture"):
+            picture_tab.build(desk, kept, demo)
+        with gr.Tab("Compare"):
+            other_tabs.build_compare(desk)
+        with gr.Tab("Several pictures"):
+            other_tabs.build_batch(desk)
+        with gr.Tab("Film"):
+            other_tabs.build_film(desk, films)
+    for block in demo.blocks.values():
+        _harden(block)
+    demo.queue(default_concurrency_limit=16, max_size=64, api_open=False)
+    gr.mount_gradio_app(
+        app,
+        demo,
+        path="/",
+        auth=None if keys is None else lambda _, key: keys.holder(key) is not None,
+        auth_message="Log in with any name, and an API key as the password.",
+        allowed_paths=[desk.folder],
+        max_file_size=config().limits.video_bytes,
+        show_error=True,
+        run_history=False,
+        footer_links=[],
+        ssr_mode=False,
+        enable_monitoring=False,
+        theme=gr.themes.Default(font=_FONTS, font_mono=["ui-monospace", "monospace"]),
+        css=(_HERE / "page.css").read_text(encoding="utf-8"),
+        head=f"<script>{(_HERE / 'viewer.js').read_text(encoding='utf-8')}</script>",
+    )
+
+
+def _harden(block: Any) -> None:
+    """Keep Gradio from fetching addresses that a caller sends, and from decoding pictures and films itself."""
+    move = getattr(block, "async_move_resource_to_block_cache", None)
+    if move is not None:
+
+        async def move_local(resource: Any) -> Any:
+            if "://" in str(resource):
+                raise gr.Error("Upload the file itself; addresses are not fetched.", title="Not fetched")
+            return await move(resource)
+
+        block.async_move_resource_to_block_cache = move_local
+    if isinstance(block, gr.Image | gr.Video):
+        # Decoding is for the replicas, which check the header before.
+        block.preprocess = lambda payload: None if payload is None else _path(payload)  # type: ignore[method-assign]
+
+
+def _path(payload: Any) -> str | None:
+    video = getattr(payload, "video", None)
+    return str((video or payload).path)

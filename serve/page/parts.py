@@ -1,0 +1,124 @@
+"""What the tabs of the page share: how they ask, show, and hand files out."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+import secrets
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from serve.api import Ask, Reader
+from serve.config import ServeConfig
+from serve.question import Answer, Format, Question, SeenPicture
+from serve.refusal import Refusal
+
+
+class Desk:
+    """Between Gradio's handlers and the replicas.
+
+    Args:
+        ask: puts a question to the replicas.
+        config: the present one.
+    """
+
+    def __init__(self, ask: Ask, config: Callable[[], ServeConfig]) -> None:
+        self._ask = ask
+        self.config = config
+        self.reader = Reader(config)
+        self._files = tempfile.TemporaryDirectory(prefix="vilseg-page-")
+
+    @property
+    def folder(self) -> str:
+        """Where files for browsers are."""
+        return self._files.name
+
+    def models(self) -> list[str]:
+        """Names of the models, the default first."""
+        return list(self.config().models)
+
+    def question(
+        self,
+        image: bytes,
+        names: list[str],
+        *,
+        model: str,
+        background: bool = False,
+        bias: float = 0,
+        threshold: float = 0,
+        format: Format | str = "view",
+        seen: SeenPicture | None = None,
+    ) -> Question:
+        """A question as the API would ask it.
+
+        Raises:
+            gr.Error: the class list or the model is wrong, as a sentence.
+        """
+        limits = self.config().limits
+        if len(image) > limits.body_bytes:
+            raise gr.Error(
+                f"The file has more than {limits.body_bytes:,} bytes, the most that is taken.", title="Too large"
+            )
+        try:
+            return Question(
+                request_id=f"page-{secrets.token_hex(6)}",
+                model=self.reader.model(model),
+                image=image,
+                vocabulary=self.reader.vocabulary(names, "true" if background else "false"),
+                background_bias=bias if background and bias else None,
+                threshold=threshold,
+                format=format,  # type: ignore[arg-type]
+                seen=seen,
+            )
+        except Refusal as refusal:
+            raise gr.Error(refusal.message, title="Please check") from refusal
+
+    async def ask(self, question: Question) -> Answer:
+        """The answer.
+
+        Raises:
+            gr.Error: it was refused, as a sentence.
+        """
+        try:
+            return await self._ask(question)
+        except Refusal as refusal:
+            title = "Busy" if refusal.status == 503 else "This does not work"
+            raise gr.Error(refusal.message, title=title) from refusal
+
+    def file(self, content: bytes, name: str) -> str:
+        """A file for a browser. Its folder is named by its content; a name that a user sent is never used."""
+        folder = Path(self.folder) / hashlib.sha256(content).hexdigest()[:32]
+        folder.mkdir(exist_ok=True)
+        path = folder / name
+        path.write_bytes(content)
+        return str(path)
+
+
+def viewer(name: str, view: dict[str, Any]) -> str:
+    """HTML that shows a view; see ``viewer.js``."""
+    data = base64.b64encode(json.dumps(view).encode()).decode()
+    return f'<vilseg-viewer name="{name}" data="{data}"></vilseg-viewer>'
+
+
+def empty(text: str) -> str:
+    """HTML in the place of a result."""
+    return f'<div class="vilseg-empty">{html.escape(text)}</div>'
+
+
+def class_tags(label: str, **options: Any) -> gr.Dropdown:
+    """A field for class names as tags."""
+    return gr.Dropdown(
+        label=label,
+        info="Type a name and press Enter. Synonyms: sofa|couch",
+        multiselect=True,
+        allow_custom_value=True,
+        choices=[],
+        value=[],
+        **options,
+    )

@@ -1,0 +1,30 @@
+"""What a caller is told when there is no answer."""
+
+from __future__ import annotations
+
+import json
+
+
+class Refusal(Exception):  # noqa: N818  (an answer, though not the one that was hoped for)
+    """A status, a code for programs and a sentence for people.
+
+    Args:
+        status: of HTTP: 4xx where the caller can mend it, 503 where a later try may succeed.
+        code: short, in snake_case.
+        message: one sentence without paths of this machine.
+        retry_after: seconds to wait before another try.
+    """
+
+    def __init__(self, status: int, code: str, message: str, *, retry_after: int | None = None) -> None:
+        super().__init__(message)
+        self.status, self.code, self.message, self.retry_after = status, code, message, retry_after
+
+    def body(self, request_id: str) -> bytes:
+        """The JSON that every refusal has."""
+        error = {"code": self.code, "message": self.message, "request_id": request_id}
+        return json.dumps({"error": error}).encode()
+
+
+def overloaded() -> Refusal:
+    """All replicas are busy and enough others wait."""
+    return Refusal(503, "overloaded", "The server is busy; try again in a moment.", retry_after=1)
