@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import pickle
+import sys
 import threading
 import time
 from collections import Counter
@@ -212,6 +213,8 @@ def _make_segmenter(job: Job, parts: list[Any], claims: Any, threads: int) -> Bl
     from vilseg.model.shared import put_together
 
     torch.set_num_threads(threads)
+    # The model's thread lets go of Python's lock in every operator; it should not wait 5 ms to have it back.
+    sys.setswitchinterval(0.0005)
     segmenter = put_together(ray.get(parts[0])).to(best_device())
     claim = None if claims is None else lambda digest, name: ray.get(claims.claim.remote(digest, name))
     return BlockSegmenter(segmenter, job.outputs, job.rules, readers=max(2, threads), claim=claim)

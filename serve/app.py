@@ -206,4 +206,5 @@ def build(args: ServeConfig) -> Application:
         graceful_shutdown_timeout_s=grace,
     )
     preload = list(dict.fromkeys(args.models.values()))
-    return ingress.bind(args, models.bind(replicas, args.limits.pixels, preload), films.bind(args))
+    held = models.bind(replicas, args.limits.pixels, preload)  # type: ignore[attr-defined]
+    return ingress.bind(args, held, films.bind(args))  # type: ignore[attr-defined]  # @serve.ingress hides the class

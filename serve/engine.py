@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
@@ -53,6 +54,8 @@ class Engine:
 
     def __init__(self, *, batch: int, max_pixels: int, threads: int = 1) -> None:
         torch.set_num_threads(threads)
+        # The model's thread lets go of Python's lock in every operator; it should not wait 5 ms to have it back.
+        sys.setswitchinterval(0.0005)
         self._max_pixels = max_pixels
         self._batcher = Batcher(self._run, batch)
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="pictures")

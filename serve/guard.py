@@ -121,7 +121,7 @@ class Guard:
         return holder
 
     def _body_limit(self, path: str) -> int:
-        films = path.startswith("/v1/videos") or not path.startswith("/v1/")  # the page uploads both
+        films = path.startswith(("/v1/videos", "/gradio_api/upload"))
         return (self._limits.video_bytes if films else self._limits.body_bytes) + _FORM_MARGIN
 
     def _note(self, request: _Exchange) -> None:

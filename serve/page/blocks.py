@@ -22,6 +22,10 @@ _FONTS = ["system-ui", "sans-serif"]
 """Of the reader's own machine: nothing is fetched from elsewhere."""
 
 
+_TIDY_S, _FILES_S = 600, 24 * 3600
+"""Seconds between two looks at Gradio's files, and the age at which one is deleted."""
+
+
 def mount_page(
     app: FastAPI, *, ask: Ask, films: FilmDesk, keys: Keys | None, config: Callable[[], ServeConfig]
 ) -> None:
@@ -36,7 +40,7 @@ def mount_page(
     """
     desk = Desk(ask, config)
     kept = picture_tab.KeptPictures(load_examples(config().examples))
-    with gr.Blocks(title="vilseg", analytics_enabled=False) as demo:
+    with gr.Blocks(title="vilseg", analytics_enabled=False, delete_cache=(_TIDY_S, _FILES_S)) as demo:
         gr.Markdown("# vilseg\nName what you look for; the picture is cut into regions of these names.")
         with gr.Tab("Picture"):
             picture_tab.build(desk, kept, demo)

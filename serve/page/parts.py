@@ -7,7 +7,9 @@ import hashlib
 import html
 import json
 import secrets
+import shutil
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ from serve.api import Ask, Reader
 from serve.config import ServeConfig
 from serve.question import Answer, Format, Question, SeenPicture
 from serve.refusal import Refusal
+
+_FILES_S = 3600
 
 
 class Desk:
@@ -93,11 +97,18 @@ class Desk:
 
     def file(self, content: bytes, name: str) -> str:
         """A file for a browser. Its folder is named by its content; a name that a user sent is never used."""
+        self._tidy()
         folder = Path(self.folder) / hashlib.sha256(content).hexdigest()[:32]
         folder.mkdir(exist_ok=True)
         path = folder / name
         path.write_bytes(content)
         return str(path)
+
+    def _tidy(self) -> None:
+        """Delete what is older than an hour: Gradio made a copy when it was handed out."""
+        for folder in Path(self.folder).iterdir():
+            if time.time() - folder.stat().st_mtime > _FILES_S:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def viewer(name: str, view: dict[str, Any]) -> str:

@@ -17,8 +17,10 @@ from serve.page.parts import Desk, class_tags, empty, viewer
 from vilseg.client import arrays_of
 from vilseg.segmentation.result import Segmentation
 
-_KEPT = 64
-"""Pictures whose links work; the ones used longest ago go first."""
+_KEPT, _KEPT_BYTES = 64, 256 << 20
+"""Pictures whose links work, and their bytes in all; the ones used longest ago go first."""
+_SESSION_S = 3600
+"""Seconds after which an idle page's picture is forgotten."""
 
 
 class KeptPictures:
@@ -36,7 +38,7 @@ class KeptPictures:
         name = hashlib.sha256(image).hexdigest()[:32]
         self._kept[name] = image
         self._kept.move_to_end(name)
-        if len(self._kept) > _KEPT:
+        while len(self._kept) > _KEPT or sum(map(len, self._kept.values())) > _KEPT_BYTES:
             self._kept.popitem(last=False)
         return name
 
@@ -49,7 +51,7 @@ class KeptPictures:
 
 def build(desk: Desk, kept: KeptPictures, demo: gr.Blocks) -> None:
     """Add the tab to the page."""
-    session = gr.State({})
+    session = gr.State({}, time_to_live=_SESSION_S)
     with gr.Row():
         with gr.Column(scale=2, min_width=320):
             image = gr.Image(
@@ -101,7 +103,7 @@ def build(desk: Desk, kept: KeptPictures, demo: gr.Blocks) -> None:
             seen=state.get("seen", {}).get(name),
         )
         answer = await desk.ask(question)
-        state = {**state, "seen": {**state.get("seen", {}), name: answer.seen}}
+        state = {**state, "seen": {**state.get("seen", {}), name: answer.seen}, "shown": wished[:4]}
         found = json.loads(answer.body)
         found["settings"] = dict(zip(("view", "opacity", "threshold"), looks, strict=True))
         found["link"] = {
@@ -112,6 +114,12 @@ def build(desk: Desk, kept: KeptPictures, demo: gr.Blocks) -> None:
             "model": "" if name == desk.models()[0] else name,
         }
         return viewer("picture", found), state
+
+    async def name_anew(state: dict[str, Any], *wished: Any) -> tuple[Any, Any]:
+        # The class field also tells of what an example or a link has put into it, and that is shown already.
+        if state.get("shown") == wished[:4]:
+            return gr.skip(), gr.skip()
+        return await show(state, *wished)
 
     async def take(path: str | None, *wished: Any) -> tuple[str, dict[str, Any]]:
         return await show({"image": await asyncio.to_thread(Path(path).read_bytes)} if path else {}, *wished)
@@ -163,7 +171,8 @@ def build(desk: Desk, kept: KeptPictures, demo: gr.Blocks) -> None:
     image.upload(take, [image, *wishes], [shown, session])
     image.clear(lambda: (empty("Drop or paste a picture, or choose an example."), {}), None, [shown, session])
     examples.click(example, [examples, *wishes], [image, classes, shown, session])
-    for control in (classes, background, model):
+    classes.change(name_anew, [session, *wishes], [shown, session], trigger_mode="always_last")
+    for control in (background, model):
         control.input(show, [session, *wishes], [shown, session], trigger_mode="always_last")
     bias.input(show, [session, *wishes], [shown, session], trigger_mode="always_last", show_progress="hidden")
     # These are drawn anew from what the browser has.

@@ -1,6 +1,7 @@
 """Every mistake named in the documentation gets one sentence on stderr and exit code 2, and nothing is left behind."""
 
 import json
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import yaml
 
 from cluster.store import ObjectStore
 from jobs import cli
+from serve.keys import add_key
 
 Refused = Callable[..., str]
 
@@ -250,3 +252,36 @@ def _model(tmp_path: Path) -> str:
     }
     (folder / "config.json").write_text(json.dumps({**tree, "image_encoder": None, "text_encoder": {}}))
     return str(folder)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "192.0.2.1", "vilseg.example"])
+def test_a_server_that_others_reach_needs_keys(
+    refused: Refused, no_ray: None, tmp_path: Path, save_tiny_model: Callable[[str, int], str], host: str
+) -> None:
+    model = save_tiny_model(str(tmp_path / "model"), 64)
+    said = refused("serve", "--model", model, "--host", host)
+    assert "has no API keys" in said
+    assert "vilseg key NAME --file keys.txt" in said
+
+
+def test_what_cannot_be_served(
+    refused: Refused, no_ray: None, tmp_path: Path, save_tiny_model: Callable[[str, int], str]
+) -> None:
+    model = save_tiny_model(str(tmp_path / "model"), 64)
+    assert "give --model URI" in refused("serve")
+    assert "there is no model folder at ./nowhere" in refused("serve", "--model", "./nowhere")
+    assert "two models are called 'model'" in refused("serve", "--model", model, "--model", model)
+    assert "replicas.maximum" in refused("serve", "--model", model, "replicas.maximun=3")
+    assert "keys.txt does not exist" in refused("serve", "--model", model, "--keys", str(tmp_path / "keys.txt"))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        assert f"--port {port}" in refused("serve", "--model", model, "--port", port)
+
+
+def test_keys_that_cannot_be_made(refused: Refused, tmp_path: Path) -> None:
+    file = str(tmp_path / "keys.txt")
+    add_key(file, "anna")
+    assert "'anna' already" in refused("key", "anna", "--file", file)
+    assert "no name for a key" in refused("key", "a b", "--file", file)

@@ -119,3 +119,15 @@ def test_directions_that_are_all_alike_leave_the_cosines_as_they_are(scene: tupl
 )
 def test_class_names_are_said_as_captions_would_say_them(name: str, wanted: str) -> None:
     assert spoken(name) == wanted
+
+
+def test_a_class_has_the_score_of_its_best_synonym(scene: tuple) -> None:
+    embeddings, assignments, texts, mean, covariance = scene
+    plain = calibrate(texts, mean, covariance, 0.0, classes=C + WORDS, background=None)
+    every = class_similarities(embeddings, assignments, plain, SegmentationConfig())
+    owners = torch.tensor([1] * WORDS)
+    classes = calibrate(texts, mean, covariance, 0.0, classes=C, background=None, synonym_of_S=owners)
+    scores = class_similarities(embeddings, assignments, classes, SegmentationConfig())
+    assert torch.equal(scores[:, 1], every[:, [1, *range(C, C + WORDS)]].amax(1))
+    others = [index for index in range(C) if index != 1]
+    assert torch.equal(scores[:, others], every[:, others])

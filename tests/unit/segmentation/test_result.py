@@ -142,3 +142,14 @@ def test_arrays_of_other_sizes_are_refused() -> None:
 def test_labels_that_cannot_hold_the_classes_are_refused() -> None:
     with pytest.raises(ValueError, match="labels of 255 classes must be"):
         Segmentation(labels=np.zeros((4, 6), np.uint8), classes=("cat",) * 255, scores=np.zeros((4, 6), np.float32))
+
+
+def test_a_threshold_gives_unsure_pixels_to_the_background_or_to_none() -> None:
+    labels = np.array([[0, 1], [1, 0]], np.uint8)
+    scores = np.array([[0.9, 0.2], [0.5, 0.1]], np.float32)
+    for classes, rest in ((("a", "b"), 255), (("a", "background"), 1)):
+        result = Segmentation(labels=labels, classes=classes, scores=scores)
+        np.testing.assert_array_equal(result.above(0.3).labels, [[0, rest], [1, rest]])
+        assert result.above(0) is result
+    many = Segmentation(labels=labels.astype(np.uint16), classes=tuple(map(str, range(300))), scores=scores)
+    assert many.above(0.3).labels.max() == 65535

@@ -183,3 +183,23 @@ def test_settings_that_a_model_carries_are_followed(make_model: Make) -> None:
     flat = Segmenter(model, CLASSES, device="cpu")(picture(40, 40))
     assert (flat.labels == sharp.labels).mean() > 0.999
     assert flat.scores.max() < 0.3 < sharp.scores.max()
+
+
+def test_a_look_serves_every_class_list_of_one_model(make_model: Make) -> None:
+    model = make_model()
+    model.segmentation = SegmentationConfig(input_size=32, region_weight=0.5)
+    first, second = (Segmenter(model, names, device="cpu") for names in ("cat,sofa", "sky|clouds,sea,background"))
+    image = picture(40, 60)
+    [look] = first.look([image])
+    assert_alike(second.name(look, image), second(image))
+    labels = second.name(look, image, background_bias=1.0).labels
+    assert (labels == 2).all()
+
+
+def test_synonyms_are_compared_like_names(make_model: Make) -> None:
+    model = make_model()
+    model.segmentation = SegmentationConfig(input_size=32, region_weight=0)
+    image = picture(40, 60)
+    apart = Segmenter(model, ["cat", "sofa", "sky"], device="cpu")(image)
+    joined = Segmenter(model, ["cat", "sofa|sky"], device="cpu")(image)
+    np.testing.assert_array_equal(joined.labels, np.minimum(apart.labels, 1))

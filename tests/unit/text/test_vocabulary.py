@@ -69,3 +69,32 @@ def test_files_that_are_none_are_told(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("\n\n")
     with pytest.raises(DataError, match="the class list is empty"):
         Vocabulary.parse(str(tmp_path / "empty.txt"))
+
+
+def test_synonyms_follow_the_name() -> None:
+    vocabulary = Vocabulary.parse("sofa | couch|settee, cat")
+    assert vocabulary.classes == ("sofa", "cat")
+    assert vocabulary.names(0) == ("sofa", "couch", "settee")
+    assert vocabulary.names(1) == ("cat",)
+    assert vocabulary.entries == ("sofa|couch|settee", "cat")
+    assert Vocabulary.of(vocabulary.entries) == vocabulary
+    assert Vocabulary.parse("sofa,cat").synonyms == ()
+
+
+def test_background_can_be_added_and_be_made_of_words() -> None:
+    plain = Vocabulary.parse("sofa|couch,cat")
+    added = plain.with_background(["wall", "floor"])
+    assert added.classes == ("sofa", "cat", "background")
+    assert added.background_words == ("wall", "floor")
+    assert added.names(0) == plain.names(0)
+    listed = Vocabulary.parse("background,cat")
+    assert listed.with_background().classes == ("background", "cat")
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [("sofa|,cat", "empty synonym"), ("sofa|cat,cat", "cannot stand for"), ("a|x,b|X", "cannot stand for")],
+)
+def test_wrong_synonyms(spec: str, words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        Vocabulary.parse(spec)
