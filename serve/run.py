@@ -6,7 +6,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from jobs.session import Session
@@ -101,6 +101,9 @@ def running(config: ServeConfig, *, host: str, port: int) -> Iterator[str]:
         shown = "127.0.0.1" if host in ("0.0.0.0", "::") else host
         yield f"http://[{shown}]:{port}" if ":" in shown else f"http://{shown}:{port}"
     finally:
+        # Shutting down alone would take the entrance away from those who wait for an answer.
+        with suppress(KeyError):
+            serve.delete(APP)
         serve.shutdown()
 
 

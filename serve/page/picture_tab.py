@@ -133,6 +133,11 @@ def build(desk: Desk, kept: KeptPictures, demo: gr.Blocks) -> None:
     async def restore(request: gr.Request) -> tuple[Any, ...]:
         asked = dict(request.query_params)
         known = desk.models()
+        if not asked.keys() & {"picture", "classes"}:
+            # Nothing to restore, and what somebody quick has begun meanwhile stays.
+            skipped = [gr.skip() for _ in wishes]
+            skipped[3] = gr.Dropdown(choices=known)
+            return gr.skip(), *skipped, gr.skip(), gr.skip()
         names = _json_list(asked.get("classes", ""))
         wished = [
             names,
