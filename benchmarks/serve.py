@@ -1,7 +1,7 @@
 """`vilseg serve` against the bare `Segmenter` and LitServe: one model, one process that has it, the same photos and answers.
 
-Clients send photos in closed loop: each waits for its answer before it sends the next. The bare loop decodes, segments and
-makes the same JSON in one process that does nothing else. Under overload, four times as many requests a second as the best
+Clients send photos in closed loop: each waits for its answer before it sends the next. The bare loop decodes, segments
+and makes the same JSON in one process that does nothing else; no way computes clusters, which that JSON does not have. Under overload, four times as many requests a second as the best
 rate seen are sent whether answers come or not; goodput is the rate of those that are answered with a mask.
 """
 
@@ -109,7 +109,7 @@ class OnePhoto:
         from vilseg import Segmenter, ViLSeg
 
         torch.set_num_threads(1)
-        self._segmenter = Segmenter(ViLSeg.from_pretrained(model), CLASSES)
+        self._segmenter = Segmenter(ViLSeg.from_pretrained(model), CLASSES, keep_clusters=False)
 
     def __call__(self, photo: bytes) -> bytes:
         from serve.answers import encode
@@ -128,7 +128,7 @@ def _served(way: str, model: str) -> Iterator[int]:
         port = probe.getsockname()[1]
     command = {
         "vilseg": ["-m", "jobs.cli", "serve", "--model", f"default={model}", "--port", str(port), "replicas.maximum=1"],
-        "litserve": ["-m", "benchmarks.serve", model, str(port)],
+        "litserve": ["-m", "benchmarks.serve_litserve", model, str(port)],
     }[way]
     server = subprocess.Popen(
         [sys.executable, *command], cwd=_ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -232,31 +232,3 @@ def _figures(times: list[float], seconds: float) -> dict[str, float]:
 
 def _percentile(times: list[float], percent: int) -> float:
     return quantiles(times, n=100, method="inclusive")[percent - 1]
-
-
-def run_litserve(model: str, port: int) -> None:
-    """The same work behind LitServe, with one worker."""
-    import litserve
-    from starlette.responses import Response
-
-    class Api(litserve.LitAPI):
-        def setup(self, device: str) -> None:
-            self._work = OnePhoto(model)
-
-        def decode_request(self, request: Any) -> bytes:
-            return bytes(request["image"].file.read())
-
-        def predict(self, photo: bytes) -> bytes:
-            return self._work(photo)
-
-        def encode_response(self, output: bytes) -> Response:
-            return Response(output, media_type="application/json")
-
-    api = Api(api_path="/v1/segment")
-    litserve.LitServer(api, accelerator="cpu", workers_per_device=1).run(
-        port=port, host="127.0.0.1", generate_client_file=False
-    )
-
-
-if __name__ == "__main__":
-    run_litserve(sys.argv[1], int(sys.argv[2]))

@@ -329,6 +329,7 @@ def serve(
         with redirect_stdout(stdout):
             console.result(value, as_json=json, text=f"page {url}\nAPI  {url}/docs")
 
+    job.prepare_environment()
     console.say("starting; this takes some 20 seconds")
     stdout = sys.stdout
     with _quiet_stdout(), ray_session(address) as session:

@@ -127,6 +127,7 @@ class Ingress:
             metrics=self._metrics,
             ask=self._dispatcher.ask,
             films=self._desk,
+            is_full=self._dispatcher.is_full,
         )
 
     async def reconfigure(self, changes: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -18,15 +18,16 @@ class Batcher:
     """Runs items of one group together, in one thread, first come first served.
 
     Args:
-        run: called in the thread with a group and its items; returns a result an item, in order.
+        run: called in the thread with a group and its items; yields a result an item, in order, each of which goes on
+            its way at once.
         size: most items a call.
     """
 
-    def __init__(self, run: Callable[[Hashable, Sequence[Any]], Sequence[Any]], size: int) -> None:
+    def __init__(self, run: Callable[[Hashable, Sequence[Any]], Iterable[Any]], size: int) -> None:
         self._run = run
         self._size = size
         self._waiting: deque[tuple[Hashable, Any, asyncio.Future[Any]]] = deque()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="model")
         self._loop: asyncio.Task[None] | None = None
 
     async def submit(self, group: Hashable, item: Any) -> Any:
@@ -47,17 +48,18 @@ class Batcher:
             batch = self._take()
             if not batch:
                 continue
-            group, futures = batch[0][0], [future for _, _, future in batch]
-            try:
-                results = await loop.run_in_executor(self._thread, self._run, group, [item for _, item, _ in batch])
-            except Exception as error:  # noqa: BLE001  (it belongs to those who wait)
-                for future in futures:
-                    if not future.done():
-                        future.set_exception(error)
-                continue
-            for future, result in zip(futures, results, strict=True):
-                if not future.done():
-                    future.set_result(result)
+            await loop.run_in_executor(self.thread, self._answer, loop, batch)
+
+    def _answer(self, loop: asyncio.AbstractEventLoop, batch: list[tuple[Hashable, Any, asyncio.Future[Any]]]) -> None:
+        """In the model's thread."""
+        futures = deque(future for _, _, future in batch)
+        try:
+            for result in self._run(batch[0][0], [item for _, item, _ in batch]):
+                loop.call_soon_threadsafe(_settle, futures.popleft(), result, None)
+            assert not futures, "every item has a result"
+        except Exception as error:  # noqa: BLE001  (it belongs to those who wait)
+            for future in futures:
+                loop.call_soon_threadsafe(_settle, future, None, error)
 
     def _take(self) -> list[tuple[Hashable, Any, asyncio.Future[Any]]]:
         """The next batch: the oldest item that is still wanted, and others of its group in the order they came."""
@@ -70,3 +72,12 @@ class Batcher:
             (batch if fits else left).append(entry)
         self._waiting = left
         return batch
+
+
+def _settle(future: asyncio.Future[Any], result: Any, error: Exception | None) -> None:
+    if future.done():  # whoever asked is gone
+        return
+    if error is None:
+        future.set_result(result)
+    else:
+        future.set_exception(error)

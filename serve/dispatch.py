@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from serve.metrics import Metrics
 from serve.question import Answer, Question
 from serve.refusal import Refusal, overloaded
 
+_FULL_S = 1.0
 _TRIES = 3
 """A picture that took so many replicas with it is not given another."""
 
@@ -29,6 +31,16 @@ class Dispatcher:
         self._handle = handle
         self._metrics = metrics
         self.models = dict(models)
+        self._in_work = 0
+        self._full_at: int | None = None
+        self._full_until = 0.0
+
+    def is_full(self) -> bool:
+        """Whether as many pictures are in work as were when one was last refused, a moment ago.
+
+        To be asked before a request's body is read: under overload it is reading what is then refused that costs most.
+        """
+        return self._full_at is not None and self._in_work >= self._full_at and time.monotonic() < self._full_until
 
     async def ask(self, question: Question) -> Answer:
         """The answer to one question.
@@ -37,8 +49,13 @@ class Dispatcher:
             Refusal: what the replica refused, too many wait, or the picture ends every process that works on it.
         """
         handle = self._handle.options(multiplexed_model_id=self.models[question.model])
-        with self._metrics.waiting.track_inprogress():
+        self._in_work += 1
+        self._metrics.waiting.set(self._in_work)
+        try:
             answer = await self._ask(handle, question)
+        finally:
+            self._in_work -= 1
+            self._metrics.waiting.set(self._in_work)
         if answer.status != 200:
             raise Refusal(answer.status, answer.code, answer.message)
         self._metrics.picture(answer.seconds, answer.batch)
@@ -49,6 +66,8 @@ class Dispatcher:
             try:
                 return await handle.answer.remote(question)
             except BackPressureError:
+                # Replicas may come and go, so what was full a second ago is tried again.
+                self._full_at, self._full_until = self._in_work - 1, time.monotonic() + _FULL_S
                 raise overloaded() from None
             except DeploymentUnavailableError:
                 raise Refusal(

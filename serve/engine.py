@@ -6,9 +6,8 @@ import asyncio
 import sys
 import time
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from serve.batching import Batcher
 from serve.question import Answer, Question, SeenPicture
 from vilseg import ViLSeg
 from vilseg.data.decode import decode_image
+from vilseg.device import best_device
 from vilseg.errors import DataError, TooLargeError
 from vilseg.segmentation.result import Segmentation
 from vilseg.segmentation.segmenter import Look, Segmenter
@@ -44,10 +44,10 @@ class LoadedModel:
 
 
 class Engine:
-    """Answers questions about pictures: decoding, model and encoding of different pictures overlap.
+    """Answers questions about pictures. With a GPU, decoding, model and encoding of different pictures overlap.
 
     Args:
-        batch: most pictures a pass through the model.
+        batch: most pictures a pass through the model on a GPU.
         max_pixels: what a picture's header may announce.
         threads: of the model's own computations.
     """
@@ -57,8 +57,10 @@ class Engine:
         # The model's thread lets go of Python's lock in every operator; it should not wait 5 ms to have it back.
         sys.setswitchinterval(0.0005)
         self._max_pixels = max_pixels
-        self._batcher = Batcher(self._run, batch)
-        self._pool = ThreadPoolExecutor(2, thread_name_prefix="pictures")
+        gpu = best_device().type == "cuda"
+        # On a CPU a batch is no faster, and decoding and encoding beside the model only get into its way.
+        self._batcher = Batcher(self._run, batch if gpu else 1)
+        self._pool = ThreadPoolExecutor(2, thread_name_prefix="pictures") if gpu else self._batcher.thread
 
     async def answer(self, model: LoadedModel, question: Question) -> Answer:
         """The answer to one question; a picture that cannot be used is an answer as well."""
@@ -88,18 +90,18 @@ class Engine:
     @staticmethod
     def _run(
         model: Hashable, items: Sequence[tuple[Question, np.ndarray]]
-    ) -> list[tuple[Segmentation, Look, float, float, int]]:
+    ) -> Iterator[tuple[Segmentation, Look, float, float, int]]:
         assert isinstance(model, LoadedModel)
         started = time.perf_counter()
         segmenters = [model.segmenter(question.vocabulary) for question, _ in items]
         fresh = [image for question, image in items if question.seen is None]
         looked = iter(segmenters[0].look(fresh))
-        results: list[Any] = []
         for segmenter, (question, image) in zip(segmenters, items, strict=True):
             look = next(looked) if question.seen is None else _recall(question.seen)
-            result = segmenter.name(look, image, background_bias=question.background_bias)
-            results.append((result, look, started, time.perf_counter(), len(items)))
-        return results
+            result = segmenter.name(
+                look, image, background_bias=question.background_bias, keep_clusters=question.format == "view"
+            )
+            yield result, look, started, time.perf_counter(), len(items)
 
 
 def _keep(look: Look) -> SeenPicture:

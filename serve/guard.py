@@ -17,7 +17,7 @@ from typing import Any
 from serve.config import Limits
 from serve.keys import Keys
 from serve.metrics import Metrics
-from serve.refusal import Refusal
+from serve.refusal import Refusal, overloaded
 from vilseg.errors import ConfigError
 
 Scope = MutableMapping[str, Any]
@@ -39,13 +39,17 @@ class Guard:
         keys: None answers this machine alone.
         limits: of bodies and time.
         metrics: to count in.
+        is_full: whether pictures would be refused at the moment.
     """
 
-    def __init__(self, app: App, *, keys: Keys | None, limits: Limits, metrics: Metrics) -> None:
+    def __init__(
+        self, app: App, *, keys: Keys | None, limits: Limits, metrics: Metrics, is_full: Callable[[], bool]
+    ) -> None:
         self._app = app
         self._keys = keys
         self._limits = limits
         self._metrics = metrics
+        self._is_full = is_full
 
     async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
         """As ASGI has it."""
@@ -58,6 +62,8 @@ class Guard:
             await self._keys_fresh()
             scope["vilseg.holder"] = self._holder(scope)
             request.check_length()
+            if scope["method"] == "POST" and scope["path"].startswith("/v1/segment") and self._is_full():
+                raise overloaded()
             await self._serve(request)
             request.check_length()
         except Refusal as refusal:

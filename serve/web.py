@@ -28,6 +28,7 @@ def make_app(
     metrics: Metrics,
     ask: Ask,
     films: FilmDesk,
+    is_full: Callable[[], bool] = lambda: False,
 ) -> App:
     """Everything that answers HTTP.
 
@@ -37,6 +38,7 @@ def make_app(
         metrics: to count in.
         ask: puts a question to the replicas.
         films: takes films in.
+        is_full: whether pictures would be refused at the moment.
     """
     app = FastAPI(title="vilseg", version=version("vilseg"), description=_ABOUT, redoc_url=None)
     add_routes(app, ask, films, metrics, config)
@@ -48,4 +50,4 @@ def make_app(
         from serve.page.blocks import mount_page  # Gradio takes seconds to import
 
         mount_page(app, ask=ask, films=films, keys=keys, config=config)
-    return Guard(app, keys=keys, limits=config().limits, metrics=metrics)
+    return Guard(app, keys=keys, limits=config().limits, metrics=metrics, is_full=is_full)

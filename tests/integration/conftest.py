@@ -6,6 +6,7 @@ import pytest
 
 from cluster.store import ObjectStore
 from jobs.session import Session, ray_session
+from serve.run import QUICK
 
 
 @pytest.fixture(scope="session")
@@ -24,5 +25,8 @@ def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectSto
 @pytest.fixture(scope="session")
 def ray_cluster(object_store: ObjectStore) -> Iterator[Session]:
     """A local cluster on all CPUs; after the object store, because workers take the AWS_* variables from its start."""
-    with ray_session() as session:
-        yield session
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in QUICK.items():
+            patch.setenv(name, value)
+        with ray_session() as session:
+            yield session

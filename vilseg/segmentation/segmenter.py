@@ -130,13 +130,21 @@ class Segmenter:
         return [looks[index] for index in range(len(images))]
 
     @torch.inference_mode()
-    def name(self, look: Look, image: np.ndarray, *, background_bias: float | None = None) -> Segmentation:
+    def name(
+        self,
+        look: Look,
+        image: np.ndarray,
+        *,
+        background_bias: float | None = None,
+        keep_clusters: bool | None = None,
+    ) -> Segmentation:
         """Name the pixels of a picture that was looked at, by this segmenter or one of the same model with other classes.
 
         Args:
             look: from `look`.
             image: the picture. Shape: (H, W, 3), uint8 RGB.
             background_bias: takes the place of the one in the model's settings.
+            keep_clusters: takes the place of what the segmenter was made with.
         """
         look = look._replace(
             pixels_3HW=look.pixels_3HW.to(self.device),
@@ -144,7 +152,8 @@ class Segmenter:
             assignments_NK=look.assignments_NK.to(self.device),
         )
         contenders = self._contenders(look.pixels_3HW, self._similarity(look, background_bias))
-        clusters_Khw = look.assignments_NK.T.unflatten(1, look.grid) if self._keep_clusters else None
+        keep = self._keep_clusters if keep_clusters is None else keep_clusters
+        clusters_Khw = look.assignments_NK.T.unflatten(1, look.grid) if keep else None
         return self._paint(image, contenders, clusters_Khw)
 
     @torch.inference_mode()
