@@ -53,10 +53,11 @@ class Replicas(Part):
     """Models held by a replica at once; the one used longest ago makes room."""
     batch: PositiveInt = 8
     """Most pictures that share a pass through the model."""
-    ongoing: PositiveInt = 16
-    """Requests that a replica takes in; the rest waits outside for the first that is free."""
-    queue: Annotated[int, Field(ge=0)] = 32
-    """Requests that wait outside; what comes on top is refused (503)."""
+    ongoing: PositiveInt = 40
+    """Requests that a replica takes in, all but one of them to wait for its model."""
+    queue: Annotated[int, Field(ge=0)] = 16
+    """Requests that wait outside for the first replica that takes them in, or for a new one where one has died; what
+    comes on top is refused (503). Ray asks the replicas again and again for those, so it is the dearer place to wait."""
 
 
 class Videos(Part):
