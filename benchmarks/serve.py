@@ -1,8 +1,9 @@
 """`vilseg serve` against the bare `Segmenter` and LitServe: one model, one process that has it, the same photos and answers.
 
 Clients send photos in closed loop: each waits for its answer before it sends the next. The bare loop decodes, segments
-and makes the same JSON in one process that does nothing else; no way computes clusters, which that JSON does not have. Under overload, four times as many requests a second as the best
-rate seen are sent whether answers come or not; goodput is the rate of those that are answered with a mask.
+and makes the same JSON in one process that does nothing else; no way computes clusters, which that JSON does not have.
+Under overload, four times as many requests a second as the best rate seen are sent whether answers come or not; goodput is
+the rate of those that are answered with a mask.
 """
 
 from __future__ import annotations
