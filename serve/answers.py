@@ -78,6 +78,8 @@ def view(result: Segmentation) -> dict[str, Any]:
     # One byte has room for so many; of more, the smallest are left out.
     present = np.argsort(-areas, kind="stable")[:_NOTHING]
     present = present[areas[present] > 0]
+    if BACKGROUND in result.classes and (rest := result.classes.index(BACKGROUND)) not in present:
+        present = np.append(present[: _NOTHING - 1], rest)  # a threshold may give it pixels
     index = np.full(np.iinfo(result.labels.dtype).max + 1, _NOTHING, np.uint8)
     index[present] = np.arange(len(present))
     clusters = np.zeros_like(result.labels) if result.clusters is None else result.clusters

@@ -112,6 +112,8 @@ class Reader:
             raise Refusal(
                 422, "too_many_classes", f"There are {len(every):,} names; at most {limits.classes:,} are taken."
             )
+        if any("\ud800" <= letter <= "\udfff" for name in every for letter in name):
+            raise Refusal(422, "bad_classes", "A class name holds half a letter (a lone surrogate).")
         if any(len(name) > limits.text_length for name in every):
             raise Refusal(422, "name_too_long", f"A class name is longer than {limits.text_length} letters.")
         try:
@@ -127,7 +129,7 @@ def _names(text: str) -> list[str]:
     if text.lstrip().startswith("["):
         try:
             names = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             names = None
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise Refusal(422, "bad_classes", "The class list begins like JSON, but is no array of strings.")

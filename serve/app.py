@@ -12,8 +12,10 @@ from pydantic import ValidationError
 from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve import Application
+from ray.serve.exceptions import BackPressureError
 
 from serve.config import Replicas, ServeConfig
+from serve.dispatch import cancelling
 from serve.question import Answer, Question
 from vilseg.errors import UserError
 
@@ -105,15 +107,14 @@ class Ingress:
         from serve.metrics import Metrics
 
         self._config = config
+        self._built_with = dict(config.models)
         self._replicas = models
         self._film_workers = films
         self._keys = await asyncio.to_thread(Keys, config.keys) if config.keys else None
         self._metrics = Metrics()
         self._desk = FilmDesk(config, self._work_on_film)
         self._dispatcher = Dispatcher(models, config.models, self._metrics)
-        wrong = await models.options(multiplexed_model_id=config.models[config.default_model]).load.remote(
-            config.models[config.default_model]
-        )
+        wrong = await self._loaded(config.models[config.default_model])
         if wrong:
             raise UserError(f"the model '{config.default_model}' cannot be served: {wrong}")
         self._rollout: asyncio.Task[None] | None = None
@@ -132,12 +133,13 @@ class Ingress:
 
     async def reconfigure(self, changes: dict[str, Any]) -> None:
         """Take other ``models``: each answers under its name once a replica holds it, and the one before it until then."""
-        if not changes:
-            return
         try:
-            wanted = ServeConfig(models=changes["models"])
-        except (KeyError, ValidationError) as error:
+            # Without any, those that the application was built with.
+            wanted = ServeConfig(models=changes.get("models") or self._built_with)
+        except ValidationError as error:
             raise ValueError(f"user_config of the ingress must hold 'models', as NAME: URI ({error})") from error
+        if wanted.models == self._config.models:
+            return
         if self._rollout is not None:
             self._rollout.cancel()
         # In the background: while this method runs, no request is let in.
@@ -148,21 +150,37 @@ class Ingress:
         for name, uri in wanted.items():
             wrong = None
             if self._config.models.get(name) != uri:
-                wrong = await self._replicas.options(multiplexed_model_id=uri).load.remote(uri)
+                try:
+                    wrong = await self._loaded(uri)
+                except Exception as error:
+                    log.exception("loading the model '%s' failed", name)
+                    wrong = type(error).__name__
             if wrong:
                 log.error("the model '%s' is not rolled out: %s", name, wrong)
             if not wrong or name in self._config.models:
                 settled[name] = self._config.models[name] if wrong else uri
+        if not settled:
+            return  # nothing of it works, so all stays as it is
         self._dispatcher.models = settled
         self._config = self._config.model_copy(update={"models": settled})
         log.info("models are now: %s", ", ".join(settled))
 
+    async def _loaded(self, uri: str) -> str | None:
+        """Have a replica hold a model; returns what is wrong with it, if anything is."""
+        while True:
+            try:
+                return await self._replicas.options(multiplexed_model_id=uri).load.remote(uri)
+            except (BackPressureError, RayActorError) as error:
+                # Busy, or dead: neither says anything of the model.
+                log.warning("a model has to wait to be loaded: %s", type(error).__name__)
+                await asyncio.sleep(1)
+
     async def _work_on_film(self, job: Any) -> None:
         try:
-            await self._film_workers.work.remote(job)
+            await cancelling(self._film_workers.work.remote(job))
         except RayActorError:
             log.warning("the process that worked on film %s died; once more", job.id)
-            await self._film_workers.work.remote(job)
+            await cancelling(self._film_workers.work.remote(job))
 
 
 def build(args: ServeConfig) -> Application:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Annotated
 
-from pydantic import Field, field_validator
+from pydantic import field_validator
 
 from vilseg import storage
 from vilseg.config_tree import NonNegative, Part, Positive, PositiveInt, Tree
@@ -55,7 +54,7 @@ class Replicas(Part):
     """Most pictures that share a pass through the model."""
     ongoing: PositiveInt = 40
     """Requests that a replica takes in, all but one of them to wait for its model."""
-    queue: Annotated[int, Field(ge=0)] = 16
+    queue: PositiveInt = 16
     """Requests that wait outside for the first replica that takes them in, or for a new one where one has died; what
     comes on top is refused (503). Ray asks the replicas again and again for those, so it is the dearer place to wait."""
 

@@ -34,6 +34,7 @@ class FilmDesk:
         self._work = work
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._tidied = -_TIDY_EVERY
+        self._coming = 0
 
     async def add(self, film: IO[bytes], model_uri: str, vocabulary: Vocabulary, key_every: int) -> str:
         """Take a film in; returns its id.
@@ -41,10 +42,14 @@ class FilmDesk:
         Raises:
             Refusal: enough others wait.
         """
-        if len(self._tasks) >= self._config.queue + self._config.replicas:
+        if len(self._tasks) + self._coming >= self._config.queue + self._config.replicas:
             raise overloaded()
-        await self._tidy()
-        film_id = await asyncio.to_thread(self._films.add, film)
+        self._coming += 1
+        try:
+            await self._tidy()
+            film_id = await asyncio.to_thread(self._films.add, film)
+        finally:
+            self._coming -= 1
         job = FilmJob(
             id=film_id,
             folder=self._films.folder(film_id),

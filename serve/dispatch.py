@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -16,6 +17,15 @@ from serve.refusal import Refusal, overloaded
 _FULL_S = 1.0
 _TRIES = 3
 """A picture that took so many replicas with it is not given another."""
+
+
+async def cancelling(response: Any) -> Any:
+    """Wait for a replica; who stops waiting has the work ended as well, however Ray carries the call."""
+    try:
+        return await response
+    except asyncio.CancelledError:
+        response.cancel()
+        raise
 
 
 class Dispatcher:
@@ -48,7 +58,10 @@ class Dispatcher:
         Raises:
             Refusal: what the replica refused, too many wait, or the picture ends every process that works on it.
         """
-        handle = self._handle.options(multiplexed_model_id=self.models[question.model])
+        uri = self.models.get(question.model)
+        if uri is None:  # it was taken away since the request was read
+            raise Refusal(404, "unknown_model", f"The model '{question.model}' is not served any more.")
+        handle = self._handle.options(multiplexed_model_id=uri)
         self._in_work += 1
         self._metrics.waiting.set(self._in_work)
         try:
@@ -57,14 +70,14 @@ class Dispatcher:
             self._in_work -= 1
             self._metrics.waiting.set(self._in_work)
         if answer.status != 200:
-            raise Refusal(answer.status, answer.code, answer.message)
+            raise Refusal(answer.status, answer.code, answer.message, retry_after=5 if answer.status == 503 else None)
         self._metrics.picture(answer.seconds, answer.batch)
         return answer
 
     async def _ask(self, handle: Any, question: Question) -> Answer:
         for _ in range(_TRIES):
             try:
-                return await handle.answer.remote(question)
+                return await cancelling(handle.answer.remote(question))
             except BackPressureError:
                 # Replicas may come and go, so what was full a second ago is tried again.
                 self._full_at, self._full_until = self._in_work - 1, time.monotonic() + _FULL_S

@@ -17,7 +17,7 @@ from typing import IO, Any
 
 from serve.config import Limits
 from vilseg import storage
-from vilseg.errors import TooLargeError, UserError
+from vilseg.errors import DataError, TooLargeError
 from vilseg.segmentation.segmenter import Segmenter
 from vilseg.segmentation.video import segment_file
 from vilseg.text.vocabulary import Vocabulary
@@ -25,7 +25,9 @@ from vilseg.text.vocabulary import Vocabulary
 OVERLAY, MASKS = "overlay.mp4", "masks.zip"
 _STATE, _FILM = "job.json", "film"
 _ID = re.compile(r"[0-9a-f]{32}")
-_SILENCE = 120.0
+_FRAMES_A_SECOND = 120
+"""More are not believed: times may all be 0."""
+_SILENCE = 600.0
 """Seconds after which a film that nobody says anything of any more is given up."""
 _TELL_EVERY = 1.0
 """Seconds between two notes of how far a film is."""
@@ -119,7 +121,7 @@ def segment_film(job: FilmJob, segmenter: Callable[[], Segmenter], limits: Limit
         nonlocal told
         if cancelled.is_set():
             raise InterruptedError
-        if seconds > limits.video_seconds:
+        if seconds > limits.video_seconds or frames > _FRAMES_A_SECOND * limits.video_seconds:
             raise TooLargeError(f"the film is longer than {limits.video_seconds:g} s, the most that is taken")
         if time.monotonic() - told > _TELL_EVERY:
             told = time.monotonic()
@@ -138,12 +140,14 @@ def segment_film(job: FilmJob, segmenter: Callable[[], Segmenter], limits: Limit
                 max_pixels=limits.video_pixels,
                 progress=progress,
             )
+            if cancelled.is_set():
+                return
             _pack(masks, job.vocabulary, storage.join(job.folder, MASKS))
     except InterruptedError:
         return  # whoever cancelled it deletes the folder
-    except UserError as error:
-        # The film's place on the server is nobody's business.
-        sentence = str(error).replace(storage.join(job.folder, _FILM), "the film")
+    except DataError as error:
+        # Places on the server are nobody's business.
+        sentence = str(error).replace(storage.join(job.folder, _FILM), "the film").partition("; the masks")[0]
         state = {"status": "failed", "frames": 0, "error": sentence[:1].upper() + sentence[1:] + "."}
     else:
         classes = [
@@ -154,7 +158,8 @@ def segment_film(job: FilmJob, segmenter: Callable[[], Segmenter], limits: Limit
             **{"status": "done", "frames": found.frames, "seconds": round(found.seconds, 3)},
             **{"width": found.width, "height": found.height, "classes": classes},
         }
-    write_state(job.folder, state)
+    if not cancelled.is_set():
+        write_state(job.folder, state)
 
 
 def _pack(masks: Path, vocabulary: Vocabulary, uri: str) -> None:

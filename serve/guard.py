@@ -11,8 +11,10 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Collection, MutableMapping
 from typing import Any
+
+from starlette._utils import get_route_path
 
 from serve.config import Limits
 from serve.keys import Keys
@@ -27,6 +29,8 @@ App = Callable[[Scope, Callable[[], Awaitable[Message]], Callable[[Message], Awa
 log = logging.getLogger("ray.serve")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _LOOPBACK_NAMES = {"localhost", "127.0.0.1", "[::1]"}
+_FETCHES = re.compile(r"/gradio_api/(proxy=|.*https?:/)", re.IGNORECASE | re.DOTALL)
+"""Routes of Gradio that fetch the address they are given."""
 _FORM_MARGIN = 64 << 10
 """Bytes of a form beside its pictures: names, class lists, boundaries."""
 
@@ -40,29 +44,41 @@ class Guard:
         limits: of bodies and time.
         metrics: to count in.
         is_full: whether pictures would be refused at the moment.
+        origins: web pages of other origins that may call.
     """
 
     def __init__(
-        self, app: App, *, keys: Keys | None, limits: Limits, metrics: Metrics, is_full: Callable[[], bool]
+        self,
+        app: App,
+        *,
+        keys: Keys | None,
+        limits: Limits,
+        metrics: Metrics,
+        is_full: Callable[[], bool],
+        origins: Collection[str] = (),
     ) -> None:
         self._app = app
         self._keys = keys
         self._limits = limits
         self._metrics = metrics
         self._is_full = is_full
+        self._origins = frozenset(origins)
 
     async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
         """As ASGI has it."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request = _Exchange(scope, receive, send, self._body_limit(scope["path"]))
+        path = get_route_path(scope)  # below whatever prefix the application has
+        request = _Exchange(scope, receive, send, path, self._body_limit(path))
         try:
+            if _FETCHES.match(path):
+                raise Refusal(403, "not_fetched", "Nothing is fetched from addresses that callers send.")
             self._admit(scope)
             await self._keys_fresh()
-            scope["vilseg.holder"] = self._holder(scope)
+            scope["vilseg.holder"] = self._holder(scope, path)
             request.check_length()
-            if scope["method"] == "POST" and scope["path"].startswith("/v1/segment") and self._is_full():
+            if scope["method"] == "POST" and path.startswith("/v1/segment") and self._is_full():
                 raise overloaded()
             await self._serve(request)
             request.check_length()
@@ -79,8 +95,8 @@ class Guard:
 
     async def _serve(self, request: _Exchange) -> None:
         served = self._app(request.scope, request.receive, request.send)
-        if not request.scope["path"].startswith("/v1/"):
-            await served  # the page's streams last as long as it is open
+        if not request.path.startswith("/v1/") or request.path.startswith("/v1/videos"):
+            await served  # the page's streams last as long as it is open, films as long as the line needs
             return
         try:
             await asyncio.wait_for(served, self._limits.seconds)
@@ -97,7 +113,9 @@ class Guard:
         client = (scope.get("client") or ("", 0))[0]
         host = _header(scope, b"host")
         name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
-        if not is_loopback(client) or name not in _LOOPBACK_NAMES:
+        origin = _header(scope, b"origin")
+        at_home = not origin or origin in self._origins or origin.split("://")[-1].rsplit(":", 1)[0] in _LOOPBACK_NAMES
+        if not is_loopback(client) or name not in _LOOPBACK_NAMES or not at_home:
             raise Refusal(
                 403,
                 "this_machine_only",
@@ -111,15 +129,16 @@ class Guard:
             except ConfigError as error:
                 log.warning("%s", error)
 
-    def _holder(self, scope: Scope) -> str | None:
+    def _holder(self, scope: Scope, path: str) -> str | None:
         """Whose key came with the request.
 
         Raises:
             Refusal: the route wants a key and there is none, or a wrong one.
         """
-        path = scope["path"]
         if self._keys is None or not (path.startswith("/v1/") or path == "/metrics"):
             return None  # the page asks for a key itself
+        if scope["method"] == "OPTIONS" and _header(scope, b"origin"):
+            return None  # a browser asks whether a page of another origin may call; it sends no key then
         scheme, _, key = _header(scope, b"authorization").partition(" ")
         holder = self._keys.holder(key.strip()) if scheme.lower() == "bearer" else None
         if holder is None:
@@ -137,7 +156,7 @@ class Guard:
         seconds = time.perf_counter() - request.begun
         self._metrics.requests.labels(route, str(request.status)).inc()
         self._metrics.latency.labels(route).observe(seconds)
-        if route.startswith("/v1/"):
+        if request.path.startswith("/v1/"):
             log.info(
                 "request %s %s %s -> %d in %.0f ms, key %s",
                 *(request.id, request.scope["method"], route, request.status, 1000 * seconds),
@@ -148,10 +167,10 @@ class Guard:
 class _Exchange:
     """One request and its answer."""
 
-    def __init__(self, scope: Scope, receive: Any, send: Any, limit: int) -> None:
+    def __init__(self, scope: Scope, receive: Any, send: Any, path: str, limit: int) -> None:
         given = _header(scope, b"x-request-id")
         self.id = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
-        self.scope = scope
+        self.scope, self.path = scope, path
         self.begun = time.perf_counter()
         self.status = 499  # the client went away before there was an answer
         self._receive, self._send = receive, send

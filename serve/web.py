@@ -42,12 +42,17 @@ def make_app(
     """
     app = FastAPI(title="vilseg", version=version("vilseg"), description=_ABOUT, redoc_url=None)
     add_routes(app, ask, films, metrics, config)
-    if config().cors_origins:
-        app.add_middleware(
-            CORSMiddleware, allow_origins=config().cors_origins, allow_methods=["*"], allow_headers=["*"]
-        )
+    # Also where nobody is let in, or Gradio would let in everybody.
+    app.add_middleware(CORSMiddleware, allow_origins=config().cors_origins, allow_methods=["*"], allow_headers=["*"])
     if config().page:
         from serve.page.blocks import mount_page  # Gradio takes seconds to import
 
         mount_page(app, ask=ask, films=films, keys=keys, config=config)
-    return Guard(app, keys=keys, limits=config().limits, metrics=metrics, is_full=is_full)
+    return Guard(
+        app,
+        keys=keys,
+        limits=config().limits,
+        metrics=metrics,
+        is_full=is_full,
+        origins=config().cors_origins,
+    )

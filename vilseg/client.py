@@ -1,4 +1,4 @@
-"""A client of the HTTP API of ``vilseg serve``; needs nothing but NumPy, Pillow and httpx."""
+"""A client of the HTTP API of ``vilseg serve``; starts at once, as it needs no torch."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def mount_page(
         auth_message="Log in with any name, and an API key as the password.",
         allowed_paths=[desk.folder],
         max_file_size=config().limits.video_bytes,
-        show_error=True,
+        show_error=False,
         run_history=False,
         footer_links=[],
         ssr_mode=False,

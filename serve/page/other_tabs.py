@@ -52,7 +52,7 @@ def build_compare(desk: Desk) -> None:
     async def compare(path: str | None, has_background: bool, *wished: Any) -> list[str]:
         if not path:
             raise gr.Error("Choose a picture first.", title="No picture")
-        data = await asyncio.to_thread(Path(path).read_bytes)
+        data = await desk.read(path)
         questions = [
             desk.question(data, names, model=model, background=has_background)
             for names, model in zip(wished[::2], wished[1::2], strict=True)
@@ -98,8 +98,8 @@ def build_batch(desk: Desk) -> None:
         for number, path in enumerate(paths, 1):
             progress((number - 1, len(paths)), unit="pictures")
             name = Path(path).name
-            data = await asyncio.to_thread(Path(path).read_bytes)
             try:
+                data = await desk.read(path)
                 question = desk.question(data, names, model=model_name, background=has_background, format="json")
                 document = json.loads((await desk.ask(question)).body)
             except gr.Error as error:
@@ -122,6 +122,10 @@ def build_batch(desk: Desk) -> None:
         return said_text, pictures, desk.file(_zip(rows, masks, vocabulary.classes), "masks.zip")
 
     run.click(segment, [files, classes, background, model], [said, gallery, archive])
+
+
+def _fetch(desk: Desk, uri: str, name: str) -> str:
+    return desk.file(storage.read_bytes(uri), name)
 
 
 def _finish(stem: str, data: bytes, document: dict[str, Any]) -> tuple[dict[str, Any], bytes, bytes]:
@@ -186,7 +190,7 @@ def build_film(desk: Desk, films: FilmDesk) -> None:
                 yield f"{state['status'].capitalize()}, {state['frames']} frames so far …", None, None
                 await asyncio.sleep(_LOOK_EVERY)
             overlay_file, masks_file = [
-                desk.file(await asyncio.to_thread(storage.read_bytes, await films.result(film_id, name)), name)
+                await asyncio.to_thread(_fetch, desk, await films.result(film_id, name), name)
                 for name in (OVERLAY, MASKS)
             ]
             await films.delete(film_id)  # the page has it now

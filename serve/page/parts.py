@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import html
@@ -64,11 +65,6 @@ class Desk:
         Raises:
             gr.Error: the class list or the model is wrong, as a sentence.
         """
-        limits = self.config().limits
-        if len(image) > limits.body_bytes:
-            raise gr.Error(
-                f"The file has more than {limits.body_bytes:,} bytes, the most that is taken.", title="Too large"
-            )
         try:
             return Question(
                 request_id=f"page-{secrets.token_hex(6)}",
@@ -94,6 +90,17 @@ class Desk:
         except Refusal as refusal:
             title = "Busy" if refusal.status == 503 else "This does not work"
             raise gr.Error(refusal.message, title=title) from refusal
+
+    async def read(self, path: str) -> bytes:
+        """An uploaded picture.
+
+        Raises:
+            gr.Error: it is larger than a request may be.
+        """
+        limit = self.config().limits.body_bytes
+        if Path(path).stat().st_size > limit:
+            raise gr.Error(f"The file has more than {limit:,} bytes, the most that is taken.", title="Too large")
+        return await asyncio.to_thread(Path(path).read_bytes)
 
     def file(self, content: bytes, name: str) -> str:
         """A file for a browser. Its folder is named by its content; a name that a user sent is never used."""

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import json
 from collections import OrderedDict
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -94,18 +92,20 @@ def build(desk: Desk, kept: KeptPictures, demo: gr.Blocks) -> None:
             return empty("Drop or paste a picture, or choose an example."), state
         if not names:
             return empty("Name at least one class to look for."), state
+        uri = desk.config().models.get(name, "")  # a name may get another model while the page is open
         question = desk.question(
             state["image"],
             names,
             model=name,
             background=has_background,
             bias=more,
-            seen=state.get("seen", {}).get(name),
+            seen=state.get("seen", {}).get(uri),
         )
         answer = await desk.ask(question)
-        state = {**state, "seen": {**state.get("seen", {}), name: answer.seen}, "shown": wished[:4]}
+        state = {**state, "seen": {**state.get("seen", {}), uri: answer.seen}, "shown": wished[:4]}
         found = json.loads(answer.body)
-        found["settings"] = dict(zip(("view", "opacity", "threshold"), looks, strict=True))
+        if state.pop("restored", False):  # else the browser knows better where its controls are
+            found["settings"] = dict(zip(("view", "opacity", "threshold"), looks, strict=True))
         found["link"] = {
             "picture": kept.keep(state["image"]),
             "classes": json.dumps(names, ensure_ascii=False),
@@ -122,7 +122,7 @@ def build(desk: Desk, kept: KeptPictures, demo: gr.Blocks) -> None:
         return await show(state, *wished)
 
     async def take(path: str | None, *wished: Any) -> tuple[str, dict[str, Any]]:
-        return await show({"image": await asyncio.to_thread(Path(path).read_bytes)} if path else {}, *wished)
+        return await show({"image": await desk.read(path)} if path else {}, *wished)
 
     async def example(index: int, *wished: Any) -> tuple[Any, ...]:
         chosen = list(kept.examples.values())[index]
@@ -155,7 +155,7 @@ def build(desk: Desk, kept: KeptPictures, demo: gr.Blocks) -> None:
             html, path = empty("Drop or paste a picture, or choose an example."), None
             state: dict[str, Any] = {}
         else:
-            html, state = await show({"image": picture}, *wished)
+            html, state = await show({"image": picture, "restored": True}, *wished)
             path = desk.file(picture, "picture")
         wished[3] = gr.Dropdown(choices=known, value=wished[3])
         return path, *wished, html, state

@@ -98,6 +98,8 @@ def _decode(av: Any, container: Any, uri: str, limit: int) -> Iterator[Frame]:
             start = frame.time if index == 0 else start
             seconds = frame.time - start
         lasts = float(frame.duration * frame.time_base) if frame.duration else step
+        if frame.width * frame.height > limit:  # the header need not tell of it
+            raise TooLargeError(f"{uri} has a frame of {frame.width} x {frame.height} pixels, more than {limit:,}")
         image = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
         size = size or image.shape[1::-1]
         if image.shape[1::-1] != size:

@@ -48,7 +48,9 @@ def start(model_uri: str, tmp_path: Path) -> Iterator[Start]:
 
     clients: list[Any] = []
 
-    def make(ask: Any = None, address: str = "127.0.0.1", host: str = "localhost", **parts: Any) -> Any:
+    def make(
+        ask: Any = None, address: str = "127.0.0.1", host: str = "localhost", root_path: str = "", **parts: Any
+    ) -> Any:
         tree = {
             "models": {"default": model_uri, "other": model_uri},
             "videos": {"storage": str(tmp_path / "films")},
@@ -76,7 +78,7 @@ def start(model_uri: str, tmp_path: Path) -> Iterator[Start]:
             ask=ask or answer,
             films=FilmDesk(config, work),
         )
-        client = TestClient(app, base_url=f"http://{host}", client=(address, 50000))
+        client = TestClient(app, base_url=f"http://{host}", client=(address, 50000), root_path=root_path)
         client.__enter__()
         clients.append(client)
         return client

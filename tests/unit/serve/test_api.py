@@ -326,3 +326,36 @@ def test_film_ids_are_no_paths(start: Start) -> None:
         assert client.get(f"/v1/videos/{film_id}").status_code in (404, 405, 422)
     refused(client.get(f"/v1/videos/{'0' * 32}"), 404, "unknown_film")
     refused(client.get(f"/v1/videos/{'0' * 32}/overlay.mp4"), 404, "unknown_film")
+
+
+def test_gradios_own_way_to_fetch_addresses_is_closed(start: Start) -> None:
+    client = start()
+    for path in ("file=http://192.0.2.1/a", "file/https://192.0.2.1/a", "proxy=http://192.0.2.1/a", "file=HTTPS:/x"):
+        refused(client.get(f"/gradio_api/{path}"), 403, "not_fetched")
+
+
+def test_pages_of_other_origins_cannot_use_a_server_without_keys(start: Start, photo: bytes) -> None:
+    client = start(cors_origins=["https://friend.example"])
+    for origin, status in (("https://evil.example", 403), ("https://friend.example", 200), ("http://localhost:1", 200)):
+        files, data = {"image": photo}, {"classes": CLASSES}
+        assert client.post("/v1/segment", files=files, data=data, headers={"origin": origin}).status_code == status
+
+
+def test_a_browser_may_ask_without_a_key_whether_it_may_ask(start: Start, tmp_path: Path) -> None:
+    add_key(str(tmp_path / "keys.txt"), "anna")
+    client = start(keys=str(tmp_path / "keys.txt"), cors_origins=["https://friend.example"])
+    for origin, status in (("https://friend.example", 200), ("https://evil.example", 400)):
+        headers = {"origin": origin, "access-control-request-method": "POST"}
+        assert client.options("/v1/segment", headers=headers).status_code == status
+
+
+def test_a_prefix_opens_no_way_round_the_keys(start: Start, tmp_path: Path) -> None:
+    add_key(str(tmp_path / "keys.txt"), "anna")
+    client = start(keys=str(tmp_path / "keys.txt"), root_path="/seg")
+    assert client.get("/seg/v1/models").status_code == 401
+    assert client.get("/seg/metrics").status_code == 401
+
+
+@pytest.mark.parametrize("classes", ["[" * 100_000, '["\\ud800"]'])
+def test_class_lists_that_break_parsers_are_refused(start: Start, photo: bytes, classes: str) -> None:
+    refused(post(start(), photo, classes=classes), 422, "bad_classes")
