@@ -8,6 +8,7 @@ from typing import Any
 
 import gradio as gr
 from fastapi import FastAPI
+from gradio.blocks import Block
 
 from serve.api import Ask
 from serve.config import ServeConfig
@@ -50,8 +51,7 @@ def mount_page(
             other_tabs.build_batch(desk)
         with gr.Tab("Film"):
             other_tabs.build_film(desk, films)
-    for block in demo.blocks.values():
-        _harden(block)
+    _harden()
     demo.queue(default_concurrency_limit=16, max_size=64, api_open=False)
     gr.mount_gradio_app(
         app,
@@ -61,7 +61,7 @@ def mount_page(
         auth_message="Log in with any name, and an API key as the password.",
         allowed_paths=[desk.folder],
         max_file_size=config().limits.video_bytes,
-        show_error=False,
+        show_error=True,
         run_history=False,
         footer_links=[],
         ssr_mode=False,
@@ -72,22 +72,27 @@ def mount_page(
     )
 
 
-def _harden(block: Any) -> None:
-    """Keep Gradio from fetching addresses that a caller sends, and from decoding pictures and films itself."""
-    move = getattr(block, "async_move_resource_to_block_cache", None)
-    if move is not None:
+def _harden() -> None:
+    """Keep Gradio from fetching addresses that a caller sends, and from decoding pictures and films itself.
 
-        async def move_local(resource: Any) -> Any:
-            if "://" in str(resource):
-                raise gr.Error("Upload the file itself; addresses are not fetched.", title="Not fetched")
-            return await move(resource)
+    In the classes, not in the page's components: Gradio makes those anew for a session once it has updated one.
+    """
+    if getattr(Block.async_move_resource_to_block_cache, "local", False):
+        return
+    move = Block.async_move_resource_to_block_cache
 
-        block.async_move_resource_to_block_cache = move_local
-    if isinstance(block, gr.Image | gr.Video):
-        # Decoding is for the replicas, which check the header before.
-        block.preprocess = lambda payload: None if payload is None else _path(payload)  # type: ignore[method-assign]
+    async def move_local(block: Block, resource: Any) -> Any:
+        if "://" in str(resource):
+            raise gr.Error("Upload the file itself; addresses are not fetched.", title="Not fetched")
+        return await move(block, resource)
+
+    move_local.local = True  # type: ignore[attr-defined]
+    Block.async_move_resource_to_block_cache = move_local  # type: ignore[method-assign, assignment]
+    # Decoding is for the replicas, which check the header before.
+    gr.Image.preprocess = gr.Video.preprocess = _path  # type: ignore[method-assign, assignment]
 
 
-def _path(payload: Any) -> str | None:
-    video = getattr(payload, "video", None)
-    return str((video or payload).path)
+def _path(_: Block, payload: Any) -> str | None:
+    if payload is None:
+        return None
+    return str((getattr(payload, "video", None) or payload).path)

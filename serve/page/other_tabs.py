@@ -22,6 +22,7 @@ from vilseg import storage
 from vilseg.archive.coco import write_coco
 from vilseg.client import arrays_of
 from vilseg.data.decode import decode_image
+from vilseg.errors import UserError
 from vilseg.segmentation.drawing import draw_overlay
 from vilseg.segmentation.result import Segmentation
 
@@ -196,6 +197,8 @@ def build_film(desk: Desk, films: FilmDesk) -> None:
             await films.delete(film_id)  # the page has it now
         except Refusal as refusal:
             raise gr.Error(refusal.message, title="Please check") from refusal
+        except UserError as error:
+            raise gr.Error("The film cannot be kept here; the server's log says why.", title="Sorry") from error
         listed = ", ".join(entry["class"] for entry in state["classes"])
         yield f"{state['frames']} frames, {state['seconds']:.1f} s: {listed}", overlay_file, masks_file
 

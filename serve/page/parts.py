@@ -7,6 +7,7 @@ import base64
 import hashlib
 import html
 import json
+import logging
 import secrets
 import shutil
 import tempfile
@@ -22,6 +23,7 @@ from serve.config import ServeConfig
 from serve.question import Answer, Format, Question, SeenPicture
 from serve.refusal import Refusal
 
+log = logging.getLogger("ray.serve")
 _FILES_S = 3600
 
 
@@ -90,6 +92,10 @@ class Desk:
         except Refusal as refusal:
             title = "Busy" if refusal.status == 503 else "This does not work"
             raise gr.Error(refusal.message, title=title) from refusal
+        except Exception as error:
+            # Gradio would show its text, which may name places on the server.
+            log.exception("request %s of the page failed", question.request_id)
+            raise gr.Error("Something went wrong here; the server's log says what.", title="Sorry") from error
 
     async def read(self, path: str) -> bytes:
         """An uploaded picture.
