@@ -323,7 +323,9 @@ def test_whatever_the_schema_allows_and_what_it_does_not(server: Server, mode: s
 
     def try_out(operation: Any) -> None:
         @given(case=operation.as_strategy(generation_mode=mode))
-        @settings(max_examples=20, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+        @settings(
+            max_examples=20, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
+        )
         def ask(case: schemathesis.Case) -> None:
             response = case.call(timeout=PATIENCE)
             answered[response.status_code] += 1
