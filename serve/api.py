@@ -21,7 +21,7 @@ from serve.desk import FilmDesk
 from serve.films import MASKS, OVERLAY
 from serve.metrics import Metrics
 from serve.question import Answer, Question
-from serve.refusal import Refusal
+from serve.refusal import Refusal, internal, unknown_film
 from vilseg import storage
 from vilseg.errors import DataError
 from vilseg.text.vocabulary import Vocabulary
@@ -127,14 +127,20 @@ class Reader:
 
 def _names(text: str) -> list[str]:
     if text.lstrip().startswith("["):
-        try:
-            names = json.loads(text)
-        except (ValueError, RecursionError):
-            names = None
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        names = json_names(text)
+        if names is None:
             raise Refusal(422, "bad_classes", "The class list begins like JSON, but is no array of strings.")
         return names
     return _split(text)
+
+
+def json_names(text: str) -> list[str] | None:
+    """The strings of a JSON array; None where ``text`` is no such array."""
+    try:
+        names = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
 
 
 def _split(text: str) -> list[str]:
@@ -329,8 +335,7 @@ def _answer_errors(app: FastAPI, metrics: Metrics) -> None:
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> Response:
         # The error itself goes on to the guard, which logs it.
-        sentence = "Something went wrong here; the server's log has the request id."
-        return respond(request, Refusal(500, "internal", sentence))
+        return respond(request, internal())
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
@@ -352,7 +357,7 @@ def _answer_errors(app: FastAPI, metrics: Metrics) -> None:
 
 def _film(film_id: str, state: dict[str, Any] | None) -> dict[str, Any]:
     if state is None:
-        raise Refusal(404, "unknown_film", "There is no such film; it may have been deleted after its time.")
+        raise unknown_film()
     url = f"/v1/videos/{film_id}"
     known = {name: value for name, value in state.items() if name != "updated"}
     results = {"overlay_url": f"{url}/{OVERLAY}", "masks_url": f"{url}/{MASKS}"} if state["status"] == "done" else {}

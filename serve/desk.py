@@ -9,7 +9,7 @@ from typing import IO, Any
 
 from serve.config import ServeConfig
 from serve.films import FilmJob, Films, write_state
-from serve.refusal import Refusal, overloaded
+from serve.refusal import Refusal, overloaded, unknown_film
 from vilseg import storage
 from vilseg.text.vocabulary import Vocabulary
 
@@ -73,7 +73,7 @@ class FilmDesk:
             Refusal: there is no such film.
         """
         if await self.state(film_id) is None:
-            raise Refusal(404, "unknown_film", "There is no such film; it may have been deleted after its time.")
+            raise unknown_film()
         task = self._tasks.get(film_id)
         if task is not None:
             task.cancel()
@@ -88,7 +88,7 @@ class FilmDesk:
         """
         state = await self.state(film_id)
         if state is None:
-            raise Refusal(404, "unknown_film", "There is no such film; it may have been deleted after its time.")
+            raise unknown_film()
         if state["status"] != "done":
             raise Refusal(404, "not_done", f"The film is {state['status']}; there is nothing to fetch.")
         return storage.join(self._films.folder(film_id), name)

@@ -19,7 +19,7 @@ from starlette._utils import get_route_path
 from serve.config import Limits
 from serve.keys import Keys
 from serve.metrics import Metrics
-from serve.refusal import Refusal, overloaded
+from serve.refusal import Refusal, internal, overloaded
 from vilseg.errors import ConfigError
 
 Scope = MutableMapping[str, Any]
@@ -87,9 +87,7 @@ class Guard:
             self._metrics.rejected.labels(refusal.code).inc()
         except Exception:
             log.exception("request %s failed", request.id)
-            await request.refuse(
-                Refusal(500, "internal", "Something went wrong here; the server's log has the request id.")
-            )
+            await request.refuse(internal())
         finally:
             self._note(request)
 

@@ -28,3 +28,13 @@ class Refusal(Exception):  # noqa: N818  (an answer, though not the one that was
 def overloaded() -> Refusal:
     """All replicas are busy and enough others wait."""
     return Refusal(503, "overloaded", "The server is busy; try again in a moment.", retry_after=1)
+
+
+def internal() -> Refusal:
+    """A fault of ours; the error itself is in the log alone."""
+    return Refusal(500, "internal", "Something went wrong here; the server's log has the request id.")
+
+
+def unknown_film() -> Refusal:
+    """No film has this id, or not any more."""
+    return Refusal(404, "unknown_film", "There is no such film; it may have been deleted after its time.")

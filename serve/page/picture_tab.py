@@ -10,6 +10,7 @@ from typing import Any
 
 import gradio as gr
 
+from serve.api import json_names
 from serve.page.examples import Example
 from serve.page.parts import Desk, class_tags, empty, viewer
 from vilseg.client import arrays_of
@@ -17,6 +18,7 @@ from vilseg.segmentation.result import Segmentation
 
 _KEPT, _KEPT_BYTES = 64, 256 << 20
 """Pictures whose links work, and their bytes in all; the ones used longest ago go first."""
+_BEGIN = "Drop or paste a picture, or choose an example."
 _SESSION_S = 3600
 """Seconds after which an idle page's picture is forgotten."""
 
@@ -68,7 +70,7 @@ def build(desk: Desk, kept: KeptPictures, demo: gr.Blocks) -> None:
                 elem_id="vilseg-examples",
             )
         with gr.Column(scale=3, min_width=320):
-            shown = gr.HTML(empty("Drop or paste a picture, or choose an example."), elem_id="result")
+            shown = gr.HTML(empty(_BEGIN), elem_id="result")
             view = gr.Radio(
                 [("Classes", "classes"), ("Clusters", "clusters"), ("Scores", "scores"), ("Picture", "picture")],
                 value="classes",
@@ -89,7 +91,7 @@ def build(desk: Desk, kept: KeptPictures, demo: gr.Blocks) -> None:
     async def show(state: dict[str, Any], *wished: Any) -> tuple[str, dict[str, Any]]:
         names, has_background, more, name, *looks = wished
         if not state.get("image"):
-            return empty("Drop or paste a picture, or choose an example."), state
+            return empty(_BEGIN), state
         if not names:
             return empty("Name at least one class to look for."), state
         uri = desk.config().models.get(name, "")  # a name may get another model while the page is open
@@ -138,7 +140,7 @@ def build(desk: Desk, kept: KeptPictures, demo: gr.Blocks) -> None:
             skipped = [gr.skip() for _ in wishes]
             skipped[3] = gr.Dropdown(choices=known)
             return gr.skip(), *skipped, gr.skip(), gr.skip()
-        names = _json_list(asked.get("classes", ""))
+        names = json_names(asked.get("classes", "")) or []
         wished = [
             names,
             asked.get("background") == "1",
@@ -152,7 +154,7 @@ def build(desk: Desk, kept: KeptPictures, demo: gr.Blocks) -> None:
         if picture is None:
             if asked.get("picture"):
                 gr.Warning("The picture of this link is not kept any more; drop it once more.")
-            html, path = empty("Drop or paste a picture, or choose an example."), None
+            html, path = empty(_BEGIN), None
             state: dict[str, Any] = {}
         else:
             html, state = await show({"image": picture, "restored": True}, *wished)
@@ -174,7 +176,7 @@ def build(desk: Desk, kept: KeptPictures, demo: gr.Blocks) -> None:
         return desk.file(json.dumps(found).encode(), "annotations.json")
 
     image.upload(take, [image, *wishes], [shown, session])
-    image.clear(lambda: (empty("Drop or paste a picture, or choose an example."), {}), None, [shown, session])
+    image.clear(lambda: (empty(_BEGIN), {}), None, [shown, session])
     examples.click(example, [examples, *wishes], [image, classes, shown, session])
     classes.change(name_anew, [session, *wishes], [shown, session], trigger_mode="always_last")
     for control in (background, model):
@@ -203,11 +205,3 @@ def _number(text: str | None, otherwise: float, low: float = 0, high: float = 1)
         return min(high, max(low, float(text or otherwise)))
     except ValueError:
         return otherwise
-
-
-def _json_list(text: str) -> list[str]:
-    try:
-        names = json.loads(text)
-    except ValueError:
-        return []
-    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
