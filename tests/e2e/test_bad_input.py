@@ -267,10 +267,10 @@ def test_a_server_that_others_reach_needs_keys(
 def test_what_cannot_be_served(
     refused: Refused, no_ray: None, tmp_path: Path, save_tiny_model: Callable[[str, int], str]
 ) -> None:
-    model = save_tiny_model(str(tmp_path / "model"), 64)
+    model = save_tiny_model(str(tmp_path / "birds"), 64)
     assert "give --model URI" in refused("serve")
     assert "there is no model folder at ./nowhere" in refused("serve", "--model", "./nowhere")
-    assert "two models are called 'model'" in refused("serve", "--model", model, "--model", model)
+    assert "two models are called 'birds'" in refused("serve", "--model", model, "--model", model)
     assert "replicas.maximum" in refused("serve", "--model", model, "replicas.maximun=3")
     assert "keys.txt does not exist" in refused("serve", "--model", model, "--keys", str(tmp_path / "keys.txt"))
     with socket.socket() as taken:
