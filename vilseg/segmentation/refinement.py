@@ -33,6 +33,12 @@ class RefinedScores(NamedTuple):
     """(W, upscale h, upscale w) unless the image is smaller."""
 
 
+def winners(scores_Chw: Tensor) -> Tensor:
+    """Indices, ascending, of the classes that are best at some place. Shape: (C, h, w) -> (W,)."""
+    # `argmax` over the first axis takes ten times as long as `max` on a CPU.
+    return scores_Chw.max(0).indices.unique()
+
+
 def refine(scores_Chw: Tensor, image_3HW: Tensor, config: RefinementConfig) -> RefinedScores:
     """Bring the scores of an image's best classes onto a finer grid and along the image's edges.
 
@@ -41,7 +47,7 @@ def refine(scores_Chw: Tensor, image_3HW: Tensor, config: RefinementConfig) -> R
         image_3HW: the picture, floats of any range. Shape: (3, H, W).
         config: iterations, dilations, upscale and tolerance.
     """
-    classes_W = scores_Chw.argmax(0).unique()
+    classes_W = winners(scores_Chw)
     patches, pixels = scores_Chw.shape[1:], image_3HW.shape[1:]
     size = tuple(min(config.upscale * p, pixel) for p, pixel in zip(patches, pixels, strict=True))
     scores_Whw = _resize(scores_Chw[classes_W], size, "bilinear")

@@ -18,7 +18,7 @@ from vilseg.data.decode import decode_image, to_rgb
 from vilseg.device import best_device, has_bfloat16_units
 from vilseg.errors import DataError
 from vilseg.model import ImageEmbeddings, ViLSeg
-from vilseg.segmentation.refinement import refine
+from vilseg.segmentation.refinement import refine, winners
 from vilseg.segmentation.regions import ClassTexts, calibrate, class_similarities
 from vilseg.segmentation.result import Segmentation, label_dtype
 from vilseg.text.vocabulary import Vocabulary
@@ -189,7 +189,7 @@ class Segmenter:
         logits_Chw = scores_Chw / self.config.temperature
         others = torch.ones(len(logits_Chw), dtype=torch.bool, device=self.device)
         # As in `__call__`: where scores are refined, those count at full size that are best at some place of the grid.
-        others[logits_Chw.argmax(0).unique() if self.config.refinement.iterations else slice(None)] = False
+        others[winners(logits_Chw) if self.config.refinement.iterations else slice(None)] = False
         rest_1hw = logits_Chw[others].logsumexp(0, keepdim=True) if others.any() else None
         return self._paint(image, _Contenders(logits_Chw[~others], (~others).nonzero()[:, 0], rest_1hw), None)
 
@@ -279,14 +279,16 @@ class Segmenter:
             best, winner = logits.max(0)
             labels[top:bottom] = classes_W[winner].cpu().numpy()
             # The soft-max of the best class alone: all of them would be written and read once more for nothing.
-            total = logits.sub_(best).exp_().sum(0)
+            total = (logits - best).exp_().sum(0)
             if others_1hw is not None:
                 others = _resample(others_1hw, (height, width), top, bottom)[0] - best
                 # None of them is better than the best, though refinement may have lowered it.
                 total += others.clamp(max=math.log(count - len(classes_W))).exp()
             scores[top:bottom] = total.reciprocal().cpu().numpy()
             if clusters is not None and clusters_Khw is not None:
-                clusters[top:bottom] = _resample(clusters_Khw, (height, width), top, bottom).argmax(0).cpu().numpy()
+                clusters[top:bottom] = (
+                    _resample(clusters_Khw, (height, width), top, bottom).max(0).indices.cpu().numpy()
+                )
         return Segmentation(labels=labels, classes=self.classes, scores=scores, clusters=clusters, image=image)
 
 
@@ -300,6 +302,8 @@ def spoken(name: str) -> str:
 @torch.inference_mode()
 def _resample(map_Chw: Tensor, size: tuple[int, int], top: int, bottom: int) -> Tensor:
     """Rows ``top`` to ``bottom`` of the bilinear enlargement of a map to ``size``. Shape: (C, h, w) -> (C, bottom - top, W)."""
+    if map_Chw.shape[1:] == size:
+        return map_Chw[:, top:bottom]
     height, width = size
     device = map_Chw.device
     y = (torch.arange(top, bottom, device=device) + 0.5) / height * 2 - 1

@@ -7,8 +7,8 @@ import torch
 from vilseg.segmentation import propagation
 from vilseg.segmentation.propagation import Carried, backwards, begin, between, carry, differences, unmatched
 
-H, W, RADIUS = 9, 11, 3
-OFFSETS = [(y, x) for y in range(-3, 4) for x in range(-3, 4) if np.hypot(y, x) <= RADIUS]
+H, W = 9, 11
+OFFSETS = [(y, x) for y in range(-2, 3) for x in range(-2, 3) if np.hypot(y, x) < 2.5]
 
 
 def frame(seed: int) -> torch.Tensor:
