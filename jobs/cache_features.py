@@ -91,7 +91,7 @@ def main(
         )
     source = require_source(config)
     storage.require_bucket(config.data.feature_cache)
-    shards = list_shards(storage.absolute(source))
+    shards = list_shards(storage.absolute(source), without=config.data.held_out)
     torch.manual_seed(config.trainer.seed)
     image_encoder = build_image_encoder(config.model.image_encoder).eval()
     text = config.model.text_encoder

@@ -19,7 +19,7 @@ from vilseg import storage
 from vilseg.config import RunConfig
 from vilseg.data import scenes
 from vilseg.errors import StorageError
-from vilseg.evaluation.datasets import FolderDataset
+from vilseg.evaluation.datasets import FirstImages, FolderDataset
 from vilseg.evaluation.evaluate import Evaluation, evaluate
 from vilseg.evaluation.report import RunReport, render_report
 from vilseg.model import ViLSeg
@@ -131,24 +131,10 @@ def _measure(model: ViLSeg, dataset: FolderDataset, *, keep: int = 0) -> Evaluat
 
 def _curve(folder: RunFolder, dataset: FolderDataset) -> list[tuple[int, float]]:
     """mIoU at every checkpoint on the first of the unseen scenes."""
-    some = _Head(dataset, _CURVE)
+    some = FirstImages(dataset, _CURVE)
     steps = folder.checkpoint_steps()
     points = [(0, ViLSeg.from_pretrained(folder.initial)), *((step, run.model_at(folder, step)) for step in steps)]
     return [(step, evaluate(Segmenter(model, dataset.classes), some, batch_size=16).miou) for step, model in points]
-
-
-class _Head:
-    """The first images of a dataset, read once."""
-
-    def __init__(self, dataset: FolderDataset, count: int) -> None:
-        self.classes = dataset.classes
-        self._items = [item for item, _ in zip(dataset, range(count), strict=False)]
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self._items)
 
 
 def _commands(

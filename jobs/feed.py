@@ -70,19 +70,26 @@ def pairs_from_last_checkpoint(
 
 def pairs_of_steps(config: RunConfig, prepared: Prepared, monitor: Any, first: int, last: int) -> ray.data.Dataset:
     """The batches of steps ``first`` up to, not including, ``last``."""
-    trainer = config.trainer
-    reader = BatchReader(
-        batch_size=trainer.batch_size,
-        workers=trainer.workers,
-        seed=trainer.seed,
+    return stream_batches(pair_order(config, prepared), batch_reader(config, prepared, reporter(monitor)), first, last)
+
+
+def pair_order(config: RunConfig, prepared: Prepared) -> PairOrder:
+    """The order of a run's pairs."""
+    return PairOrder(prepared.shards, config.trainer.batch_size, config.trainer.seed)
+
+
+def batch_reader(config: RunConfig, prepared: Prepared, report: Callable[[int, list[BadPair]], None]) -> BatchReader:
+    """What reads a run's pairs; see :class:`BatchReader` for ``report``."""
+    return BatchReader(
+        batch_size=config.trainer.batch_size,
+        workers=config.trainer.workers,
+        seed=config.trainer.seed,
         decode=_decoder(config, prepared),
         tokenize=prepared.tokenizer,
         nouns=prepared.nouns,
         columns=config.data.columns,
-        report=reporter(monitor),
+        report=report,
     )
-    order = PairOrder(prepared.shards, trainer.batch_size, trainer.seed)
-    return stream_batches(order, reader, first, last)
 
 
 def _decoder(config: RunConfig, prepared: Prepared) -> Callable[[bytes, int], np.ndarray]:
@@ -119,5 +126,6 @@ def reporter(monitor: Any) -> Callable[[int, list[BadPair]], None]:
 
 def count_in_parallel(uris: list[str]) -> list[int]:
     """Pairs in each shard, counted by as many tasks as there are CPUs."""
-    count = ray.remote(num_cpus=READ_CPUS)(count_pairs)
+    # Named outright, or tasks of a sweep's trial would wait for room in what the trial itself has.
+    count = ray.remote(num_cpus=READ_CPUS, scheduling_strategy="SPREAD")(count_pairs)
     return ray.get([count.remote(uri) for uri in uris])

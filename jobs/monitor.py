@@ -22,38 +22,47 @@ class Snapshot:
     """A user's mistake that a worker met; the run is over."""
 
 
+class PairCount:
+    """How many pairs were read, how many of them could not be, and whether these are too many."""
+
+    def __init__(self, max_bad_share: float) -> None:
+        self.read = self.bad = 0
+        self._max_bad_share = max_bad_share
+
+    def add(self, read: int, bad: list[tuple[str, str]]) -> str | None:
+        """Count pairs, the bad ones with key and reason; returns a sentence when too many were bad."""
+        self.read += read
+        self.bad += len(bad)
+        if not bad or self.bad <= self._max_bad_share * max(self.read, _MIN_PAIRS):
+            return None
+        return (
+            f"{self.bad} of the first {max(self.read, self.bad)} pairs could not be read, more than "
+            f"data.max_bad_share={self._max_bad_share} allows; the last was {bad[-1][0]}: {bad[-1][1]}"
+        )
+
+
 @ray.remote(num_cpus=0, max_restarts=0)
 class Monitor:
     """One a run; workers and data tasks write to it, the driver reads."""
 
     def __init__(self, max_bad_share: float) -> None:
-        self._max_bad_share = max_bad_share
+        self._pairs = PairCount(max_bad_share)
         self._new = Snapshot()
-        self._read = self._bad = 0
         self._known: set[str] = set()
         self._stop = False
         self._failure: Exception | None = None
 
     def add_pairs(self, read: int, bad: list[tuple[str, str]]) -> str | None:
         """Count pairs; returns a sentence when too many were bad. Each bad key is passed on once."""
-        self._read += read
-        self._bad += len(bad)
         for key, reason in bad:
             if key not in self._known:
                 self._known.add(key)
                 self._new.bad.append((key, reason))
-        if self._bad > self._max_bad_share * max(self._read, _MIN_PAIRS):
-            return (
-                f"{self._bad} of the first {max(self._read, self._bad)} pairs could not be read, more than "
-                f"data.max_bad_share={self._max_bad_share} allows; the last was {bad[-1][0]}: {bad[-1][1]}"
-                if bad
-                else "too many pairs could not be read"
-            )
-        return None
+        return self._pairs.add(read, bad)
 
     def report(self, metrics: dict[str, float]) -> bool:
         """Pass on a report of rank 0; answers whether the run shall stop."""
-        self._new.metrics.append({**metrics, "bad_pairs": self._bad})
+        self._new.metrics.append({**metrics, "bad_pairs": self._pairs.bad})
         return self._stop
 
     def stop(self) -> None:
@@ -71,5 +80,5 @@ class Monitor:
     def poll(self) -> Snapshot:
         """What is new since the last call."""
         new, self._new = self._new, Snapshot()
-        new.read, new.bad_total, new.failure = self._read, self._bad, self._failure
+        new.read, new.bad_total, new.failure = self._pairs.read, self._pairs.bad, self._failure
         return new

@@ -120,7 +120,7 @@ def _watch(
     threading.Thread(target=fit, name="vilseg-train", daemon=True).start()
     last: dict[str, float] = {}
     stopping = False
-    with _interrupts() as interrupts:
+    with interrupts() as noted:
         while True:
             over = ended.wait(_POLL_SECONDS)
             snapshot = ray.get(monitor.poll.remote())
@@ -130,9 +130,9 @@ def _watch(
                 raise snapshot.failure  # the trainer goes on restarting its workers, which find nothing to do
             if over:
                 break
-            if len(interrupts) > 1:
+            if len(noted) > 1:
                 raise KeyboardInterrupt
-            if interrupts and not stopping:
+            if noted and not stopping:
                 stopping = True
                 monitor.stop.remote()
                 console.say("stopping after the next report with a checkpoint; Ctrl-C again stops without one")
@@ -142,7 +142,7 @@ def _watch(
 
 
 @contextmanager
-def _interrupts() -> Iterator[list[int]]:
+def interrupts() -> Iterator[list[int]]:
     """Every Ctrl-C while this lasts, noted instead of raised: as an exception inside Ray's calls it may get lost."""
     noted: list[int] = []
     if threading.current_thread() is not threading.main_thread():

@@ -32,6 +32,8 @@ class DataConfig(Part):
 
     source: str | None = None
     """URI of pair shards (tar or Parquet), a folder or a single file. Needed for training."""
+    held_out: str | None = None
+    """URI of pair shards that are never trained on: `vilseg tune` measures by them. May be a file or folder of ``source``."""
     columns: ColumnsConfig = ColumnsConfig()
     canvas: PositiveInt = 224
     """Side in pixels of the square that images are decoded to: shorter side resized, longer side cropped at random."""

@@ -61,8 +61,12 @@ class Shard:
     pairs: int
 
 
-def list_shards(source: str) -> list[storage.FileEntry]:
+def list_shards(source: str, *, without: str | None = None) -> list[storage.FileEntry]:
     """The tar and Parquet files at ``source``, a folder or one file, without the tables that img2dataset leaves beside tars.
+
+    Args:
+        source: URI.
+        without: URI of shards to leave out, which may lie within ``source``.
 
     Raises:
         DataError: there is none.
@@ -72,7 +76,16 @@ def list_shards(source: str) -> list[storage.FileEntry]:
     if not entries:
         raise DataError(f"no pair shards at {source}: expected .tar or .parquet files (see `vilseg ingest --help`)")
     tars = {entry.uri[: -len(TAR)] for entry in entries if entry.uri.lower().endswith(TAR)}
-    return [e for e in entries if e.uri.lower().endswith(TAR) or e.uri[: -len(PARQUET)] not in tars]
+    shards = [e for e in entries if e.uri.lower().endswith(TAR) or e.uri[: -len(PARQUET)] not in tars]
+    if without is None:
+        return shards
+    held_out = {storage.absolute(entry.uri) for entry in list_shards(without)}
+    left = [entry for entry in shards if storage.absolute(entry.uri) not in held_out]
+    if not left:
+        raise DataError(
+            f"{without} holds out every pair shard of {source}; hold out fewer, so that some are trained on"
+        )
+    return left
 
 
 def read_shard(uri: str, columns: ColumnsConfig | None = None) -> Iterator[Pair | BadPair]:

@@ -283,18 +283,21 @@ class BatchReader:
             self.report(read, bad)
 
 
-def index_shards(source: str, count: Callable[[list[str]], list[int]] | None = None) -> tuple[Shard, ...]:
+def index_shards(
+    source: str, count: Callable[[list[str]], list[int]] | None = None, *, without: str | None = None
+) -> tuple[Shard, ...]:
     """The shards at ``source`` with the number of pairs in each, from ``index.json`` where there is one, else counted.
 
     Args:
         source: folder or file.
         count: counts the pairs of many shards, in parallel say; one after the other where None.
+        without: URI of shards to leave out.
 
     Raises:
         DataError: no shards there.
         StorageError: the URI cannot be read.
     """
-    entries = list_shards(source)
+    entries = list_shards(source, without=without)
     known = read_index(source)
     unknown = [entry.uri for entry in entries if entry.relative not in known]
     counts = dict(zip(unknown, count(unknown) if count else map(count_pairs, unknown), strict=True))

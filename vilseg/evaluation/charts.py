@@ -17,20 +17,20 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-_STAND_INS = {"ink": "#010101", "muted": "#020202", "line": "#030303", "accent": "#040404", "second": "#050505"}
-_WIDTH = 4.4  # inches: at 72 units an inch letters of 10 units stay legible when a phone shrinks the chart to its width
+COLOURS = {"ink": "#010101", "muted": "#020202", "line": "#030303", "accent": "#040404", "second": "#050505"}
+WIDTH = 4.4  # inches: at 72 units an inch letters of 10 units stay legible when a phone shrinks the chart to its width
 _MOST_POINTS = 240  # of one line; more only make the page heavy
 
-_STYLE: Any = {  # matplotlib types its settings by a Literal of all their names
+STYLE: Any = {  # matplotlib types its settings by a Literal of all their names
     "svg.fonttype": "none",  # text stays text: selectable, and set in the font of the page
     "font.size": 10.0,
     "text.parse_math": False,  # a "$" in a class name is no formula
-    "text.color": _STAND_INS["ink"],
-    "xtick.color": _STAND_INS["muted"],
-    "ytick.color": _STAND_INS["muted"],
-    "axes.labelcolor": _STAND_INS["muted"],
-    "axes.edgecolor": _STAND_INS["line"],
-    "grid.color": _STAND_INS["line"],
+    "text.color": COLOURS["ink"],
+    "xtick.color": COLOURS["muted"],
+    "ytick.color": COLOURS["muted"],
+    "axes.labelcolor": COLOURS["muted"],
+    "axes.edgecolor": COLOURS["line"],
+    "grid.color": COLOURS["line"],
     "grid.linewidth": 0.7,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -57,21 +57,21 @@ def line_chart(
         reference: value of a dashed level line.
     """
     steps, values = _thin(np.asarray(points, dtype=np.float64))
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(_WIDTH, 2.3), layout="constrained")
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 2.3), layout="constrained")
         axes = figure.add_subplot()
         axes.grid(axis="y")
         marker = "o" if len(steps) <= 20 else None
-        axes.plot(steps, values, color=_STAND_INS["accent"], linewidth=1.8, marker=marker, markersize=4)
+        axes.plot(steps, values, color=COLOURS["accent"], linewidth=1.8, marker=marker, markersize=4)
         if reference is not None and math.isfinite(reference):
-            axes.axhline(reference, color=_STAND_INS["second"], linewidth=1.6, linestyle=(0, (4, 3)))
+            axes.axhline(reference, color=COLOURS["second"], linewidth=1.6, linestyle=(0, (4, 3)))
         if percent:
             axes.set_ylim(bottom=0)
             axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None, symbol=" %"))
         axes.set_xlabel("step")
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(5))
-        return _to_svg(figure, label)
+        return to_svg(figure, label)
 
 
 def iou_bars(trained: Mapping[str, float], untrained: Mapping[str, float] | None, *, label: str) -> str:
@@ -84,24 +84,24 @@ def iou_bars(trained: Mapping[str, float], untrained: Mapping[str, float] | None
     rows = np.arange(len(names))
     ours = np.array([trained[name] for name in names])
     theirs = np.nan_to_num([untrained.get(name, math.nan) for name in names]) if untrained else np.zeros(len(names))
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(_WIDTH * 1.3, 0.5 + 0.27 * len(names)), layout="constrained")
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH * 1.3, 0.5 + 0.27 * len(names)), layout="constrained")
         axes = figure.add_subplot()
         axes.grid(axis="x")
-        axes.barh(rows - 0.1 * bool(untrained), ours, height=0.46, color=_STAND_INS["accent"])
+        axes.barh(rows - 0.1 * bool(untrained), ours, height=0.46, color=COLOURS["accent"])
         if untrained:
-            axes.barh(rows + 0.26, theirs, height=0.2, color=_STAND_INS["second"])
+            axes.barh(rows + 0.26, theirs, height=0.2, color=COLOURS["second"])
         for row, ours_here, longest in zip(rows, ours, np.maximum(ours, theirs), strict=True):
             axes.annotate(
                 f"{100 * ours_here:.1f}", (longest, row), xytext=(4, 0), textcoords="offset points", va="center"
             )
         _finish_bars(axes, names, float(max(ours.max(), theirs.max())))
-        return _to_svg(figure, label)
+        return to_svg(figure, label)
 
 
 def _finish_bars(axes: Axes, names: list[str], longest: float) -> None:
     axes.set_yticks(np.arange(len(names)), [name if len(name) <= 24 else name[:23] + "…" for name in names])
-    axes.tick_params(axis="y", colors=_STAND_INS["ink"])
+    axes.tick_params(axis="y", colors=COLOURS["ink"])
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.set_xlim(0, max(longest * 1.12, 0.01))
     axes.xaxis.set_major_locator(MaxNLocator(6))
@@ -116,7 +116,7 @@ def _thin(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return means[:, 0], means[:, 1]
 
 
-def _to_svg(figure: Figure, label: str) -> str:
+def to_svg(figure: Figure, label: str) -> str:
     """The figure as an SVG element without size, name spaces, metadata or colours of its own."""
     buffer = io.StringIO()
     # The salt and the prefix below keep apart the ids of charts that share a page, and make a report reproducible.
@@ -130,7 +130,7 @@ def _to_svg(figure: Figure, label: str) -> str:
     body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
     prefix = re.sub(r"\W+", "-", label)
     body = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}-", body)
-    for name, stand_in in _STAND_INS.items():
+    for name, stand_in in COLOURS.items():
         body = body.replace(stand_in, f"var(--{name})")
     return f'<svg {view_box.group()} role="img" aria-label="{_attribute(label)}">{body.strip()}'
 

@@ -1,6 +1,7 @@
 """Images with a true mask, to measure against."""
 
 import io
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -99,6 +100,20 @@ class FolderDataset:
                 f"mask {uri} has the value {wrong[0]}, which is no class: classes.txt names 0 to "
                 f"{len(self.classes) - 1}, and {ignore} means ignore in a mask of {mask.dtype.itemsize * 8} bit"
             )
+
+
+class FirstImages:
+    """The first images of a dataset, read once and kept: for what is evaluated again and again."""
+
+    def __init__(self, dataset: MaskedDataset, count: int) -> None:
+        self.classes = dataset.classes
+        self._items = list(itertools.islice(dataset, count))
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __iter__(self) -> Iterator[MaskedImage]:
+        return iter(self._items)
 
 
 def _read_classes(uri: str) -> tuple[str, ...]:

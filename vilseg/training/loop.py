@@ -60,10 +60,13 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go back to where :meth:`state_dict` was taken."""
+        """Go back to where :meth:`state_dict` was taken; the optimiser's settings are those of now."""
         self.step = state["step"]
         self.objective.load_state_dict(state["objective"])
+        settings = [{name: group[name] for name in ("weight_decay", "betas")} for group in self._adamw.param_groups]
         self._adamw.load_state_dict(state["optimizer"])
+        for group, of_now in zip(self._adamw.param_groups, settings, strict=True):
+            group.update(of_now)
 
     def train(
         self,

@@ -76,7 +76,7 @@ def resume(config: RunConfig, folder: RunFolder) -> Prepared:
 def preflight(config: RunConfig, *, resume: bool) -> None:
     """What can be said against a run before anything is started; raises as :func:`open_folder` and :func:`prepare`."""
     config.trainer.check_shares()
-    list_shards(require_source(config))
+    list_shards(require_source(config), without=config.data.held_out)
     if config.name:
         open_folder(config, resume=resume)
     else:
@@ -104,9 +104,11 @@ def prepare(
         ModelError: a checkpoint cannot be loaded.
     """
     source = require_source(config)
-    shards = index_shards(cache or storage.absolute(source), count)
+    # A cache was made without what is held out.
+    without = None if cache else config.data.held_out
+    shards = index_shards(cache or storage.absolute(source), count, without=without)
     # Captions are the same in the cache, but pictures are smaller than features.
-    read = [Shard(entry.uri, 0) for entry in list_shards(source)] if cache else shards
+    read = [Shard(entry.uri, 0) for entry in list_shards(source, without=config.data.held_out)] if cache else shards
     pairs, bad = sample_pairs(read, config.data.columns, _SAMPLE_PAIRS)
     if not pairs:
         reason = f"; the first, {bad[0].key}, failed because {bad[0].reason}" if bad else ""
@@ -182,7 +184,12 @@ def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
 
 def load_checkpoint(folder: RunFolder, step: int) -> dict[str, Any]:
     """Read a trainer's state; tensors and plain numbers only, nothing else is unpickled."""
-    data = storage.read_bytes(folder.state(step))
+    return read_state(folder.state(step))
+
+
+def read_state(uri: str) -> dict[str, Any]:
+    """As `load_checkpoint`, of the file at ``uri``."""
+    data = storage.read_bytes(uri)
     return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
 

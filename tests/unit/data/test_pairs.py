@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from vilseg import storage
 from vilseg.config import ColumnsConfig
 from vilseg.data.pairs import (
     BadPair,
@@ -258,3 +259,17 @@ def test_a_damaged_index_is_told(tmp_path: Path, content: str) -> None:
     (tmp_path / "index.json").write_text(content)
     with pytest.raises(DataError, match=r"index\.json.*delete it"):
         index_shards(str(tmp_path))
+
+
+def test_held_out_shards_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a.tar", "b.tar", "late/c.tar"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_tar(f"{tmp_path}/{name}", [("0", b"i", "jpg", {"caption": "a"})])
+    left = [entry.relative for entry in list_shards(str(tmp_path), without=f"{tmp_path}/late")]
+    assert left == ["a.tar", "b.tar"]
+    monkeypatch.chdir(tmp_path)
+    assert [storage.name(shard.uri) for shard in index_shards(str(tmp_path), without="b.tar")] == ["a.tar", "c.tar"]
+    with pytest.raises(DataError, match="holds out every pair shard"):
+        list_shards(f"{tmp_path}/late", without=str(tmp_path))
+    with pytest.raises(StorageError, match="does not exist"):
+        list_shards(str(tmp_path), without=f"{tmp_path}/none")

@@ -1,0 +1,227 @@
+"""Charts of a sweep, in the colours of the page they stand in (see `vilseg.evaluation.charts`)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from tune.record import TrialRecord
+from tune.space import Parameter, Point
+from tune.watch import shown
+from vilseg.evaluation.charts import COLOURS, STYLE, WIDTH, to_svg
+
+_BINS = 5
+"""Of a parameter without a list of values, in the heat map."""
+_MOST_VALUES = 12
+"""A parameter of more is binned like one without a list."""
+
+
+def parallel_coordinates(
+    parameters: Mapping[str, Parameter], lines: Sequence[tuple[Point, float]], *, objective: str
+) -> str:
+    """One line a trial through its values and its score; the better, the stronger; the best in the accent colour.
+
+    Args:
+        parameters: an axis each, in order.
+        lines: point and score of each trial, at least one.
+        objective: name of the last axis.
+    """
+    axes_of = [_Axis(key, parameter, [point.get(key) for point, _ in lines]) for key, parameter in parameters.items()]
+    scores = np.array([score for _, score in lines])
+    low, span = scores.min(), np.ptp(scores) or 1.0
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(max(1.6 * WIDTH, 1.5 * (len(axes_of) + 1)), 3.2), layout="constrained")
+        axes = figure.add_subplot()
+        axes.set_axis_off()
+        axes.set_xlim(-0.3, len(axes_of) + 0.45)
+        axes.set_ylim(-0.14, 1.16)
+        for place, (point, score) in sorted(enumerate(lines), key=lambda item: item[1][1]):
+            heights = [*(axis.height(point) for axis in axes_of), (score - low) / span]
+            best = score == scores.max()
+            axes.plot(
+                range(len(heights)),
+                heights,
+                color=COLOURS["accent" if best else "muted"],
+                alpha=1.0 if best else 0.12 + 0.55 * float((score - low) / span),
+                linewidth=2.4 if best else 1.3,
+                zorder=2 + place / len(lines) if not best else 4,
+            )
+        for place, axis in enumerate(axes_of):
+            _draw_axis(axes, place, axis.name, axis.ticks())
+        ticks = [(0.0, f"{low:.3f}"), (1.0, f"{scores.max():.3f}")]
+        _draw_axis(axes, len(axes_of), objective, ticks)
+        return to_svg(figure, f"{objective} of all trials by their values")
+
+
+def heat_map(
+    rows: tuple[str, Parameter], columns: tuple[str, Parameter], lines: Sequence[tuple[Point, float]], *, objective: str
+) -> str:
+    """Mean score by the values of two parameters; each cell tells how many trials it stands for where they are several."""
+    row_cells = _Cells(*rows, [point.get(rows[0]) for point, _ in lines])
+    column_cells = _Cells(*columns, [point.get(columns[0]) for point, _ in lines])
+    scores: dict[tuple[int, int], list[float]] = {}
+    for point, score in lines:
+        cell = (row_cells.of(point.get(rows[0])), column_cells.of(point.get(columns[0])))
+        if None not in cell:
+            scores.setdefault(cell, []).append(score)  # type: ignore[arg-type]
+    means = {cell: float(np.mean(values)) for cell, values in scores.items()}
+    low = min(means.values())
+    span = (max(means.values()) - low) or 1.0
+    with mpl.rc_context(STYLE):
+        height = 0.9 + 0.42 * len(row_cells.names)
+        figure = Figure(figsize=(max(WIDTH, 1.4 + 0.68 * len(column_cells.names)), height), layout="constrained")
+        axes = figure.add_subplot()
+        for (row, column), mean in means.items():
+            share = (mean - low) / span
+            axes.add_patch(
+                mpl.patches.Rectangle(
+                    (column - 0.48, row - 0.46),
+                    0.96,
+                    0.92,
+                    color=COLOURS["accent"],
+                    alpha=0.08 + 0.62 * share,
+                    linewidth=0,
+                )
+            )
+            count = len(scores[row, column])
+            spread = f" ±{np.std(scores[row, column]):.3f}"[: 7 if count > 1 else 0]
+            axes.annotate(
+                f"{mean:.3f}" + (f"\n{spread.strip()} ({count})" if count > 1 else ""),
+                (column, row),
+                ha="center",
+                va="center",
+                fontsize=9 if count == 1 else 7.5,
+            )
+        axes.set_xlim(-0.5, len(column_cells.names) - 0.5)
+        axes.set_ylim(-0.5, len(row_cells.names) - 0.5)
+        axes.set_xticks(range(len(column_cells.names)), column_cells.names)
+        axes.set_yticks(range(len(row_cells.names)), row_cells.names)
+        axes.set_xlabel(columns[0])
+        axes.set_ylabel(rows[0])
+        axes.spines["bottom"].set_visible(False)
+        return to_svg(figure, f"mean {objective} by {rows[0]} and {columns[0]}")
+
+
+def learning_curves(records: Sequence[TrialRecord], best: Sequence[int], *, objective: str) -> str:
+    """The objective over the steps of every trial; those numbered in ``best`` in the accent colour."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 2.6), layout="constrained")
+        axes = figure.add_subplot()
+        axes.grid(axis="y")
+        for record in records:
+            points = [(entry["step"], entry[objective]) for entry in record.curve if objective in entry]
+            first = record.number in best
+            axes.plot(
+                *zip(*points, strict=True),
+                color=COLOURS["accent" if first else "muted"],
+                linewidth=2.2 if first else 1.1,
+                alpha=1 if first else 0.45,
+                marker="o",
+                markersize=3,
+                zorder=3 if first else 2,
+            )
+        axes.set_xlabel("step")
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        return to_svg(figure, f"{objective} over the steps of all trials")
+
+
+def importance_bars(shares: Mapping[str, float]) -> str:
+    """How much of the spread of the scores each parameter explains, the most important first."""
+    names = sorted(shares, key=lambda name: -shares[name])
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 0.6 + 0.32 * len(names)), layout="constrained")
+        axes = figure.add_subplot()
+        axes.barh(range(len(names)), [shares[name] for name in names], height=0.5, color=COLOURS["accent"])
+        for row, name in enumerate(names):
+            axes.annotate(
+                f"{shares[name]:.0%}", (shares[name], row), xytext=(4, 0), textcoords="offset points", va="center"
+            )
+        axes.set_yticks(range(len(names)), names)
+        axes.tick_params(axis="y", colors=COLOURS["ink"])
+        axes.set_ylim(len(names) - 0.4, -0.6)
+        axes.set_xlim(0, max(1.14 * max(shares.values()), 0.01))
+        axes.set_xticks([])
+        axes.spines["bottom"].set_visible(False)
+        return to_svg(figure, "importance of the parameters")
+
+
+class _Axis:
+    """Heights of a parameter's values: by size where they are numbers, in order where they are not."""
+
+    def __init__(self, name: str, parameter: Parameter, values: Sequence[Any]) -> None:
+        self.name = name
+        self._log = parameter.loguniform is not None
+        self._listed = [shown(value) for value in parameter.choice] if parameter.choice else None
+        present = [value for value in values if value is not None]
+        bounds = parameter.uniform or parameter.loguniform or parameter.int or (0, 1)
+        self._low, self._high = (self._scale(bound) for bound in bounds)
+        self._seen = present
+
+    def _scale(self, value: float) -> float:
+        return math.log(value) if self._log else float(value)
+
+    def height(self, point: Point) -> float:
+        """0..1; nan, which leaves a gap, where the parameter did not vary."""
+        value = point.get(self.name)
+        if value is None:
+            return math.nan
+        if self._listed:
+            return self._listed.index(shown(value)) / max(1, len(self._listed) - 1)
+        return (self._scale(value) - self._low) / (self._high - self._low)
+
+    def ticks(self) -> list[tuple[float, str]]:
+        """Height and text."""
+        if self._listed:
+            return [(place / max(1, len(self._listed) - 1), text) for place, text in enumerate(self._listed)]
+        marks = [self._low + share * (self._high - self._low) for share in (0, 0.5, 1)]
+        return [
+            (share, shown(math.exp(m) if self._log else m)) for share, m in zip((0.0, 0.5, 1.0), marks, strict=True)
+        ]
+
+
+def _draw_axis(axes: Axes, place: int, name: str, ticks: Sequence[tuple[float, str]]) -> None:
+    axes.plot([place, place], [0, 1], color=COLOURS["line"], linewidth=1.2, zorder=1)
+    axes.annotate(name, (place, 1.1), ha="center", va="bottom", fontsize=9, color=COLOURS["ink"])
+    for height, text in ticks:
+        axes.annotate(
+            text,
+            (place, height),
+            xytext=(5, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+            color=COLOURS["muted"],
+        )
+
+
+class _Cells:
+    """Rows or columns of the heat map: the values of a parameter, or bins of it."""
+
+    def __init__(self, name: str, parameter: Parameter, values: Sequence[Any]) -> None:
+        self._listed = parameter.values
+        if self._listed is not None and len(self._listed) <= _MOST_VALUES:
+            self.names = [shown(value) for value in self._listed]
+            return
+        self._listed = None
+        low, high = parameter.uniform or parameter.loguniform or parameter.int or (0.0, 1.0)
+        spaced = np.geomspace if parameter.loguniform else np.linspace
+        self._edges = spaced(low, high, _BINS + 1)
+        self.names = [
+            f"{shown(float(a))}–{shown(float(b))}" for a, b in zip(self._edges, self._edges[1:], strict=False)
+        ]
+
+    def of(self, value: Any) -> int | None:
+        """The place of a value; None where the parameter did not vary."""
+        if value is None:
+            return None
+        if self._listed is not None:
+            return self._listed.index(value)
+        return int(np.clip(np.searchsorted(self._edges, value, side="right") - 1, 0, _BINS - 1))

@@ -1,0 +1,176 @@
+"""The page of a sweep, and the figures on it that are computed from its trials."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+
+import optuna
+from optuna.importance import FanovaImportanceEvaluator, get_param_importances
+
+from tune import charts
+from tune.record import Group, TrialRecord
+from tune.search import distribution, encoded
+from tune.space import SEED, Parameter, Space
+from tune.watch import shown
+from vilseg.config import RunConfig
+from vilseg.evaluation import page
+from vilseg.evaluation.mask_free import MEASURES
+
+_FEW = 6
+"""Trials below which importance and rank correlation say nothing."""
+_PREFERRED = ("loss.cross_modal.temperature", "model.clusters")
+"""Rows and columns of the heat map, where they vary."""
+
+
+def render(
+    name: str,
+    config: RunConfig,
+    space: Space,
+    records: Sequence[TrialRecord],
+    best: Group | None,
+    commands: Sequence[str],
+) -> str:
+    """The report of a sweep as an HTML document."""
+    objective = space.counts
+    ended = (("done", "trials to the end"), ("stopped", "stopped"), ("failed", "failed"))
+    headline = [(f"best {objective}", f"{best.score:.4f}" if best else "–", "")]
+    headline += [(label, str(sum(record.status == status for record in records)), "") for status, label in ended]
+    parts = [
+        page.numbers(headline),
+        _best(best),
+        *_drawn(space, records, best),
+        _correlations(records),
+        _trials(records, objective),
+        page.section("Commands", "", *(page.code(command) for command in commands)) if commands else "",
+        page.folded("The space", page.code(space.to_yaml())),
+        page.folded("The configuration that it varies", page.code(config.to_yaml())),
+    ]
+    return page.page(f"Sweep {name}", parts)
+
+
+def _best(best: Group | None) -> str:
+    if best is None:
+        return page.section("The best point", "No trial has a score.")
+    repeats = f"Mean of {len(best.trials)} trials that differ in their seed. " if len(best.trials) > 1 else ""
+    trials = ", ".join(f"{trial.number:04d}" for trial in best.trials)
+    note = f"{repeats}Trial {trials}. best.yaml holds the whole configuration: vilseg train --config best.yaml"
+    return page.section("The best point", note, page.card(page.facts({key: shown(v) for key, v in best.point.items()})))
+
+
+def _drawn(space: Space, records: Sequence[TrialRecord], best: Group | None) -> list[str]:
+    objective = space.counts
+    scored = [record for record in records if record.status != "failed" and math.isfinite(record.score(objective))]
+    if not scored:
+        return []
+    lines = [(record.point, record.score(objective)) for record in scored]
+    parameters = {key: parameter for key, parameter in space.parameters.items() if key != SEED}
+    drawn = [charts.learning_curves(scored, [t.number for t in best.trials] if best else [], objective=objective)]
+    titles = ["Learning curves"]
+    if len(parameters) >= 2:
+        rows, columns = _axes(parameters)
+        lines_of = [(p, s) for p, s in lines if rows in p and columns in p]
+        if lines_of:
+            drawn.append(
+                charts.heat_map((rows, parameters[rows]), (columns, parameters[columns]), lines_of, objective=objective)
+            )
+            titles.append(f"{rows} × {columns}")
+    shares = importance(space, scored)
+    if shares:
+        drawn.append(charts.importance_bars(shares))
+        titles.append("Importance")
+    note = (
+        "Every trial is a line. One that was stopped on its way stands with the score it had, which is lower for that reason "
+        "alone."
+    )
+    cards = [page.card(chart, title=title) for chart, title in zip(drawn, titles, strict=True)]
+    return [
+        page.section(
+            "All trials", note, page.card(charts.parallel_coordinates(parameters, lines, objective=objective))
+        ),
+        f'<div class="charts">{"".join(cards)}</div>',
+    ]
+
+
+def _axes(parameters: dict[str, Parameter]) -> tuple[str, str]:
+    chosen = [key for key in _PREFERRED if key in parameters]
+    chosen += [key for key in parameters if key not in chosen]
+    return chosen[0], chosen[1]
+
+
+def importance(space: Space, records: Sequence[TrialRecord]) -> dict[str, float]:
+    """Share of the scores' variance that each parameter explains (fANOVA, Hutter et al. 2014); empty where trials are few.
+
+    Of trials of unlike length the longest are taken, as a score says as much of the steps made as of the values.
+    """
+    objective = space.counts
+    longest = max((record.step for record in records), default=0)
+    whole = [record for record in records if record.step == longest and record.status != "failed"]
+    keys = {key for record in whole for key in record.point}
+    shared = [key for key in space.parameters if all(key in record.point for record in whole)]
+    if len(whole) < _FEW or len(keys) < 2 or len({record.score(objective) for record in whole}) < 2:
+        return {}
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(direction="maximize")
+    for record in whole:
+        point = {key: record.point[key] for key in shared}
+        study.add_trial(
+            optuna.trial.create_trial(
+                value=record.score(objective),
+                params=encoded(space, point),
+                distributions={key: distribution(space.parameters[key]) for key in shared},
+            )
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return dict(get_param_importances(study, evaluator=FanovaImportanceEvaluator(seed=0)))
+
+
+def rank_correlations(records: Sequence[TrialRecord]) -> dict[str, float]:
+    """Spearman's rank correlation with mIoU of each measure that needs no mask, over trials of the same length."""
+    from scipy.stats import spearmanr
+
+    longest = max((record.step for record in records), default=0)
+    ends = [record.curve[-1] for record in records if record.curve and record.step == longest]
+    found = {}
+    for name in MEASURES:
+        pairs = [(end[name], end["miou"]) for end in ends if name in end and "miou" in end]
+        if len(pairs) >= _FEW and all(len({pair[side] for pair in pairs}) > 1 for side in (0, 1)):
+            found[name] = float(spearmanr(*zip(*pairs, strict=True)).statistic)
+    return found
+
+
+def _correlations(records: Sequence[TrialRecord]) -> str:
+    found = rank_correlations(records)
+    if not found:
+        return ""
+    note = (
+        "Spearman's rank correlation with mIoU over the trials that went to the end: 1 where a measure puts them into the "
+        "very same order, 0 where it knows nothing of it. What it is here tells what to sweep by where there are no masks."
+    )
+    rows = [(name, f"{value:+.2f}") for name, value in sorted(found.items(), key=lambda item: -item[1])]
+    return page.section("Without masks", note, page.card(page.table(("measure", "rank correlation"), rows)))
+
+
+def _trials(records: Sequence[TrialRecord], objective: str) -> str:
+    keys = list(dict.fromkeys(key for record in records for key in record.point))
+    order = sorted(records, key=lambda r: (-r.step, -r.score(objective) if r.curve else math.inf))
+    rows = []
+    for record in order:
+        values = [shown(record.point[key]) if key in record.point else "" for key in keys]
+        score = record.score(objective)
+        ended = record.error if record.status == "failed" else record.status
+        seconds = page.seconds_text(record.curve[-1]["seconds"]) if record.curve else ""
+        rows.append(
+            [
+                f"{record.number:04d}",
+                *values,
+                ended,
+                str(record.step),
+                seconds,
+                f"{score:.4f}" if math.isfinite(score) else "",
+            ]
+        )
+    head = ["trial", *keys, "ended", "step", "time", objective]
+    return page.section("Trials", "The furthest first, of these the best.", page.card(page.table(head, rows)))

@@ -1,0 +1,210 @@
+"""One trial: the training of `vilseg train` at a point of the space, evaluated on its way, reporting to Ray Tune.
+
+With one worker a trial trains in its own process: starting Ray Train for it would take longer than many a trial. The pairs,
+their order, the steps and the loop are the same. With more workers it is `jobs.train` itself, inside the trial.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from ray import tune
+
+from jobs import train
+from jobs.feed import batch_reader, pair_order
+from jobs.monitor import PairCount, Snapshot
+from jobs.session import Session
+from tune.space import Point, Space, override
+from vilseg import storage
+from vilseg.config import ColumnsConfig, RunConfig
+from vilseg.data.pairs import BadPair
+from vilseg.data.stream import WorkerBatch
+from vilseg.errors import ConfigError, DataError
+from vilseg.evaluation.datasets import FirstImages, open_dataset
+from vilseg.evaluation.evaluate import evaluate
+from vilseg.evaluation.mask_free import HeldOut, measure
+from vilseg.model import ViLSeg
+from vilseg.segmentation.segmenter import Segmenter
+from vilseg.training import run
+from vilseg.training.folder import Prepared, RunFolder
+from vilseg.training.loop import Trainer
+
+_POINTER = "state.json"
+"""In Tune's checkpoint: where the trial's own one lies."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What every trial has of the cluster."""
+
+    concurrent: int
+    """Trials at a time."""
+    cpus: float
+    gpus: float
+    """Of each trial, with all that works for it."""
+    nested: bool
+    """Whether a trial has workers of Ray Train, which take the CPUs and GPUs in its place."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What all trials of a sweep share; sent to each."""
+
+    config: RunConfig
+    space: Space
+    folder: str
+    """Of all the trials' runs."""
+    layout: Layout
+    cache: str | None = None
+    """Cached features that all train on."""
+
+    def config_at(self, number: int, point: Point) -> RunConfig:
+        """The configuration of a trial's run."""
+        config = override(self.config, point)
+        config.name = trial_name(number)
+        config.trainer.storage = self.folder
+        config.trainer.checkpoint_every = -(-config.trainer.steps // self.space.evaluations)
+        config.trainer.keep_checkpoints = None if self.space.scheduler == "pbt" else 2
+        return config
+
+    def __call__(self, point: Point) -> None:
+        """Train and report; inside a trial of Tune, whose name is its number."""
+        started = time.time()
+        config = self.config_at(int(tune.get_context().get_trial_name() or 0), point)
+        judge = functools.partial(_figures, config, self.space)
+        if self.layout.nested:
+            _train_on_workers(config, self.layout, judge, started)
+        else:
+            _train_here(config, self, judge, started)
+
+
+def trial_name(number: int) -> str:
+    """Name of a trial's run."""
+    return f"{number:04d}"
+
+
+def _train_here(config: RunConfig, trial: Trial, judge: Callable[[ViLSeg], dict[str, float]], started: float) -> None:
+    folder = RunFolder(storage.join(config.trainer.storage, str(config.name)))
+    handed_over = tune.get_checkpoint()
+    if handed_over:  # of another trial: its weights, with this one's values
+        prepared = Prepared.from_json(storage.read_text(folder.prepared))
+        storage.write_text(folder.config, config.to_yaml())
+    elif storage.exists(folder.config):
+        prepared = run.resume(config, folder)
+    else:
+        prepared = run.prepare(config, folder, cache=trial.cache)
+    device = torch.device("cuda" if trial.layout.gpus else "cpu")
+    if device.type == "cpu":
+        torch.set_num_threads(max(1, int(trial.layout.cpus)))
+    trainer = run.make_trainer(config, folder, prepared, device)
+    if handed_over:
+        with handed_over.as_directory() as local:
+            state = json.loads((Path(local) / _POINTER).read_text())["uri"]
+        trainer.load_state_dict(run.read_state(state))
+    elif folder.last_step:
+        trainer.load_state_dict(run.load_checkpoint(folder, folder.last_step))
+    metrics_file = run.MetricsFile(folder, trainer.step)
+    last: dict[str, float] = {}
+
+    def on_report(metrics: dict[str, float]) -> None:
+        last.update(metrics)
+        metrics_file.add(metrics)
+
+    def on_checkpoint() -> None:
+        metrics_file.sync()
+        _keep(trainer, folder, config.trainer.keep_checkpoints)
+        with tempfile.TemporaryDirectory() as local:
+            (Path(local) / _POINTER).write_text(json.dumps({"uri": folder.state(trainer.step)}))
+            if trainer.step == config.trainer.steps:
+                run.save_model(trainer.objective.model, config, folder, last)
+            tune.report(
+                {**last, **judge(trainer.objective.model), "seconds": time.time() - started},
+                checkpoint=tune.Checkpoint.from_directory(local) if trial.space.scheduler == "pbt" else None,
+            )
+
+    trainer.train(_batches(config, prepared, trainer.step), on_report=on_report, on_checkpoint=on_checkpoint)
+    if not last:  # it was killed after its last step, before it had told of it
+        tune.report({"step": trainer.step, **judge(trainer.objective.model), "seconds": time.time() - started})
+
+
+def _batches(config: RunConfig, prepared: Prepared, done: int) -> Iterator[WorkerBatch]:
+    count = PairCount(config.data.max_bad_share)
+
+    def report(read: int, bad: list[BadPair]) -> None:
+        verdict = count.add(read, [(pair.key, pair.reason) for pair in bad])
+        if verdict:
+            raise DataError(verdict)
+
+    reader = batch_reader(config, prepared, report)
+    for chunk in pair_order(config, prepared).chunks(done, config.trainer.steps):
+        yield from reader.read(chunk)
+
+
+def _keep(trainer: Trainer, folder: RunFolder, newest: int | None) -> None:
+    """Write a checkpoint, and delete all but the newest so many."""
+    with tempfile.TemporaryDirectory() as local:
+        run.save_checkpoint(Path(local), trainer.state_dict())
+        storage.upload_folder(Path(local), folder.checkpoint(trainer.step))
+    for step in folder.checkpoint_steps()[: -newest if newest else 0]:
+        storage.delete(folder.checkpoint(step))
+
+
+def _train_on_workers(
+    config: RunConfig, layout: Layout, judge: Callable[[ViLSeg], dict[str, float]], started: float
+) -> None:
+    folder = RunFolder(storage.join(config.trainer.storage, str(config.name)))
+    due: list[dict[str, float]] = []
+
+    def progress(snapshot: Snapshot) -> None:
+        for metrics in snapshot.metrics:
+            if metrics["step"] % config.trainer.checkpoint_every == 0 or metrics["step"] == config.trainer.steps:
+                due.append(metrics)
+        # The checkpoint of a report follows it by a moment.
+        while due and int(due[0]["step"]) in folder.checkpoint_steps():
+            metrics = due.pop(0)
+            model = run.model_at(folder, int(metrics["step"]))
+            tune.report({**metrics, **judge(model), "seconds": time.time() - started})
+
+    session = Session(int(layout.cpus), int(layout.gpus))
+    train.main(config, session, resume=storage.exists(folder.config), progress=progress)
+    for metrics in due:
+        model = run.model_at(folder, int(metrics["step"]))
+        tune.report({**metrics, **judge(model), "seconds": time.time() - started})
+
+
+def _figures(config: RunConfig, space: Space, model: ViLSeg) -> dict[str, float]:
+    """mIoU where there are masks, and what can be told without."""
+    figures: dict[str, float] = {}
+    training = model.training
+    if space.dataset:
+        dataset = _first_images(space.dataset, space.images)
+        figures["miou"] = evaluate(Segmenter(model, dataset.classes, device=model.device), dataset).miou
+    if config.data.held_out:
+        side = config.segmentation.input_size
+        columns = config.data.columns.model_dump_json()
+        figures |= measure(model, _held_out(config.data.held_out, side, space.images, columns))
+    model.train(training)
+    if space.counts not in figures:
+        raise ConfigError(
+            f"the objective {space.counts} cannot be told from the pairs at {config.data.held_out}: no noun phrase is in "
+            "five of their captions and missing in others; hold out more pairs or choose another objective"
+        )
+    return figures
+
+
+@functools.lru_cache(maxsize=2)
+def _first_images(dataset: str, count: int) -> FirstImages:
+    """Read once by each process, which makes one trial after the other."""
+    return FirstImages(open_dataset(dataset), count)
+
+
+@functools.lru_cache(maxsize=2)
+def _held_out(source: str, side: int, count: int, columns: str) -> HeldOut:
+    return HeldOut.load(source, side=side, limit=count, columns=ColumnsConfig.model_validate_json(columns))
