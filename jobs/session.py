@@ -68,8 +68,7 @@ def ray_session(address: str | None = None) -> Iterator[Session]:
     carried = {name: value for name, value in os.environ.items() if name.startswith(_CARRIED)}
     try:
         if address is None:
-            # Said outright, or Ray would look for a cluster in RAY_ADDRESS and in what an earlier one left in /tmp.
-            ray.init(address="local", num_cpus=os.cpu_count(), include_dashboard=False, **options)
+            _start_local(options)
         else:
             ray.init(address=address, runtime_env={"env_vars": carried}, **options)
     except (ConnectionError, TimeoutError, ValueError) as error:
@@ -89,6 +88,21 @@ def ray_session(address: str | None = None) -> Iterator[Session]:
         yield _session()
     finally:
         ray.shutdown()
+
+
+def _start_local(options: dict) -> None:
+    import ray
+
+    for attempts_left in (2, 1, 0):
+        try:
+            # Said outright, or Ray would look for a cluster in RAY_ADDRESS and in what an earlier one left in /tmp.
+            ray.init(address="local", num_cpus=os.cpu_count(), include_dashboard=False, **options)
+            return
+        except Exception as error:
+            # All that Ray says of a machine too busy to bring its node up within 30 s.
+            if "timed out during startup" not in str(error) or not attempts_left:
+                raise
+            ray.shutdown()
 
 
 def _session() -> Session:
