@@ -79,7 +79,7 @@ def test_the_linter_finds_nothing() -> None:
     [
         ("USER 1000:1000", "USER root", "DL3002"),
         ("python:3.11.14-slim-bookworm AS", "python AS", "DL3006"),
-        ("uv==0.13.9", "uv", "DL3013"),
+        ("--yes --no-install-recommends", "--yes", "DL3015"),
         ("WORKDIR /home/ray", "WORKDIR home", "DL3000"),
         ("ENV PATH", "ENVI PATH", "missing whitespace"),
     ],

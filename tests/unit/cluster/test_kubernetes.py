@@ -85,27 +85,19 @@ def test_another_configuration_makes_another_name(render: Render) -> None:
     assert all(re.fullmatch(r"vilseg-job-[a-z0-9]{10}", name) for name in names)
 
 
-def test_an_overlay_of_ones_own_sets_image_files_and_entry_point(render: Render, tmp_path: Path) -> None:
+def test_the_five_can_be_in_one_namespace(render: Render) -> None:
+    """KubeRay calls the head's service by the object's name, whatever its kind."""
+    assert len({only(render(f"gpu/{purpose}"))["metadata"]["name"] for purpose in KINDS}) == len(KINDS)
+
+
+def test_the_overlay_of_the_documentation(render: Render, tmp_path: Path) -> None:
+    text = (KUBERNETES.parents[1] / "docs" / "kubernetes.md").read_text()
+    (overlay,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    # Paths of bases are relative, and the test's folder lies elsewhere than a user's.
+    ours = Path(*[".."] * (len(tmp_path.parts) - 1), *KUBERNETES.parts[1:])
+    (tmp_path / "kustomization.yaml").write_text(overlay.replace("../vilseg/cluster/kubernetes", str(ours)))
     (tmp_path / "run.yaml").write_text(
-        "data: {source: s3://shop/pairs}\ntrainer: {storage: s3://shop/runs, workers: 1}\n"
-    )
-    # Paths of bases are relative, so the overlay lies where a user's would: beside ours, or under a common parent.
-    base = Path(*[".."] * (len(tmp_path.parts) - 1), *KUBERNETES.parts[1:], "small", "train")
-    (tmp_path / "kustomization.yaml").write_text(
-        f"""
-resources: [{base}]
-namespace: shop
-images: [{{name: registry.example.com/vilseg, newName: registry.shop.example/vilseg, newTag: "2"}}]
-configMapGenerator:
-  - {{name: vilseg-job, behavior: replace, files: [run.yaml]}}
-  - {{name: vilseg-s3, behavior: merge, literals: ["AWS_ENDPOINT_URL_S3=https://s3.shop.example"]}}
-patches:
-  - target: {{kind: RayJob}}
-    patch: |
-      - op: replace
-        path: /spec/entrypoint
-        value: vilseg train --config /etc/vilseg/run.yaml --name shop --resume --address auto
-"""
+        "data: {source: s3://shop/pairs}\ntrainer: {storage: s3://shop/runs, workers: 4}\n"
     )
     objects = render(tmp_path)
     job = only(objects)
