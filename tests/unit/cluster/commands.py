@@ -110,9 +110,9 @@ def _job(verb: str, here: dict[str, str], arguments: dict[str, Any], cluster: Ob
         if session.gpus and "GPU" not in share:
             yield f"trainer.workers is {config.trainer.workers}, but {session.gpus} GPUs are there when the job begins"
     if verb == "tune":
-        from tune import space
+        from tune.space import Space
 
-        space.load(here["space"])
+        Space.load(here["space"]).check(config)
     if verb == "segment":
         from vilseg.text.vocabulary import Vocabulary
 

@@ -254,6 +254,24 @@ def test_the_rules_see_a_job_that_this_code_would_refuse(render: Render, ruin: B
     assert any(said in sentence for sentence in commands.problems(objects)), commands.problems(objects)
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("search: random", "serach: random", "did you mean 'search'"),
+        ("model.clusters", "model.cluster", "did you mean 'model.clusters'"),
+        ("dataset: folder:s3://vilseg/val", "objective: nouns", "held_out"),
+    ],
+)
+def test_the_rules_see_a_sweep_that_this_code_would_refuse(render: Render, old: str, new: str, said: str) -> None:
+    if "tune" not in commands.verbs():
+        pytest.skip("there is no verb 'tune' yet")
+    objects = render("gpu/tune")
+    data = next(one for one in objects if "space.yaml" in one.get("data", {}))["data"]
+    assert old in data["space.yaml"]
+    data["space.yaml"] = data["space.yaml"].replace(old, new)
+    assert any(said in sentence for sentence in commands.problems(objects)), commands.problems(objects)
+
+
 def serving(old: str, new: str) -> Break:
     def change(objects: list[Object]) -> None:
         spec = only(objects)["spec"]
