@@ -259,7 +259,7 @@ def test_the_rules_see_a_job_that_this_code_would_refuse(render: Render, ruin: B
     [
         ("search: random", "serach: random", "did you mean 'search'"),
         ("model.clusters", "model.cluster", "did you mean 'model.clusters'"),
-        ("dataset: folder:s3://vilseg/val", "objective: nouns", "held_out"),
+        ("dataset: folder", "objective: nouns # folder", "held_out"),
     ],
 )
 def test_the_rules_see_a_sweep_that_this_code_would_refuse(render: Render, old: str, new: str, said: str) -> None:
