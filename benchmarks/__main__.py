@@ -17,6 +17,7 @@ _NAMES = {
     "real_photos": "train on Flickr8k captions, measure on COCO masks",
     "serve": "vilseg serve against the bare segmenter and LitServe: requests/s, latency, overload",
     "train_input": "training steps fed by Ray Data against the same steps on batches in memory",
+    "tune": "sweeps: overhead of a trial, and the time that early stopping saves",
     "video": "video segmentation against frame by frame: mIoU, steadiness, cost a frame",
 }
 

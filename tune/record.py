@@ -57,10 +57,20 @@ class Records:
     def __iter__(self) -> Iterator[TrialRecord]:
         return iter(sorted(self.trials.values(), key=lambda record: record.number))
 
+    def error(self, number: int) -> str:
+        """Why a trial failed, as far as it could tell."""
+        uri = error_uri(self._uri, number)
+        return storage.read_text(uri).partition("\n")[0] if storage.exists(uri) else "its process died"
+
     def keep(self, record: TrialRecord) -> None:
         """Write a trial as it stands."""
         self.trials[record.number] = record
         storage.write_text(storage.join(self._uri, f"{record.number:04d}.json"), json.dumps(asdict(record), indent=1))
+
+
+def error_uri(records: str, number: int) -> str:
+    """Where a trial that fails leaves its error: a sentence, and below it the traceback."""
+    return storage.join(records, f"{number:04d}-error.txt")
 
 
 @dataclass(frozen=True)

@@ -113,9 +113,10 @@ def main(
     check(config, space, resume=resume)
     folder = _open(config, space, resume=resume)
     cache = cache_features.main(config, session, progress=train.say_cached).uri if config.data.feature_cache else None
-    records = Records(storage.join(folder, "records"))
+    kept = storage.join(folder, "records")
+    records = Records(kept)
     layout = lay_out(config, session)
-    trial = Trial(config, space, storage.join(folder, "trials"), layout, cache)
+    trial = Trial(config, space, storage.join(folder, "trials"), kept, layout, cache)
     watch = Watch(records, config.trainer.steps, lambda: show(list(records), space.counts))
     _run(trial, watch, records, time_budget)
     best = next(iter(groups(list(records), space.counts)), None)

@@ -10,6 +10,7 @@ import functools
 import json
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,8 @@ from ray import tune
 from jobs import train
 from jobs.feed import batch_reader, pair_order
 from jobs.monitor import PairCount, Snapshot
-from jobs.session import Session
+from jobs.session import Session, user_error_in
+from tune.record import error_uri
 from tune.space import Point, Space, override
 from vilseg import storage
 from vilseg.config import ColumnsConfig, RunConfig
@@ -61,6 +63,8 @@ class Trial:
     space: Space
     folder: str
     """Of all the trials' runs."""
+    records: str
+    """Of their records."""
     layout: Layout
     cache: str | None = None
     """Cached features that all train on."""
@@ -77,12 +81,18 @@ class Trial:
     def __call__(self, point: Point) -> None:
         """Train and report; inside a trial of Tune, whose name is its number."""
         started = time.time()
-        config = self.config_at(int(tune.get_context().get_trial_name() or 0), point)
-        judge = functools.partial(_figures, config, self.space)
-        if self.layout.nested:
-            _train_on_workers(config, self.layout, judge, started)
-        else:
-            _train_here(config, self, judge, started)
+        number = int(tune.get_context().get_trial_name() or 0)
+        try:
+            config = self.config_at(number, point)
+            judge = functools.partial(_figures, config, self.space)
+            if self.layout.nested:
+                _train_on_workers(config, self.layout, judge, started)
+            else:
+                _train_here(config, self, judge, started)
+        except Exception as error:
+            sentence = str(user_error_in(error) or f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+            storage.write_text(error_uri(self.records, number), f"{sentence}\n\n{traceback.format_exc()}")
+            raise
 
 
 def trial_name(number: int) -> str:

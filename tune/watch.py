@@ -12,7 +12,6 @@ from rich.live import Live
 from rich.table import Table
 
 from jobs import console
-from jobs.session import user_error_in
 from tune.record import Records, TrialRecord
 
 _NOT_A_FIGURE = ("trial_id", "date", "pid", "hostname", "node_ip", "config", "should_checkpoint", "experiment_tag")
@@ -70,10 +69,7 @@ class Watch(Callback):
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial failed; the others go on."""
         record = self._record(trial)
-        error = trial.get_error()
-        mistake = user_error_in(error)
-        cause = getattr(error, "cause", None) or error
-        record.error = str(mistake) if mistake else f"{type(cause).__name__}: {_last_line(cause)}"
+        record.error = self._records.error(record.number)
         record.status = "failed"
         self._keep(record)
 
@@ -103,10 +99,6 @@ class _Interrupted(Stopper):
 
 def _is_figure(name: str, value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and name not in _NOT_A_FIGURE
-
-
-def _last_line(error: BaseException | None) -> str:
-    return (str(error).strip().splitlines() or [""])[-1]
 
 
 class SweepTable:

@@ -1,0 +1,168 @@
+"""What a sweep costs beside the trainings in it, and what early stopping saves.
+
+Overhead: the same training, with the same evaluations and checkpoints, in a trial under Tune and by itself, one after the
+other on one CPU. ASHA against a random search that trains every trial to its end: the same points in the same order, on all
+CPUs; compared is the time until a finished trial scores within 2 % of the best that either search found.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from jobs import console, ingest_scenes
+from jobs.feed import batch_reader, pair_order
+from jobs.session import Session, ray_session
+from tune import sweep
+from tune.record import TrialRecord
+from tune.space import Space
+from vilseg import storage
+from vilseg.config import RunConfig
+from vilseg.evaluation.datasets import FirstImages, FolderDataset
+from vilseg.evaluation.evaluate import evaluate
+from vilseg.segmentation.segmenter import Segmenter
+from vilseg.training import run
+
+CONFIG = Path(__file__).parent.parent / "configs" / "demo.yaml"
+_PAIRS, _UNSEEN = 4_000, 60
+_OVERHEAD_STEPS, _OVERHEAD_TRIALS = 250, 4
+_SEARCH_STEPS, _SEARCH_TRIALS = 500, 12
+_EVALUATIONS = 5
+_NEAR = 0.98
+_POINTS: dict[str, Any] = {
+    "optimizer.learning_rate": {"loguniform": [0.0001, 0.02]},
+    "loss.nouns.weight": {"loguniform": [0.05, 2.0]},
+    "model.clusters": {"choice": [5, 10, 15, 20, 25, 30, 35]},
+}
+
+
+def main(out: Path) -> dict[str, Any]:
+    """Run the measurement; ``out`` keeps the sweeps and is replaced.
+
+    Returns:
+        ``ratio`` (random search's time to within 2 % of the best over ASHA's), ``asha_share`` (its inverse),
+        ``overhead_seconds`` a trial, ``overhead_share`` of a trial of two minutes, and the raw figures.
+    """
+    out = out.absolute()
+    shutil.rmtree(out, ignore_errors=True)
+    with ray_session() as session:
+        console.say("[scenes]")
+        ingest_scenes.main(f"{out}/pairs", f"{out}/unseen", pairs=_PAIRS, unseen=_UNSEEN, size=64, seed=0)
+        overhead = _overhead(out, session)
+        searches = {scheduler: _search(out, session, scheduler) for scheduler in ("none", "asha")}
+    best = max(score for _, score in [*searches["none"]["ended"], *searches["asha"]["ended"]])
+    reached = {
+        name: min((at for at, score in found["ended"] if score >= _NEAR * best), default=None)
+        for name, found in searches.items()
+    }
+    random, asha = reached["none"], reached["asha"]
+    both = random is not None and asha is not None
+    return {
+        "benchmark": "tune",
+        "ratio": round(random / asha, 3) if both else None,  # type: ignore[operator]
+        "asha_share": round(asha / random, 3) if both else None,  # type: ignore[operator]
+        **overhead,
+        "best": round(best, 4),
+        "seconds_to_best": {name: None if at is None else round(at, 1) for name, at in reached.items()},
+        "seconds": {name: round(found["seconds"], 1) for name, found in searches.items()},
+        "steps": {name: found["steps"] for name, found in searches.items()},
+        "trials": _SEARCH_TRIALS,
+    }
+
+
+def _config(out: Path, name: str, steps: int) -> RunConfig:
+    overrides = [
+        f"data.source={out}/pairs",
+        f"trainer.storage={out}/sweeps",
+        "trainer.workers=1",
+        f"trainer.steps={steps}",
+    ]
+    return RunConfig.load(str(CONFIG), [*overrides, f"name={name}"])
+
+
+def _space(out: Path, parameters: dict[str, Any], trials: int, **values: Any) -> Space:
+    return Space.model_validate(
+        {
+            "parameters": parameters,
+            "trials": trials,
+            "dataset": f"folder:{out}/unseen",
+            "images": _UNSEEN,
+            "evaluations": _EVALUATIONS,
+            **values,
+        }
+    )
+
+
+def _overhead(out: Path, session: Session) -> dict[str, Any]:
+    console.say("[overhead]")
+    config = _config(out, "overhead", _OVERHEAD_STEPS)
+    space = _space(out, {"trainer.seed": {"int": [0, _OVERHEAD_TRIALS - 1]}}, _OVERHEAD_TRIALS, search="grid")
+    alone = [_alone(out, config, number) for number in range(_OVERHEAD_TRIALS)]
+    started = time.perf_counter()
+    sweep.main(config, space, Session(1, 0))
+    under_tune = (time.perf_counter() - started) / _OVERHEAD_TRIALS
+    seconds = under_tune - fmean(alone)
+    return {
+        "overhead_seconds": round(seconds, 2),
+        "overhead_share": round(seconds / 120, 4),
+        "trial_seconds": round(under_tune, 2),
+        "alone_seconds": [round(value, 2) for value in alone],
+    }
+
+
+def _alone(out: Path, config: RunConfig, number: int) -> float:
+    """Seconds of a training with evaluations and checkpoints, in this process."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    started = time.perf_counter()
+    config = config.with_overrides([f"trainer.seed={number}", f"name=alone-{number}", f"trainer.storage={out}/alone"])
+    config.trainer.checkpoint_every = config.trainer.steps // _EVALUATIONS
+    folder = run.open_folder(config, resume=False)
+    prepared = run.prepare(config, folder)
+    trainer = run.make_trainer(config, folder, prepared, torch.device("cpu"))
+    dataset = FirstImages(FolderDataset(f"{out}/unseen"), _UNSEEN)
+    metrics_file = run.MetricsFile(folder, 0)
+
+    def on_checkpoint() -> None:
+        metrics_file.sync()
+        with tempfile.TemporaryDirectory() as local:
+            run.save_checkpoint(Path(local), trainer.state_dict())
+            storage.upload_folder(Path(local), folder.checkpoint(trainer.step))
+        model = trainer.objective.model
+        evaluate(Segmenter(model, dataset.classes, device="cpu"), dataset)
+        model.train()
+
+    reader = batch_reader(config, prepared, lambda read, bad: None)
+    chunks = pair_order(config, prepared).chunks(0, config.trainer.steps)
+    batches = (batch for chunk in chunks for batch in reader.read(chunk))
+    trainer.train(batches, on_report=metrics_file.add, on_checkpoint=on_checkpoint)
+    run.save_model(trainer.objective.model, config, folder, {})
+    torch.set_num_threads(threads)
+    return time.perf_counter() - started
+
+
+def _search(out: Path, session: Session, scheduler: str) -> dict[str, Any]:
+    """Seconds and score of every finished trial, and what the search took."""
+    console.say(f"[search, scheduler {scheduler}]")
+    ended: dict[int, tuple[float, float]] = {}
+    started = time.perf_counter()
+
+    def note(records: list[TrialRecord], objective: str) -> None:
+        for record in records:
+            if record.status == "done" and record.number not in ended:
+                ended[record.number] = (time.perf_counter() - started, record.score(objective))
+                console.say(f"trial {record.number} {ended[record.number]}")
+
+    config = _config(out, scheduler, _SEARCH_STEPS)
+    done = sweep.main(config, _space(out, _POINTS, _SEARCH_TRIALS, scheduler=scheduler), session, show=note)
+    return {
+        "ended": list(ended.values()),
+        "seconds": time.perf_counter() - started,
+        "steps": sum(record.step for record in done.records),
+    }
