@@ -16,6 +16,7 @@ from typing import Annotated, TextIO
 import click
 import typer
 
+from jobs.cluster_cli import cluster_app
 from jobs.store_cli import Json, store_app
 from vilseg import storage
 from vilseg.config import ColumnsConfig, RunConfig, SegmentationConfig
@@ -25,6 +26,7 @@ app = typer.Typer(
     help="Open-vocabulary segmentation trained from image-caption pairs.", no_args_is_help=True, add_completion=False
 )
 app.add_typer(store_app, name="store")
+app.add_typer(cluster_app, name="cluster")
 
 Address = Annotated[str | None, typer.Option(help="Ray cluster: auto or ray://…; a local one is started without it.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Configuration keys as key.sub=value.")]
