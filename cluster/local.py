@@ -41,7 +41,7 @@ LOOPBACK = "127.0.0.1"
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 10.0
 _TRIES = 3
-"""A port that was free may be taken when Ray comes to it."""
+"""A port that was free may be taken when Ray comes to it; and on a busy machine Ray's own patience may end."""
 _PORTS = range(20_000, 32_000)
 """Below those that systems give to outgoing connections, which come and go."""
 _STORE_SHARE, _STORE_LEAST, _STORE_MOST = 0.1, 100 << 20, 1 << 30
@@ -62,6 +62,8 @@ class Node:
 
     pid: int
     began: int
+    name: str
+    """In Ray; another one each time, since Ray takes a while to see that a node has died."""
 
 
 class LocalCluster:
@@ -111,16 +113,14 @@ class LocalCluster:
             for left in range(_TRIES - 1, -1, -1):
                 cluster = cls(directory, _new_state(nodes, cpus, hosts))
                 try:
-                    cluster._start_all()
-                    return cluster
-                except ClusterError:
+                    cluster._start_head()
+                    cluster._start_missing()
+                    break
+                except BaseException as error:  # an interrupt as well: nobody would know of the processes
                     cluster._end()
-                    if not left:
+                    if not left or not isinstance(error, ClusterError):
                         raise
-                except BaseException:  # an interrupt as well: nobody would know of the processes
-                    cluster._end()
-                    raise
-        raise AssertionError("unreachable")
+            return cluster
 
     @classmethod
     def attach(cls, directory: Path) -> LocalCluster | None:
@@ -170,13 +170,19 @@ class LocalCluster:
         known = {entry["node_name"]: entry for entry in self._listed() if entry["state"] == "ALIVE"}
         found = []
         for index, node in enumerate(self._state["nodes"]):
-            entry = known.get(_name(index), {})
+            entry = known.get(node.name, {}) if node else {}
             resources = {
                 key: value for key, value in entry.get("resources_total", {}).items() if not key.startswith("node:")
             }
             alive = self.is_alive(index) and bool(entry)
             found.append(
-                {"index": index, "alive": alive, "pid": node.pid, "id": entry.get("node_id"), "resources": resources}
+                {
+                    "index": index,
+                    "alive": alive,
+                    "pid": node and node.pid,
+                    "id": entry.get("node_id"),
+                    "resources": resources,
+                }
             )
         return found
 
@@ -212,7 +218,7 @@ class LocalCluster:
         hosts = self._state["hosts"]
         return Host(hosts[index]["address"], tuple(hosts[index]["prefix"])) if hosts else Host()
 
-    def _start_all(self) -> None:
+    def _start_head(self) -> None:
         ports = self._state["ports"]
         arguments = [
             *("--head", f"--port={ports['head']}", "--include-dashboard=true", "--disable-usage-stats"),
@@ -220,19 +226,24 @@ class LocalCluster:
             f"--ray-client-server-port={ports['client']}",
         ]
         self._launch(0, arguments)
-        # The others need the head's first process alone; its dashboard comes seconds later.
-        self._wait(0, partial(_answers, self._host(0).address, ports["head"]), "the head node")
-        self._start_missing()
+        # Ray writes this last; before the head is known to itself, no other node can join.
+        self._wait(0, (Path(self._state["folder"]) / "0" / "ray_current_cluster").exists, "the head node")
 
     def _start_missing(self) -> None:
         """Start the nodes that do not run, all at once, the head excepted."""
-        missing = [index for index in range(1, self.size) if not self.is_alive(index)]
-        for index in missing:
-            self.kill_node(index)  # what its command may have left
-            self._launch(index, [f"--address={self.address}"])
-        self._wait(0, lambda: self._asked("/api/version"), "the dashboard")
-        for index in range(self.size):
-            self._wait(index, partial(self._is_listed, index), f"node {index}")
+        for left in range(_TRIES - 1, -1, -1):
+            missing = [index for index in range(1, self.size) if not self.is_alive(index)]
+            for index in missing:
+                self.kill_node(index)  # what its command may have left
+                self._launch(index, [f"--address={self.address}"])
+            try:
+                for index in range(self.size):
+                    self._wait(index, partial(self._is_listed, index), f"node {index}")
+            except ClusterError:
+                if not left or not self.is_alive(0):
+                    raise
+            else:
+                return
 
     def _is_listed(self, index: int) -> bool:
         return bool(self.nodes()[index]["alive"])
@@ -242,10 +253,11 @@ class LocalCluster:
         host = self._host(index)
         folder = Path(state["folder"]) / str(index)
         folder.mkdir(exist_ok=True)
+        name = f"node-{index}-{secrets.token_hex(3)}"
         command = [
             *host.prefix,
             *(sys.executable, "-c", "from ray.scripts.scripts import main; main()", "start", "--block"),
-            *(f"--node-ip-address={host.address}", f"--node-name={_name(index)}", f"--temp-dir={folder}"),
+            *(f"--node-ip-address={host.address}", f"--node-name={name}", f"--temp-dir={folder}"),
             *(f"--num-cpus={state['cpus']}", f"--object-store-memory={state['object_store']}"),
             # Those of workers are left to the system, and so is whatever else Ray can be told to choose by itself.
             *("--min-worker-port=0", "--max-worker-port=0"),
@@ -265,7 +277,7 @@ class LocalCluster:
                 start_new_session=True,  # an interrupt is not meant for it; and its processes are known by it
             )
         self._commands.append(process)
-        self._state["nodes"][index] = Node(process.pid, _began(process.pid) or 0)
+        self._state["nodes"][index] = Node(process.pid, _began(process.pid) or 0, name)
         self._save()
 
     def _wait(self, index: int, ready: Callable[[], Any], what: str) -> Any:
@@ -309,10 +321,6 @@ class LocalCluster:
             link.symlink_to(self._state["folder"])
 
 
-def _name(index: int) -> str:
-    return f"node-{index}"
-
-
 def _new_state(nodes: int, cpus: int | None, hosts: Sequence[Host]) -> dict[str, Any]:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
@@ -340,14 +348,6 @@ def _free_ports(names: Sequence[str]) -> dict[str, int]:
                     continue
                 ports[name] = port
     return ports
-
-
-def _answers(host: str, port: int) -> bool:
-    try:
-        socket.create_connection((host, port), timeout=1).close()
-    except OSError:
-        return False
-    return True
 
 
 # ------------------------------------------------------------------------------------------------------- processes

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from vilseg.errors import ConfigError, UserError
 
@@ -23,6 +25,8 @@ class Session:
     gpus: int
     node_cpus: int | None = None
     """Of the smallest machine, of those with a GPU where there is any; as many as there are in all where None."""
+    nodes: int = 1
+    """Machines that work is given to."""
 
     def worker_resources(self, workers: int) -> dict[str, float]:
         """What each training worker takes, so that reading always keeps a CPU: a plan without one hangs silently.
@@ -31,12 +35,20 @@ class Session:
             ConfigError: fewer than one worker, or more workers than CPUs.
         """
         check_workers(workers, self.cpus)
-        share = min(1.0, max(self.cpus - 1, 0.5 * self.cpus) / workers)
-        return {"CPU": share, **({"GPU": 1.0} if self.gpus >= workers else {})}
+        here, cpus = math.ceil(workers / self.nodes), self.node_cpus or self.cpus
+        share = min(1.0, max(cpus - 1, 0.5 * cpus) / here)
+        return {"CPU": self.reserve(share), **({"GPU": 1.0} if self.gpus >= workers else {})}
 
     def cpus_per_actor(self, actors: int) -> float:
         """The share of each of ``actors``, as far as one machine has it: what no machine has is waited for without end."""
         return min(self.cpus / actors, self.node_cpus or self.cpus)
+
+    def reserve(self, cpus: float) -> float:
+        """What Ray is told of a process that takes ``cpus``: where a machine is lost, the others must have room for it.
+
+        What ran there is waited for, and with every CPU given away that would be without end.
+        """
+        return cpus / 2 if self.nodes > 1 else cpus
 
 
 def check_workers(workers: int, cpus: int) -> None:
@@ -112,7 +124,25 @@ def _session() -> Session:
     gpus = int(resources.get("GPU", 0))
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     sizes = [int(node.get("CPU", 0)) for node in nodes if node.get("GPU", 0) or not gpus]
-    return Session(int(resources.get("CPU", 0)), gpus, min((size for size in sizes if size), default=None))
+    sizes = [size for size in sizes if size]
+    return Session(int(resources.get("CPU", 0)), gpus, min(sizes, default=None), max(1, len(sizes)))
+
+
+def cpus_here() -> int:
+    """CPUs that Ray counts on the machine of this task or actor; in a container or on a local cluster not all there are."""
+    import ray
+
+    here = ray.get_runtime_context().get_node_id()
+    counted = next(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["NodeID"] == here)
+    return max(1, min(int(counted), os.cpu_count() or 1))
+
+
+def beside_driver() -> Any:
+    """For ``scheduling_strategy``: the machine of the driver, without which a job ends anyway."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
 
 
 def user_error_in(error: BaseException | None, depth: int = 8) -> UserError | None:

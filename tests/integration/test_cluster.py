@@ -111,6 +111,6 @@ def test_what_cannot_be_is_told(tmp_path: Path) -> None:
 
 
 def test_another_process_under_the_old_number_is_left_alone(tmp_path: Path) -> None:
-    node = {"pid": os.getpid(), "began": 1}
+    node = {"pid": os.getpid(), "began": 1, "name": "node-0"}
     (tmp_path / "cluster.json").write_text(json.dumps({"nodes": [node], "hosts": []}))
     assert LocalCluster.attach(tmp_path) is None
