@@ -22,6 +22,7 @@ from ray.train.torch import TorchTrainer
 from jobs import cache_features, console
 from jobs.feed import count_in_parallel, execution_options, pairs_from_last_checkpoint, worker_batches
 from jobs.monitor import Monitor, Snapshot
+from jobs.process_group import NodesTorchConfig
 from jobs.session import Session, beside_driver, cpus_here, user_error_in
 from vilseg import distributed, storage
 from vilseg.config import RunConfig
@@ -79,6 +80,7 @@ def main(
     filesystem, path = storage.filesystem(folder.uri)
     trainer = TorchTrainer(
         partial(train_worker, config=config, folder=folder, prepared=prepared, monitor=monitor),
+        torch_config=NodesTorchConfig(),
         scaling_config=ScalingConfig(
             num_workers=config.trainer.workers,
             use_gpu="GPU" in resources,
