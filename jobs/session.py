@@ -142,7 +142,8 @@ def beside_driver() -> Any:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    # Soft ones end up elsewhere where a process is to be had sooner.
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 def user_error_in(error: BaseException | None, depth: int = 8) -> UserError | None:
