@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +15,13 @@ from vilseg.errors import ConfigError, UserError
 
 _CARRIED = ("AWS_", "VILSEG_", "HF_")
 """Environment variables that workers on other machines need as well."""
+_IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""What Ray's job server sets for the process of a job; its runtime environment is in it."""
+
+
+def carried() -> dict[str, str]:
+    """The variables of this process that workers on other machines need as well."""
+    return {name: value for name, value in os.environ.items() if name.startswith(_CARRIED)}
 
 
 @dataclass(frozen=True)
@@ -64,8 +71,12 @@ def check_workers(workers: int, cpus: int) -> None:
 
 
 @contextmanager
-def ray_session(address: str | None = None) -> Iterator[Session]:
+def ray_session(address: str | None = None, variables: Mapping[str, str] | None = None) -> Iterator[Session]:
     """Use the cluster at ``address``, the one this process is connected to already, or a local one for as long as this lasts.
+
+    Args:
+        address: ``auto`` or ``ray://…``; a Ray job without one uses the cluster that it runs on.
+        variables: what workers need in their environment beside what this process was started with.
 
     Raises:
         UserError: no cluster answers at ``address``.
@@ -77,12 +88,16 @@ def ray_session(address: str | None = None) -> Iterator[Session]:
         yield _session()
         return
     options: dict = {"logging_level": logging.ERROR, "log_to_driver": False}
-    carried = {name: value for name, value in os.environ.items() if name.startswith(_CARRIED)}
+    in_a_job = _IN_A_JOB in os.environ
     try:
-        if address is None:
+        if address is None and not in_a_job:
             _start_local(options)
         else:
-            ray.init(address=address, runtime_env={"env_vars": carried}, **options)
+            if in_a_job:
+                # Ray gives the job's own variables to its workers; they are not to be said twice, nor to win.
+                os.environ["RAY_OVERRIDE_JOB_RUNTIME_ENV"] = "1"
+            needed = {**({} if in_a_job else carried()), **(variables or {})}
+            ray.init(address=address or "auto", runtime_env={"env_vars": needed}, **options)
     except (ConnectionError, TimeoutError, ValueError) as error:
         if address is None:
             raise
