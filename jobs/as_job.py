@@ -11,7 +11,7 @@ import re
 import signal
 import sys
 from contextlib import redirect_stdout
-from typing import TextIO
+from typing import Any, TextIO
 
 from jobs import cli
 
@@ -34,9 +34,8 @@ class MarkedLines:
             self._at_start = line.endswith("\n")
         return len(text)
 
-    def flush(self) -> None:
-        """As of a file."""
-        self._stream.flush()
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)  # its encoding, whether it is a terminal
 
 
 def main() -> None:

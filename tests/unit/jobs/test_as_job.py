@@ -29,3 +29,9 @@ def test_print_writes_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
     print("a", 1)
     print("b", end="")
     assert log.getvalue() == f"{RESULT}a 1\n{RESULT}b"
+
+
+def test_it_passes_for_the_stream_that_it_stands_for() -> None:
+    stream = MarkedLines(io.TextIOWrapper(io.BytesIO(), encoding="utf-8"))
+    assert (stream.encoding, stream.isatty()) == ("utf-8", False)
+    stream.flush()
