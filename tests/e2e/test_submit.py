@@ -186,7 +186,8 @@ def test_tune(place: Place) -> None:
     scenes_uri = "s3://vilseg/tune-pairs"
     assert place.submit("--", "ingest", "photos/captions.jsonl", scenes_uri).returncode == 0
     (place.folder / "space.yaml").write_text("parameters: {optimizer.learning_rate: {choice: [0.003]}}\nsearch: grid\n")
-    arguments = ("tune", "--config", "run.yaml", "--space", "space.yaml", "--dataset", "folder:val", "--name", "sweep")
+    dataset = f"folder:{place.folder}/val"
+    arguments = ("tune", "--config", "run.yaml", "--space", "space.yaml", "--dataset", dataset, "--name", "sweep")
     to = (f"data.source={scenes_uri}", "trainer.storage=s3://vilseg/runs")
     done = place.submit("--", *arguments, "--json", *to)
     assert done.returncode == 0, done.stderr
