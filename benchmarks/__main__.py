@@ -15,6 +15,7 @@ _NAMES = {
     "bulk": "bulk segmentation against a bare loop, Daft and a DataLoader: photos/s",
     "bulk_scale": "listing and bookkeeping of a million keys: overhead a picture, memory",
     "real_photos": "train on Flickr8k captions, measure on COCO masks",
+    "scaling": "bulk segmentation and training on two single-core nodes against one: images/s",
     "serve": "vilseg serve against the bare segmenter and LitServe: requests/s, latency, overload",
     "train_input": "training steps fed by Ray Data against the same steps on batches in memory",
     "tune": "sweeps: overhead of a trial, and the time that early stopping saves",

@@ -74,7 +74,7 @@ def main(out: Path) -> dict[str, Any]:
                 started = time.time()
                 finished = segment(place, names)
                 whole[way].append(round(time.time() - started, 1))
-                rates[way].append(round(_steady(finished), 2))
+                rates[way].append(round(steady(finished), 2))
                 console.say(f"{way}: {rates[way][-1]} photos/s, {whole[way][-1]} s with its start")
                 _check(place, names)
     finally:
@@ -92,12 +92,17 @@ def main(out: Path) -> dict[str, Any]:
     }
 
 
-def _upload() -> list[str]:
+def photo_files() -> list[Path]:
+    """The photos of the shared data."""
     if not os.environ.get("VILSEG_SHARED_DATA"):
         raise DataError("VILSEG_SHARED_DATA is not set; it names the folder with flickr8k_full and coco_mini_dev")
     data = Path(os.environ["VILSEG_SHARED_DATA"])
     files = sorted((data / "flickr8k_full" / "images").glob("*.jpg"))
-    files += sorted((data / "coco_mini_dev" / "images").glob("*.jpg"))
+    return files + sorted((data / "coco_mini_dev" / "images").glob("*.jpg"))
+
+
+def _upload() -> list[str]:
+    files = photo_files()
     names = [f"{number // len(files)}/{files[number % len(files)].name}" for number in range(_PHOTOS)]
 
     def send(number: int) -> None:
@@ -118,7 +123,7 @@ def save_model(uri: str) -> None:
     ViLSeg.from_config(config.model, captions, segmentation=config.segmentation).save_pretrained(uri)
 
 
-def _steady(finished: Sequence[float]) -> float:
+def steady(finished: Sequence[float]) -> float:
     """Photos/s in the steady state; ``finished`` are the moments at which photos were, of a block all at once."""
     times = sorted(finished)
     begin, end = (times[round(share * len(times))] for share in _STEADY)

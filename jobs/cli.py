@@ -8,30 +8,32 @@ import shlex
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated, TextIO
 
-import click
 import typer
 
+from jobs.cluster_cli import cluster_app
+from jobs.overrides import columns_of, segmentation_overrides, split_overrides
 from jobs.store_cli import Json, store_app
+from jobs.submit_cli import submit_app
 from vilseg import storage
-from vilseg.config import ColumnsConfig, RunConfig, SegmentationConfig
+from vilseg.config import RunConfig
 from vilseg.errors import ConfigError, UserError
 
 app = typer.Typer(
     help="Open-vocabulary segmentation trained from image-caption pairs.", no_args_is_help=True, add_completion=False
 )
 app.add_typer(store_app, name="store")
+app.add_typer(submit_app, name="submit")
+app.add_typer(cluster_app, name="cluster")
 
 Address = Annotated[str | None, typer.Option(help="Ray cluster: auto or ray://…; a local one is started without it.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Configuration keys as key.sub=value.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with what an earlier call left.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
-_OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_]+)+=")
-"""How an override begins, as no path or URI is likely to."""
 
 
 def main() -> None:
@@ -41,34 +43,42 @@ def main() -> None:
     sys.exit(run(sys.argv[1:]))
 
 
-def run(arguments: Sequence[str]) -> int:
-    """Run a verb and return its exit code."""
+def run(arguments: Sequence[str], *, log: TextIO | None = None) -> int:
+    """Run a verb and return its exit code; ``log`` takes the traceback of a failed run, a file of its own where None."""
     try:
         outcome = app(list(arguments), standalone_mode=False, prog_name="vilseg")
         return outcome if isinstance(outcome, int) else 0
-    except click.exceptions.Exit as error:
+    except typer.Exit as error:
         return error.exit_code
-    except click.ClickException as error:
-        error.show()
+    except typer.TyperException as error:  # arguments that the verb does not take
+        context = getattr(error, "ctx", None)
+        said = error.format_message().rstrip(".")
+        if context is not None and said:
+            print(f"vilseg: {said}; see '{context.command_path} --help'", file=sys.stderr)
         return 2
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         print("vilseg: interrupted", file=sys.stderr)
         return 130
     except Exception as error:  # noqa: BLE001  (the last line of defence: a sentence and a log instead of a traceback)
-        return _failed(error)
+        return _failed(error, log)
 
 
-def _failed(error: Exception) -> int:
+def _failed(error: Exception, log: TextIO | None) -> int:
     from jobs.session import user_error_in
 
     mistake = user_error_in(error)
     if mistake is not None:
         print(f"vilseg: {mistake}", file=sys.stderr)
         return 2
-    with tempfile.NamedTemporaryFile("w", prefix="vilseg-", suffix=".log", delete=False) as log:
+    if log is None:
+        with tempfile.NamedTemporaryFile("w", prefix="vilseg-", suffix=".log", delete=False) as file:
+            traceback.print_exception(error, file=file)
+        where = f"the log is {file.name}"
+    else:
         traceback.print_exception(error, file=log)
+        where = "its traceback is above"
     last = str(error).strip().splitlines()[-1:] or [""]
-    print(f"vilseg: the run failed: {type(error).__name__}: {last[0]}; the log is {log.name}", file=sys.stderr)
+    print(f"vilseg: the run failed: {type(error).__name__}: {last[0]}; {where}", file=sys.stderr)
     return 1
 
 
@@ -123,16 +133,12 @@ def ingest(
     from jobs import ingest as job
     from jobs.session import ray_session
 
-    places, overrides = _split_overrides(places)
-    columns = _columns(overrides)
+    places, overrides = split_overrides(places)
+    columns = columns_of(overrides)
     if len(places) < 2:
         raise UserError("ingest needs at least one SOURCE and a DEST")
     *sources, dest = places
-    with _quiet_stdout(), console.progress_bar("ingest") as bar, ray_session(address) as session:
-
-        def progress(done: int, total: int, bad: int) -> None:
-            bar.update(bar.task_ids[0], completed=done, total=total, note=f"{bad} bad" if bad else "")
-
+    with _quiet_stdout(), console.CountProgress("ingest", "parts") as shown, ray_session(address) as session:
         done = job.main(
             sources,
             dest,
@@ -143,7 +149,7 @@ def ingest(
             check=check,
             limit=limit,
             columns=columns,
-            progress=progress,
+            progress=lambda done, total, bad: shown(done, total, f"{bad} bad" if bad else ""),
         )
     for note in done.passed_over:
         console.say(f"passed over: {note}")
@@ -274,15 +280,15 @@ def evaluate(
     from jobs import evaluate as job
     from vilseg.text.vocabulary import Vocabulary
 
-    with console.progress_bar("evaluate") as bar:
+    with console.CountProgress("evaluate", "images") as progress:
         done = job.main(
             model,
             dataset,
             classes=Vocabulary.parse(classes) if classes else None,
             out=out,
             overwrite=overwrite,
-            settings=_segmentation_overrides(overrides),
-            progress=lambda done, total: bar.update(bar.task_ids[0], completed=done, total=total),
+            settings=segmentation_overrides(overrides),
+            progress=progress,
             command=shlex.join(["vilseg", *sys.argv[1:]]),
         )
     per_class = "\n".join(f"  {name:24} {value:.3f}" for name, value in done.per_class.items())
@@ -332,7 +338,7 @@ def segment(
     from vilseg.model.pretrained import read_settings
     from vilseg.text.vocabulary import Vocabulary
 
-    places, overrides = _split_overrides(inputs)
+    places, overrides = split_overrides(inputs)
     if not 0 <= max_rejected <= 1:
         raise ConfigError(f"--max-rejected is {max_rejected}, but it is a share from 0 to 1")
     wishes = plan(
@@ -341,7 +347,7 @@ def segment(
         Vocabulary.parse(classes),
         out,
         formats=[name.strip() for name in format.split(",")],
-        settings=_segmentation_overrides(overrides)(read_settings(model)) if overrides else None,
+        settings=segmentation_overrides(overrides)(read_settings(model)) if overrides else None,
         rules=Rules(max_pixels=max_pixels, min_side=min_side, key_every=key_every),
         limit=limit,
         sample=sample,
@@ -426,35 +432,32 @@ def _seconds(duration: str) -> float:
     return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]]
 
 
-def _split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Of the arguments of a verb that takes both: places, and configuration keys as ``key.sub=value``."""
-    overrides = [argument for argument in arguments if _OVERRIDE.match(argument)]
-    return [argument for argument in arguments if not _OVERRIDE.match(argument)], overrides
+@app.command()
+def doctor(
+    store: Annotated[
+        list[str] | None, typer.Option(help="Folder or s3:// URI to try writing to; several times.")
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(help="Ray cluster (HEAD:6379, ray://…) or its job server (http://…); RAY_ADDRESS without it."),
+    ] = None,
+    json: Json = False,
+) -> int:
+    """Say what is installed and what is reachable, and how to mend what is not; exits with 1 where something needed is.
 
-
-def _columns(overrides: Sequence[str]) -> ColumnsConfig:
-    """``data.columns`` as ``data.columns.key=value`` overrides leave it.
-
-    Raises:
-        ConfigError: an unknown key (the nearest right one is named), a bad value, or a key of something else.
+    Example: vilseg doctor --store s3://bucket --address http://head:8265
     """
-    columns = RunConfig.load(None, overrides).data.columns
-    for override in overrides:
-        if not override.startswith("data.columns."):
-            raise ConfigError(f"'{override}' cannot be set here; ingest takes data.columns.key=value only")
-    return columns
+    from jobs import console
+    from jobs import doctor as job
 
-
-def _segmentation_overrides(overrides: Sequence[str] | None) -> Callable[[SegmentationConfig], SegmentationConfig]:
-    """Apply ``segmentation.key=value`` to the settings that a model carries."""
-    for override in overrides or []:
-        if not override.startswith("segmentation."):
-            raise ConfigError(f"'{override}' cannot be set here; a trained model takes segmentation.key=value only")
-
-    def apply(settings: SegmentationConfig) -> SegmentationConfig:
-        return RunConfig(segmentation=settings).with_overrides(overrides or []).segmentation
-
-    return apply
+    with _quiet_stdout():
+        found = list(job.main(address=address or os.environ.get("RAY_ADDRESS"), stores=store or []))
+    healthy = all(finding.status != "missing" for finding in found)
+    if json:
+        console.result({"ok": healthy, "found": [vars(finding) for finding in found]}, as_json=True, text="")
+    else:
+        console.findings(found)
+    return 0 if healthy else 1
 
 
 if __name__ == "__main__":

@@ -6,12 +6,14 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 
 from jobs.monitor import Snapshot
 
@@ -29,23 +31,41 @@ def result(value: dict[str, Any], *, as_json: bool, text: str) -> None:
     sys.stdout.flush()
 
 
-@contextmanager
-def progress_bar(title: str) -> Iterator[Progress]:
-    """A bar with count and time left; lines of it do not disturb what else is printed."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    with Progress(*columns, console=stderr, transient=not stderr.is_terminal) as bar:
-        bar.add_task(title, total=None, note="")
-        yield bar
-
-
 _SECONDS_BETWEEN_LINES = 10.0
+
+
+class CountProgress:
+    """Shows how many are done: a bar on a terminal, where its lines do not disturb what else is printed, a line in ten
+    seconds elsewhere."""
+
+    def __init__(self, title: str, things: str) -> None:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        self._bar = Progress(*columns, console=stderr, disable=not stderr.is_terminal)
+        self._bar.add_task(title, total=None, note="")
+        self._title, self._things = title, things
+        self._last_line = -math.inf
+
+    def __enter__(self) -> CountProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def __call__(self, done: int, total: int, note: str = "") -> None:
+        """Show what is new."""
+        self._bar.update(self._bar.task_ids[0], completed=done, total=total, note=note)
+        now = time.monotonic()
+        if not stderr.is_terminal and (now >= self._last_line + _SECONDS_BETWEEN_LINES or done == total):
+            self._last_line = now
+            say(f"{self._title}: {done:,}/{total:,} {self._things}{note and '  '}{note}")
 
 
 class SegmentationProgress:
@@ -106,6 +126,21 @@ def estimate_text(guess: Any, workers: int) -> str:
     if guess.rejected_of_tried:
         tried += f" ({guess.rejected_of_tried} were rejected)"
     return f"{text}; {tried}: about {duration(guess.seconds(workers))} on {workers} CPUs. Nothing was written."
+
+
+_MARKS = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "missing": "[red]missing[/]", "optional": "optional"}
+
+
+def findings(found: Sequence[Any]) -> None:
+    """What the doctor found, as a table on stdout, and what to do about it below."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for finding in found:
+        table.add_row(_MARKS[finding.status], finding.what, escape(finding.found))
+    stdout = Console(highlight=False)
+    stdout.print(table)
+    for finding in found:
+        if finding.mend:
+            stdout.print(f"{finding.what}: {finding.mend}", markup=False, soft_wrap=True)
 
 
 @contextmanager

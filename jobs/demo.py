@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import ray
+
 from cluster.store import ObjectStore
 from jobs import console, ingest_scenes, segment, train
 from jobs.segment_plan import plan
@@ -18,7 +20,7 @@ from jobs.session import Session, ray_session
 from vilseg import storage
 from vilseg.config import RunConfig
 from vilseg.data import scenes
-from vilseg.errors import StorageError
+from vilseg.errors import StorageError, UserError
 from vilseg.evaluation.datasets import FirstImages, FolderDataset
 from vilseg.evaluation.evaluate import Evaluation, evaluate
 from vilseg.evaluation.report import RunReport, render_report
@@ -62,12 +64,24 @@ def main(out: Path, *, quick: bool = False) -> dict[str, Any]:
     with console.stage("store", seconds):
         store = ObjectStore.start(out / "store")
     try:
-        with _environment(store.environment()), ray_session() as session:
+        variables = store.environment()
+        with _environment(variables), ray_session(variables=variables) as session:
+            _require_one_machine()
             summary = _run(session, out, seconds, quick=quick)
     finally:
         store.stop()
     console.say(f"the report is {out / 'report.html'}; `vilseg store up --dir {out / 'store'}` brings the store back")
     return summary
+
+
+def _require_one_machine() -> None:
+    """Of the cluster that a job runs on: its other machines would not reach the store."""
+    names = {node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]}
+    if len(names) > 1:
+        raise UserError(
+            f"the demo keeps its data on one machine, and this cluster has {len(names)}; "
+            "run 'vilseg demo' without a cluster, or ingest, train and segment with s3:// URIs"
+        )
 
 
 def _run(session: Session, out: Path, seconds: dict[str, float], *, quick: bool) -> dict[str, Any]:

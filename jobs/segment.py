@@ -150,7 +150,7 @@ def _stream(job: Job, session: Session, parts: TakenApart, done: rows.Names, tal
         compute=ray.data.ActorPoolStrategy(
             size=actors, max_concurrent_calls_per_actor=2, enable_true_multi_threading=True
         ),
-        num_cpus=_ACTORS_SHARE * cpus,
+        num_cpus=session.reserve(_ACTORS_SHARE * cpus),
         num_gpus=1 if session.gpus else 0,
     )
     yield from results.iter_rows()

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from vilseg.errors import ConfigError, UserError
 
 _CARRIED = ("AWS_", "VILSEG_", "HF_")
 """Environment variables that workers on other machines need as well."""
+_IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""What Ray's job server sets for the process of a job; its runtime environment is in it."""
+
+
+def carried() -> dict[str, str]:
+    """The variables of this process that workers on other machines need as well."""
+    return {name: value for name, value in os.environ.items() if name.startswith(_CARRIED)}
 
 
 @dataclass(frozen=True)
@@ -23,6 +32,8 @@ class Session:
     gpus: int
     node_cpus: int | None = None
     """Of the smallest machine, of those with a GPU where there is any; as many as there are in all where None."""
+    nodes: int = 1
+    """Machines that work is given to."""
 
     def worker_resources(self, workers: int) -> dict[str, float]:
         """What each training worker takes, so that reading always keeps a CPU: a plan without one hangs silently.
@@ -31,12 +42,20 @@ class Session:
             ConfigError: fewer than one worker, or more workers than CPUs.
         """
         check_workers(workers, self.cpus)
-        share = min(1.0, max(self.cpus - 1, 0.5 * self.cpus) / workers)
-        return {"CPU": share, **({"GPU": 1.0} if self.gpus >= workers else {})}
+        here, cpus = math.ceil(workers / self.nodes), self.node_cpus or self.cpus
+        share = min(1.0, max(cpus - 1, 0.5 * cpus) / here)
+        return {"CPU": self.reserve(share), **({"GPU": 1.0} if self.gpus >= workers else {})}
 
     def cpus_per_actor(self, actors: int) -> float:
         """The share of each of ``actors``, as far as one machine has it: what no machine has is waited for without end."""
         return min(self.cpus / actors, self.node_cpus or self.cpus)
+
+    def reserve(self, cpus: float) -> float:
+        """What Ray is told of a process that takes ``cpus``: where a machine is lost, the others must have room for it.
+
+        What ran there is waited for, and with every CPU given away that would be without end.
+        """
+        return cpus / 2 if self.nodes > 1 else cpus
 
 
 def check_workers(workers: int, cpus: int) -> None:
@@ -52,8 +71,12 @@ def check_workers(workers: int, cpus: int) -> None:
 
 
 @contextmanager
-def ray_session(address: str | None = None) -> Iterator[Session]:
+def ray_session(address: str | None = None, variables: Mapping[str, str] | None = None) -> Iterator[Session]:
     """Use the cluster at ``address``, the one this process is connected to already, or a local one for as long as this lasts.
+
+    Args:
+        address: ``auto`` or ``ray://…``; a Ray job without one uses the cluster that it runs on.
+        variables: what workers need in their environment beside what this process was started with.
 
     Raises:
         UserError: no cluster answers at ``address``.
@@ -65,12 +88,16 @@ def ray_session(address: str | None = None) -> Iterator[Session]:
         yield _session()
         return
     options: dict = {"logging_level": logging.ERROR, "log_to_driver": False}
-    carried = {name: value for name, value in os.environ.items() if name.startswith(_CARRIED)}
+    in_a_job = _IN_A_JOB in os.environ
     try:
-        if address is None:
+        if address is None and not in_a_job:
             _start_local(options)
         else:
-            ray.init(address=address, runtime_env={"env_vars": carried}, **options)
+            if in_a_job:
+                # Ray gives the job's own variables to its workers; they are not to be said twice, nor to win.
+                os.environ["RAY_OVERRIDE_JOB_RUNTIME_ENV"] = "1"
+            needed = {**({} if in_a_job else carried()), **(variables or {})}
+            ray.init(address=address or "auto", runtime_env={"env_vars": needed}, **options)
     except (ConnectionError, TimeoutError, ValueError) as error:
         if address is None:
             raise
@@ -112,7 +139,26 @@ def _session() -> Session:
     gpus = int(resources.get("GPU", 0))
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     sizes = [int(node.get("CPU", 0)) for node in nodes if node.get("GPU", 0) or not gpus]
-    return Session(int(resources.get("CPU", 0)), gpus, min((size for size in sizes if size), default=None))
+    sizes = [size for size in sizes if size]
+    return Session(int(resources.get("CPU", 0)), gpus, min(sizes, default=None), max(1, len(sizes)))
+
+
+def cpus_here() -> int:
+    """CPUs that Ray counts on the machine of this task or actor; in a container or on a local cluster not all there are."""
+    import ray
+
+    here = ray.get_runtime_context().get_node_id()
+    counted = next(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["NodeID"] == here)
+    return max(1, min(int(counted), os.cpu_count() or 1))
+
+
+def beside_driver() -> Any:
+    """For ``scheduling_strategy``: the machine of the driver, without which a job ends anyway."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    # Soft ones end up elsewhere where a process is to be had sooner.
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 def user_error_in(error: BaseException | None, depth: int = 8) -> UserError | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import tempfile
 import threading
@@ -23,7 +22,8 @@ from ray.train.torch import TorchTrainer
 from jobs import cache_features, console
 from jobs.feed import count_in_parallel, execution_options, pairs_from_last_checkpoint, worker_batches
 from jobs.monitor import Monitor, Snapshot
-from jobs.session import Session, user_error_in
+from jobs.process_group import NodesTorchConfig
+from jobs.session import Session, beside_driver, cpus_here, user_error_in
 from vilseg import distributed, storage
 from vilseg.config import RunConfig
 from vilseg.training import run
@@ -74,14 +74,19 @@ def main(
         if config.data.feature_cache:
             cache = cache_features.main(config, session, progress=say_cached).uri
         prepared = run.prepare(config, folder, count=count_in_parallel, cache=cache)
-    monitor = Monitor.remote(  # type: ignore[attr-defined]  # ray.remote hides the class it wraps
-        config.data.max_bad_share
-    )
+    monitor = Monitor.options(  # type: ignore[attr-defined]  # ray.remote hides the class it wraps
+        scheduling_strategy=beside_driver()
+    ).remote(config.data.max_bad_share)
     filesystem, path = storage.filesystem(folder.uri)
     trainer = TorchTrainer(
         partial(train_worker, config=config, folder=folder, prepared=prepared, monitor=monitor),
+        torch_config=NodesTorchConfig(),
         scaling_config=ScalingConfig(
-            num_workers=config.trainer.workers, use_gpu="GPU" in resources, resources_per_worker=resources
+            num_workers=config.trainer.workers,
+            use_gpu="GPU" in resources,
+            resources_per_worker=resources,
+            # Workers with a GPU each fill machines by themselves, and talk the faster the nearer they are.
+            placement_strategy="PACK" if "GPU" in resources else "SPREAD",
         ),
         datasets={"pairs": partial(pairs_from_last_checkpoint, config, folder, prepared, monitor)},
         dataset_config=DataConfig(execution_options=execution_options()),
@@ -218,7 +223,7 @@ def _limit_threads(device: torch.device) -> None:
     """Threads beyond the CPUs that a worker holds would fight with its neighbours and with reading."""
     if device.type == "cpu":
         workers_here = ray.train.get_context().get_local_world_size()
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers_here))
+        torch.set_num_threads(max(1, cpus_here() // workers_here))
 
 
 def _data_parallel(module: torch.nn.Module) -> torch.nn.Module:

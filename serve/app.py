@@ -219,7 +219,8 @@ def build(args: ServeConfig) -> Application:
         Ingress,
         name="ingress",
         num_replicas=1,
-        ray_actor_options={"num_cpus": 0},
+        # Beside Ray's head, which all depends on, and the entrance there: another machine may be lost without it.
+        ray_actor_options={"num_cpus": 0, "resources": {"node:__internal_head__": 0.001}},
         max_ongoing_requests=10_000,
         max_surge_percent=100,
         graceful_shutdown_timeout_s=grace,

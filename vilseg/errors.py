@@ -7,7 +7,8 @@
     |  `- StoreUnavailable   the object store does not answer, or says that it cannot now
     |- DataError         pairs, images, masks, class lists
     |  `- TooLargeError      more pixels than the caller allows
-    `- ModelError        a model folder or checkpoint
+    |- ModelError        a model folder or checkpoint
+    `- ClusterError      Ray nodes of this machine
 
 A message says what is wrong, where (file, key, value) and what to do about it. Errors of our own making are plain
 assertions; whatever else escapes is a failed run (exit code 1).
@@ -44,3 +45,7 @@ class TooLargeError(DataError):
 
 class ModelError(UserError):
     """A model folder or checkpoint is wrong."""
+
+
+class ClusterError(UserError):
+    """A Ray cluster of this machine cannot be started or ended."""
