@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shlex
 import sys
 import tempfile
@@ -16,9 +15,11 @@ from typing import Annotated, TextIO
 import typer
 
 from jobs.cluster_cli import cluster_app
+from jobs.options import Address, Json, Overrides, Overwrite, Resume, quiet_stdout
 from jobs.overrides import columns_of, segmentation_overrides, split_overrides
-from jobs.store_cli import Json, store_app
+from jobs.store_cli import store_app
 from jobs.submit_cli import submit_app
+from jobs.tune_cli import tune
 from vilseg import storage
 from vilseg.config import RunConfig
 from vilseg.errors import ConfigError, UserError
@@ -29,11 +30,7 @@ app = typer.Typer(
 app.add_typer(store_app, name="store")
 app.add_typer(submit_app, name="submit")
 app.add_typer(cluster_app, name="cluster")
-
-Address = Annotated[str | None, typer.Option(help="Ray cluster: auto or ray://…; a local one is started without it.")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="Configuration keys as key.sub=value.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with what an earlier call left.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
+app.command()(tune)
 
 
 def main() -> None:
@@ -82,11 +79,6 @@ def _failed(error: Exception, log: TextIO | None) -> int:
     return 1
 
 
-def _quiet_stdout() -> redirect_stdout[TextIO]:
-    """Keeps stdout for the result: what Ray prints of workers that died goes to stderr."""
-    return redirect_stdout(sys.stderr)
-
-
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the report and the store.")] = Path("runs/demo"),
@@ -102,7 +94,7 @@ def demo(
     from jobs import console
     from jobs import demo as job
 
-    with _quiet_stdout():
+    with quiet_stdout():
         summary = job.main(out, quick=quick)
     text = (
         f"mIoU {summary['miou']:.3f} (untrained {summary['miou_untrained']:.3f})\n"
@@ -138,7 +130,7 @@ def ingest(
     if len(places) < 2:
         raise UserError("ingest needs at least one SOURCE and a DEST")
     *sources, dest = places
-    with _quiet_stdout(), console.CountProgress("ingest", "parts") as shown, ray_session(address) as session:
+    with quiet_stdout(), console.CountProgress("ingest", "parts") as shown, ray_session(address) as session:
         done = job.main(
             sources,
             dest,
@@ -185,7 +177,7 @@ def train(
     if address is None:
         check_workers(settings.trainer.workers, os.cpu_count() or 1)
     preflight(settings, resume=resume)
-    with _quiet_stdout(), ray_session(address) as session:
+    with quiet_stdout(), ray_session(address) as session:
         from jobs import train as job
 
         done = job.main(settings, session, resume=resume, progress=console.TrainingProgress(settings.trainer.steps))
@@ -195,70 +187,6 @@ def train(
         )
         return 130
     console.result({"model": done.folder.model, **done.metrics}, as_json=json, text=done.folder.model)
-    return 0
-
-
-@app.command()
-def tune(
-    config: Annotated[str, typer.Option(help="Configuration that every trial starts from (YAML).")],
-    space: Annotated[
-        str, typer.Option(help="What varies, how it is searched, what counts (YAML; see configs/spaces).")
-    ],
-    overrides: Overrides = None,
-    trials: Annotated[int | None, typer.Option(help="Points to try, at most.")] = None,
-    dataset: Annotated[str | None, typer.Option(help="Images with masks, KIND:URI, to measure mIoU on.")] = None,
-    time_budget: Annotated[str | None, typer.Option(help="End after so long: 90s, 30m, 8h.")] = None,
-    name: Annotated[str | None, typer.Option(help="Name of the sweep.")] = None,
-    resume: Resume = False,
-    address: Address = None,
-    json: Json = False,
-) -> int:
-    """Try many trainings and find the best; leaves best.yaml and report.html, prints the best point.
-
-    Example: vilseg tune --config configs/demo.yaml --space configs/spaces/temperature_clusters.yaml data.source=s3://bucket/pairs
-    """
-    from jobs import console
-    from jobs.session import ray_session
-    from tune.space import Space
-
-    settings = RunConfig.load(config, overrides or [])
-    if name is not None:
-        settings.name = name
-    if resume and not settings.name:
-        raise ConfigError("--resume needs the sweep's --name")
-    wishes = Space.load(space)
-    given = {"trials": trials, "dataset": dataset}
-    wishes = wishes.with_values(**{key: value for key, value in given.items() if value is not None})
-    budget = None if time_budget is None else _seconds(time_budget)
-    from tune import sweep as job
-    from tune.watch import SweepTable, shown
-
-    job.check(settings, wishes, resume=resume)
-    with _quiet_stdout(), ray_session(address) as session, SweepTable(settings.trainer.steps) as table:
-        done = job.main(
-            settings,
-            wishes,
-            session,
-            resume=resume,
-            time_budget=budget,
-            show=table,
-            command=shlex.join(["vilseg", *sys.argv[1:]]),
-        )
-    if done.interrupted:
-        console.say(f"stopped; go on with --resume --name {storage.name(done.folder)}")
-        return 130
-    assert done.best is not None
-    point = "  ".join(f"{key}={shown(value)}" for key, value in done.best.point.items())
-    value = {
-        "objective": wishes.counts,
-        "score": done.best.score,
-        "point": done.best.point,
-        "trials": [trial.number for trial in done.best.trials],
-        "best": done.best_config,
-        "report": done.report,
-    }
-    text = f"{wishes.counts} {done.best.score:.4f}  {point}\nbest    {done.best_config}\nreport  {done.report}"
-    console.result(value, as_json=json, text=text)
     return 0
 
 
@@ -362,7 +290,7 @@ def segment(
         value = {**vars(guess), "workers": workers, "seconds": round(guess.seconds(workers), 1)}
         console.result(value, as_json=json, text=console.estimate_text(guess, workers))
         return
-    with _quiet_stdout(), console.SegmentationProgress() as progress, ray_session(address) as session:
+    with quiet_stdout(), console.SegmentationProgress() as progress, ray_session(address) as session:
         done = job.main(wishes, session, max_rejected=max_rejected, progress=progress)
     text = f"{done.ok} of {done.images} inputs segmented to {done.uri}, {done.rejected} rejected"
     console.result({**done.to_dict(), "out": done.uri}, as_json=json, text=text)
@@ -402,7 +330,7 @@ def serve(
     job.prepare_environment()
     console.say("starting; this takes some 20 seconds")
     stdout = sys.stdout
-    with _quiet_stdout(), ray_session(address) as session:
+    with quiet_stdout(), ray_session(address) as session:
         job.main(settings, session, host=host, port=port, ready=ready)
 
 
@@ -424,14 +352,6 @@ def key(
     console.result({"name": name, "key": made, "file": file}, as_json=json, text=made)
 
 
-def _seconds(duration: str) -> float:
-    """``90s``, ``30m``, ``8h`` or plain seconds."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", duration.strip())
-    if not found or not float(found[1]):
-        raise ConfigError(f"--time-budget is {duration!r}; write how long, for example 90s, 30m or 8h")
-    return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]]
-
-
 @app.command()
 def doctor(
     store: Annotated[
@@ -450,7 +370,7 @@ def doctor(
     from jobs import console
     from jobs import doctor as job
 
-    with _quiet_stdout():
+    with quiet_stdout():
         found = list(job.main(address=address or os.environ.get("RAY_ADDRESS"), stores=store or []))
     healthy = all(finding.status != "missing" for finding in found)
     if json:

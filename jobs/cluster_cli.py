@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from jobs.store_cli import Json
+from jobs.options import Json
 
 cluster_app = typer.Typer(help="A local Ray cluster of several nodes.", no_args_is_help=True)
 

@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
+from jobs.options import Json
+
 store_app = typer.Typer(help="The embedded S3 server (SeaweedFS) on this machine.", no_args_is_help=True)
 
-Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 StoreFolder = Annotated[Path, typer.Option("--dir", help="Folder that the store keeps everything in.")]
 
 

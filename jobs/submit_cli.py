@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from jobs.store_cli import Json
+from jobs.options import Json
 from vilseg.errors import UserError
 
 if TYPE_CHECKING:

@@ -44,8 +44,9 @@ _TUNE_ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # files of its own that nobody reads
     "RAY_AIR_NEW_OUTPUT": "0",  # the new one greets whatever it is told
 }
-_ALONE = 0.5
-"""CPUs of a trial's own process where workers of Ray Train do its work: it evaluates now and then."""
+_ALONE = 0.01
+"""CPUs of a trial's own process where workers of Ray Train do its work: it waits, and evaluates now and then. What it held
+would be missing where pairs are read."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ def check(config: RunConfig, space: Space, *, resume: bool) -> None:
     Raises:
         ConfigError, DataError, StorageError: see there.
     """
+    config, space = _absolute(config), _absolute_dataset(space)
     space.check(config)
     preflight(config.model_copy(update={"name": None}), resume=False)
     if config.data.held_out:
@@ -110,6 +112,7 @@ def main(
         UserError: what is wrong with the configuration, the space, the pairs or the storage.
     """
     config = config if config.name else config.model_copy(update={"name": new_name()})
+    config, space = _absolute(config), _absolute_dataset(space)
     check(config, space, resume=resume)
     folder = _open(config, space, resume=resume)
     cache = cache_features.main(config, session, progress=train.say_cached).uri if config.data.feature_cache else None
@@ -125,6 +128,24 @@ def main(
     if best is None and not done.interrupted:
         raise _why_none(done, space)
     return done
+
+
+def _absolute(config: RunConfig) -> RunConfig:
+    """The configuration so that it means the same in every trial, wherever that runs."""
+    data = config.data.model_copy()
+    if data.source:
+        data.source = storage.absolute(data.source)
+    if data.held_out:
+        data.held_out = storage.absolute(data.held_out)
+    trainer = config.trainer.model_copy(update={"storage": storage.absolute(config.trainer.storage)})
+    return config.model_copy(update={"data": data, "trainer": trainer})
+
+
+def _absolute_dataset(space: Space) -> Space:
+    if not space.dataset:
+        return space
+    kind, _, uri = space.dataset.partition(":")
+    return space.with_values(dataset=f"{kind}:{storage.absolute(uri)}")
 
 
 def lay_out(config: RunConfig, session: Session) -> Layout:

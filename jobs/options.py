@@ -1,0 +1,20 @@
+"""What verbs share: options of the same name mean the same everywhere."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import redirect_stdout
+from typing import Annotated, TextIO
+
+import typer
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
+Address = Annotated[str | None, typer.Option(help="Ray cluster: auto or ray://…; a local one is started without it.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Configuration keys as key.sub=value.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with what an earlier call left.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
+
+
+def quiet_stdout() -> redirect_stdout[TextIO]:
+    """Keeps stdout for the result: what Ray prints of workers that died goes to stderr."""
+    return redirect_stdout(sys.stderr)
