@@ -50,6 +50,7 @@ def main(
     *,
     resume: bool = False,
     progress: Callable[[Snapshot], None] = lambda snapshot: None,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> Outcome:
     """Train as ``config`` says on the connected cluster.
 
@@ -58,6 +59,7 @@ def main(
         session: the cluster.
         resume: go on from the last checkpoint of the run of that name.
         progress: told a few times a second what is new.
+        should_stop: asked as often; a stop leaves a checkpoint.
 
     Raises:
         UserError: anything in the configuration, the pairs or the storage that is wrong.
@@ -98,7 +100,7 @@ def main(
             checkpoint_config=CheckpointConfig(num_to_keep=config.trainer.keep_checkpoints),
         ),
     )
-    return _watch(trainer, monitor, folder, config.trainer.steps, progress)
+    return _watch(trainer, monitor, folder, config.trainer.steps, progress, should_stop)
 
 
 def say_cached(done: int, total: int) -> None:
@@ -107,7 +109,12 @@ def say_cached(done: int, total: int) -> None:
 
 
 def _watch(
-    trainer: TorchTrainer, monitor: Any, folder: RunFolder, steps: int, progress: Callable[[Snapshot], None]
+    trainer: TorchTrainer,
+    monitor: Any,
+    folder: RunFolder,
+    steps: int,
+    progress: Callable[[Snapshot], None],
+    should_stop: Callable[[], bool],
 ) -> Outcome:
     """Run the trainer in a thread; show progress and take Ctrl-C in this one."""
     failure: list[BaseException] = []
@@ -141,6 +148,9 @@ def _watch(
                 stopping = True
                 monitor.stop.remote()
                 console.say("stopping after the next report with a checkpoint; Ctrl-C again stops without one")
+            elif should_stop() and not stopping:
+                stopping = True
+                monitor.stop.remote()
     if failure:
         raise user_error_in(failure[0]) or failure[0]
     return Outcome(folder, last, stopping and last.get("step", 0) < steps)

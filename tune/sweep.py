@@ -30,7 +30,7 @@ from tune.record import Group, Records, TrialRecord, groups
 from tune.report import render
 from tune.search import optuna_search, points_left, scheduler
 from tune.space import Space, override
-from tune.trial import Layout, Trial, trial_name
+from tune.trial import Layout, Trial, as_function, on_workers, trial_name
 from tune.watch import Watch
 from vilseg import storage
 from vilseg.config import RunConfig
@@ -209,7 +209,7 @@ def _run(trial: Trial, watch: Watch, records: Records, time_budget: float | None
     layout = trial.layout
     resources = {"cpu": _ALONE if layout.nested else layout.cpus, "gpu": 0 if layout.nested else layout.gpus}
     tuner = tune.Tuner(
-        tune.with_resources(_trainable(trial), resources),
+        tune.with_resources((on_workers if layout.nested else as_function)(trial), resources),
         param_space={} if search else {"trial": tune.grid_search(left)},
         tune_config=tune.TuneConfig(
             metric=space.counts,
@@ -241,13 +241,6 @@ def _run(trial: Trial, watch: Watch, records: Records, time_budget: float | None
     with interrupts() as watch.interrupts:
         tuner.fit()
     storage.delete(storage.join(sweep, "tune"))
-
-
-def _trainable(trial: Trial) -> Callable[[dict[str, Any]], None]:
-    def vilseg(config: dict[str, Any]) -> None:
-        trial(config["trial"]["values"])
-
-    return vilseg
 
 
 def _write(done: Outcome, config: RunConfig, space: Space, command: str) -> None:

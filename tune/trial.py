@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import functools
 import json
+import queue
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from ray import tune
+from ray.tune.result import DONE
 
 from jobs import train
 from jobs.feed import batch_reader, pair_order
@@ -38,6 +42,10 @@ from vilseg.training import run
 from vilseg.training.folder import Prepared, RunFolder
 from vilseg.training.loop import Trainer
 
+Report = Callable[..., None]
+"""Takes figures, and what else there is to pass on."""
+_PATIENCE = 120.0
+"""Seconds that workers have to leave a checkpoint and end."""
 _POINTER = "state.json"
 """In Tune's checkpoint: where the trial's own one lies."""
 
@@ -78,21 +86,73 @@ class Trial:
         config.trainer.keep_checkpoints = None if self.space.scheduler == "pbt" else 2
         return config
 
-    def __call__(self, point: Point) -> None:
-        """Train and report; inside a trial of Tune, whose name is its number."""
+    def train(self, number: int, point: Point, report: Report, should_stop: Callable[[], bool] = lambda: False) -> None:
+        """Train trial ``number``; ``report`` is told of every evaluation, and ``should_stop`` asked with workers only."""
         started = time.time()
-        number = int(tune.get_context().get_trial_name() or 0)
+
+        def tell(metrics: dict[str, float], model: ViLSeg, **more: Any) -> None:
+            report({**metrics, **_figures(config, self.space, model), "seconds": time.time() - started}, **more)
+
         try:
             config = self.config_at(number, point)
-            judge = functools.partial(_figures, config, self.space)
             if self.layout.nested:
-                _train_on_workers(config, self.layout, judge, started)
+                _train_on_workers(config, self.layout, tell, should_stop)
             else:
-                _train_here(config, self, judge, started)
+                _train_here(config, self, tell)
         except Exception as error:
             sentence = str(user_error_in(error) or f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
             storage.write_text(error_uri(self.records, number), f"{sentence}\n\n{traceback.format_exc()}")
             raise
+
+
+def as_function(trial: Trial) -> Callable[[dict[str, Any]], None]:
+    """What Tune runs for a trial in a process of its own."""
+
+    def vilseg(config: dict[str, Any]) -> None:
+        trial.train(int(tune.get_context().get_trial_name() or 0), config["trial"]["values"], tune.report)
+
+    return vilseg
+
+
+class OnWorkers(tune.Trainable):
+    """What Tune runs for a trial with workers of Ray Train.
+
+    These have to be ended before the trial is: what they hold of the cluster would stay theirs otherwise.
+    """
+
+    trial: Trial
+    """Of a subclass; see `on_workers`."""
+
+    def setup(self, config: dict[str, Any]) -> None:
+        """Begin to train."""
+        self._news: queue.Queue[dict[str, float] | BaseException] = queue.Queue()
+        self._ended = threading.Event()
+
+        def train_all() -> None:
+            try:
+                self.trial.train(int(self.trial_name), config["trial"]["values"], self._news.put, self._ended.is_set)
+            except BaseException as error:  # noqa: BLE001  (raised again where Tune sees it)
+                self._news.put(error)
+
+        self._thread = threading.Thread(target=train_all, daemon=True)
+        self._thread.start()
+
+    def step(self) -> dict[str, float]:
+        """The next evaluation."""
+        news = self._news.get()
+        if isinstance(news, BaseException):
+            raise news
+        return {**news, DONE: news["step"] >= self.trial.config.trainer.steps}
+
+    def cleanup(self) -> None:
+        """End the training; its last checkpoint stays."""
+        self._ended.set()
+        self._thread.join(_PATIENCE)
+
+
+def on_workers(trial: Trial) -> type[OnWorkers]:
+    """`OnWorkers` of one sweep's trials."""
+    return type("vilseg", (OnWorkers,), {"trial": trial})
 
 
 def trial_name(number: int) -> str:
@@ -100,7 +160,7 @@ def trial_name(number: int) -> str:
     return f"{number:04d}"
 
 
-def _train_here(config: RunConfig, trial: Trial, judge: Callable[[ViLSeg], dict[str, float]], started: float) -> None:
+def _train_here(config: RunConfig, trial: Trial, tell: Report) -> None:
     folder = RunFolder(storage.join(config.trainer.storage, str(config.name)))
     handed_over = tune.get_checkpoint()
     if handed_over:  # of another trial: its weights, with this one's values
@@ -134,14 +194,12 @@ def _train_here(config: RunConfig, trial: Trial, judge: Callable[[ViLSeg], dict[
             (Path(local) / _POINTER).write_text(json.dumps({"uri": folder.state(trainer.step)}))
             if trainer.step == config.trainer.steps:
                 run.save_model(trainer.objective.model, config, folder, last)
-            tune.report(
-                {**last, **judge(trainer.objective.model), "seconds": time.time() - started},
-                checkpoint=tune.Checkpoint.from_directory(local) if trial.space.scheduler == "pbt" else None,
-            )
+            checkpoint = tune.Checkpoint.from_directory(local) if trial.space.scheduler == "pbt" else None
+            tell(last, trainer.objective.model, checkpoint=checkpoint)
 
     trainer.train(_batches(config, prepared, trainer.step), on_report=on_report, on_checkpoint=on_checkpoint)
     if not last:  # it was killed after its last step, before it had told of it
-        tune.report({"step": trainer.step, **judge(trainer.objective.model), "seconds": time.time() - started})
+        tell({"step": trainer.step}, trainer.objective.model)
 
 
 def _batches(config: RunConfig, prepared: Prepared, done: int) -> Iterator[WorkerBatch]:
@@ -166,27 +224,26 @@ def _keep(trainer: Trainer, folder: RunFolder, newest: int | None) -> None:
         storage.delete(folder.checkpoint(step))
 
 
-def _train_on_workers(
-    config: RunConfig, layout: Layout, judge: Callable[[ViLSeg], dict[str, float]], started: float
-) -> None:
+def _train_on_workers(config: RunConfig, layout: Layout, tell: Report, should_stop: Callable[[], bool]) -> None:
     folder = RunFolder(storage.join(config.trainer.storage, str(config.name)))
     due: list[dict[str, float]] = []
 
     def progress(snapshot: Snapshot) -> None:
-        for metrics in snapshot.metrics:
-            if metrics["step"] % config.trainer.checkpoint_every == 0 or metrics["step"] == config.trainer.steps:
-                due.append(metrics)
-        # The checkpoint of a report follows it by a moment.
-        while due and int(due[0]["step"]) in folder.checkpoint_steps():
+        due.extend(metrics for metrics in snapshot.metrics if metrics["step"] % config.trainer.checkpoint_every == 0)
+        # A checkpoint follows its report by a moment; a slow evaluation finds it gone. The last one waits for the workers' end.
+        while due and due[0]["step"] < config.trainer.steps:
+            kept = folder.checkpoint_steps()
+            if due[0]["step"] > max(kept, default=0):
+                return
             metrics = due.pop(0)
-            model = run.model_at(folder, int(metrics["step"]))
-            tune.report({**metrics, **judge(model), "seconds": time.time() - started})
+            if int(metrics["step"]) in kept:
+                tell(metrics, run.model_at(folder, int(metrics["step"])))
 
     session = Session(int(layout.cpus), int(layout.gpus))
-    train.main(config, session, resume=storage.exists(folder.config), progress=progress)
-    for metrics in due:
-        model = run.model_at(folder, int(metrics["step"]))
-        tune.report({**metrics, **judge(model), "seconds": time.time() - started})
+    resume = storage.exists(folder.config)
+    done = train.main(config, session, resume=resume, progress=progress, should_stop=should_stop)
+    if not done.stopped:
+        tell(done.metrics or {"step": config.trainer.steps}, run.model_at(folder, config.trainer.steps))
 
 
 def _figures(config: RunConfig, space: Space, model: ViLSeg) -> dict[str, float]:
