@@ -31,7 +31,7 @@ from vilseg.errors import ClusterError
 CONFIG = Path(__file__).parent.parent / "configs" / "demo.yaml"
 _PHOTOS = 1200
 _PAIRS = 4_000
-_BATCH, _STEPS, _LOG_EVERY = 128, 300, 10
+_BATCH, _STEPS, _LOG_EVERY = 128, 100, 5
 _ROUNDS = 2
 
 
