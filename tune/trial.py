@@ -144,6 +144,9 @@ class OnWorkers(tune.Trainable):
             raise news
         return {**news, DONE: news["step"] >= self.trial.config.trainer.steps}
 
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """Nothing: the run keeps its own."""
+
     def cleanup(self) -> None:
         """End the training; its last checkpoint stays."""
         self._ended.set()
