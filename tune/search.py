@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -35,16 +34,8 @@ def optuna_search(space: Space, records: Sequence[TrialRecord]) -> OptunaSearch:
     ended = [record for record in records if record.ended]
     for record in ended:
         study.add_trial(_frozen(space, record))
-    waiting = {identity(record.point): record.number for record in records if not record.ended}
-    numbers = itertools.count(max((record.number for record in records), default=-1) + 1)
-
-    def define(trial: Any) -> dict[str, Any]:
-        point = space.complete(lambda key, parameter: parameter.suggest(key, trial))
-        number = waiting.pop(identity(point), None)
-        return {"trial": {"number": next(numbers) if number is None else number, "values": point}}
-
     return OptunaSearch(
-        space=define,
+        space=_Suggested(space, records),
         metric=space.counts,
         mode="max",
         # A resumed search must not draw again what it drew before.
@@ -53,6 +44,22 @@ def optuna_search(space: Space, records: Sequence[TrialRecord]) -> OptunaSearch:
         study_name=_STUDY,
         points_to_evaluate=[encoded(space, record.point) for record in records if not record.ended],
     )
+
+
+class _Suggested:
+    """Makes points of what an Optuna trial suggests, and numbers them. A class, as Tune pickles it."""
+
+    def __init__(self, space: Space, records: Sequence[TrialRecord]) -> None:
+        self._space = space
+        self._waiting = {identity(record.point): record.number for record in records if not record.ended}
+        self._next = max((record.number for record in records), default=-1) + 1
+
+    def __call__(self, trial: Any) -> dict[str, Any]:
+        point = self._space.complete(lambda key, parameter: parameter.suggest(key, trial))
+        number = self._waiting.pop(identity(point), None)
+        if number is None:
+            number, self._next = self._next, self._next + 1
+        return {"trial": {"number": number, "values": point}}
 
 
 def _frozen(space: Space, record: TrialRecord) -> optuna.trial.FrozenTrial:

@@ -1,6 +1,7 @@
 """Records of trials, what is best among them, the searcher that goes on from them, and the page."""
 
 import math
+import pickle
 import re
 from pathlib import Path
 
@@ -84,7 +85,7 @@ def test_a_resumed_search_knows_what_was_tried() -> None:
         known.append(record(number, truth(point), point))
     waiting = record(40, 0.2, {TEMPERATURE: 0.02, CLUSTERS: 5}, status="running")
     failed = record(41, 0, {TEMPERATURE: 0.03, CLUSTERS: 5}, status="failed", curve=[])
-    search = optuna_search(space("optuna"), [*known, waiting, failed])
+    search = pickle.loads(pickle.dumps(optuna_search(space("optuna"), [*known, waiting, failed])))
     suggested = []
     for number in range(21):
         suggested.append(search.suggest(str(number))["trial"])
