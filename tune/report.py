@@ -127,27 +127,42 @@ def importance(space: Space, records: Sequence[TrialRecord]) -> dict[str, float]
         return dict(get_param_importances(study, evaluator=FanovaImportanceEvaluator(seed=0)))
 
 
-def rank_correlations(records: Sequence[TrialRecord]) -> dict[str, float]:
-    """Spearman's rank correlation with mIoU of each measure that needs no mask, over trials of the same length."""
+def rank_correlations(records: Sequence[TrialRecord]) -> tuple[int, int, dict[str, float]]:
+    """Spearman's rank correlation with mIoU of each measure that needs no mask, over evaluations at the same step.
+
+    Returns:
+        The last step that enough trials were evaluated at, how many they are, and the correlations; 0, 0 and none without.
+    """
     from scipy.stats import spearmanr
 
-    longest = max((record.step for record in records), default=0)
-    ends = [record.curve[-1] for record in records if record.curve and record.step == longest]
-    found = {}
-    for name in MEASURES:
-        pairs = [(end[name], end["miou"]) for end in ends if name in end and "miou" in end]
-        if len(pairs) >= _FEW and all(len({pair[side] for pair in pairs}) > 1 for side in (0, 1)):
-            found[name] = float(spearmanr(*zip(*pairs, strict=True)).statistic)
-    return found
+    at: dict[int, list[dict[str, float]]] = {}
+    for record in records:
+        for entry in record.curve:
+            if "miou" in entry:
+                at.setdefault(int(entry["step"]), []).append(entry)
+    for step in sorted(at, reverse=True):
+        entries = at[step]
+        if len(entries) < _FEW:
+            continue
+        told = [name for name in MEASURES if all(name in entry for entry in entries)]
+        pairs = {name: [(entry[name], entry["miou"]) for entry in entries] for name in told}
+        found = {
+            name: float(spearmanr(*zip(*both, strict=True)).statistic)
+            for name, both in pairs.items()
+            if all(len({pair[side] for pair in both}) > 1 for side in (0, 1))
+        }
+        if found:
+            return step, len(entries), found
+    return 0, 0, {}
 
 
 def _correlations(records: Sequence[TrialRecord]) -> str:
-    found = rank_correlations(records)
+    step, count, found = rank_correlations(records)
     if not found:
         return ""
     note = (
-        "Spearman's rank correlation with mIoU over the trials that went to the end: 1 where a measure puts them into the "
-        "very same order, 0 where it knows nothing of it. What it is here tells what to sweep by where there are no masks."
+        f"Spearman's rank correlation with mIoU over the {count} trials that were evaluated at step {step}: 1 where a measure "
+        "puts them into the very same order, 0 where it knows nothing of it. It tells what to sweep by where there are no masks."
     )
     rows = [(name, f"{value:+.2f}") for name, value in sorted(found.items(), key=lambda item: -item[1])]
     return page.section("Without masks", note, page.card(page.table(("measure", "rank correlation"), rows)))

@@ -109,14 +109,16 @@ def test_importance_tells_what_matters() -> None:
     assert importance(space(), records[:3]) == {}, "of three trials nothing can be said"
 
 
-def test_rank_correlation_is_over_trials_of_the_same_length() -> None:
+def test_rank_correlation_is_over_evaluations_at_the_last_step_that_enough_trials_reached() -> None:
     records = [record(number, 0.1 * number) for number in range(8)]
     for one in records:
-        one.curve[-1] |= {"nouns": one.score("miou") ** 3, "agreement": -one.score("miou"), "retrieval": 0.5}
-    stopped = record(8, 5.0, step=50, status="stopped")
-    stopped.curve[-1]["nouns"] = -1.0
-    assert rank_correlations([*records, stopped]) == pytest.approx({"nouns": 1, "agreement": -1})
-    assert rank_correlations(records[:3]) == {}
+        for entry in one.curve:
+            entry |= {"nouns": entry["miou"] ** 3, "agreement": -entry["miou"], "retrieval": 0.5}
+    further = [record(8 + number, 5.0 - number, step=400) for number in range(3)]
+    step, count, found = rank_correlations([*records, *further])
+    assert (step, count) == (100, 8)
+    assert found == pytest.approx({"nouns": 1, "agreement": -1})
+    assert rank_correlations(records[:3]) == (0, 0, {})
 
 
 def test_the_page_shows_every_trial_and_stands_for_itself() -> None:
