@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # uv does not read pip's settings; pass on where wheels lie, so that a CPU wheel of the pinned torch is found.
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 
-.PHONY: setup demo test unit lint format bench lock clean
+.PHONY: setup demo test unit slow lint format bench lock clean
 
 setup: $(VENV)/.installed
 
@@ -31,6 +31,9 @@ test: setup
 
 unit: setup
 	$(BIN)/python -m pytest -m unit
+
+slow: setup
+	$(BIN)/python -m pytest -m slow
 
 lint: setup
 	$(BIN)/ruff check .

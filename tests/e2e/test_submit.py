@@ -168,6 +168,7 @@ def refused(done: Said) -> str:
 # ---------------------------------------------------------------------------------------------------------- the verbs
 
 
+@pytest.mark.slow
 def test_ingest_and_train(place: Place) -> None:
     done = place.submit("--", "ingest", "photos/captions.jsonl", "s3://vilseg/pairs", "--json")
     assert done.returncode == 0, done.stderr
@@ -182,6 +183,7 @@ def test_ingest_and_train(place: Place) -> None:
     assert storage.exists("s3://vilseg/runs/first/model/model.safetensors")
 
 
+@pytest.mark.slow
 def test_tune(place: Place) -> None:
     scenes_uri = "s3://vilseg/tune-pairs"
     assert place.submit("--", "ingest", "photos/captions.jsonl", scenes_uri).returncode == 0
@@ -195,6 +197,7 @@ def test_tune(place: Place) -> None:
     assert storage.exists("s3://vilseg/runs/sweep/report.html")
 
 
+@pytest.mark.slow
 def test_segment_to_a_folder_of_the_user_s(place: Place) -> None:
     done = place.submit(
         "--json", "--", "segment", "photos", "--model", "model", "--classes", "a,b", "--out", "it's out"
@@ -229,6 +232,7 @@ def test_a_key_and_the_exit_code_of_a_mistake(place: Place) -> None:
     assert json.loads(place.submit("stop", "a-key", "--json").stdout)["status"] == "succeeded", "it had ended"
 
 
+@pytest.mark.slow
 def test_on_another_machine_named_files_come_along(place: Place) -> None:
     elsewhere = ("unshare", "--map-root-user", "--uts", "sh", "-c", 'hostname elsewhere && exec "$@"', "sh")
     if subprocess.run([*elsewhere, "true"], capture_output=True, check=False).returncode:
@@ -244,6 +248,7 @@ def test_on_another_machine_named_files_come_along(place: Place) -> None:
     assert "only this machine reaches" in refused(place.run("submit", "--", *arguments, prefix=elsewhere))
 
 
+@pytest.mark.slow
 def test_serve_until_it_is_stopped(place: Place) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -294,6 +299,7 @@ def test_serve_until_it_is_stopped(place: Place) -> None:
         httpx.get(f"http://127.0.0.1:{port}/v1/models")
 
 
+@pytest.mark.slow
 def test_ctrl_c_on_a_terminal_asks(place: Place) -> None:
     terminal, inside = pty.openpty()
     process = subprocess.Popen(

@@ -42,6 +42,8 @@ from vilseg.data.stream import BatchReader, PairOrder, decode_to_canvas
 from vilseg.training import run
 from vilseg.training.folder import Prepared, RunFolder
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 PATIENCE = 240.0
 WORKERS = {"train": "RayTrainWorker", "segment": "MapWorker", "serve": "ServeReplica:vilseg:models"}
