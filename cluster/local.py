@@ -15,7 +15,6 @@ command began, and their children, so that nothing else is ever ended.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import random
@@ -28,13 +27,14 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from cluster.files import exclusive, write_private
 from vilseg.errors import ClusterError
 
 LOOPBACK = "127.0.0.1"
@@ -109,7 +109,7 @@ class LocalCluster:
                 running._start_missing()
                 return running
             if not (directory / "token").exists():
-                _write_private(directory / "token", secrets.token_hex(32))
+                write_private(directory / "token", secrets.token_hex(32))
             for left in range(_TRIES - 1, -1, -1):
                 cluster = cls(directory, _new_state(nodes, cpus, hosts))
                 try:
@@ -315,7 +315,7 @@ class LocalCluster:
 
     def _save(self) -> None:
         nodes = [node and asdict(node) for node in self._state["nodes"]]
-        _write_private(self.directory / "cluster.json", json.dumps(self._state | {"nodes": nodes}, indent=2) + "\n")
+        write_private(self.directory / "cluster.json", json.dumps(self._state | {"nodes": nodes}, indent=2) + "\n")
         link = self.directory / "ray"
         if not link.is_symlink():
             link.symlink_to(self._state["folder"])
@@ -388,25 +388,5 @@ def _signal(pids: set[int], number: signal.Signals) -> None:
 # ----------------------------------------------------------------------------------------------------------- files
 
 
-@contextmanager
-def _exclusive(directory: Path) -> Iterator[None]:
-    """Make the folder and keep other starts on it waiting."""
-    try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = (directory / "cluster.lock").open("w")
-    except OSError as error:
-        raise ClusterError(
-            f"the cluster cannot keep its state in {directory} ({error.strerror}): choose another with --dir"
-        ) from error
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def _write_private(path: Path, text: str) -> None:
-    """Replace a file as a whole; only this user can read it."""
-    partial = path.with_name(path.name + ".partial")
-    partial.unlink(missing_ok=True)
-    with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        file.write(text)
-    os.replace(partial, path)
+def _exclusive(directory: Path) -> AbstractContextManager[None]:
+    return exclusive(directory, "cluster.lock", ClusterError, "the cluster cannot keep its state")

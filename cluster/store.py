@@ -12,7 +12,6 @@ S3 requests must be signed, and the internal HTTP ports refuse unsigned requests
 every process of this machine. On a machine shared with people one does not trust, use a store of one's own.
 """
 
-import fcntl
 import json
 import os
 import secrets
@@ -22,8 +21,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
+from cluster.files import exclusive, write_private
 from vilseg.errors import StorageError
 
 HOST = "127.0.0.1"
@@ -139,7 +139,7 @@ class ObjectStore:
 
     def _write_state(self, pid: int | None) -> None:
         state = {"pid": pid, "endpoint": self.endpoint, "ports": self.ports}
-        _write_private(self.directory / "store.json", json.dumps(state, indent=2) + "\n")
+        write_private(self.directory / "store.json", json.dumps(state, indent=2) + "\n")
 
     def _wait_until_ready(self) -> None:
         """Until an object can be written and read back: the port opens seconds before the data is there."""
@@ -272,41 +272,21 @@ def _choose_ports(last: dict[str, int], port: int | None) -> dict[str, int]:
 # ---------------------------------------------------------------------------------------------------------- files
 
 
-@contextmanager
-def _exclusive(directory: Path) -> Iterator[None]:
-    """Make the folder and keep other starts on it waiting."""
-    try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        (directory / "data").mkdir(mode=0o700, exist_ok=True)  # its own, since the folder may be open to others
-        lock = (directory / "store.lock").open("w")
-    except OSError as error:
-        raise StorageError(
-            f"the object store cannot keep its data in {directory} ({error.strerror}): choose another with --dir"
-        ) from error
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def _write_private(path: Path, text: str) -> None:
-    """Replace a file as a whole; only this user can read it."""
-    partial = path.with_name(path.name + ".partial")
-    partial.unlink(missing_ok=True)
-    with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        file.write(text)
-    os.replace(partial, path)
+def _exclusive(directory: Path) -> AbstractContextManager[None]:
+    return exclusive(directory, "store.lock", StorageError, "the object store cannot keep its data")
 
 
 def _prepare_secrets(directory: Path) -> None:
+    (directory / "data").mkdir(mode=0o700, exist_ok=True)  # its own, since the folder may be open to others
     identities = directory / "identities.json"
     if not identities.exists():
         keys = {"accessKey": secrets.token_hex(10).upper(), "secretKey": secrets.token_urlsafe(30)}
         identity = {"name": BUCKET, "credentials": [keys], "actions": ["Admin", "Read", "Write", "List", "Tagging"]}
-        _write_private(identities, json.dumps({"identities": [identity]}, indent=2) + "\n")
+        write_private(identities, json.dumps({"identities": [identity]}, indent=2) + "\n")
     security = directory / "security.toml"
     if not security.exists():
         tables = ("jwt.signing", "jwt.signing.read", "jwt.filer_signing", "jwt.filer_signing.read")
-        _write_private(security, "".join(f'[{table}]\nkey = "{secrets.token_hex(32)}"\n' for table in tables))
+        write_private(security, "".join(f'[{table}]\nkey = "{secrets.token_hex(32)}"\n' for table in tables))
 
 
 def _read_keys(directory: Path) -> tuple[str, str]:
