@@ -21,11 +21,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from jobs.feed import batch_reader, pair_order
 from vilseg.config import ModelConfig, RunConfig, SegmentationConfig
 from vilseg.data import scenes
 from vilseg.data.moving_scenes import MovingScene, render_moving_scene
 from vilseg.data.pairs import write_tar
-from vilseg.data.stream import BatchReader, PairOrder, WorkerBatch, decode_to_canvas
+from vilseg.data.stream import WorkerBatch
 from vilseg.evaluation.confusion import ConfusionMatrix
 from vilseg.model import ViLSeg
 from vilseg.segmentation.result import Segmentation
@@ -82,17 +83,8 @@ def _train(out: Path) -> ViLSeg:
 
 
 def _batches(config: RunConfig, prepared: Prepared) -> Iterator[WorkerBatch]:
-    settings = config.data
-    reader = BatchReader(
-        batch_size=config.trainer.batch_size,
-        workers=1,
-        seed=config.trainer.seed,
-        decode=lambda data, seed: decode_to_canvas(data, seed, canvas=settings.canvas, max_pixels=settings.max_pixels),
-        tokenize=prepared.tokenizer,
-        nouns=prepared.nouns,
-    )
-    order = PairOrder(prepared.shards, config.trainer.batch_size, config.trainer.seed)
-    for chunk in order.chunks(0, config.trainer.steps):
+    reader = batch_reader(config, prepared, lambda read, bad: None)
+    for chunk in pair_order(config, prepared).chunks(0, config.trainer.steps):
         yield from reader.read(chunk)
 
 

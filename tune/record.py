@@ -65,12 +65,19 @@ class Records:
     def keep(self, record: TrialRecord) -> None:
         """Write a trial as it stands."""
         self.trials[record.number] = record
-        storage.write_text(storage.join(self._uri, f"{record.number:04d}.json"), json.dumps(asdict(record), indent=1))
+        storage.write_text(
+            storage.join(self._uri, f"{trial_name(record.number)}.json"), json.dumps(asdict(record), indent=1)
+        )
+
+
+def trial_name(number: int) -> str:
+    """Name of a trial, of its run and of its record."""
+    return f"{number:04d}"
 
 
 def error_uri(records: str, number: int) -> str:
     """Where a trial that fails leaves its error: a sentence, and below it the traceback."""
-    return storage.join(records, f"{number:04d}-error.txt")
+    return storage.join(records, f"{trial_name(number)}-error.txt")
 
 
 @dataclass(frozen=True)

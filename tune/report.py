@@ -10,7 +10,7 @@ import optuna
 from optuna.importance import FanovaImportanceEvaluator, get_param_importances
 
 from tune import charts
-from tune.record import Group, TrialRecord
+from tune.record import Group, TrialRecord, trial_name
 from tune.search import distribution, encoded
 from tune.space import SEED, Parameter, Space
 from tune.watch import shown
@@ -54,7 +54,7 @@ def _best(best: Group | None) -> str:
     if best is None:
         return page.section("The best point", "No trial has a score.")
     repeats = f"Mean of {len(best.trials)} trials that differ in their seed. " if len(best.trials) > 1 else ""
-    trials = ", ".join(f"{trial.number:04d}" for trial in best.trials)
+    trials = ", ".join(trial_name(trial.number) for trial in best.trials)
     note = f"{repeats}Trial {trials}. best.yaml holds the whole configuration: vilseg train --config best.yaml"
     return page.section("The best point", note, page.card(page.facts({key: shown(v) for key, v in best.point.items()})))
 
@@ -179,7 +179,7 @@ def _trials(records: Sequence[TrialRecord], objective: str) -> str:
         seconds = page.seconds_text(record.curve[-1]["seconds"]) if record.curve else ""
         rows.append(
             [
-                f"{record.number:04d}",
+                trial_name(record.number),
                 *values,
                 ended,
                 str(record.step),

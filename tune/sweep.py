@@ -26,11 +26,11 @@ from ray import tune
 from jobs import cache_features, train
 from jobs.session import Session
 from jobs.train import interrupts
-from tune.record import Group, Records, TrialRecord, groups
+from tune.record import Group, Records, TrialRecord, groups, trial_name
 from tune.report import render
 from tune.search import optuna_search, points_left, scheduler
 from tune.space import Space, override
-from tune.trial import Layout, Trial, as_function, on_workers, trial_name
+from tune.trial import Layout, Trial, as_function, on_workers
 from tune.watch import Watch
 from vilseg import storage
 from vilseg.config import RunConfig
@@ -84,7 +84,7 @@ def check(config: RunConfig, space: Space, *, resume: bool) -> None:
     if space.dataset:
         open_dataset(space.dataset)
     if config.name:
-        _open(config, space, resume=resume)
+        _check_folder(config, space, resume=resume)
 
 
 def main(
@@ -114,7 +114,7 @@ def main(
     config = config if config.name else config.model_copy(update={"name": new_name()})
     config, space = _absolute(config), _absolute_dataset(space)
     check(config, space, resume=resume)
-    folder = _open(config, space, resume=resume)
+    folder = _folder(config)
     cache = cache_features.main(config, session, progress=train.say_cached).uri if config.data.feature_cache else None
     kept = storage.join(folder, "records")
     records = Records(kept)
@@ -168,14 +168,18 @@ def lay_out(config: RunConfig, session: Session) -> Layout:
     return Layout(concurrent, session.cpus // concurrent, session.gpus // concurrent, nested=True)
 
 
-def _open(config: RunConfig, space: Space, *, resume: bool) -> str:
-    """The sweep's folder; nothing is written where it belongs to another sweep."""
-    folder = storage.join(storage.absolute(config.trainer.storage), str(config.name))
+def _folder(config: RunConfig) -> str:
+    return storage.join(config.trainer.storage, str(config.name))
+
+
+def _check_folder(config: RunConfig, space: Space, *, resume: bool) -> None:
+    """Refuse a folder that belongs to another sweep, or to none where one is to go on."""
+    folder = _folder(config)
     written = storage.join(folder, "space.yaml")
     if not resume:
         if storage.exists(folder):
             raise StorageError(f"{folder} exists already; go on with its sweep by --resume or choose another --name")
-        return folder
+        return
     if not storage.exists(written):
         raise ConfigError(f"there is no sweep to resume at {folder}")
     for name, now in (("config.yaml", config), ("space.yaml", space)):
@@ -184,7 +188,6 @@ def _open(config: RunConfig, space: Space, *, resume: bool) -> str:
             raise ConfigError(
                 f"cannot resume the sweep {folder}: its {name} is another; give what it was begun with, or another --name"
             )
-    return folder
 
 
 def _settled(tree: RunConfig | Space) -> dict[str, Any]:
@@ -220,7 +223,7 @@ def _run(trial: Trial, watch: Watch, records: Records, time_budget: float | None
             # A population takes turns on what there is; all others come when there is room.
             max_concurrent_trials=None if space.scheduler == "pbt" else layout.concurrent,
             time_budget_s=time_budget,
-            # Workers of Ray Train end with the process that began them, and with nothing less.
+            # What has workers of Ray Train beside it is ended with them; only a trial alone is begun anew in its process.
             reuse_actors=not layout.nested,
             # Population based training copies configurations from trial to trial; names stay.
             trial_name_creator=lambda made: trial_name(made.config["trial"]["number"]),

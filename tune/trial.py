@@ -26,7 +26,7 @@ from jobs import train
 from jobs.feed import batch_reader, pair_order
 from jobs.monitor import PairCount, Snapshot
 from jobs.session import Session, user_error_in
-from tune.record import error_uri
+from tune.record import error_uri, trial_name
 from tune.space import Point, Space, override
 from vilseg import storage
 from vilseg.config import ColumnsConfig, RunConfig
@@ -156,11 +156,6 @@ class OnWorkers(tune.Trainable):
 def on_workers(trial: Trial) -> type[OnWorkers]:
     """`OnWorkers` of one sweep's trials."""
     return type("vilseg", (OnWorkers,), {"trial": trial})
-
-
-def trial_name(number: int) -> str:
-    """Name of a trial's run."""
-    return f"{number:04d}"
 
 
 def _train_here(config: RunConfig, trial: Trial, tell: Report) -> None:

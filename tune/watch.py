@@ -12,9 +12,7 @@ from rich.live import Live
 from rich.table import Table
 
 from jobs import console
-from tune.record import Records, TrialRecord
-
-_NOT_A_FIGURE = ("trial_id", "date", "pid", "hostname", "node_ip", "config", "should_checkpoint", "experiment_tag")
+from tune.record import Records, TrialRecord, trial_name
 
 
 class Watch(Callback):
@@ -98,7 +96,7 @@ class _Interrupted(Stopper):
 
 
 def _is_figure(name: str, value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and name not in _NOT_A_FIGURE
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and name != "pid"
 
 
 class SweepTable:
@@ -131,7 +129,7 @@ class SweepTable:
 
     def _line(self, record: TrialRecord, objective: str) -> str:
         values = "  ".join(f"{key}={shown(value)}" for key, value in record.point.items())
-        text = f"trial {record.number:04d}  {values}"
+        text = f"trial {trial_name(record.number)}  {values}"
         if record.status == "failed":
             return f"{text}  failed: {record.error}"
         score = record.score(objective)
@@ -153,7 +151,7 @@ class SweepTable:
             score = record.score(objective)
             style = "bold green" if score == best else "dim" if record.status in ("stopped", "failed") else None
             table.add_row(
-                f"{record.number:04d}",
+                trial_name(record.number),
                 *(shown(record.point.get(key, "")) for key in keys),
                 f"{record.step}/{self._steps}",
                 f"{score:.4f}" if math.isfinite(score) else "",
