@@ -39,6 +39,7 @@ from vilseg.data.pairs import (
 )
 from vilseg.device import best_device, has_bfloat16_units
 from vilseg.errors import ConfigError, DataError
+from vilseg.model import ViLSeg
 from vilseg.model.image_encoder import build_image_encoder
 from vilseg.model.text_encoder import TextEncoder, build_text_encoder
 from vilseg.training.run import require_source
@@ -93,10 +94,12 @@ def main(
     storage.require_bucket(config.data.feature_cache)
     shards = list_shards(storage.absolute(source), without=config.data.held_out)
     torch.manual_seed(config.trainer.seed)
-    image_encoder = build_image_encoder(config.model.image_encoder).eval()
+    image_encoder, text_encoder = _encoders(config)
     text = config.model.text_encoder
-    text_encoder = build_text_encoder(text).eval() if text.frozen and text.checkpoint else None
-    parts = [json.dumps([config.data.canvas, text.pooling, text.max_tokens, [(e.relative, e.size) for e in shards]])]
+    depends_on = [config.data.canvas, text.pooling, text.max_tokens, [(e.relative, e.size) for e in shards]]
+    # What the weights of the encoders alone do not tell.
+    depends_on += ["init"] if config.model.init else ["head"] if config.model.image_encoder.head else []
+    parts = [json.dumps(depends_on)]
     folder = storage.join(storage.absolute(config.data.feature_cache), _key(parts, [image_encoder, text_encoder]))
     if storage.exists(_manifest(folder)):
         return Manifest(**json.loads(storage.read_text(_manifest(folder))))
@@ -118,6 +121,16 @@ def main(
     manifest = Manifest(folder, int(done[0]["patches"]), int(done[0]["features"]), pairs, rejected)
     storage.write_text(_manifest(folder), json.dumps(asdict(manifest), indent=1, ensure_ascii=False))
     return manifest
+
+
+def _encoders(config: RunConfig) -> tuple[nn.Module, TextEncoder | None]:
+    """The image encoder, and the text encoder where it is frozen and its weights are not made with the run."""
+    model, text = config.model, config.model.text_encoder
+    if model.init:
+        start = ViLSeg.from_config(model).eval()
+        return start.image_encoder, start.text_encoder if text.frozen else None
+    image_encoder = build_image_encoder(model.image_encoder).eval()
+    return image_encoder, build_text_encoder(text).eval() if text.frozen and text.checkpoint else None
 
 
 def _write_all(

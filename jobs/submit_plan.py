@@ -37,7 +37,7 @@ PLACES = {"places", "inputs", "dataset", "out", "file", "store"}
 MODELS = {"model"}
 """Those that name a model: data as well, or a hub id."""
 _PLACE_KEYS = {"data.source", "data.feature_cache", "trainer.storage", "keys", "examples", "videos.storage"}
-_MODEL_KEYS = ("model.image_encoder.checkpoint", "model.text_encoder.checkpoint", "models.")
+_MODEL_KEYS = ("model.init", "model.image_encoder.checkpoint", "model.text_encoder.checkpoint", "models.")
 
 PACKAGES = ("vilseg", "jobs", "serve", "tune", "cluster")
 _LEFT_OUT = (

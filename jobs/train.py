@@ -29,6 +29,7 @@ from vilseg.config import RunConfig
 from vilseg.training import run
 from vilseg.training.folder import Prepared, RunFolder, checkpoint_name, new_name
 from vilseg.training.loop import Trainer
+from vilseg.training.sharding import shard
 
 _POLL_SECONDS = 0.3
 
@@ -204,12 +205,13 @@ def _train(config: RunConfig, folder: RunFolder, prepared: Prepared, monitor: An
         stop = bool(distributed.mean_over_workers(wish) > 0)
 
     def on_checkpoint() -> None:
+        state = trainer.state_dict()  # of every worker, or none gets what they share
         if metrics_file is None:
             ray.train.report(last, checkpoint_dir_name=checkpoint_name(trainer.step))
             return
         metrics_file.sync()
         with tempfile.TemporaryDirectory() as local:
-            run.save_checkpoint(Path(local), trainer.state_dict())
+            run.save_checkpoint(Path(local), state)
             ray.train.report(
                 last,
                 checkpoint=ray.train.Checkpoint.from_directory(local),
@@ -218,15 +220,18 @@ def _train(config: RunConfig, folder: RunFolder, prepared: Prepared, monitor: An
 
     batches = worker_batches(ray.train.get_dataset_shard("pairs"))
     trainer.train(batches, on_report=on_report, on_checkpoint=on_checkpoint, should_stop=lambda: stop)
-    if first and trainer.step == config.trainer.steps:
-        run.save_model(trainer.objective.model, config, folder, last)
+    if trainer.step == config.trainer.steps:
+        weights = trainer.model_weights()
+        if first:
+            run.save_model(trainer.objective.model, config, folder, last, weights)
 
 
 def make_trainer(config: RunConfig, folder: RunFolder, prepared: Prepared) -> Trainer:
-    """A Ray Train worker's trainer of the run's initial model, data-parallel over all workers."""
+    """A Ray Train worker's trainer of the run's initial model, data-parallel over all workers, its weights whole or sharded."""
     device = ray.train.torch.get_device()
     _limit_threads(device)
-    return run.make_trainer(config, folder, prepared, device, wrap=_data_parallel)
+    wrap = shard if config.trainer.sharding == "fsdp" else _data_parallel
+    return run.make_trainer(config, folder, prepared, device, wrap=wrap)
 
 
 def _limit_threads(device: torch.device) -> None:

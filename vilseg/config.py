@@ -75,6 +75,9 @@ class ImageEncoderConfig(Part):
     """From scratch: ``local_conv`` (ours, with a small receptive field) or any ``model_type`` of transformers (``vit`` …)."""
     sizes: dict[str, Any] = {}
     """From scratch: arguments of the architecture (``local_conv``: width, depth, patch_size, kernel; others: their HF config)."""
+    head: bool = False
+    """Take the tokens of a CLIP, SigLIP or SigLIP 2 tower after its own head (last norm, attention pooling), as its text tower
+    met them; without, the last hidden state. ``model.init`` sets it."""
     frozen: bool = False
     """Keep the encoder as it is and train only what comes after it (LiT, Zhai et al. 2022)."""
 
@@ -107,6 +110,10 @@ class TextEncoderConfig(Part):
 class ModelConfig(Part):
     """Both towers and the clustering head."""
 
+    init: str | None = None
+    """Start from a whole model, towers, projections and scale: folder, ``s3://`` URI or hub id of CLIP, SigLIP or SigLIP 2
+    (Hugging Face), or a vilseg model folder. It decides the other keys of this part, all but ``frozen`` (and ``clusters``
+    where it has no clustering head): leave them at their defaults."""
     image_encoder: ImageEncoderConfig = ImageEncoderConfig()
     text_encoder: TextEncoderConfig = TextEncoderConfig()
     embedding_dim: PositiveInt = 512
@@ -201,6 +208,9 @@ class TrainerConfig(Part):
     steps: PositiveInt = 10_000
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """bfloat16 autocasts the networks; losses are always float32. ``auto`` takes it where there are matrix units for it."""
+    sharding: Literal["none", "fsdp"] = "none"
+    """``fsdp`` cuts weights, gradients and optimiser states among the workers (FSDP, Zhao et al. 2023) where ``none`` gives
+    each a whole copy: the same losses, less memory, more traffic. A run may change it when it is resumed."""
     checkpoint_every: PositiveInt = 500
     keep_checkpoints: PositiveInt | None = 2
     """The newest so many; null keeps all."""

@@ -9,14 +9,18 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel
 
+from vilseg import storage
 from vilseg.config import ImageEncoderConfig
 from vilseg.errors import ConfigError, ModelError
 
@@ -50,15 +54,17 @@ def build_image_encoder(config: ImageEncoderConfig, *, hf_config: dict[str, Any]
     if config.factory:
         return _from_factory(config.factory, config.factory_options)
     if hf_config is not None:
-        return HuggingFaceImageEncoder(model_from_config(hf_config["model_type"], hf_config, key="model.image_encoder"))
+        model = model_from_config(hf_config["model_type"], hf_config, key="model.image_encoder")
+        return HuggingFaceImageEncoder(model, head=config.head)
     if config.checkpoint:
-        return _from_checkpoint(config.checkpoint)
+        return _from_checkpoint(config.checkpoint, head=config.head)
     if config.architecture == "local_conv":
         try:
             return LocalConvEncoder(**config.sizes)
         except TypeError as error:
             raise ConfigError(f"model.image_encoder.sizes does not fit local_conv: {error}") from error
-    return HuggingFaceImageEncoder(model_from_config(config.architecture, config.sizes, key="model.image_encoder"))
+    model = model_from_config(config.architecture, config.sizes, key="model.image_encoder")
+    return HuggingFaceImageEncoder(model, head=config.head)
 
 
 class LocalConvEncoder(nn.Module):
@@ -120,28 +126,56 @@ class ChannelNorm(nn.LayerNorm):
 
 
 class HuggingFaceImageEncoder(nn.Module):
-    """Patch features of a transformers vision model: transformer tokens without class and register tokens, or a feature map."""
+    """Patch features of a transformers vision model: transformer tokens without class and register tokens, or a feature map.
+
+    With ``head`` the tokens of CLIP and SigLIP go on through what led to the space of the texts. CLIP: its last norm, which
+    it learnt on the class token. SigLIP: its attention pooling gives the image as a whole, and of every patch what it
+    gives where that patch is all it sees, which is its value path (as MaskCLIP does, Zhou et al. 2022, section 3.2).
+
+    Args:
+        model: a vision model, or a model with an image half.
+        mean, std: that pixels in 0..1 are normalised by.
+        head: see above.
+
+    Raises:
+        ConfigError: ``head`` for a model that has none.
+    """
 
     model: Any
     mean: Tensor
     std: Tensor
 
     def __init__(
-        self, model: nn.Module, *, mean: tuple[float, ...] = IMAGENET_MEAN, std: tuple[float, ...] = IMAGENET_STD
+        self,
+        model: nn.Module,
+        *,
+        mean: tuple[float, ...] = IMAGENET_MEAN,
+        std: tuple[float, ...] = IMAGENET_STD,
+        head: bool = False,
     ) -> None:
         super().__init__()
         self.model = getattr(model, "vision_model", model)  # the image half of CLIP and SigLIP
         if getattr(self.model, "pooler", None) is not None:
             self.model.pooler = None  # weights that nothing would train
         config = self.model.config
+        siglip = config.model_type in ("siglip_vision_model", "siglip2_vision_model")
+        if head and not (config.model_type == "clip_vision_model" or (siglip and config.vision_use_head)):
+            raise ConfigError(
+                f"model.image_encoder.head needs the image tower of CLIP, SigLIP or SigLIP 2 with its head; "
+                f"this {config.model_type} has none"
+            )
+        self._norm = head and not siglip
+        self._pooling = head and siglip
         hidden = getattr(config, "hidden_size", None) or config.hidden_sizes[-1]
         self.num_features: int = hidden
         # Convolutional backbones halve the picture in every stage; 32 is a multiple of what any of them wants.
         patch: Any = config.patch_size if hasattr(config, "num_attention_heads") else 32
         self.patch_size: int = patch if isinstance(patch, int) else patch[0]
+        parameters = _parameters(self.model)
+        self._takes_patches = "spatial_shapes" in parameters  # SigLIP 2 in its form for pictures of any shape
         # Most transformers interpolate their position embeddings on demand, some (DINOv2) always and without a flag.
         flag = "interpolate_pos_encoding"
-        self._options = {flag: True} if flag in _parameters(self.model) else {}
+        self._options = {flag: True} if flag in parameters else {}
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
 
@@ -153,12 +187,40 @@ class HuggingFaceImageEncoder(nn.Module):
     def forward(self, images_B3HW: Tensor) -> ImageFeatures:
         """Shape: (B, 3, H, W) in 0..1 -> patches (B, N, F); position embeddings are interpolated to the image's size."""
         pixels = (images_B3HW - self.mean) / self.std
-        output = self.model(pixel_values=pixels, **self._options).last_hidden_state
-        if output.ndim == 4:
-            return ImageFeatures(output.flatten(2).transpose(1, 2), None, (output.shape[2], output.shape[3]))
         grid = (images_B3HW.shape[2] // self.patch_size, images_B3HW.shape[3] // self.patch_size)
-        prefix = output.shape[1] - grid[0] * grid[1]  # class and register tokens come first
-        return ImageFeatures(output[:, prefix:], output[:, 0] if prefix else None, grid)
+        seen = _as_patches(pixels, grid, self.patch_size) if self._takes_patches else {"pixel_values": pixels}
+        output = self.model(**seen, **self._options)
+        tokens = output.last_hidden_state
+        if tokens.ndim == 4:
+            return ImageFeatures(tokens.flatten(2).transpose(1, 2), None, (tokens.shape[2], tokens.shape[3]))
+        if self._pooling:
+            return ImageFeatures(self._pool_each(tokens), output.pooler_output, grid)
+        if self._norm:
+            tokens = self.model.post_layernorm(tokens)
+        prefix = tokens.shape[1] - grid[0] * grid[1]  # class and register tokens come first
+        return ImageFeatures(tokens[:, prefix:], tokens[:, 0] if prefix else None, grid)
+
+    def _pool_each(self, tokens_BNF: Tensor) -> Tensor:
+        """Attention pooling of every token alone: its weight is 1, whatever the query. Shape: (B, N, F) -> same."""
+        head = self.model.head
+        values = slice(2 * head.attention.embed_dim, None)
+        weight, bias = head.attention.in_proj_weight[values], head.attention.in_proj_bias[values]
+        pooled_BNF = head.attention.out_proj(F.linear(tokens_BNF, weight, bias))
+        return pooled_BNF + head.mlp(head.layernorm(pooled_BNF))
+
+
+def _as_patches(pixels_B3HW: Tensor, grid: tuple[int, int], patch: int) -> dict[str, Tensor]:
+    """Pixels as SigLIP 2 takes them, patch by patch with their grid; channels are the fastest. Shape: -> (B, N, patch² 3)."""
+    (h, w), count = grid, len(pixels_B3HW)
+    cut = pixels_B3HW[:, :, : h * patch, : w * patch].unflatten(3, (w, patch)).unflatten(2, (h, patch))
+    patches_BNF = cut.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+    return {
+        "pixel_values": patches_BNF,
+        "spatial_shapes": torch.tensor([grid]).expand(
+            count, 2
+        ),  # read number by number: on the CPU that waits for nothing
+        "pixel_attention_mask": torch.ones(count, h * w, dtype=torch.long, device=pixels_B3HW.device),
+    }
 
 
 def _parameters(model: nn.Module) -> set[str]:
@@ -177,25 +239,49 @@ def model_from_config(model_type: str, values: dict[str, Any], *, key: str) -> n
         raise ConfigError(f"{key}.architecture '{model_type}' is {ours} a model type of transformers")
     try:
         config = AutoConfig.for_model(model_type, **{k: v for k, v in values.items() if k != "model_type"})
+        if model_type in ("siglip_text_model", "siglip2_text_model"):  # which AutoModel leaves out
+            from transformers import Siglip2TextModel, SiglipTextModel
+
+            return (SiglipTextModel if model_type == "siglip_text_model" else Siglip2TextModel)(config)
         return AutoModel.from_config(config)
     except (StrictDataclassError, ValueError, TypeError) as error:
         raise ConfigError(f"{key}.sizes does not fit {model_type}: {' '.join(str(error).split())}") from error
 
 
-def _from_checkpoint(checkpoint: str) -> HuggingFaceImageEncoder:
-    try:
-        model = AutoModel.from_pretrained(checkpoint)
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"model.image_encoder.checkpoint {checkpoint} cannot be loaded: {first_line(error)}"
-        ) from error
-    mean, std = IMAGENET_MEAN, IMAGENET_STD
-    if not Path(checkpoint).is_dir() or (Path(checkpoint) / "preprocessor_config.json").exists():
-        from transformers import AutoImageProcessor  # takes seconds to import, and only checkpoints need it
+def _from_checkpoint(checkpoint: str, *, head: bool) -> HuggingFaceImageEncoder:
+    with checkpoint_folder(checkpoint) as folder:
+        try:
+            # Many are published in half precision; training wants its weights whole.
+            model = AutoModel.from_pretrained(folder, dtype=torch.float32)
+        except (OSError, ValueError) as error:
+            raise ModelError(
+                f"model.image_encoder.checkpoint {checkpoint} cannot be loaded: {first_line(error)}"
+            ) from error
+        mean, std = read_normalisation(folder)
+    return HuggingFaceImageEncoder(model, mean=mean, std=std, head=head)
 
-        processor = AutoImageProcessor.from_pretrained(checkpoint)
-        mean, std = tuple(processor.image_mean), tuple(processor.image_std)
-    return HuggingFaceImageEncoder(model, mean=mean, std=std)
+
+@contextmanager
+def checkpoint_folder(checkpoint: str) -> Iterator[str]:
+    """What transformers loads: a URI as a folder that ends with the block, else the folder or hub id as it is."""
+    if "://" not in checkpoint:
+        yield checkpoint
+        return
+    with storage.local_copy(checkpoint) as folder:
+        yield str(folder)
+
+
+def read_normalisation(
+    folder: str, mean: tuple[float, ...] = IMAGENET_MEAN, std: tuple[float, ...] = IMAGENET_STD
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation that a folder or hub id says its pixels were normalised by; those given where it says nothing."""
+    names = ("preprocessor_config.json", "processor_config.json")
+    if Path(folder).is_dir() and not any((Path(folder) / name).exists() for name in names):
+        return mean, std
+    from transformers import AutoImageProcessor  # takes seconds to import, and only checkpoints need it
+
+    processor = AutoImageProcessor.from_pretrained(folder)
+    return tuple(processor.image_mean), tuple(processor.image_std)
 
 
 def _from_factory(path: str, options: dict[str, Any]) -> nn.Module:

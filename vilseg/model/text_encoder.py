@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModel, PreTrainedTokenizerBase
 
 from vilseg.config import TextEncoderConfig
 from vilseg.errors import ModelError
-from vilseg.model.image_encoder import first_line, model_from_config
-from vilseg.text.tokenizer import FixedTokenizer
+from vilseg.model.image_encoder import checkpoint_folder, first_line, model_from_config
+from vilseg.text.tokenizer import FixedTokenizer, load_tokenizer
 
 _SMALL_BERT = {
     "hidden_size": 128,
@@ -26,7 +26,11 @@ _SMALL_BERT = {
 
 
 class TextEncoder(nn.Module):
-    """Texts -> features. The tokenizer belongs to it, so that a text means the same wherever the model goes."""
+    """Texts -> features. The tokenizer belongs to it, so that a text means the same wherever the model goes.
+
+    SigLIP's pooler reads the last token of a row of one fixed length, padding and all (Zhai et al. 2023); so with it rows are
+    never cut, nothing is masked, and every row is as long as the model takes.
+    """
 
     model: Any
 
@@ -35,10 +39,13 @@ class TextEncoder(nn.Module):
         self.model = getattr(model, "text_model", model)  # the text half of CLIP and SigLIP
         self.tokenizer = tokenizer
         self.pooling = pooling
+        config = self.model.config
+        self._pools_padding = pooling == "pooler" and config.model_type in ("siglip_text_model", "siglip2_text_model")
         if pooling != "pooler" and getattr(self.model, "pooler", None) is not None:
             self.model.pooler = None  # weights that nothing would train
-        self.max_tokens = min(max_tokens, getattr(self.model.config, "max_position_embeddings", max_tokens))
-        self.num_features: int = self.model.config.hidden_size
+        longest: int = getattr(config, "max_position_embeddings", max_tokens)
+        self.max_tokens = longest if self._pools_padding else min(max_tokens, longest)
+        self.num_features: int = config.projection_size if self._pools_padding else config.hidden_size
 
     @property
     def hf_config(self) -> dict[str, Any]:
@@ -55,10 +62,14 @@ class TextEncoder(nn.Module):
 
     def trim(self, tokens_BT: Tensor) -> Tensor:
         """Cut the padding that no row needs. Shape: (B, T) -> (B, longest)."""
+        if self._pools_padding:
+            return tokens_BT
         return tokens_BT[:, : int(self._real(tokens_BT).sum(1).max())]
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         """Shape: (B, T) -> (B, F)."""
+        if self._pools_padding:
+            return self.model(input_ids=tokens_BT).pooler_output
         mask_BT = self._real(tokens_BT)
         output = self.model(input_ids=tokens_BT, attention_mask=mask_BT.long())
         if self.pooling == "pooler":
@@ -97,13 +108,14 @@ def build_text_encoder(
         ModelError: the checkpoint or its tokenizer cannot be loaded.
     """
     if hf_config is None and config.checkpoint:
-        try:
-            model = AutoModel.from_pretrained(config.checkpoint)
-            tokenizer = AutoTokenizer.from_pretrained(config.checkpoint)
-        except (OSError, ValueError) as error:
-            raise ModelError(
-                f"model.text_encoder.checkpoint {config.checkpoint} cannot be loaded: {first_line(error)}"
-            ) from error
+        with checkpoint_folder(config.checkpoint) as folder:
+            try:
+                model = AutoModel.from_pretrained(folder, dtype=torch.float32)
+                tokenizer = load_tokenizer(folder)
+            except (OSError, ValueError, ImportError) as error:
+                raise ModelError(
+                    f"model.text_encoder.checkpoint {config.checkpoint} cannot be loaded: {first_line(error)}"
+                ) from error
     else:
         assert tokenizer is not None, "a text model without a checkpoint needs a tokenizer"
         values = hf_config or {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -36,6 +36,7 @@ class ViLSeg(nn.Module):
     Make one with :meth:`from_config` or :meth:`from_pretrained`.
     """
 
+    logit_bias: nn.Parameter | None
     caption_mean: Tensor
     patch_mean: Tensor
     patch_covariance: Tensor
@@ -49,6 +50,7 @@ class ViLSeg(nn.Module):
         *,
         segmentation: SegmentationConfig | None = None,
         temperature: float = 0.07,
+        logit_bias: float | None = None,
     ) -> None:
         super().__init__()
         self.config = config
@@ -64,6 +66,8 @@ class ViLSeg(nn.Module):
         )
         self.clustering_head = nn.Sequential(nn.LayerNorm(features), nn.Linear(features, config.clusters))
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / temperature)))
+        self.register_parameter("logit_bias", None if logit_bias is None else nn.Parameter(torch.tensor(logit_bias)))
+        """Learnt shift of the logits (SigLIP, Zhai et al. 2023, section 3.2), where the model was trained with one."""
         self.register_buffer("caption_mean", torch.zeros(self.embedding_dim))
         """Mean embedding of the captions seen in training; see ``SegmentationConfig.center_text``."""
         self.register_buffer("patch_mean", torch.zeros(self.embedding_dim))
@@ -91,11 +95,14 @@ class ViLSeg(nn.Module):
             config: encoders and sizes.
             captions: sample that a tokenizer is trained on where the text encoder has no checkpoint.
             segmentation: inference settings that the model carries.
-            temperature: start of the learnt temperature.
+            temperature: start of the learnt temperature; with ``config.init`` that model's own stays.
 
         Raises:
-            ConfigError, ModelError: see the encoders.
+            ConfigError: sizes that cannot be, or others than those of ``config.init``; see the encoders.
+            ModelError: a checkpoint cannot be loaded.
         """
+        if config.init:
+            return pretrained.start(cls, config, segmentation=segmentation)
         tokenizer = None
         if not config.text_encoder.checkpoint:
             tokenizer = train_tokenizer(captions, config.text_encoder.vocabulary_size)
@@ -107,6 +114,9 @@ class ViLSeg(nn.Module):
     def from_pretrained(cls, source: str) -> ViLSeg:
         """Load a model folder: a path, an ``s3://`` URI or a hub id. Safetensors only; nothing is unpickled.
 
+        Folders of CLIP, SigLIP and SigLIP 2 (Hugging Face) are taken too. Their clustering head is untrained, so their
+        settings name every patch by itself (``region_weight`` 0); train with ``model.init`` to get regions.
+
         A model with a ``factory`` has that function imported and called with options of the folder's choice, so load
         only folders that you trust.
 
@@ -117,9 +127,14 @@ class ViLSeg(nn.Module):
         """
         return pretrained.load(cls, source)
 
-    def save_pretrained(self, uri: str, *, card: str | None = None) -> None:
-        """Write the model folder: ``config.json``, ``model.safetensors``, tokenizer files, ``README.md`` (the card)."""
-        pretrained.save(self, uri, card=card)
+    def save_pretrained(
+        self, uri: str, *, card: str | None = None, weights: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Write the model folder: ``config.json``, ``model.safetensors``, tokenizer files, ``README.md`` (the card).
+
+        ``weights``, by their names, take the place of the model's own where a worker holds only parts of them.
+        """
+        pretrained.save(self, uri, card=card, weights=weights)
 
     def train(self, mode: bool = True) -> ViLSeg:
         """Training mode for what is trained; frozen towers stay in evaluation mode."""

@@ -1,14 +1,20 @@
-"""Tokenizers: one trained on the captions of the pairs themselves, and any as a light function from texts to ids."""
+"""Tokenizers: one trained on the pairs' own captions, those of others, and any as a light function from texts to ids."""
 
 from __future__ import annotations
 
+import json
+import re
+import string
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from vilseg.errors import ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,6 +53,56 @@ def train_tokenizer(captions: Iterable[str], vocabulary_size: int) -> PreTrained
     tokenizer = Tokenizer(models.WordPiece(training.get_vocab(), unk_token=_SPECIAL["unk_token"]))
     tokenizer.normalizer, tokenizer.pre_tokenizer, tokenizer.decoder = normalizer, pre_tokenizer, decoders.WordPiece()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **_SPECIAL)
+
+
+def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a Hugging Face folder, or of a hub id.
+
+    Raises:
+        ModelError: it is no tokenizer of the ``tokenizers`` library and cannot be made one.
+        OSError, ValueError, ImportError: transformers cannot load it.
+    """
+    from transformers import AutoTokenizer
+
+    settings = Path(folder) / "tokenizer_config.json"
+    if settings.exists():
+        values = json.loads(settings.read_text(encoding="utf-8"))
+        if values.get("tokenizer_class") in ("SiglipTokenizer", "SiglipTokenizerFast"):
+            return _siglip_tokenizer(Path(folder), values)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        raise ModelError(
+            f"the tokenizer at {folder}, {type(tokenizer).__name__}, has no fast form; save it as tokenizer.json there"
+        )
+    return tokenizer
+
+
+def _siglip_tokenizer(folder: Path, settings: dict[str, Any]) -> PreTrainedTokenizerBase:
+    """SigLIP's tokenizer from its ``tokenizer.json``; the class of transformers wants the sentencepiece library.
+
+    That class also takes texts to lower case and drops their punctuation (``canonicalize_text`` of SigLIP's big_vision).
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    file = folder / "tokenizer.json"
+    if not file.exists():
+        raise ModelError(
+            f"the tokenizer at {folder} is a sentencepiece model alone; save it as tokenizer.json there, "
+            "as transformers.convert_slow_tokenizer makes it"
+        )
+    backend = Tokenizer.from_file(str(file))
+    steps = [normalizers.Lowercase()] if settings.get("do_lower_case", True) else []
+    steps += [
+        normalizers.Replace(Regex(f"[{re.escape(string.punctuation)}]"), ""),
+        normalizers.Replace(Regex(r"\s+"), " "),
+        normalizers.Strip(),
+    ]
+    backend.normalizer = normalizers.Sequence([*steps, *([backend.normalizer] if backend.normalizer else [])])
+    named = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "</s>"}
+    for name, usual in named.items():
+        token = settings.get(name, usual)
+        named[name] = token["content"] if isinstance(token, dict) else token
+    return PreTrainedTokenizerFast(tokenizer_object=backend, model_input_names=["input_ids"], **named)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,9 @@ from vilseg.data.stream import WorkerBatch
 from vilseg.distributed import mean_over_workers, rank
 from vilseg.errors import DataError, UserError
 from vilseg.training.objective import Objective, TensorBatch
+from vilseg.training.prefetch import on_device
 from vilseg.training.schedule import learning_rate, parameter_groups
+from vilseg.training.sharding import clip_gradient, cut_like, whole
 
 
 class NonFiniteLossError(UserError):
@@ -32,7 +34,7 @@ class Trainer:
         optimizer: AdamW with the schedule's settings.
         trainer: batch size, steps, how often to report and to keep.
         device: where the objective is.
-        wrap: makes the objective data-parallel; identity for one process.
+        wrap: makes the objective data-parallel, or cuts its weights in place; identity for one process.
     """
 
     objective: Objective
@@ -52,19 +54,34 @@ class Trainer:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a run resumes from: tensors and plain numbers, loadable without unpickling objects."""
+        """Everything that a run resumes from: tensors and plain numbers, loadable without unpickling objects.
+
+        The same for any number of workers, sharded or not. Where weights are sharded every worker has to ask, and only the
+        first has all of it.
+        """
         return {
             "step": self.step,
-            "objective": self.objective.state_dict(),
-            "optimizer": self._adamw.state_dict(),
+            "objective": whole(dict(self.objective.state_dict())),
+            "optimizer": whole(self._adamw.state_dict()),
         }
+
+    def model_weights(self) -> dict[str, Any]:
+        """The model's weights by name, whole on the first worker; every worker has to ask where they are sharded."""
+        return whole(dict(self.objective.model.state_dict()))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go back to where :meth:`state_dict` was taken; the optimiser's settings are those of now."""
         self.step = state["step"]
-        self.objective.load_state_dict(state["objective"])
+        present = self.objective.state_dict()
+        weights = state["objective"].items()
+        self.objective.load_state_dict({k: cut_like(v, present[k]) if k in present else v for k, v in weights})
+        optimised = [parameter for group in self._adamw.param_groups for parameter in group["params"]]
+        moments = {
+            index: {name: value if name == "step" else cut_like(value, optimised[index]) for name, value in of.items()}
+            for index, of in state["optimizer"]["state"].items()
+        }
         settings = [{name: group[name] for name in ("weight_decay", "betas")} for group in self._adamw.param_groups]
-        self._adamw.load_state_dict(state["optimizer"])
+        self._adamw.load_state_dict({**state["optimizer"], "state": moments})
         for group, of_now in zip(self._adamw.param_groups, settings, strict=True):
             group.update(of_now)
 
@@ -91,12 +108,12 @@ class Trainer:
         """
         self._module.train()
         meter = _Meter(self.trainer.batch_size)
-        stream = meter.timed(batches)
+        stream = on_device(meter.timed(batches), self.device)
         while self.step < self.trainer.steps:
             batch = next(stream, None)
             if batch is None:
                 raise DataError(f"the pairs ended after step {self.step} of {self.trainer.steps}")
-            meter.add(self._optimise(TensorBatch.of(batch, self.device)))
+            meter.add(self._optimise(batch))
             self.step += 1
             due = self.step == self.trainer.steps or self.step % self.trainer.checkpoint_every == 0
             if due or self.step % self.trainer.log_every == 0:
@@ -118,12 +135,12 @@ class Trainer:
         losses = self._module(batch)
         losses["loss"].backward()
         if self.optimizer.gradient_clip:
-            torch.nn.utils.clip_grad_norm_(self.objective.parameters(), self.optimizer.gradient_clip)
+            clip_gradient(self.objective.parameters(), self.optimizer.gradient_clip)
         self._adamw.step()
         self.objective.update_teacher(self.step / self.trainer.steps)
         return {name: value.detach() for name, value in losses.items()}
 
-    def _metrics(self, meter: _Meter, batch: WorkerBatch) -> dict[str, float]:
+    def _metrics(self, meter: _Meter, batch: TensorBatch) -> dict[str, float]:
         metrics = meter.read()
         if not math.isfinite(metrics["loss"]):
             raise NonFiniteLossError(

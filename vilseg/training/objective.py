@@ -6,6 +6,7 @@ import copy
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from vilseg.data.views import align, make_views, uniform
 from vilseg.distributed import gather_rows, mean_over_workers
 from vilseg.losses import VisionContrast, contrast, mutual_information_loss, noun_contrast, patch_contrast
 from vilseg.model import ImageEmbeddings, ImageFeatures, ViLSeg
+from vilseg.training.sharding import part_of
 
 _DROPOUT_DRAW = 1_000
 """Random numbers for feature dropout are drawn far from those of the views."""
@@ -37,13 +39,22 @@ class TensorBatch:
 
     @classmethod
     def of(cls, batch: WorkerBatch, device: torch.device) -> TensorBatch:
-        """Copy a batch to the device."""
-        # The arrays may be read-only views of shared memory; torch wants to own what it wraps.
+        """Copy a batch to the device; to a GPU from pinned memory, so that the copy does not hold up the caller."""
         images, tokens, phrases, seeds = (
-            torch.tensor(array).to(device, non_blocking=True)
+            _owned(array, pinned=device.type == "cuda").to(device, non_blocking=True)
             for array in (batch.images, batch.tokens, batch.phrases, batch.seeds)
         )
         return cls(images, tokens if tokens.is_floating_point() else tokens.long(), phrases.long(), seeds, batch.keys)
+
+
+def _owned(array: np.ndarray, *, pinned: bool) -> Tensor:
+    """A tensor with a copy of the array, which may be a read-only view of shared memory; torch wants to own what it wraps."""
+    if not pinned:
+        return torch.tensor(array)
+    dtype = torch.from_numpy(np.empty(0, array.dtype)).dtype
+    tensor = torch.empty(array.shape, dtype=dtype, pin_memory=True)
+    tensor.numpy()[...] = array
+    return tensor
 
 
 class Objective(nn.Module):
@@ -130,7 +141,7 @@ class Objective(nn.Module):
             pairs.append((self.teacher["encoder"], self.model.image_encoder))
         for teacher, student in pairs:
             for old, new in zip(teacher.parameters(), student.parameters(), strict=True):
-                old.lerp_(new, 1 - momentum)
+                part_of(old).lerp_(part_of(new), 1 - momentum)
             for kept, current in zip(teacher.buffers(), student.buffers(), strict=True):
                 kept.copy_(current)
 

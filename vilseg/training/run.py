@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vilseg import storage
-from vilseg.config import RunConfig
+from vilseg.config import CrossModalConfig, RunConfig
 from vilseg.config_tree import flat
 from vilseg.data.pairs import Shard, list_shards
 from vilseg.data.stream import index_shards, sample_pairs
@@ -99,11 +99,12 @@ def prepare(
         cache: shards of a feature cache made from ``data.source``, to train on in its place.
 
     Raises:
-        ConfigError: no ``data.source``.
+        ConfigError: no ``data.source``, or ``model.init`` with something that it brings itself.
         DataError: no shards, or no readable pair in them.
         ModelError: a checkpoint cannot be loaded.
     """
     source = require_source(config)
+    _check_temperature(config)
     # A cache was made without what is held out.
     without = None if cache else config.data.held_out
     shards = index_shards(cache or storage.absolute(source), count, without=without)
@@ -132,6 +133,14 @@ def prepare(
     storage.write_text(folder.prepared, prepared.to_json())
     storage.write_text(folder.config, config.to_yaml())
     return prepared
+
+
+def _check_temperature(config: RunConfig) -> None:
+    temperature = config.loss.cross_modal.temperature
+    if config.model.init and temperature != CrossModalConfig().temperature:
+        raise ConfigError(
+            f"loss.cross_modal.temperature is {temperature}, but model.init brings its own; leave the key away"
+        )
 
 
 def require_source(config: RunConfig) -> str:
@@ -203,9 +212,16 @@ def model_at(folder: RunFolder, step: int) -> ViLSeg:
     return model.eval()
 
 
-def save_model(model: ViLSeg, config: RunConfig, folder: RunFolder, metrics: dict[str, float]) -> None:
-    """Write the trained model with its card."""
-    model.save_pretrained(folder.model, card=_card(config, f"{config.trainer.steps} steps", metrics))
+def save_model(
+    model: ViLSeg,
+    config: RunConfig,
+    folder: RunFolder,
+    metrics: dict[str, float],
+    weights: dict[str, Tensor] | None = None,
+) -> None:
+    """Write the trained model with its card; ``weights`` as for :meth:`ViLSeg.save_pretrained`."""
+    card = _card(config, f"{config.trainer.steps} steps", metrics)
+    model.save_pretrained(folder.model, card=card, weights=weights)
 
 
 class MetricsFile:

@@ -1,0 +1,37 @@
+"""Batches on their way to the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+
+from vilseg.data.stream import WorkerBatch
+from vilseg.training.objective import TensorBatch
+
+
+def on_device(batches: Iterable[WorkerBatch], device: torch.device) -> Iterator[TensorBatch]:
+    """Copy batches to the device; to a GPU the next one, by a stream of its own, before the present one is worked on."""
+    if device.type != "cuda":
+        for batch in batches:
+            yield TensorBatch.of(batch, device)
+        return
+    copying = torch.cuda.Stream(device)
+    ahead: TensorBatch | None = None
+    for batch in batches:
+        ready = ahead
+        with torch.cuda.stream(copying):
+            ahead = TensorBatch.of(batch, device)
+        if ready is not None:
+            yield ready
+        _hand_over(ahead, copying, device)
+    if ahead is not None:
+        yield ahead
+
+
+def _hand_over(batch: TensorBatch, copying: torch.cuda.Stream, device: torch.device) -> None:
+    """Let what is computed from here on wait for the copy, and keep its memory until that is done."""
+    computing = torch.cuda.current_stream(device)
+    computing.wait_stream(copying)
+    for tensor in (batch.images, batch.tokens, batch.phrases, batch.seeds):
+        tensor.record_stream(computing)

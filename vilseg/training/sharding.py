@@ -1,0 +1,100 @@
+"""Weights cut among the workers (FSDP2: fully sharded data parallelism, Zhao et al. 2023), and their states whole again.
+
+Every function also takes what is not cut and leaves it as it is, so that one way serves both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from vilseg.distributed import rank, world_size
+
+
+def shard(module: nn.Module) -> nn.Module:
+    """Cut weights, gradients and optimiser states evenly among the workers, in place; returns the module.
+
+    The layers of transformers are put together one by one while they compute, all that lies outside of them for a whole
+    step. A scalar cannot be cut: every worker keeps it, and its gradient is averaged. Losses and gradients are those of
+    whole copies.
+    """
+    if world_size() == 1:
+        return module
+    device = next(module.parameters()).device
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    module.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # only rows that lie together can be cut
+    scalars = {parameter for parameter in module.parameters() if parameter.ndim == 0}
+    for scalar in scalars:
+        if scalar.requires_grad:
+            scalar.register_post_accumulate_grad_hook(_average_gradient)
+    mesh = init_device_mesh(device.type, (world_size(),))
+    for layer in _layers(module):
+        fully_shard(layer, mesh=mesh, ignored_params=scalars)
+    fully_shard(module, mesh=mesh, ignored_params=scalars)
+    return module
+
+
+def _average_gradient(parameter: Tensor) -> None:
+    assert parameter.grad is not None
+    dist.all_reduce(parameter.grad)
+    parameter.grad /= world_size()
+
+
+def _layers(module: nn.Module) -> Iterator[nn.Module]:
+    """The outermost members of module lists, which is where transformers keep their layers."""
+    if isinstance(module, nn.ModuleList):
+        yield from module
+        return
+    for child in module.children():
+        yield from _layers(child)
+
+
+def part_of(tensor: Tensor) -> Tensor:
+    """What this worker holds of a tensor: a view of its part, or the whole where it is not cut."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(state: Any) -> Any:
+    """A state with its tensors put together on the CPU of the first worker; all workers have to ask.
+
+    On the others None stands for tensors that are cut. A state of whole tensors comes back as it is.
+    """
+    if isinstance(state, dict):
+        return {name: whole(value) for name, value in state.items()}
+    if isinstance(state, (list, tuple)):
+        return type(state)(whole(value) for value in state)
+    if not isinstance(state, DTensor):
+        return state
+    tensor = state.full_tensor()
+    return tensor.cpu() if rank() == 0 else None
+
+
+def cut_like(value: Tensor, pattern: Tensor) -> Tensor:
+    """A whole tensor, the same on every worker, cut as ``pattern`` is; as it is where that is not cut."""
+    if not isinstance(pattern, DTensor):
+        return value
+    here = value.to(pattern.device)
+    return distribute_tensor(here, pattern.device_mesh, pattern.placements, src_data_rank=None)
+
+
+def clip_gradient(parameters: Iterable[Tensor], largest: float) -> None:
+    """``torch.nn.utils.clip_grad_norm_`` where some gradients are cut and some are not."""
+    parameters = list(parameters)
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not any(isinstance(gradient, DTensor) for gradient in gradients):
+        torch.nn.utils.clip_grad_norm_(parameters, largest)
+        return
+    square = torch.nn.utils.get_total_norm([part_of(g) for g in gradients if isinstance(g, DTensor)]).square()
+    dist.all_reduce(square)
+    kept = torch.nn.utils.get_total_norm([g for g in gradients if not isinstance(g, DTensor)])
+    norm = (square + kept.to(square.device).square()).sqrt()
+    factor = (largest / (norm + 1e-6)).clamp(max=1.0)  # the summand is torch's
+    torch._foreach_mul_([part_of(gradient) for gradient in gradients], factor)
