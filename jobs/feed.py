@@ -35,19 +35,21 @@ def stream_batches(order: PairOrder, reader: BatchReader, first_step: int, last_
     """
     chunks = list(order.chunks(first_step, last_step))
 
-    def number(_: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
+    # The dashboard shows the names of both.
+    def number_chunks(_: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
         # By one task as they are wanted: a source of so many blocks would be made whole before the first is read.
         for chunk in range(len(chunks)):
             yield {"id": np.array([chunk])}
 
-    def read(rows: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
+    def read_pairs(rows: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
         yield from _rows(
             reader.read(chunks[rows["id"][0]]), reader.workers, max(1, _ROW_PAIRS * reader.workers // reader.batch_size)
         )
 
     dataset = ray.data.from_items([{"id": 0}], override_num_blocks=1)
     dataset.context.target_max_block_size = 1  # byte: a block is closed after every row
-    return dataset.map_batches(number, num_cpus=_NUMBERING_CPUS).map_batches(read, batch_size=1, num_cpus=READ_CPUS)
+    numbered = dataset.map_batches(number_chunks, num_cpus=_NUMBERING_CPUS)
+    return numbered.map_batches(read_pairs, batch_size=1, num_cpus=READ_CPUS)
 
 
 def _rows(batches: Iterator[WorkerBatch], workers: int, steps: int) -> Iterator[dict[str, np.ndarray]]:
@@ -82,7 +84,7 @@ def batch_reader(config: RunConfig, prepared: Prepared, report: Callable[[int, l
     """What reads a run's pairs; see :class:`BatchReader` for ``report``."""
     return BatchReader(
         batch_size=config.trainer.batch_size,
-        workers=config.trainer.workers,
+        workers=config.trainer.most_workers,
         seed=config.trainer.seed,
         decode=_decoder(config, prepared),
         tokenize=prepared.tokenizer,

@@ -22,6 +22,16 @@ class Snapshot:
     """A user's mistake that a worker met; the run is over."""
 
 
+@dataclass(frozen=True)
+class Answer:
+    """To a report."""
+
+    stop: bool
+    """Whether the run shall stop."""
+    counts: dict[str, float]
+    """What else is known of the run so far, for the report."""
+
+
 class PairCount:
     """How many pairs were read, how many of them could not be, and whether these are too many."""
 
@@ -60,10 +70,15 @@ class Monitor:
                 self._new.bad.append((key, reason))
         return self._pairs.add(read, bad)
 
-    def report(self, metrics: dict[str, float]) -> bool:
-        """Pass on a report of rank 0; answers whether the run shall stop."""
-        self._new.metrics.append({**metrics, "bad_pairs": self._pairs.bad})
-        return self._stop
+    def report(self, metrics: dict[str, float]) -> Answer:
+        """Pass on a report of rank 0."""
+        counts = {"bad_pairs": float(self._pairs.bad)}
+        self._new.metrics.append({**metrics, **counts})
+        return Answer(self._stop, counts)
+
+    def go_on(self) -> None:
+        """Training begins (anew): nobody has asked it to stop."""
+        self._stop = False
 
     def stop(self) -> None:
         """Ask the run to stop at its next report."""

@@ -195,7 +195,9 @@ class OptimizerConfig(Part):
 class TrainerConfig(Part):
     """Workers, steps and what is kept."""
 
-    workers: int = 1
+    workers: int | tuple[int, int] = 1
+    """Processes that share every step; ``[1, 4]`` takes as many as the cluster has room for, and goes on with fewer where a
+    machine is lost and with more where one comes."""
     batch_size: PositiveInt = 256
     """Pairs a step over all workers."""
     steps: PositiveInt = 10_000
@@ -203,31 +205,58 @@ class TrainerConfig(Part):
     """bfloat16 autocasts the networks; losses are always float32. ``auto`` takes it where there are matrix units for it."""
     checkpoint_every: PositiveInt = 500
     keep_checkpoints: PositiveInt | None = 2
-    """The newest so many; null keeps all."""
+    """The newest so many, and the best one beside them; null keeps all."""
+    best_by: str = "loss"
+    """Figure of the reports by which the best checkpoint is known: of names that begin with ``loss`` the lowest, of others the
+    highest. With ``data.held_out`` there are ``held_out/retrieval``, ``held_out/nouns`` and more (docs/tuning.md)."""
     log_every: PositiveInt = 20
     max_failures: Annotated[int, Field(ge=0)] = 2
     """A worker that dies is replaced this often before the run fails."""
     seed: int = 0
     storage: str = "runs"
     """URI under which the run's folder is made."""
+    examples_every: Annotated[int, Field(ge=0)] = 500
+    """Steps between pictures of the clusters in TensorBoard; 0 for none."""
+    tracking: Literal["none", "mlflow"] = "none"
+    """``mlflow`` tells the server at ``MLFLOW_TRACKING_URI`` of every report too."""
+    mlflow_experiment: str = "vilseg"
 
     @field_validator("workers")
     @classmethod
-    def _some_worker(cls, workers: int) -> int:
-        if workers < 1:
+    def _some_worker(cls, workers: int | tuple[int, int]) -> int | tuple[int, int]:
+        fewest, most = (workers, workers) if isinstance(workers, int) else workers
+        if fewest < 1:
             raise ValueError("training needs at least 1 worker")
+        if fewest > most:
+            raise ValueError(f"the fewest workers, {fewest}, are more than the most, {most}")
         return workers
+
+    @property
+    def fewest_workers(self) -> int:
+        """Workers that training does not begin without."""
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def most_workers(self) -> int:
+        """Workers that training never has more of."""
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
 
     def check_shares(self) -> None:
         """Raise ConfigError where a step's pairs cannot be shared evenly.
 
         Not a part of validation: that there are too few CPUs for so many workers is the better thing to say first.
         """
-        if self.batch_size % self.workers:
+        fewest = self.fewest_workers
+        if self.batch_size % fewest and self.even_workers(self.most_workers) < fewest:
             raise ConfigError(
-                f"trainer.batch_size {self.batch_size} cannot be shared evenly by {self.workers} workers; "
-                f"the nearest that can is {max(1, round(self.batch_size / self.workers)) * self.workers}"
+                f"trainer.batch_size {self.batch_size} cannot be shared evenly by {fewest} workers; "
+                f"the nearest that can is {max(1, round(self.batch_size / fewest)) * fewest}"
             )
+
+    def even_workers(self, possible: int) -> int:
+        """How many of ``possible`` workers, at most as many as are wished for, share a step evenly; 0 of none."""
+        counts = range(1, min(possible, self.most_workers) + 1)
+        return max((count for count in counts if self.batch_size % count == 0), default=0)
 
 
 class RefinementConfig(Part):

@@ -8,11 +8,13 @@ averaged gradient is its gradient.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def world_size() -> int:
@@ -65,3 +67,12 @@ def mean_over_workers(value: Tensor) -> Tensor:
     if world_size() == 1:
         return value
     return _SumOverWorkers.apply(value) / world_size()
+
+
+def gather_objects(value: T) -> list[T]:
+    """What every worker has, in rank order; for small things that are no tensors."""
+    if world_size() == 1:
+        return [value]
+    gathered: list[Any] = [None] * world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered

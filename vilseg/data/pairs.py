@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from vilseg import storage
 from vilseg.config import ColumnsConfig
-from vilseg.errors import DataError, UserError
+from vilseg.errors import DataError, StorageError, StoreUnavailable, UserError
 
 TAR, PARQUET = ".tar", ".parquet"
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
@@ -89,7 +89,11 @@ def list_shards(source: str, *, without: str | None = None) -> list[storage.File
 
 
 def read_shard(uri: str, columns: ColumnsConfig | None = None) -> Iterator[Pair | BadPair]:
-    """Every pair of a shard in stored order, one at a time; a file that breaks off ends in a :class:`BadPair`."""
+    """Every pair of a shard in stored order, one at a time; a file that breaks off ends in a :class:`BadPair`.
+
+    Raises:
+        StoreUnavailable: the object store does not answer.
+    """
     if uri.endswith(PARQUET):
         yield from _read_parquet(uri, columns or ColumnsConfig())
     else:
@@ -165,7 +169,7 @@ def tar_groups(uri: str) -> Iterator[tuple[str, dict[str, bytes] | str]]:
     """(Key, members by lower-case suffix) for runs of members with one key, or (name, what is wrong) at the end."""
     key, members = "", dict[str, bytes]()
     try:
-        with storage.open_input(uri) as file, tarfile.open(fileobj=io.BufferedReader(file, _BUFFER), mode="r|") as tar:
+        with storage.reading(uri) as file, tarfile.open(fileobj=io.BufferedReader(file, _BUFFER), mode="r|") as tar:
             for member in tar:
                 if not member.isfile():
                     continue
@@ -218,7 +222,7 @@ def captions_of_metadata(metadata: dict[str, Any]) -> list[str]:
 
 def _read_parquet(uri: str, columns: ColumnsConfig) -> Iterator[Pair | BadPair]:
     try:
-        with storage.open_input(uri) as source:
+        with storage.reading(uri) as source:
             file = pq.ParquetFile(source)
             names = set(file.schema_arrow.names)
             wanted = [n for n in _columns_to_read(columns) if n in names]
@@ -233,7 +237,9 @@ def _read_parquet(uri: str, columns: ColumnsConfig) -> Iterator[Pair | BadPair]:
                 for values in batch.to_pylist():
                     yield _pair_of_row(uri, row, values, columns)
                     row += 1
-    except (pa.ArrowInvalid, OSError) as error:
+    except StoreUnavailable:
+        raise  # that passes; the pairs are not bad
+    except (pa.ArrowInvalid, StorageError) as error:
         yield BadPair(storage.name(uri), f"the Parquet file cannot be read: {error}")
 
 
@@ -251,6 +257,8 @@ def _pair_of_row(uri: str, row: int, values: dict[str, Any], columns: ColumnsCon
         absolute = "://" in path or path.startswith("/")
         try:
             image = storage.read_bytes(path if absolute else storage.join(storage.parent(uri), path))
+        except StoreUnavailable:
+            raise
         except UserError as error:
             return BadPair(key, str(error))
     return Pair(key, image, tuple(captions), values.get(CAPTION_FEATURES)) if image else BadPair(key, "no image")

@@ -13,6 +13,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 
@@ -21,6 +22,7 @@ from vilseg.config import ColumnsConfig
 from vilseg.data.decode import decode_image, square
 from vilseg.data.pairs import BadPair, Pair, Shard, count_pairs, list_shards, read_index, read_shard
 from vilseg.errors import DataError
+from vilseg.patience import patiently
 from vilseg.text.nouns import NounPhrases
 
 MAX_PHRASES_PER_PAIR = 32
@@ -226,9 +228,8 @@ class BatchReader:
         pool: list[tuple[Pair, int] | None] = []
         bad: list[BadPair] = []
         for segment in chunk.segments:
-            pairs = itertools.islice(read_shard(segment.uri, self.columns), segment.start, segment.stop)
             before = len(pool)
-            for pair in pairs:
+            for pair in patiently(partial(self._pairs_of, segment)):
                 if isinstance(pair, BadPair):
                     bad.append(pair)
                     pool.append(None)
@@ -239,6 +240,9 @@ class BatchReader:
                 bad.append(BadPair(storage.name(segment.uri), f"{missing} pairs fewer than when the run began"))
                 pool.extend([None] * missing)
         return pool, bad
+
+    def _pairs_of(self, segment: Segment) -> list[Pair | BadPair]:
+        return list(itertools.islice(read_shard(segment.uri, self.columns), segment.start, segment.stop))
 
     def _sample_at(
         self, pool: list[tuple[Pair, int] | None], order: list[int], position: int, bad: list[BadPair]

@@ -13,14 +13,26 @@ from torch import Tensor, nn
 
 from vilseg.config import OptimizerConfig, TrainerConfig
 from vilseg.data.stream import WorkerBatch
-from vilseg.distributed import mean_over_workers, rank
+from vilseg.distributed import gather_objects, mean_over_workers, rank
 from vilseg.errors import DataError, UserError
 from vilseg.training.objective import Objective, TensorBatch
 from vilseg.training.schedule import learning_rate, parameter_groups
 
 
 class NonFiniteLossError(UserError):
-    """The loss is no number any more."""
+    """The loss is no number any more.
+
+    Args:
+        message: the sentence.
+        found: the step, its losses by name and the keys of all its pairs; see :attr:`RunFolder.nonfinite`.
+    """
+
+    def __init__(self, message: str, found: dict[str, Any]) -> None:
+        super().__init__(message)
+        self.found = found
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self), self.found)
 
 
 @dataclass
@@ -96,11 +108,11 @@ class Trainer:
             batch = next(stream, None)
             if batch is None:
                 raise DataError(f"the pairs ended after step {self.step} of {self.trainer.steps}")
-            meter.add(self._optimise(TensorBatch.of(batch, self.device)))
+            meter.add(self._optimise(TensorBatch.of(batch, self.device)), batch.keys)
             self.step += 1
             due = self.step == self.trainer.steps or self.step % self.trainer.checkpoint_every == 0
             if due or self.step % self.trainer.log_every == 0:
-                on_report(self._metrics(meter, batch))  # before a checkpoint, so that none is written of a run gone NaN
+                on_report(self._metrics(meter))  # before a checkpoint, so that none is written of a run gone NaN
             stop = should_stop()
             if due or stop:
                 on_checkpoint()
@@ -123,12 +135,18 @@ class Trainer:
         self.objective.update_teacher(self.step / self.trainer.steps)
         return {name: value.detach() for name, value in losses.items()}
 
-    def _metrics(self, meter: _Meter, batch: WorkerBatch) -> dict[str, float]:
-        metrics = meter.read()
+    def _metrics(self, meter: _Meter) -> dict[str, float]:
+        metrics, steps = meter.read()
         if not math.isfinite(metrics["loss"]):
+            number = next(i for i, step in enumerate(steps) if not math.isfinite(step.losses["loss"]))
+            keys = [key for share in gather_objects(steps[number].keys) for key in share]
+            at = self.step - len(steps) + number + 1
+            # JSON has no numbers for those that are none.
+            losses = {name: x if math.isfinite(x) else str(x) for name, x in steps[number].losses.items()}
             raise NonFiniteLossError(
-                f"the loss is {metrics['loss']} at step {self.step} (pairs {', '.join(batch.keys[:4])}, ...); "
-                "a lower optimizer.learning_rate or trainer.precision=float32 may help"
+                f"the loss is {steps[number].losses['loss']} at step {at} (pairs {', '.join(keys[:4])}, ...); "
+                "a lower optimizer.learning_rate or trainer.precision=float32 may help",
+                {"step": at, "losses": losses, "keys": keys},
             )
         return {
             "step": self.step,
@@ -139,16 +157,26 @@ class Trainer:
         }
 
 
+@dataclass(frozen=True)
+class _Step:
+    """What a step was of."""
+
+    losses: dict[str, float]
+    """Means over the workers."""
+    keys: tuple[str, ...]
+    """Of this worker's pairs."""
+
+
 class _Meter:
-    """Sums losses on the device and time on the host between two reports."""
+    """Keeps losses on the device and time on the host between two reports."""
 
     def __init__(self, batch_size: int) -> None:
         self._batch_size = batch_size
         self._reset()
 
     def _reset(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._steps = 0
+        self._losses: list[dict[str, Tensor]] = []
+        self._keys: list[tuple[str, ...]] = []
         self._waited = 0.0
         self._started = time.perf_counter()
 
@@ -162,18 +190,22 @@ class _Meter:
                 return
             yield batch
 
-    def add(self, losses: dict[str, Tensor]) -> None:
-        for name, value in losses.items():
-            self._sums[name] = self._sums.get(name, 0) + value
-        self._steps += 1
+    def add(self, losses: dict[str, Tensor], keys: tuple[str, ...]) -> None:
+        self._losses.append(losses)
+        self._keys.append(keys)
 
-    def read(self) -> dict[str, float]:
-        """Mean losses over steps and workers, speed over all workers."""
-        names = sorted(self._sums)
-        means = mean_over_workers(torch.stack([self._sums[name] for name in names])) / self._steps
+    def read(self) -> tuple[dict[str, float], list[_Step]]:
+        """Mean losses over steps and workers, with the speed over all workers; and the steps."""
+        names = sorted(self._losses[0])
+        losses_SL = torch.stack([torch.stack([losses[name] for name in names]) for losses in self._losses])
+        losses_SL = mean_over_workers(losses_SL)
         elapsed = time.perf_counter() - self._started
-        metrics = dict(zip(names, means.tolist(), strict=True))
-        metrics["images_per_second"] = self._steps * self._batch_size / elapsed
+        metrics = dict(zip(names, losses_SL.mean(0).tolist(), strict=True))
+        metrics["images_per_second"] = len(self._losses) * self._batch_size / elapsed
         metrics["data_wait"] = self._waited / elapsed
+        steps = [
+            _Step(dict(zip(names, row, strict=True)), keys)
+            for row, keys in zip(losses_SL.tolist(), self._keys, strict=True)
+        ]
         self._reset()
-        return metrics
+        return metrics, steps
