@@ -118,6 +118,7 @@ def test_a_sweep_goes_on_from_its_records(ray_cluster: Session) -> None:
     assert third.records[0].curve[:2] == ended.curve
 
 
+@pytest.mark.slow  # two and a half minutes
 def test_trials_on_workers_do_as_those_alone_and_make_room_for_the_next(ray_cluster: Session) -> None:
     """Both workers' CPUs go to one trial after the other; a trial's losses are those of one that trains by itself."""
     varied = space({"loss.nouns.weight": {"choice": [1.0, 0.1]}}, search="grid", objective="nouns")
