@@ -51,8 +51,8 @@ def backward_by_chunks(objective: Objective, batch: TensorBatch, size: int) -> d
     losses["loss"].backward()
     pictures.backward()
     for joined, used in zip((phrases_PD, compared_QD), texts, strict=True):
-        # Every worker, even one whose pictures sent nothing: the way back to the captions crosses all of them.
-        joined.backward(torch.zeros_like(used) if used.grad is None else used.grad)
+        if used.grad is not None:  # on all workers alike
+            joined.backward(used.grad)
     captions.backward()
     phrases.backward()
     average_gradients(objective.parameters())
