@@ -52,9 +52,7 @@ def mutual_information_loss(
     return information_loss(joint_sums(first_BKhw, second_BKhw, valid_Bhw, radius=radius), entropy_weight)
 
 
-def joint_sums(
-    first_BKhw: Tensor, second_BKhw: Tensor, valid_Bhw: Tensor | None = None, *, radius: int = 1
-) -> Tensor:
+def joint_sums(first_BKhw: Tensor, second_BKhw: Tensor, valid_Bhw: Tensor | None = None, *, radius: int = 1) -> Tensor:
     """n P_t above for every displacement, neither symmetric nor normalised; a sum over images, so that parts of a batch add up.
 
     Args and errors: as for :func:`mutual_information_loss`.

@@ -172,7 +172,6 @@ class HuggingFaceImageEncoder(nn.Module):
         prefix = output.shape[1] - grid[0] * grid[1]  # class and register tokens come first
         return ImageFeatures(output[:, prefix:], output[:, 0] if prefix else None, grid)
 
-
     def checkpoint_activations(self) -> None:
         """Keep only what goes into the layers, and compute the rest again in the backward pass; ConfigError without layers."""
         checkpoint_layers(self.model, key="model.image_encoder")
@@ -200,7 +199,7 @@ def checkpoint_layers(model: nn.Module, *, key: str, optional: bool = False) -> 
         )
     for layer in layers:
         layer.gradient_checkpointing = True
-        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)  # type: ignore[assignment]  # set by transformers
 
 
 def _parameters(model: nn.Module) -> set[str]:

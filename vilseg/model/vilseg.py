@@ -147,7 +147,7 @@ class ViLSeg(nn.Module):
                     f"trainer.checkpoint_activations cannot be used: the module of model.{key}.factory has no method "
                     "of that name; write one, or set trainer.checkpoint_activations=false"
                 )
-            encoder.checkpoint_activations()
+            encoder.checkpoint_activations()  # type: ignore[operator]
 
     @property
     def device(self) -> torch.device:

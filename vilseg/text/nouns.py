@@ -45,8 +45,8 @@ class NounPhrases:
         ``finder`` says by what nouns are known; see ``NounsConfig.finder``.
         """
         if finder == "statistics":
-            counts = count_phrases([words(caption) for caption in captions], min_count)
-            phrases = _most_frequent(counts, min_count)[:max_phrases]
+            found_in = count_phrases([words(caption) for caption in captions], min_count)
+            phrases = _most_frequent(found_in, min_count)[:max_phrases]
             return cls(phrases, {phrase: number for number, phrase in enumerate(phrases)})
         from HanTa.HanoverTagger import HanoverTagger  # loads its model; only this needs it
 

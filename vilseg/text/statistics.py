@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -95,7 +96,7 @@ def _compounds(captions: Sequence[Sequence[str]], names: set[str], min_count: in
     pairs: Counter[tuple[str, str]] = Counter()
     for caption in captions:
         words.update(caption)
-        pairs.update(zip(caption, caption[1:], strict=False))
+        pairs.update(pairwise(caption))
     total, total_pairs = words.total(), pairs.total()
     cohesive = set()
     for (first, second), count in pairs.items():
@@ -110,7 +111,7 @@ def _compounds(captions: Sequence[Sequence[str]], names: set[str], min_count: in
         for length in range(2, _MAX_WORDS + 1):
             for start in range(len(caption) - length + 1):
                 run = caption[start : start + length]
-                if all(pair in cohesive for pair in zip(run, run[1:], strict=False)):
+                if all(pair in cohesive for pair in pairwise(run)):
                     runs.add(" ".join(run))
         found.update(runs)
     return Counter({run: count for run, count in found.items() if count >= min_count})

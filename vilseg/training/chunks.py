@@ -84,7 +84,9 @@ class _Replayed(Generic[Part]):
     def __init__(
         self, function: Callable[[Part], Representations], chunks: Sequence[Part], device: torch.device
     ) -> None:
-        self._function, self._chunks, self._device = function, chunks, device
+        self._function: Callable[[Part], Representations] = function
+        self._chunks: Sequence[Part] = chunks
+        self._device = device
         self._states: list[list[Tensor]] = []
         self._leaves: list[Representations] = []
         with torch.no_grad():
@@ -106,8 +108,10 @@ class _Replayed(Generic[Part]):
                 torch.autograd.backward([again[name] for name in found], [leaves[name].grad for name in found])
 
     def _random_state(self) -> list[Tensor]:
-        on_device = [torch.cuda.get_rng_state(self._device)] if self._device.type == "cuda" else []
-        return [torch.get_rng_state(), *on_device]
+        state = [torch.get_rng_state()]
+        if self._device.type == "cuda":
+            state.append(torch.cuda.get_rng_state(self._device))
+        return state
 
     def _set_random_state(self, state: list[Tensor]) -> None:
         torch.set_rng_state(state[0])

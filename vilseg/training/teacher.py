@@ -20,6 +20,8 @@ class ProjectionHead(nn.Module):
         bottleneck: width of the bottleneck.
     """
 
+    prototypes: nn.Parameter | None
+
     def __init__(self, features: int, hidden: int, prototypes: int, bottleneck: int = 64) -> None:
         super().__init__()
         self.mlp = nn.Sequential(

@@ -16,6 +16,7 @@ from vilseg.distributed import rank, world_size
 from vilseg.errors import ConfigError
 from vilseg.model import ViLSeg
 from vilseg.training import chunks
+from vilseg.training import objective as objective_module
 from vilseg.training.batch import TensorBatch
 from vilseg.training.chunks import backward_by_chunks, require_independence
 from vilseg.training.objective import Objective
@@ -106,6 +107,16 @@ def test_chunks_give_what_the_whole_batch_gives(make_model: Make, form: str, siz
     assert_equal(by_chunks(again, batch_for(again), size), expected)
 
 
+def test_statistics_look_at_the_same_patches(make_model: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(objective_module, "_RECORDED_PATCHES", 20)  # three of each picture's sixteen
+    first, second = objective_of(make_model, "images alone"), objective_of(make_model, "images alone")
+    expected = at_once(first, batch_for(first))
+    assert_equal(by_chunks(second, batch_for(second)), expected)
+    monkeypatch.undo()
+    every = objective_of(make_model, "images alone")
+    assert np.abs(at_once(every, batch_for(every))["model.patch_mean"] - expected["model.patch_mean"]).max() > 1e-4
+
+
 @pytest.mark.parametrize("form", ["all", "vision infonce"])
 def test_cached_features_and_frozen_towers_too(make_model: Make, form: str) -> None:
     parts = {
@@ -151,15 +162,24 @@ def dropping(make_model: Make, way: Callable[..., dict[str, np.ndarray]]) -> dic
     return way(objective, batch_for(objective))
 
 
-def test_the_second_pass_drops_what_the_first_dropped(
-    make_model: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_second_pass_drops_what_the_first_dropped(make_model: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = dropping(make_model, chunks_with_their_graph)
     assert_equal(dropping(make_model, by_chunks), expected)
     monkeypatch.setattr(chunks._Replayed, "_set_random_state", lambda self, state: None)
     other = dropping(make_model, by_chunks)
     projection = "d model.image_projection.weight"
     assert np.abs(other[projection] - expected[projection]).max() > 1e-3, "there is no dropout to replay"
+
+
+def test_networks_in_half_precision(make_model: Make) -> None:
+    found = []
+    for way in (chunks_with_their_graph, by_chunks):
+        objective = objective_of(make_model, "all", **DROPPING)
+        objective.autocast = torch.bfloat16
+        torch.manual_seed(11)
+        found.append(way(objective, batch_for(objective)))
+    # Gradients of weights are added up in half precision, chunk by chunk or in one go.
+    assert_equal(found[1], found[0], 0.02)
 
 
 def test_one_chunk_with_dropout_is_the_whole_batch(make_model: Make) -> None:

@@ -31,9 +31,7 @@ LOSS = {
     "mutual_information": {"weight": 0.5},
     "nouns": {"weight": 0},
 }
-HAS_COMPILER = (
-    shutil.which("g++") is not None and (Path(sysconfig.get_paths()["include"]) / "Python.h").exists()
-)
+HAS_COMPILER = shutil.which("g++") is not None and (Path(sysconfig.get_paths()["include"]) / "Python.h").exists()
 
 
 class Plain(nn.Module):
@@ -131,9 +129,16 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
-@needs_compiler
-def test_a_compiled_encoder_gives_the_same_gradients(make_model: Make) -> None:
+@pytest.fixture
+def fresh_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing compiled yet: neither in this process nor by others on this machine."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
     torch.compiler.reset()
+
+
+@needs_compiler
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_compiled_encoder_gives_the_same_gradients(make_model: Make) -> None:
     one_view = {"vision": {"weight": 0.0}, "mutual_information": {"weight": 0.0}, "nouns": {"weight": 0.0}}
     frozen_text = {**TEXT, "frozen": True}
     eager = trainer_of(make_model, {"sizes": {"width": 8, "depth": 1}}, one_view, frozen_text)
@@ -147,8 +152,8 @@ def test_a_compiled_encoder_gives_the_same_gradients(make_model: Make) -> None:
 @pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("image_encoder", [VIT, LOCAL_CONV], ids=["vit", "local_conv"])
+@pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_towers_with_dropout_and_by_chunks(make_model: Make, image_encoder: dict[str, Any]) -> None:
-    torch.compiler.reset()
     expected = gradients(trainer_of(make_model, image_encoder))
     assert_equal(gradients(trainer_of(make_model, image_encoder, compile=True)), expected, 1e-4)
     by_chunks = gradients(trainer_of(make_model, image_encoder, chunk_size=3))
@@ -160,6 +165,8 @@ def test_without_a_compiler_compiling_is_refused_in_a_sentence(
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    with pytest.raises(ConfigError, match=r"trainer.compile needs a C\+\+ compiler, and there is no g\+\+ here") as caught:
+    with pytest.raises(
+        ConfigError, match=r"trainer.compile needs a C\+\+ compiler, and there is no g\+\+ here"
+    ) as caught:
         trainer_of(make_model, LOCAL_CONV, compile=True)
     assert "\n" not in str(caught.value)
