@@ -136,28 +136,29 @@ def fresh_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.compiler.reset()
 
 
+ONE_VIEW = {"vision": {"weight": 0.0}, "mutual_information": {"weight": 0.0}, "nouns": {"weight": 0.0}}
+
+
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.usefixtures("fresh_compiler")
 def test_a_compiled_encoder_gives_the_same_gradients(make_model: Make) -> None:
-    one_view = {"vision": {"weight": 0.0}, "mutual_information": {"weight": 0.0}, "nouns": {"weight": 0.0}}
-    frozen_text = {**TEXT, "frozen": True}
-    eager = trainer_of(make_model, {"sizes": {"width": 8, "depth": 1}}, one_view, frozen_text)
+    small = {"sizes": {"width": 8, "depth": 1}}
+    eager = trainer_of(make_model, small, ONE_VIEW, {**TEXT, "frozen": True})
     expected = gradients(eager)
-    compiled = trainer_of(make_model, {"sizes": {"width": 8, "depth": 1}}, one_view, frozen_text, compile=True)
+    compiled = trainer_of(make_model, small, ONE_VIEW, {**TEXT, "frozen": True}, compile=True)
     assert compiled.objective.state_dict().keys() == eager.objective.state_dict().keys()
     assert_equal(gradients(compiled), expected, 1e-4)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0, "nothing was compiled"
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @needs_compiler
-@pytest.mark.parametrize("image_encoder", [VIT, LOCAL_CONV], ids=["vit", "local_conv"])
 @pytest.mark.usefixtures("fresh_compiler")
-def test_compiled_towers_with_dropout_and_by_chunks(make_model: Make, image_encoder: dict[str, Any]) -> None:
-    expected = gradients(trainer_of(make_model, image_encoder))
-    assert_equal(gradients(trainer_of(make_model, image_encoder, compile=True)), expected, 1e-4)
-    by_chunks = gradients(trainer_of(make_model, image_encoder, chunk_size=3))
-    assert_equal(gradients(trainer_of(make_model, image_encoder, chunk_size=3, compile=True)), by_chunks, 1e-4)
+def test_compiled_towers_drop_the_same_units_by_chunks(make_model: Make) -> None:
+    expected = gradients(trainer_of(make_model, VIT, ONE_VIEW, chunk_size=2))
+    assert_equal(gradients(trainer_of(make_model, VIT, ONE_VIEW, chunk_size=2, compile=True)), expected, 1e-4)
 
 
 def test_without_a_compiler_compiling_is_refused_in_a_sentence(
