@@ -184,7 +184,7 @@ class MutualInformationConfig(Part):
     """Let the gradient go on into the image encoder; otherwise the head alone learns from it."""
     overclusters: Annotated[int, Field(ge=0, le=4096)] = 0
     """Outputs of a second head that learns by the same loss beside the first and is dropped from the model; 0 for none
-    (auxiliary over-clustering, IIC, section 3.1)."""
+    ("auxiliary overclustering", IIC)."""
 
     @field_validator("overclusters")
     @classmethod
