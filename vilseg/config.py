@@ -119,13 +119,24 @@ class CrossModalConfig(Part):
     """Image-caption contrast (InfoNCE; CLIP, Radford et al. 2021)."""
 
     weight: NonNegative = 1.0
+    form: Literal["infonce", "sigmoid"] = "infonce"
+    """Soft-max over the batch, or every pair judged by itself with a learnt bias that starts at -10 (SigLIP, Zhai et al. 2023,
+    section 3.2); for the global and the pooled patch embeddings alike."""
     temperature: Positive = 0.07
-    """Start of the learnt temperature; its inverse is capped at 100 (CLIP, section 2.5)."""
+    """Start of the learnt temperature; its inverse is capped at 100 (CLIP, section 2.5). 0.1 where ``form`` is sigmoid and
+    nothing is set (t' = log 10, SigLIP, section 3.2)."""
     patch_share: Share = 0.5
     """Share of the loss that is taken on pooled patch embeddings, the rest on the global embedding; DESIGN: half and half."""
     patch_pooling: Literal["mean", "softmax"] = "softmax"
     """How patches meet a caption: their mean, or weighted by a soft-max of their similarity with it."""
     pooling_temperature: Positive = 0.1
+
+    @model_validator(mode="before")
+    @classmethod
+    def _start_of_the_form(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("form") == "sigmoid" and "temperature" not in values:
+            return {**values, "temperature": 0.1}
+        return values
 
 
 class NounsConfig(Part):
@@ -134,6 +145,10 @@ class NounsConfig(Part):
     weight: NonNegative = 1.0
     top_patches: PositiveInt = 8
     """An image's score for a phrase is the mean over its best patches."""
+    finder: Literal["tagger", "statistics"] = "tagger"
+    """A part-of-speech tagger (English), or statistics of the captions alone for any language that parts words by spaces: they
+    find topical words, verbs and adjectives among them, and take every inflection for a word of its own; see
+    ``vilseg.text.statistics``."""
     max_phrases: PositiveInt = 2000
     min_count: PositiveInt = 10
     """Phrases rarer than this in the captions sampled are left out."""
@@ -143,6 +158,10 @@ class VisionConfig(Part):
     """Local against global crops with an EMA teacher (DINO, Caron et al. 2021; defaults of its section 3.2 and appendix)."""
 
     weight: NonNegative = 0.1
+    form: Literal["dino", "infonce"] = "dino"
+    """Agreement over prototypes, or a soft-max over the pictures of the batch: a student's view must find the teacher's view of
+    the same picture (InfoNCE, van den Oord et al. 2018, with a momentum encoder as in MoCo, He et al. 2020, section 3.2).
+    ``infonce`` takes ``student_temperature`` and has neither prototypes, centre nor teacher temperature."""
     student_temperature: Positive = 0.1
     teacher_temperature: Positive = 0.04
     center_momentum: Share = 0.9
@@ -163,6 +182,16 @@ class MutualInformationConfig(Part):
     """Displacements of up to this many patches in each direction are averaged (IIC, section 3.3)."""
     train_encoder: bool = True
     """Let the gradient go on into the image encoder; otherwise the head alone learns from it."""
+    overclusters: Annotated[int, Field(ge=0, le=4096)] = 0
+    """Outputs of a second head that learns by the same loss beside the first and is dropped from the model; 0 for none
+    ("auxiliary overclustering", IIC)."""
+
+    @field_validator("overclusters")
+    @classmethod
+    def _no_single_cluster(cls, overclusters: int) -> int:
+        if overclusters == 1:
+            raise ValueError("a single cluster holds no information; give 0 for no second head, or at least 2")
+        return overclusters
 
 
 class LossConfig(Part):
@@ -203,6 +232,14 @@ class TrainerConfig(Part):
     steps: PositiveInt = 10_000
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """bfloat16 autocasts the networks; losses are always float32. ``auto`` takes it where there are matrix units for it."""
+    chunk_size: PositiveInt | None = None
+    """Pairs a forward pass of a worker; null takes its whole share at once. The gradient is that of the whole batch in either
+    case, in the memory of one chunk and at the price of a second forward pass (GradCache, Gao et al. 2021)."""
+    checkpoint_activations: bool = False
+    """Keep only what goes into the blocks of the encoders and compute the rest again in the backward pass (Chen et al. 2016):
+    less memory, about a third more work."""
+    compile: bool = False
+    """Compile the encoders by ``torch.compile``; needs a C++ compiler on every worker."""
     checkpoint_every: PositiveInt = 500
     keep_checkpoints: PositiveInt | None = 2
     """The newest so many, and the best one beside them; null keeps all."""

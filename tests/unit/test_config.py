@@ -113,6 +113,9 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         ("loss.mutual_information.entropy_weight=0.5", ["loss.mutual_information.entropy_weight", "0.5"]),
         ("trainer.precision=float16", ["trainer.precision", "'float32'", "'float16'"]),
         ("optimizer.betas=[0.9, 2]", ["optimizer.betas.1", "2"]),
+        ("loss.mutual_information.overclusters=1", ["loss.mutual_information.overclusters", "at least 2", "1"]),
+        ("loss.vision.form=moco", ["loss.vision.form", "'infonce'", "'moco'"]),
+        ("trainer.chunk_size=0", ["trainer.chunk_size", "0"]),
         ("trainer.workers=0", ["trainer.workers", "at least 1", "0"]),
         ("trainer.workers=[0, 2]", ["trainer.workers", "at least 1"]),
         ("trainer.workers=[4, 2]", ["trainer.workers", "fewest", "4"]),
@@ -136,6 +139,20 @@ def test_elastic_workers_are_as_many_as_share_a_batch_evenly() -> None:
     assert [trainer.even_workers(possible) for possible in range(8)] == [0, 1, 2, 2, 4, 5, 5, 5]
     with pytest.raises(ConfigError, match="cannot be shared evenly by 6 workers"):
         RunConfig.load(None, ["trainer.workers=[6, 7]", "trainer.batch_size=20"]).trainer.check_shares()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "start"),
+    [
+        ([], 0.07),
+        (["loss.cross_modal.form=sigmoid"], 0.1),
+        (["loss.cross_modal.form=sigmoid", "loss.cross_modal.temperature=0.2"], 0.2),
+    ],
+)
+def test_the_temperature_starts_where_the_form_says_unless_it_is_set(overrides: list[str], start: float) -> None:
+    config = RunConfig.load(None, overrides)
+    assert config.loss.cross_modal.temperature == start
+    assert RunConfig.model_validate(yaml.safe_load(config.to_yaml())) == config
 
 
 def test_checkpoint_and_factory_exclude_each_other() -> None:

@@ -1,7 +1,8 @@
 """Image encoders: patch features from a Hugging Face model, from a user's own module, or from a small network of ours.
 
 Every encoder is a module with ``num_features: int`` and ``forward(images_B3HW) -> ImageFeatures``, its input RGB in 0..1;
-normalisation is its own affair. That is also the contract of a ``factory``.
+normalisation is its own affair. That is also the contract of a ``factory``, which may have a method ``checkpoint_activations()``
+beside: see :meth:`vilseg.model.ViLSeg.checkpoint_activations`.
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel
 
 from vilseg.config import ImageEncoderConfig
@@ -94,12 +97,21 @@ class LocalConvEncoder(nn.Module):
         self.stem = nn.Sequential(*layers)
         self.blocks = nn.Sequential(*[_ResidualBlock(width, kernel) for _ in range(depth)])
         self.norm = ChannelNorm(width)
+        self._checkpointed = False
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing from torch's annotations
 
     def forward(self, images_B3HW: Tensor) -> ImageFeatures:
         """Shape: (B, 3, H, W) in 0..1 -> patches (B, H/patch x W/patch, width)."""
-        x_BFhw = self.norm(self.blocks(self.stem((images_B3HW - 0.5) / 0.25)))
+        x_BFhw = (images_B3HW - 0.5) / 0.25
+        for block in (self.stem, *self.blocks):
+            again = self._checkpointed and torch.is_grad_enabled()
+            x_BFhw = checkpoint(block, x_BFhw, use_reentrant=False) if again else block(x_BFhw)
+        x_BFhw = self.norm(x_BFhw)
         return ImageFeatures(x_BFhw.flatten(2).transpose(1, 2), None, (x_BFhw.shape[2], x_BFhw.shape[3]))
+
+    def checkpoint_activations(self) -> None:
+        """Keep only what goes into the stem and the blocks, and compute the rest again in the backward pass."""
+        self._checkpointed = True
 
 
 class _ResidualBlock(nn.Sequential):
@@ -159,6 +171,35 @@ class HuggingFaceImageEncoder(nn.Module):
         grid = (images_B3HW.shape[2] // self.patch_size, images_B3HW.shape[3] // self.patch_size)
         prefix = output.shape[1] - grid[0] * grid[1]  # class and register tokens come first
         return ImageFeatures(output[:, prefix:], output[:, 0] if prefix else None, grid)
+
+    def checkpoint_activations(self) -> None:
+        """Keep only what goes into the layers, and compute the rest again in the backward pass; ConfigError without layers."""
+        checkpoint_layers(self.model, key="model.image_encoder")
+
+
+def checkpoint_layers(model: nn.Module, *, key: str, optional: bool = False) -> None:
+    """Have the layers of a transformers model computed again in the backward pass.
+
+    Args:
+        model: whole, or the half of one that transformers' own method of this purpose does not know.
+        key: the part of the configuration that it comes from.
+        optional: let a model without layers be.
+
+    Raises:
+        ConfigError: there are no layers that know how.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer  # only this needs it, and it takes a while
+
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers and not optional:
+        kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+        raise ConfigError(
+            f"trainer.checkpoint_activations cannot be used: {key} ({kind}) has no layers that transformers can compute "
+            "again; choose another encoder, or set trainer.checkpoint_activations=false"
+        )
+    for layer in layers:
+        layer.gradient_checkpointing = True
+        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)  # type: ignore[assignment]  # set by transformers
 
 
 def _parameters(model: nn.Module) -> set[str]:

@@ -13,9 +13,12 @@ from torch import Tensor, nn
 
 from vilseg.config import OptimizerConfig, TrainerConfig
 from vilseg.data.stream import WorkerBatch
+from vilseg.device import require_compiler
 from vilseg.distributed import gather_objects, mean_over_workers, rank
 from vilseg.errors import DataError, UserError
-from vilseg.training.objective import Objective, TensorBatch
+from vilseg.training.batch import TensorBatch
+from vilseg.training.chunks import backward_by_chunks, require_independence
+from vilseg.training.objective import Objective
 from vilseg.training.schedule import learning_rate, parameter_groups
 
 
@@ -55,6 +58,11 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.step = 0
+        if self.trainer.checkpoint_activations:
+            self.objective.model.checkpoint_activations()
+        if self.trainer.compile:
+            require_compiler(self.device)
+            self.objective.compile_encoders()
         self._module = self.wrap(self.objective)
         self._adamw = torch.optim.AdamW(
             parameter_groups(self.objective, self.optimizer.weight_decay),
@@ -102,6 +110,8 @@ class Trainer:
             NonFiniteLossError: the loss is not finite.
         """
         self._module.train()
+        if self.trainer.chunk_size is not None:
+            require_independence(self.objective)
         meter = _Meter(self.trainer.batch_size)
         stream = meter.timed(batches)
         while self.step < self.trainer.steps:
@@ -127,13 +137,21 @@ class Trainer:
         for group in self._adamw.param_groups:
             group["lr"] = learning_rate(self.optimizer, self.step, self.trainer.steps)
         self._adamw.zero_grad(set_to_none=True)
-        losses = self._module(batch)
-        losses["loss"].backward()
+        losses = self._backward(batch)
         if self.optimizer.gradient_clip:
             torch.nn.utils.clip_grad_norm_(self.objective.parameters(), self.optimizer.gradient_clip)
         self._adamw.step()
         self.objective.update_teacher(self.step / self.trainer.steps)
         return {name: value.detach() for name, value in losses.items()}
+
+    def _backward(self, batch: TensorBatch) -> dict[str, Tensor]:
+        """Losses, with their gradient in the parameters."""
+        size = self.trainer.chunk_size
+        if size is not None and size < len(batch):
+            return backward_by_chunks(self.objective, batch, size)
+        losses = self._module(batch)
+        losses["loss"].backward()
+        return losses
 
     def _metrics(self, meter: _Meter) -> dict[str, float]:
         metrics, steps = meter.read()

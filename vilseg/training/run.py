@@ -117,7 +117,10 @@ def prepare(
     if config.loss.nouns.weight:
         settings = config.loss.nouns
         nouns = NounPhrases.from_captions(
-            captions[:_SAMPLE_PAIRS], max_phrases=settings.max_phrases, min_count=settings.min_count
+            captions[:_SAMPLE_PAIRS],
+            max_phrases=settings.max_phrases,
+            min_count=settings.min_count,
+            finder=settings.finder,
         )
     torch.manual_seed(config.trainer.seed)
     model = ViLSeg.from_config(

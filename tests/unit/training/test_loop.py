@@ -98,8 +98,8 @@ def losses(reports: list[dict[str, float]]) -> list[dict[str, float]]:
     return [{name: value for name, value in report.items() if name.startswith("loss")} for report in reports]
 
 
-def train_together(folder: str) -> tuple[list[dict[str, float]], dict[str, np.ndarray]]:
-    trainer = make_trainer(folder, 5)
+def train_together(folder: str, chunk_size: int | None) -> tuple[list[dict[str, float]], dict[str, np.ndarray]]:
+    trainer = make_trainer(folder, 5, chunk_size=chunk_size)
     reports = losses(run(trainer, batches(folder, 0, 5)))
     return reports, {name: value.numpy() for name, value in trainer.objective.state_dict().items()}
 
@@ -107,14 +107,18 @@ def train_together(folder: str) -> tuple[list[dict[str, float]], dict[str, np.nd
 # ------------------------------------------------------------------------------------------------------------ tests
 
 
+@pytest.mark.parametrize("chunk_size", [None, 3])
 def test_two_workers_train_as_one(
-    tmp_path: Path, make_model: Callable[..., ViLSeg], on_two_workers: Callable[..., list[Any]]
+    tmp_path: Path,
+    make_model: Callable[..., ViLSeg],
+    on_two_workers: Callable[..., list[Any]],
+    chunk_size: int | None,
 ) -> None:
     folder = write_run(tmp_path, make_model, dropout=0)  # every worker drops other units
-    alone, state = train_together(folder)
+    alone, state = train_together(folder, None)
     assert len(alone) == 5
     assert alone[0].keys() == {"loss", "loss/cross_modal", "loss/nouns", "loss/vision", "loss/mutual_information"}
-    (first, first_state), (second, second_state) = on_two_workers(train_together, folder)
+    (first, first_state), (second, second_state) = on_two_workers(train_together, folder, chunk_size)
     assert first == second
     for expected, found in zip(alone, first, strict=True):
         assert found == pytest.approx(expected, abs=1e-5)
@@ -123,12 +127,15 @@ def test_two_workers_train_as_one(
         np.testing.assert_allclose(first_state[name], value, atol=1e-4, err_msg=name)
 
 
-def test_a_resumed_run_repeats_the_unbroken_one_bit_by_bit(tmp_path: Path, make_model: Callable[..., ViLSeg]) -> None:
+@pytest.mark.parametrize("chunk_size", [None, 3])
+def test_a_resumed_run_repeats_the_unbroken_one_bit_by_bit(
+    tmp_path: Path, make_model: Callable[..., ViLSeg], chunk_size: int | None
+) -> None:
     folder = write_run(tmp_path, make_model)
-    unbroken = make_trainer(folder, 6)
+    unbroken = make_trainer(folder, 6, chunk_size=chunk_size)
     expected = losses(run(unbroken, batches(folder, 0, 6)))
 
-    stopped = make_trainer(folder, 6)
+    stopped = make_trainer(folder, 6, chunk_size=chunk_size)
     left = RunFolder(str(tmp_path / "left"))
     before: list[dict[str, float]] = []
     stopped.train(
@@ -138,7 +145,7 @@ def test_a_resumed_run_repeats_the_unbroken_one_bit_by_bit(tmp_path: Path, make_
         should_stop=lambda: stopped.step == 3,
     )
     assert stopped.step == 3
-    resumed = make_trainer(folder, 6)
+    resumed = make_trainer(folder, 6, chunk_size=chunk_size)
     with torch.no_grad():
         for parameter in resumed.objective.parameters():
             parameter.zero_()
