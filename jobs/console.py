@@ -188,6 +188,8 @@ class TrainingProgress:
         )
         left = (self._steps - metrics["step"]) * (metrics["samples"] / metrics["step"]) / metrics["images_per_second"]
         bad = f"  {metrics['bad_pairs']:.0f} bad pairs" if metrics.get("bad_pairs") else ""
+        if metrics.get("filtered_pairs"):
+            bad += f"  {metrics['filtered_pairs']:.0f} filtered"
         return (
             f"step {metrics['step']:.0f}/{self._steps}  loss {metrics['loss']:.3f}  {losses}  "
             f"{metrics['images_per_second']:.0f} images/s  waiting for data {metrics['data_wait']:.0%}{bad}  "

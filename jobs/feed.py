@@ -17,6 +17,7 @@ from vilseg import storage
 from vilseg.config import RunConfig
 from vilseg.data.pairs import MANIFEST, BadPair, count_pairs
 from vilseg.data.stream import BatchReader, PairOrder, WorkerBatch, decode_features, decode_to_canvas, pack, unpack
+from vilseg.data.texts import TextRules
 from vilseg.errors import DataError
 from vilseg.training.folder import Prepared, RunFolder
 
@@ -90,13 +91,15 @@ def batch_reader(config: RunConfig, prepared: Prepared, report: Callable[[int, l
         tokenize=prepared.tokenizer,
         nouns=prepared.nouns,
         columns=config.data.columns,
+        rules=TextRules(config.data.text, config.data.filters),
         report=report,
     )
 
 
 def _decoder(config: RunConfig, prepared: Prepared) -> Callable[[bytes, int], np.ndarray]:
     if not config.data.feature_cache:
-        return partial(decode_to_canvas, canvas=config.data.canvas, max_pixels=config.data.max_pixels)
+        data = config.data
+        return partial(decode_to_canvas, canvas=data.canvas, max_pixels=data.max_pixels, filters=data.filters)
     manifest = json.loads(storage.read_text(storage.join(storage.parent(prepared.shards[0].uri), MANIFEST)))
     return partial(decode_features, patches=manifest["patches"], features=manifest["features"])
 
@@ -118,8 +121,9 @@ def worker_batches(shard: ray.data.DataIterator) -> Iterator[WorkerBatch]:
 def reporter(monitor: Any) -> Callable[[int, list[BadPair]], None]:
     """Tells the monitor of pairs read; raises DataError when it has had enough."""
 
-    def report(read: int, bad: list[BadPair]) -> None:
-        told = monitor.add_pairs.remote(read, [(pair.key, pair.reason) for pair in bad])
+    def report(read: int, missing: list[BadPair]) -> None:
+        bad = [(pair.key, pair.reason) for pair in missing if not pair.filtered]
+        told = monitor.add_pairs.remote(read, bad, len(missing) - len(bad))
         if bad and (verdict := ray.get(told)):
             raise DataError(verdict)
 

@@ -57,13 +57,15 @@ class Monitor:
 
     def __init__(self, max_bad_share: float) -> None:
         self._pairs = PairCount(max_bad_share)
+        self._filtered = 0
         self._new = Snapshot()
         self._known: set[str] = set()
         self._stop = False
         self._failure: Exception | None = None
 
-    def add_pairs(self, read: int, bad: list[tuple[str, str]]) -> str | None:
+    def add_pairs(self, read: int, bad: list[tuple[str, str]], filtered: int = 0) -> str | None:
         """Count pairs; returns a sentence when too many were bad. Each bad key is passed on once."""
+        self._filtered += filtered
         for key, reason in bad:
             if key not in self._known:
                 self._known.add(key)
@@ -72,7 +74,7 @@ class Monitor:
 
     def report(self, metrics: dict[str, float]) -> Answer:
         """Pass on a report of rank 0."""
-        counts = {"bad_pairs": float(self._pairs.bad)}
+        counts = {"bad_pairs": float(self._pairs.bad), "filtered_pairs": float(self._filtered)}
         self._new.metrics.append({**metrics, **counts})
         return Answer(self._stop, counts)
 

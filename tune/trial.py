@@ -209,7 +209,7 @@ def _batches(config: RunConfig, prepared: Prepared, done: int) -> Iterator[Worke
     count = PairCount(config.data.max_bad_share)
 
     def report(read: int, bad: list[BadPair]) -> None:
-        verdict = count.add(read, [(pair.key, pair.reason) for pair in bad])
+        verdict = count.add(read, [(pair.key, pair.reason) for pair in bad if not pair.filtered])
         if verdict:
             raise DataError(verdict)
 

@@ -27,6 +27,31 @@ class ColumnsConfig(Part):
     captions: str = "captions"
 
 
+class TextConfig(Part):
+    """How often a pair's text of an epoch is of each kind. Kinds that a pair lacks have no share; those of weight 0 stand in
+    where there is nothing else, alt-text before tags."""
+
+    caption: NonNegative = 1.0
+    """All captions of a pair together; which of them, is chosen anew each epoch."""
+    alt: NonNegative = 0.0
+    tags: NonNegative = 0.0
+    """Hashtags and keywords, cleaned and joined by commas."""
+
+
+class FiltersConfig(Part):
+    """Pairs to leave out; they are counted by themselves and are not bad pairs. Defaults leave none out."""
+
+    min_words: Annotated[int, Field(ge=0)] = 0
+    """Texts with fewer are left out, and pairs without any other."""
+    max_words: PositiveInt | None = None
+    junk: bool = False
+    """Leave out texts that say nothing in any language: codes, numbers, file names, one letter over and over."""
+    min_side: PositiveInt = 1
+    """Pixels of the shorter side, by the picture's header."""
+    max_aspect: Annotated[float, Field(ge=1)] | None = None
+    """Longer side over the shorter."""
+
+
 class DataConfig(Part):
     """Where the pairs come from and how they are read."""
 
@@ -41,8 +66,19 @@ class DataConfig(Part):
     """Pictures whose header announces more pixels are rejected before decoding."""
     max_bad_share: Share = 0.05
     """The run stops when more than this share of the pairs read so far could not be read."""
+    text: TextConfig = TextConfig()
+    filters: FiltersConfig = FiltersConfig()
     feature_cache: str | None = None
     """URI of patch features written once for a frozen image encoder; training then reads features, not pictures."""
+
+    @model_validator(mode="after")
+    def _cached_as_it_is(self) -> Self:
+        if self.feature_cache and (self.text != TextConfig() or self.filters != FiltersConfig()):
+            raise ValueError(
+                "a feature_cache holds every pair with all its texts alike; leave text and filters out, or filter the pairs "
+                "by `vilseg ingest` first"
+            )
+        return self
 
 
 class ViewsConfig(Part):

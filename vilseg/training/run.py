@@ -15,6 +15,7 @@ from vilseg.config import RunConfig
 from vilseg.config_tree import flat
 from vilseg.data.pairs import Shard, list_shards
 from vilseg.data.stream import index_shards, sample_pairs
+from vilseg.data.texts import TextRules
 from vilseg.device import precision_dtype
 from vilseg.errors import ConfigError, DataError, StorageError
 from vilseg.model import ViLSeg
@@ -108,7 +109,8 @@ def prepare(
     shards = index_shards(cache or storage.absolute(source), count, without=without)
     # Captions are the same in the cache, but pictures are smaller than features.
     read = [Shard(entry.uri, 0) for entry in list_shards(source, without=config.data.held_out)] if cache else shards
-    pairs, bad = sample_pairs(read, config.data.columns, _SAMPLE_PAIRS)
+    rules = TextRules(config.data.text, config.data.filters)
+    pairs, bad = sample_pairs(read, config.data.columns, _SAMPLE_PAIRS, rules)
     if not pairs:
         reason = f"; the first, {bad[0].key}, failed because {bad[0].reason}" if bad else ""
         raise DataError(f"no readable pair at {source}{reason}")
