@@ -12,9 +12,12 @@ from typing import Any
 from vilseg.errors import UserError
 
 _NAMES = {
+    "ablation": "each part of the method, and peers, on scenes: mIoU",
     "bulk": "bulk segmentation against a bare loop, Daft and a DataLoader: photos/s",
     "bulk_scale": "listing and bookkeeping of a million keys: overhead a picture, memory",
     "memory": "what a GPU holds in the paper's setting, with and without sharding: GB, and pairs that fit",
+    "checkpoints": "training with checkpoints on S3 against training without: images/s",
+    "losses": "each training loss against a naive version, forward and backward: seconds",
     "real_photos": "train on Flickr8k captions, measure on COCO masks",
     "scaling": "bulk segmentation and training on two single-core nodes against one: images/s",
     "serve": "vilseg serve against the bare segmenter and LitServe: requests/s, latency, overload",

@@ -120,8 +120,8 @@ def _train(session: Session, seconds: dict[str, float]) -> tuple[str, str]:
     )
     with console.stage("cache", seconds):  # training would do it by itself; apart, its time is seen
         cache_features.main(config, session, progress=train.say_cached)
-    with console.stage("train", seconds):
-        outcome = train.main(config, session, progress=console.TrainingProgress(config.trainer.steps))
+    with console.stage("train", seconds), console.TrainingProgress(config.trainer.steps) as shown:
+        outcome = train.main(config, session, progress=shown)
     return outcome.folder.initial, outcome.folder.model
 
 

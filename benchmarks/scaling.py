@@ -27,6 +27,7 @@ from vilseg.config import RunConfig
 from vilseg.data import scenes
 from vilseg.data.pairs import write_index, write_tar
 from vilseg.errors import ClusterError
+from vilseg.training.metrics import read_metrics
 
 CONFIG = Path(__file__).parent.parent / "configs" / "demo.yaml"
 _PHOTOS = 1200
@@ -119,7 +120,6 @@ def run_training(out: str, place: str, nodes: int) -> None:
     """Train with a worker a node; prints images/s."""
     from jobs import train
     from jobs.session import ray_session
-    from vilseg.training import run
 
     settings = [f"data.source={out}/pairs", f"trainer.storage={storage.parent(place)}", f"name={storage.name(place)}"]
     settings += [f"trainer.workers={nodes}", f"trainer.batch_size={_BATCH}", f"trainer.steps={_STEPS}"]
@@ -127,5 +127,5 @@ def run_training(out: str, place: str, nodes: int) -> None:
     with ray_session("auto") as session:
         assert session.nodes == nodes
         done = train.main(RunConfig.load(str(CONFIG), settings), session)
-    reports = [report["images_per_second"] for report in run.read_metrics(done.folder)]
+    reports = [report["images_per_second"] for report in read_metrics(done.folder)]
     print(json.dumps(round(median(reports[len(reports) // 3 :]), 1)))

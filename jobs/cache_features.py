@@ -96,7 +96,7 @@ def main(
     torch.manual_seed(config.trainer.seed)
     image_encoder, text_encoder = _encoders(config)
     text = config.model.text_encoder
-    depends_on = [config.data.canvas, text.pooling, text.max_tokens, [(e.relative, e.size) for e in shards]]
+    depends_on: list[Any] = [config.data.canvas, text.pooling, text.max_tokens, [(e.relative, e.size) for e in shards]]
     # What the weights of the encoders alone do not tell.
     depends_on += ["init"] if config.model.init else ["head"] if config.model.image_encoder.head else []
     parts = [json.dumps(depends_on)]

@@ -175,12 +175,16 @@ def train(
     from vilseg.training.run import preflight
 
     if address is None:
-        check_workers(settings.trainer.workers, os.cpu_count() or 1)
+        check_workers(settings.trainer.fewest_workers, os.cpu_count() or 1)
     preflight(settings, resume=resume)
-    with quiet_stdout(), ray_session(address) as session:
+    with (
+        quiet_stdout(),
+        console.TrainingProgress(settings.trainer.steps) as progress,
+        ray_session(address) as session,
+    ):
         from jobs import train as job
 
-        done = job.main(settings, session, resume=resume, progress=console.TrainingProgress(settings.trainer.steps))
+        done = job.main(settings, session, resume=resume, progress=progress)
     if done.stopped:
         console.say(
             f"stopped after step {done.metrics.get('step', 0):.0f}; go on with --resume --name {storage.name(done.folder.uri)}"

@@ -153,30 +153,45 @@ def stage(name: str, seconds: dict[str, float]) -> Iterator[None]:
 
 
 class TrainingProgress:
-    """Shows a training: every report on a terminal, one in ten seconds elsewhere, where lines are kept."""
+    """Shows a training: a bar on a terminal, a line in ten seconds elsewhere, where lines are kept."""
 
     def __init__(self, steps: int) -> None:
+        columns = (BarColumn(bar_width=24), TextColumn("{task.fields[text]}"), TimeElapsedColumn())
+        self._bar = Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal)
+        self._bar.add_task("train", total=steps, text="starting")
         self._steps = steps
         self._last_line = -math.inf
+
+    def __enter__(self) -> TrainingProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
 
     def __call__(self, snapshot: Snapshot) -> None:
         """Show what is new."""
         for key, reason in snapshot.bad:
             say(f"skipped {key}: {reason}")
         for metrics in snapshot.metrics:
-            now = time.monotonic()
-            if stderr.is_terminal or now >= self._last_line + _SECONDS_BETWEEN_LINES or metrics["step"] == self._steps:
+            now, text = time.monotonic(), self._text(metrics)
+            self._bar.update(self._bar.task_ids[0], completed=metrics["step"], text=text)
+            ended = metrics["step"] == self._steps
+            # A terminal keeps the last line too: the bar goes when all is done.
+            if ended or (not stderr.is_terminal and now >= self._last_line + _SECONDS_BETWEEN_LINES):
                 self._last_line = now
-                say(self._line(metrics))
+                say(text)
 
-    def _line(self, metrics: dict[str, float]) -> str:
+    def _text(self, metrics: dict[str, float]) -> str:
         losses = "  ".join(
             f"{name.removeprefix('loss/')} {value:.3f}" for name, value in metrics.items() if name.startswith("loss/")
         )
         left = (self._steps - metrics["step"]) * (metrics["samples"] / metrics["step"]) / metrics["images_per_second"]
         bad = f"  {metrics['bad_pairs']:.0f} bad pairs" if metrics.get("bad_pairs") else ""
+        if metrics.get("filtered_pairs"):
+            bad += f"  {metrics['filtered_pairs']:.0f} filtered"
         return (
             f"step {metrics['step']:.0f}/{self._steps}  loss {metrics['loss']:.3f}  {losses}  "
             f"{metrics['images_per_second']:.0f} images/s  waiting for data {metrics['data_wait']:.0%}{bad}  "
-            f"{left / 60:.1f} min left"
+            f"{duration(left)} left"
         )

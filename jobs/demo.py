@@ -29,6 +29,7 @@ from vilseg.segmentation.segmenter import Segmenter
 from vilseg.text.vocabulary import Vocabulary
 from vilseg.training import run
 from vilseg.training.folder import RunFolder
+from vilseg.training.metrics import read_metrics
 
 CONFIG = Path(__file__).parent.parent / "configs" / "demo.yaml"
 _ROOT = "s3://vilseg/demo"
@@ -96,8 +97,8 @@ def _run(session: Session, out: Path, seconds: dict[str, float], *, quick: bool)
         ingest_scenes.main(
             pairs, unseen, pairs=count, unseen=held_out, size=config.data.canvas, seed=config.trainer.seed
         )
-    with console.stage("train", seconds):
-        outcome = train.main(config, session, progress=console.TrainingProgress(config.trainer.steps))
+    with console.stage("train", seconds), console.TrainingProgress(config.trainer.steps) as shown:
+        outcome = train.main(config, session, progress=shown)
         if outcome.stopped:
             raise KeyboardInterrupt
     folder = outcome.folder
@@ -128,7 +129,7 @@ def _run(session: Session, out: Path, seconds: dict[str, float], *, quick: bool)
         trained=trained,
         untrained=untrained,
         seconds=seconds,
-        metrics=run.read_metrics(folder),
+        metrics=read_metrics(folder),
         miou_curve=curve,
         commands=_commands(out, overrides, folder, results, unseen, quick=quick),
         configuration=config.to_yaml(),

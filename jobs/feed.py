@@ -17,6 +17,7 @@ from vilseg import storage
 from vilseg.config import RunConfig
 from vilseg.data.pairs import MANIFEST, BadPair, count_pairs
 from vilseg.data.stream import BatchReader, PairOrder, WorkerBatch, decode_features, decode_to_canvas, pack, unpack
+from vilseg.data.texts import TextRules
 from vilseg.errors import DataError
 from vilseg.training.folder import Prepared, RunFolder
 
@@ -35,19 +36,21 @@ def stream_batches(order: PairOrder, reader: BatchReader, first_step: int, last_
     """
     chunks = list(order.chunks(first_step, last_step))
 
-    def number(_: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
+    # The dashboard shows the names of both.
+    def number_chunks(_: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
         # By one task as they are wanted: a source of so many blocks would be made whole before the first is read.
         for chunk in range(len(chunks)):
             yield {"id": np.array([chunk])}
 
-    def read(rows: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
+    def read_pairs(rows: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
         yield from _rows(
             reader.read(chunks[rows["id"][0]]), reader.workers, max(1, _ROW_PAIRS * reader.workers // reader.batch_size)
         )
 
     dataset = ray.data.from_items([{"id": 0}], override_num_blocks=1)
     dataset.context.target_max_block_size = 1  # byte: a block is closed after every row
-    return dataset.map_batches(number, num_cpus=_NUMBERING_CPUS).map_batches(read, batch_size=1, num_cpus=READ_CPUS)
+    numbered = dataset.map_batches(number_chunks, num_cpus=_NUMBERING_CPUS)
+    return numbered.map_batches(read_pairs, batch_size=1, num_cpus=READ_CPUS)
 
 
 def _rows(batches: Iterator[WorkerBatch], workers: int, steps: int) -> Iterator[dict[str, np.ndarray]]:
@@ -82,19 +85,21 @@ def batch_reader(config: RunConfig, prepared: Prepared, report: Callable[[int, l
     """What reads a run's pairs; see :class:`BatchReader` for ``report``."""
     return BatchReader(
         batch_size=config.trainer.batch_size,
-        workers=config.trainer.workers,
+        workers=config.trainer.most_workers,
         seed=config.trainer.seed,
         decode=_decoder(config, prepared),
         tokenize=prepared.tokenizer,
         nouns=prepared.nouns,
         columns=config.data.columns,
+        rules=TextRules(config.data.text, config.data.filters),
         report=report,
     )
 
 
 def _decoder(config: RunConfig, prepared: Prepared) -> Callable[[bytes, int], np.ndarray]:
     if not config.data.feature_cache:
-        return partial(decode_to_canvas, canvas=config.data.canvas, max_pixels=config.data.max_pixels)
+        data = config.data
+        return partial(decode_to_canvas, canvas=data.canvas, max_pixels=data.max_pixels, filters=data.filters)
     manifest = json.loads(storage.read_text(storage.join(storage.parent(prepared.shards[0].uri), MANIFEST)))
     return partial(decode_features, patches=manifest["patches"], features=manifest["features"])
 
@@ -116,8 +121,9 @@ def worker_batches(shard: ray.data.DataIterator) -> Iterator[WorkerBatch]:
 def reporter(monitor: Any) -> Callable[[int, list[BadPair]], None]:
     """Tells the monitor of pairs read; raises DataError when it has had enough."""
 
-    def report(read: int, bad: list[BadPair]) -> None:
-        told = monitor.add_pairs.remote(read, [(pair.key, pair.reason) for pair in bad])
+    def report(read: int, missing: list[BadPair]) -> None:
+        bad = [(pair.key, pair.reason) for pair in missing if not pair.filtered]
+        told = monitor.add_pairs.remote(read, bad, len(missing) - len(bad))
         if bad and (verdict := ray.get(told)):
             raise DataError(verdict)
 

@@ -22,6 +22,16 @@ class Snapshot:
     """A user's mistake that a worker met; the run is over."""
 
 
+@dataclass(frozen=True)
+class Answer:
+    """To a report."""
+
+    stop: bool
+    """Whether the run shall stop."""
+    counts: dict[str, float]
+    """What else is known of the run so far, for the report."""
+
+
 class PairCount:
     """How many pairs were read, how many of them could not be, and whether these are too many."""
 
@@ -47,23 +57,30 @@ class Monitor:
 
     def __init__(self, max_bad_share: float) -> None:
         self._pairs = PairCount(max_bad_share)
+        self._filtered = 0
         self._new = Snapshot()
         self._known: set[str] = set()
         self._stop = False
         self._failure: Exception | None = None
 
-    def add_pairs(self, read: int, bad: list[tuple[str, str]]) -> str | None:
+    def add_pairs(self, read: int, bad: list[tuple[str, str]], filtered: int = 0) -> str | None:
         """Count pairs; returns a sentence when too many were bad. Each bad key is passed on once."""
+        self._filtered += filtered
         for key, reason in bad:
             if key not in self._known:
                 self._known.add(key)
                 self._new.bad.append((key, reason))
         return self._pairs.add(read, bad)
 
-    def report(self, metrics: dict[str, float]) -> bool:
-        """Pass on a report of rank 0; answers whether the run shall stop."""
-        self._new.metrics.append({**metrics, "bad_pairs": self._pairs.bad})
-        return self._stop
+    def report(self, metrics: dict[str, float]) -> Answer:
+        """Pass on a report of rank 0."""
+        counts = {"bad_pairs": float(self._pairs.bad), "filtered_pairs": float(self._filtered)}
+        self._new.metrics.append({**metrics, **counts})
+        return Answer(self._stop, counts)
+
+    def go_on(self) -> None:
+        """Training begins (anew): nobody has asked it to stop."""
+        self._stop = False
 
     def stop(self) -> None:
         """Ask the run to stop at its next report."""

@@ -85,7 +85,7 @@ def ray_session(address: str | None = None, variables: Mapping[str, str] | None 
     import ray
 
     if ray.is_initialized():
-        yield _session()
+        yield look()
         return
     options: dict = {"logging_level": logging.ERROR, "log_to_driver": False}
     in_a_job = _IN_A_JOB in os.environ
@@ -112,7 +112,7 @@ def ray_session(address: str | None = None, variables: Mapping[str, str] | None 
         for name in ("ray.data", "ray.train"):
             logging.getLogger(name).setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", "The minimum number of concurrent actors", UserWarning)
-        yield _session()
+        yield look()
     finally:
         ray.shutdown()
 
@@ -132,7 +132,8 @@ def _start_local(options: dict) -> None:
             ray.shutdown()
 
 
-def _session() -> Session:
+def look() -> Session:
+    """The cluster connected to, as it is now."""
     import ray
 
     resources = ray.cluster_resources()

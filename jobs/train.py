@@ -2,47 +2,33 @@
 
 from __future__ import annotations
 
-import signal
-import tempfile
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import ray
 import ray.train
 import ray.train.torch
 import torch
-from ray.train import CheckpointConfig, DataConfig, FailureConfig, ScalingConfig
+from ray.train import DataConfig, FailureConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
+from ray.train.v2.api.exceptions import TrainingFailedError
 
 from jobs import cache_features, console
+from jobs.elastic import Growth, wait_for_workers
 from jobs.feed import count_in_parallel, execution_options, pairs_from_last_checkpoint, worker_batches
 from jobs.monitor import Monitor, Snapshot
 from jobs.process_group import NodesTorchConfig
-from jobs.session import Session, beside_driver, cpus_here, user_error_in
+from jobs.session import Session, beside_driver, check_workers, cpus_here, user_error_in
+from jobs.training_log import TrainingLog
+from jobs.watch import Outcome, Quarantine, Watch
 from vilseg import distributed, storage
 from vilseg.config import RunConfig
 from vilseg.training import run
-from vilseg.training.folder import Prepared, RunFolder, checkpoint_name, new_name
+from vilseg.training.checkpoints import read_checkpoint
+from vilseg.training.folder import Prepared, RunFolder, new_name
 from vilseg.training.loop import Trainer
 from vilseg.training.sharding import shard
-
-_POLL_SECONDS = 0.3
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a training ended."""
-
-    folder: RunFolder
-    metrics: dict[str, float]
-    """The last report."""
-    stopped: bool
-    """Asked to stop before the last step; a checkpoint was left."""
 
 
 def main(
@@ -66,7 +52,7 @@ def main(
         UserError: anything in the configuration, the pairs or the storage that is wrong.
         KeyboardInterrupt: Ctrl-C, after the last checkpoint was written; a second one does not wait for it.
     """
-    resources = session.worker_resources(config.trainer.workers)
+    check_workers(config.trainer.fewest_workers, session.cpus)
     config.trainer.check_shares()
     config = config if config.name else config.model_copy(update={"name": new_name()})
     folder = run.open_folder(config, resume=resume)
@@ -80,12 +66,55 @@ def main(
     monitor = Monitor.options(  # type: ignore[attr-defined]  # ray.remote hides the class it wraps
         scheduling_strategy=beside_driver()
     ).remote(config.data.max_bad_share)
-    filesystem, path = storage.filesystem(folder.uri)
-    trainer = TorchTrainer(
+    quarantine = Quarantine(folder)
+
+    def told(snapshot: Snapshot) -> None:
+        quarantine.add(snapshot.bad)
+        progress(snapshot)
+
+    watch = Watch(monitor, folder, config.trainer.steps, told, should_stop)
+    try:
+        if isinstance(config.trainer.workers, int):
+            return watch.until_end(_trainer(config, config.trainer.workers, session, folder, prepared, monitor))
+        return _train_elastically(config, watch, folder, prepared, monitor)
+    finally:
+        quarantine.write()
+
+
+def _train_elastically(config: RunConfig, watch: Watch, folder: RunFolder, prepared: Prepared, monitor: Any) -> Outcome:
+    """One trainer after the other, each with as many workers as there is room for."""
+    failures = 0
+    while True:
+        workers, session = wait_for_workers(config.trainer, console.say)
+        console.say(f"training by {workers} workers")
+        trainer = _trainer(config, workers, session, folder, prepared, monitor)
+        try:
+            outcome = watch.until_end(trainer, Growth(config.trainer, workers))
+        except TrainingFailedError as error:
+            failures += 1
+            if user_error_in(error) or failures > config.trainer.max_failures:
+                raise
+            console.say(f"a worker was lost; going on from step {folder.last_step}")
+            continue
+        if outcome.stopped and not watch.asked_to_stop:
+            console.say(f"room for more workers; going on from step {folder.last_step}")
+            continue
+        return outcome
+
+
+def _trainer(
+    config: RunConfig, workers: int, session: Session, folder: RunFolder, prepared: Prepared, monitor: Any
+) -> TorchTrainer:
+    resources = session.worker_resources(workers)
+    elastic = not isinstance(config.trainer.workers, int)
+    trainer_config = config.trainer.model_copy(update={"workers": workers})
+    config = config.model_copy(update={"trainer": trainer_config})
+    filesystem, path = storage.filesystem(storage.parent(folder.uri))
+    return TorchTrainer(
         partial(train_worker, config=config, folder=folder, prepared=prepared, monitor=monitor),
         torch_config=NodesTorchConfig(),
         scaling_config=ScalingConfig(
-            num_workers=config.trainer.workers,
+            num_workers=workers,
             use_gpu="GPU" in resources,
             resources_per_worker=resources,
             # Workers with a GPU each fill machines by themselves, and talk the faster the nearer they are.
@@ -93,82 +122,19 @@ def main(
         ),
         datasets={"pairs": partial(pairs_from_last_checkpoint, config, folder, prepared, monitor)},
         dataset_config=DataConfig(execution_options=execution_options()),
+        # Checkpoints are ours, not Ray's (vilseg.training.checkpoints): written beside the training, and patient with the store.
         run_config=ray.train.RunConfig(
-            name="checkpoints",
+            name=storage.name(folder.uri),  # as the dashboard shows it
             storage_path=path,
             storage_filesystem=filesystem,
-            failure_config=FailureConfig(max_failures=config.trainer.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=config.trainer.keep_checkpoints),
+            failure_config=FailureConfig(max_failures=0 if elastic else config.trainer.max_failures),
         ),
     )
-    return _watch(trainer, monitor, folder, config.trainer.steps, progress, should_stop)
 
 
 def say_cached(done: int, total: int) -> None:
     """A line of progress."""
     console.say(f"features of {done} of {total} shards cached")
-
-
-def _watch(
-    trainer: TorchTrainer,
-    monitor: Any,
-    folder: RunFolder,
-    steps: int,
-    progress: Callable[[Snapshot], None],
-    should_stop: Callable[[], bool],
-) -> Outcome:
-    """Run the trainer in a thread; show progress and take Ctrl-C in this one."""
-    failure: list[BaseException] = []
-
-    def fit() -> None:
-        try:
-            trainer.fit()
-        except BaseException as error:  # noqa: BLE001  (handed to the caller below)
-            failure.append(error)
-        finally:
-            ended.set()
-
-    # Not Thread.join: interrupted by Ctrl-C, it takes a thread that still runs for one that has ended (Python 3.11).
-    ended = threading.Event()
-    threading.Thread(target=fit, name="vilseg-train", daemon=True).start()
-    last: dict[str, float] = {}
-    stopping = False
-    with interrupts() as noted:
-        while True:
-            over = ended.wait(_POLL_SECONDS)
-            snapshot = ray.get(monitor.poll.remote())
-            last = snapshot.metrics[-1] if snapshot.metrics else last
-            progress(snapshot)
-            if snapshot.failure:
-                raise snapshot.failure  # the trainer goes on restarting its workers, which find nothing to do
-            if over:
-                break
-            if len(noted) > 1:
-                raise KeyboardInterrupt
-            if noted and not stopping:
-                stopping = True
-                monitor.stop.remote()
-                console.say("stopping after the next report with a checkpoint; Ctrl-C again stops without one")
-            elif should_stop() and not stopping:
-                stopping = True
-                monitor.stop.remote()
-    if failure:
-        raise user_error_in(failure[0]) or failure[0]
-    return Outcome(folder, last, stopping and last.get("step", 0) < steps)
-
-
-@contextmanager
-def interrupts() -> Iterator[list[int]]:
-    """Every Ctrl-C while this lasts, noted instead of raised: as an exception inside Ray's calls it may get lost."""
-    noted: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield noted  # signals come to the main thread alone
-        return
-    before = signal.signal(signal.SIGINT, lambda number, frame: noted.append(number))
-    try:
-        yield noted
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def train_worker(config: RunConfig, folder: RunFolder, prepared: Prepared, monitor: Any) -> None:
@@ -188,42 +154,39 @@ def _train(config: RunConfig, folder: RunFolder, prepared: Prepared, monitor: An
     trainer = make_trainer(config, folder, prepared)
     done = folder.last_step  # the stream of pairs begins after the same one: see pairs_from_last_checkpoint
     if done:
-        trainer.load_state_dict(run.load_checkpoint(folder, done))
-    first = ray.train.get_context().get_world_rank() == 0
-    metrics_file = run.MetricsFile(folder, trainer.step) if first else None
-    last = (run.read_metrics(folder) or [{}])[-1] if done else {}
+        trainer.load_state_dict(read_checkpoint(folder, done))
+    batches = worker_batches(ray.train.get_dataset_shard("pairs"))
     stop = False
 
-    def on_report(metrics: dict[str, float]) -> None:
-        nonlocal stop
-        metrics["epoch"] = metrics["samples"] / sum(shard.pairs for shard in prepared.shards)
-        last.update(metrics)
-        wish = torch.zeros(1, device=trainer.device)
-        if metrics_file:
-            metrics_file.add(metrics)
-            wish += float(ray.get(monitor.report.remote(metrics)))
-        stop = bool(distributed.mean_over_workers(wish) > 0)
+    def agree(wish: bool) -> None:
+        nonlocal stop  # all stop at the same step, or some would wait for the others
+        stop = bool(distributed.mean_over_workers(torch.tensor(float(wish), device=trainer.device)) > 0)
 
-    def on_checkpoint() -> None:
-        state = trainer.state_dict()  # of every worker, or none gets what they share
-        if metrics_file is None:
-            ray.train.report(last, checkpoint_dir_name=checkpoint_name(trainer.step))
-            return
-        metrics_file.sync()
-        with tempfile.TemporaryDirectory() as local:
-            run.save_checkpoint(Path(local), state)
-            ray.train.report(
-                last,
-                checkpoint=ray.train.Checkpoint.from_directory(local),
-                checkpoint_dir_name=checkpoint_name(trainer.step),
-            )
+    if ray.train.get_context().get_world_rank():
+        # Where weights are sharded, the first worker can have them whole only if all ask.
+        trainer.train(
+            batches,
+            on_report=lambda _: agree(False),
+            on_checkpoint=lambda: _take_part(trainer),
+            should_stop=lambda: stop,
+        )
+        if trainer.step == config.trainer.steps:
+            trainer.model_weights()
+        return
+    pairs = sum(shard.pairs for shard in prepared.shards)
+    with run.nonfinite_kept(folder), TrainingLog(config, folder, trainer, monitor, pairs) as log:
+        trainer.train(
+            log.keeping_examples(batches),
+            on_report=lambda metrics: agree(log.report(metrics)),
+            on_checkpoint=log.checkpoint,
+            should_stop=lambda: stop,
+        )
+        if trainer.step == config.trainer.steps:
+            log.save_model()
 
-    batches = worker_batches(ray.train.get_dataset_shard("pairs"))
-    trainer.train(batches, on_report=on_report, on_checkpoint=on_checkpoint, should_stop=lambda: stop)
-    if trainer.step == config.trainer.steps:
-        weights = trainer.model_weights()
-        if first:
-            run.save_model(trainer.objective.model, config, folder, last, weights)
+
+def _take_part(trainer: Trainer) -> None:
+    trainer.state_dict()
 
 
 def make_trainer(config: RunConfig, folder: RunFolder, prepared: Prepared) -> Trainer:

@@ -211,7 +211,7 @@ class Space(Tree):
                 f"the space varies {baked}, but pbt hands weights from trial to trial, and they are made for one value "
                 "of it; use asha, or vary loss weights, the learning rate and the like"
             )
-        if config.trainer.workers > 1:
+        if config.trainer.most_workers > 1:
             raise ConfigError(
                 f"trainer.workers is {config.trainer.workers}, but pbt trains each trial in one process; "
                 "set trainer.workers=1"

@@ -25,7 +25,7 @@ from ray import tune
 
 from jobs import cache_features, train
 from jobs.session import Session
-from jobs.train import interrupts
+from jobs.watch import interrupts
 from tune.record import Group, Records, TrialRecord, groups, trial_name
 from tune.report import render
 from tune.search import optuna_search, points_left, scheduler
@@ -159,6 +159,10 @@ def lay_out(config: RunConfig, session: Session) -> Layout:
         ConfigError: more workers than CPUs.
     """
     workers = config.trainer.workers
+    if not isinstance(workers, int):
+        raise ConfigError(
+            f"trainer.workers is {list(workers)}, but a sweep lays its trials out before they begin; give one number"
+        )
     session.worker_resources(workers)  # refuses what cannot run
     if workers == 1:
         concurrent = min(session.cpus, session.gpus or session.cpus)

@@ -39,8 +39,9 @@ from vilseg.evaluation.mask_free import HeldOut, measure
 from vilseg.model import ViLSeg
 from vilseg.segmentation.segmenter import Segmenter
 from vilseg.training import run
+from vilseg.training.checkpoints import CheckpointWriter, read_checkpoint, read_state
 from vilseg.training.folder import Prepared, RunFolder
-from vilseg.training.loop import Trainer
+from vilseg.training.metrics import MetricsFile
 
 Report = Callable[..., None]
 """Takes figures, and what else there is to pass on."""
@@ -175,10 +176,10 @@ def _train_here(config: RunConfig, trial: Trial, tell: Report) -> None:
     if handed_over:
         with handed_over.as_directory() as local:
             state = json.loads((Path(local) / _POINTER).read_text())["uri"]
-        trainer.load_state_dict(run.read_state(state))
+        trainer.load_state_dict(read_state(state))
     elif folder.last_step:
-        trainer.load_state_dict(run.load_checkpoint(folder, folder.last_step))
-    metrics_file = run.MetricsFile(folder, trainer.step)
+        trainer.load_state_dict(read_checkpoint(folder, folder.last_step))
+    metrics_file = MetricsFile(folder, config, trainer.step)
     last: dict[str, float] = {}
 
     def on_report(metrics: dict[str, float]) -> None:
@@ -186,8 +187,8 @@ def _train_here(config: RunConfig, trial: Trial, tell: Report) -> None:
         metrics_file.add(metrics)
 
     def on_checkpoint() -> None:
-        metrics_file.sync()
-        _keep(trainer, folder, config.trainer.keep_checkpoints)
+        writer.write(trainer.state_dict(), last, also=metrics_file.sync)
+        writer.wait()  # a trial that has told of a checkpoint may be ended, or its checkpoint handed over
         with tempfile.TemporaryDirectory() as local:
             (Path(local) / _POINTER).write_text(json.dumps({"uri": folder.state(trainer.step)}))
             if trainer.step == config.trainer.steps:
@@ -195,7 +196,11 @@ def _train_here(config: RunConfig, trial: Trial, tell: Report) -> None:
             checkpoint = tune.Checkpoint.from_directory(local) if trial.space.scheduler == "pbt" else None
             tell(last, trainer.objective.model, checkpoint=checkpoint)
 
-    trainer.train(_batches(config, prepared, trainer.step), on_report=on_report, on_checkpoint=on_checkpoint)
+    with (
+        run.nonfinite_kept(folder),
+        CheckpointWriter(folder, config.trainer.keep_checkpoints, config.trainer.best_by) as writer,
+    ):
+        trainer.train(_batches(config, prepared, trainer.step), on_report=on_report, on_checkpoint=on_checkpoint)
     if not last:  # it was killed after its last step, before it had told of it
         tell({"step": trainer.step}, trainer.objective.model)
 
@@ -204,22 +209,13 @@ def _batches(config: RunConfig, prepared: Prepared, done: int) -> Iterator[Worke
     count = PairCount(config.data.max_bad_share)
 
     def report(read: int, bad: list[BadPair]) -> None:
-        verdict = count.add(read, [(pair.key, pair.reason) for pair in bad])
+        verdict = count.add(read, [(pair.key, pair.reason) for pair in bad if not pair.filtered])
         if verdict:
             raise DataError(verdict)
 
     reader = batch_reader(config, prepared, report)
     for chunk in pair_order(config, prepared).chunks(done, config.trainer.steps):
         yield from reader.read(chunk)
-
-
-def _keep(trainer: Trainer, folder: RunFolder, newest: int | None) -> None:
-    """Write a checkpoint, and delete all but the newest so many."""
-    with tempfile.TemporaryDirectory() as local:
-        run.save_checkpoint(Path(local), trainer.state_dict())
-        storage.upload_folder(Path(local), folder.checkpoint(trainer.step))
-    for step in folder.checkpoint_steps()[: -newest if newest else 0]:
-        storage.delete(folder.checkpoint(step))
 
 
 def _train_on_workers(config: RunConfig, layout: Layout, tell: Report, should_stop: Callable[[], bool]) -> None:

@@ -27,6 +27,31 @@ class ColumnsConfig(Part):
     captions: str = "captions"
 
 
+class TextConfig(Part):
+    """How often a pair's text of an epoch is of each kind. Kinds that a pair lacks have no share; those of weight 0 stand in
+    where there is nothing else, alt-text before tags."""
+
+    caption: NonNegative = 1.0
+    """All captions of a pair together; which of them, is chosen anew each epoch."""
+    alt: NonNegative = 0.0
+    tags: NonNegative = 0.0
+    """Hashtags and keywords, cleaned and joined by commas."""
+
+
+class FiltersConfig(Part):
+    """Pairs to leave out; they are counted by themselves and are not bad pairs. Defaults leave none out."""
+
+    min_words: Annotated[int, Field(ge=0)] = 0
+    """Texts with fewer are left out, and pairs without any other."""
+    max_words: PositiveInt | None = None
+    junk: bool = False
+    """Leave out texts that say nothing in any language: codes, numbers, file names, one letter over and over."""
+    min_side: PositiveInt = 1
+    """Pixels of the shorter side, by the picture's header."""
+    max_aspect: Annotated[float, Field(ge=1)] | None = None
+    """Longer side over the shorter."""
+
+
 class DataConfig(Part):
     """Where the pairs come from and how they are read."""
 
@@ -41,8 +66,19 @@ class DataConfig(Part):
     """Pictures whose header announces more pixels are rejected before decoding."""
     max_bad_share: Share = 0.05
     """The run stops when more than this share of the pairs read so far could not be read."""
+    text: TextConfig = TextConfig()
+    filters: FiltersConfig = FiltersConfig()
     feature_cache: str | None = None
     """URI of patch features written once for a frozen image encoder; training then reads features, not pictures."""
+
+    @model_validator(mode="after")
+    def _cached_as_it_is(self) -> Self:
+        if self.feature_cache and (self.text != TextConfig() or self.filters != FiltersConfig()):
+            raise ValueError(
+                "a feature_cache holds every pair with all its texts alike; leave text and filters out, or filter the pairs "
+                "by `vilseg ingest` first"
+            )
+        return self
 
 
 class ViewsConfig(Part):
@@ -126,13 +162,24 @@ class CrossModalConfig(Part):
     """Image-caption contrast (InfoNCE; CLIP, Radford et al. 2021)."""
 
     weight: NonNegative = 1.0
+    form: Literal["infonce", "sigmoid"] = "infonce"
+    """Soft-max over the batch, or every pair judged by itself with a learnt bias that starts at -10 (SigLIP, Zhai et al. 2023,
+    section 3.2); for the global and the pooled patch embeddings alike."""
     temperature: Positive = 0.07
-    """Start of the learnt temperature; its inverse is capped at 100 (CLIP, section 2.5)."""
+    """Start of the learnt temperature; its inverse is capped at 100 (CLIP, section 2.5). 0.1 where ``form`` is sigmoid and
+    nothing is set (t' = log 10, SigLIP, section 3.2)."""
     patch_share: Share = 0.5
     """Share of the loss that is taken on pooled patch embeddings, the rest on the global embedding; DESIGN: half and half."""
     patch_pooling: Literal["mean", "softmax"] = "softmax"
     """How patches meet a caption: their mean, or weighted by a soft-max of their similarity with it."""
     pooling_temperature: Positive = 0.1
+
+    @model_validator(mode="before")
+    @classmethod
+    def _start_of_the_form(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("form") == "sigmoid" and "temperature" not in values:
+            return {**values, "temperature": 0.1}
+        return values
 
 
 class NounsConfig(Part):
@@ -141,6 +188,10 @@ class NounsConfig(Part):
     weight: NonNegative = 1.0
     top_patches: PositiveInt = 8
     """An image's score for a phrase is the mean over its best patches."""
+    finder: Literal["tagger", "statistics"] = "tagger"
+    """A part-of-speech tagger (English), or statistics of the captions alone for any language that parts words by spaces: they
+    find topical words, verbs and adjectives among them, and take every inflection for a word of its own; see
+    ``vilseg.text.statistics``."""
     max_phrases: PositiveInt = 2000
     min_count: PositiveInt = 10
     """Phrases rarer than this in the captions sampled are left out."""
@@ -150,6 +201,10 @@ class VisionConfig(Part):
     """Local against global crops with an EMA teacher (DINO, Caron et al. 2021; defaults of its section 3.2 and appendix)."""
 
     weight: NonNegative = 0.1
+    form: Literal["dino", "infonce"] = "dino"
+    """Agreement over prototypes, or a soft-max over the pictures of the batch: a student's view must find the teacher's view of
+    the same picture (InfoNCE, van den Oord et al. 2018, with a momentum encoder as in MoCo, He et al. 2020, section 3.2).
+    ``infonce`` takes ``student_temperature`` and has neither prototypes, centre nor teacher temperature."""
     student_temperature: Positive = 0.1
     teacher_temperature: Positive = 0.04
     center_momentum: Share = 0.9
@@ -170,6 +225,16 @@ class MutualInformationConfig(Part):
     """Displacements of up to this many patches in each direction are averaged (IIC, section 3.3)."""
     train_encoder: bool = True
     """Let the gradient go on into the image encoder; otherwise the head alone learns from it."""
+    overclusters: Annotated[int, Field(ge=0, le=4096)] = 0
+    """Outputs of a second head that learns by the same loss beside the first and is dropped from the model; 0 for none
+    ("auxiliary overclustering", IIC)."""
+
+    @field_validator("overclusters")
+    @classmethod
+    def _no_single_cluster(cls, overclusters: int) -> int:
+        if overclusters == 1:
+            raise ValueError("a single cluster holds no information; give 0 for no second head, or at least 2")
+        return overclusters
 
 
 class LossConfig(Part):
@@ -202,7 +267,9 @@ class OptimizerConfig(Part):
 class TrainerConfig(Part):
     """Workers, steps and what is kept."""
 
-    workers: int = 1
+    workers: int | tuple[int, int] = 1
+    """Processes that share every step; ``[1, 4]`` takes as many as the cluster has room for, and goes on with fewer where a
+    machine is lost and with more where one comes."""
     batch_size: PositiveInt = 256
     """Pairs a step over all workers."""
     steps: PositiveInt = 10_000
@@ -210,34 +277,76 @@ class TrainerConfig(Part):
     """bfloat16 autocasts the networks; losses are always float32. ``auto`` takes it where there are matrix units for it."""
     sharding: Literal["none", "fsdp"] = "none"
     """``fsdp`` cuts weights, gradients and optimiser states among the workers (FSDP, Zhao et al. 2023) where ``none`` gives
-    each a whole copy: the same losses, less memory, more traffic. A run may change it when it is resumed."""
+    each a whole copy: the same losses, less memory, more traffic. A run may change it when it is resumed. With ``fsdp`` there
+    are neither figures on held-out pairs nor pictures of clusters on the way."""
+    chunk_size: PositiveInt | None = None
+    """Pairs a forward pass of a worker; null takes its whole share at once. The gradient is that of the whole batch in either
+    case, in the memory of one chunk and at the price of a second forward pass (GradCache, Gao et al. 2021)."""
+    checkpoint_activations: bool = False
+    """Keep only what goes into the blocks of the encoders and compute the rest again in the backward pass (Chen et al. 2016):
+    less memory, about a third more work."""
+    compile: bool = False
+    """Compile the encoders by ``torch.compile``; needs a C++ compiler on every worker."""
     checkpoint_every: PositiveInt = 500
     keep_checkpoints: PositiveInt | None = 2
-    """The newest so many; null keeps all."""
+    """The newest so many, and the best one beside them; null keeps all."""
+    best_by: str = "loss"
+    """Figure of the reports by which the best checkpoint is known: of names that begin with ``loss`` the lowest, of others the
+    highest. With ``data.held_out`` there are ``held_out/retrieval``, ``held_out/nouns`` and more (docs/tuning.md)."""
     log_every: PositiveInt = 20
     max_failures: Annotated[int, Field(ge=0)] = 2
     """A worker that dies is replaced this often before the run fails."""
     seed: int = 0
     storage: str = "runs"
     """URI under which the run's folder is made."""
+    examples_every: Annotated[int, Field(ge=0)] = 500
+    """Steps between pictures of the clusters in TensorBoard; 0 for none."""
+    tracking: Literal["none", "mlflow"] = "none"
+    """``mlflow`` tells the server at ``MLFLOW_TRACKING_URI`` of every report too."""
+    mlflow_experiment: str = "vilseg"
 
     @field_validator("workers")
     @classmethod
-    def _some_worker(cls, workers: int) -> int:
-        if workers < 1:
+    def _some_worker(cls, workers: int | tuple[int, int]) -> int | tuple[int, int]:
+        fewest, most = (workers, workers) if isinstance(workers, int) else workers
+        if fewest < 1:
             raise ValueError("training needs at least 1 worker")
+        if fewest > most:
+            raise ValueError(f"the fewest workers, {fewest}, are more than the most, {most}")
         return workers
+
+    @model_validator(mode="after")
+    def _whole_or_chunks(self) -> Self:
+        if self.sharding == "fsdp" and self.chunk_size is not None:
+            raise ValueError("chunk_size needs whole weights; set sharding=none or chunk_size=null")
+        return self
+
+    @property
+    def fewest_workers(self) -> int:
+        """Workers that training does not begin without."""
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def most_workers(self) -> int:
+        """Workers that training never has more of."""
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
 
     def check_shares(self) -> None:
         """Raise ConfigError where a step's pairs cannot be shared evenly.
 
         Not a part of validation: that there are too few CPUs for so many workers is the better thing to say first.
         """
-        if self.batch_size % self.workers:
+        fewest = self.fewest_workers
+        if self.batch_size % fewest and self.even_workers(self.most_workers) < fewest:
             raise ConfigError(
-                f"trainer.batch_size {self.batch_size} cannot be shared evenly by {self.workers} workers; "
-                f"the nearest that can is {max(1, round(self.batch_size / self.workers)) * self.workers}"
+                f"trainer.batch_size {self.batch_size} cannot be shared evenly by {fewest} workers; "
+                f"the nearest that can is {max(1, round(self.batch_size / fewest)) * fewest}"
             )
+
+    def even_workers(self, possible: int) -> int:
+        """How many of ``possible`` workers, at most as many as are wished for, share a step evenly; 0 of none."""
+        counts = range(1, min(possible, self.most_workers) + 1)
+        return max((count for count in counts if self.batch_size % count == 0), default=0)
 
 
 class RefinementConfig(Part):

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import shutil
+
 import torch
+
+from vilseg.errors import ConfigError
 
 
 def best_device() -> torch.device:
@@ -22,3 +28,15 @@ def has_bfloat16_units(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and bool(torch.cpu.get_capabilities().get("amx_bf16"))
+
+
+def require_compiler(device: torch.device) -> None:
+    """Raise ConfigError where ``torch.compile`` finds no compiler for programs of ``device``."""
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        raise ConfigError(
+            f"trainer.compile needs a C++ compiler, and there is no {compiler} here; install one, name it by the "
+            "environment variable CXX, or set trainer.compile=false"
+        )
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        raise ConfigError("trainer.compile needs triton for a GPU; install it, or set trainer.compile=false")

@@ -8,11 +8,14 @@ averaged gradient is its gradient.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def world_size() -> int:
@@ -65,3 +68,30 @@ def mean_over_workers(value: Tensor) -> Tensor:
     if world_size() == 1:
         return value
     return _SumOverWorkers.apply(value) / world_size()
+
+
+def gather_objects(value: T) -> list[T]:
+    """What every worker has, in rank order; for small things that are no tensors."""
+    if world_size() == 1:
+        return [value]
+    gathered: list[Any] = [None] * world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+@torch.no_grad()
+def average_gradients(parameters: Iterable[Tensor]) -> None:
+    """Replace the gradients by their means over the workers, as data-parallel training does after its backward pass.
+
+    A parameter that no worker has a gradient of keeps none.
+    """
+    if world_size() == 1:
+        return
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    holders = torch.tensor([float(parameter.grad is not None) for parameter in trained], device=trained[0].device)
+    dist.all_reduce(holders)
+    for parameter, count in zip(trained, holders.tolist(), strict=True):
+        if count:
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= world_size()

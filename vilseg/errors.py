@@ -6,7 +6,8 @@
     |  |- DiskFullError      no space is left, for a result or a temporary copy
     |  `- StoreUnavailable   the object store does not answer, or says that it cannot now
     |- DataError         pairs, images, masks, class lists
-    |  `- TooLargeError      more pixels than the caller allows
+    |  |- TooLargeError      more pixels than the caller allows
+    |  `- FilteredError      a pair that the filters leave out
     |- ModelError        a model folder or checkpoint
     `- ClusterError      Ray nodes of this machine
 
@@ -41,6 +42,10 @@ class DataError(UserError):
 
 class TooLargeError(DataError):
     """A picture or film has more pixels than the caller allows."""
+
+
+class FilteredError(DataError):
+    """A pair is not wanted, though nothing is wrong with it."""
 
 
 class ModelError(UserError):

@@ -276,7 +276,7 @@ def read_text(uri: str) -> str:
 # -------------------------------------------------------------------------------------------------------- writing
 
 
-def _upload(content: bytes | pa.Buffer, path: str) -> None:
+def _upload(content: bytes | memoryview | pa.Buffer, path: str) -> None:
     """Put an object at ``path`` ("bucket/key") on S3; it appears whole or not at all.
 
     pyarrow's streams cannot be aborted: closed or forgotten, they publish what was written so far. So the bytes go
@@ -339,7 +339,7 @@ def _folder_of(uri: str) -> Iterator[str]:
     yield folder
 
 
-def write_bytes(uri: str, data: bytes) -> None:
+def write_bytes(uri: str, data: bytes | memoryview) -> None:
     """Write the whole file, atomically as `open_atomic` does."""
     scheme, path = _split(uri)
     if scheme == "s3":  # no temporary file: of a small object it would take as long as sending it

@@ -19,6 +19,7 @@ import pytest
 from PIL import Image
 
 from cluster.store import ObjectStore
+from tests.e2e.processes import family, kill, title
 from vilseg import storage
 from vilseg.archive import rows
 from vilseg.data import scenes
@@ -83,13 +84,6 @@ class Running:
             assert time.monotonic() < deadline
             time.sleep(0.1)
 
-    def family(self) -> list[int]:
-        """Ids of the processes of its cluster, the youngest generation first."""
-        generations = [[self.process.pid]]
-        while generations[-1]:
-            generations.append([pid for pid, parent in _processes() if parent in generations[-1]])
-        return [pid for generation in reversed(generations[1:]) for pid in generation]
-
     def end(self) -> str:
         """Wait for a good end; returns what was said."""
         said = self.process.communicate(timeout=300)[1]
@@ -121,29 +115,8 @@ def start(archive: list[str], model: str, request: pytest.FixtureRequest) -> Ite
     yield run
     for running in begun:
         if running.process.poll() is None:
-            _kill([*running.family(), running.process.pid])
+            kill([*family(running.process.pid), running.process.pid])
             running.process.wait()
-
-
-def _processes() -> Iterator[tuple[int, int]]:
-    """Id and parent's id of every process (proc(5))."""
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            yield int(folder.name), int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-        except (FileNotFoundError, ProcessLookupError):
-            continue  # it has ended
-
-
-def _title(pid: int) -> str:
-    return Path(f"/proc/{pid}/cmdline").read_text()
-
-
-def _kill(processes: list[int]) -> None:
-    for pid in processes:
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue  # it ended with its parent
 
 
 def finished(out: str) -> dict[str, bytes]:
@@ -191,10 +164,11 @@ def test_driver_killed(start: Start, archive: list[str]) -> None:
     check(first.out, archive, marked)
 
 
+@pytest.mark.slow
 def test_whole_cluster_killed(start: Start, archive: list[str]) -> None:
     first = start()
     first.wait_for_parts(3)
-    _kill([first.process.pid, *first.family()])
+    kill([first.process.pid, *family(first.process.pid)])
     first.process.wait()
     marked = finished(first.out)
     assert 0 < len(marked) < PICTURES
@@ -206,9 +180,9 @@ def test_actor_killed_and_second_job_refused(start: Start, archive: list[str]) -
     running = start()
     running.wait_for_parts(2)
     second = start("--resume")
-    actors = [pid for pid in running.family() if "MapWorker" in _title(pid)]
+    actors = [pid for pid in family(running.process.pid) if "MapWorker" in title(pid)]
     assert actors
-    _kill(actors[:1])
+    kill(actors[:1])
     said = second.process.communicate(timeout=PROMPTLY_S)[1]
     assert second.process.returncode == 2, said
     assert "another job" in said
@@ -216,6 +190,7 @@ def test_actor_killed_and_second_job_refused(start: Start, archive: list[str]) -
     check(running.out, archive, {})
 
 
+@pytest.mark.slow
 def test_store_away_for_a_minute(start: Start, archive: list[str], store: ObjectStore) -> None:
     running = start()
     running.wait_for_parts(2)
@@ -226,6 +201,7 @@ def test_store_away_for_a_minute(start: Start, archive: list[str], store: Object
     check(running.out, archive, {})
 
 
+@pytest.mark.slow
 def test_input_that_kills_its_process_is_rejected(store: ObjectStore, model: str, tmp_path: Path) -> None:
     # As a fault in a native decoder would: a user's own encoder, which lies in the working folder.
     (tmp_path / "killer.py").write_text(

@@ -41,6 +41,7 @@ from vilseg.data.pairs import write_index, write_tar
 from vilseg.data.stream import BatchReader, PairOrder, decode_to_canvas
 from vilseg.training import run
 from vilseg.training.folder import Prepared, RunFolder
+from vilseg.training.metrics import read_metrics
 
 pytestmark = pytest.mark.slow
 
@@ -309,19 +310,65 @@ def unbroken(folder: RunFolder) -> list[dict[str, float]]:
     return reports
 
 
-def test_training_goes_on_from_its_last_checkpoint(cluster: LocalCluster, start: Start, tmp_path: Path) -> None:
+def training(folder: Path, *overrides: str) -> list[str]:
+    """Arguments of a training of small pictures; its run is at ``folder/run``."""
+    (folder / "config.yaml").write_text("{}")
     settings = [
-        f"data.source={write_pairs(tmp_path, 32)}",
+        f"data.source={write_pairs(folder, 32)}",
         *("data.canvas=32", "views.global_size=32", "views.local_size=16", "model.embedding_dim=32"),
         "model.image_encoder.sizes={width: 32, depth: 1}",
         "model.text_encoder.sizes={hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 64}",
         *("model.text_encoder.max_tokens=24", "model.clusters=8", "loss.nouns.min_count=2"),
         *("loss.vision.prototypes=32", "loss.vision.hidden_dim=32", "optimizer.warmup_steps=2"),
-        *("trainer.precision=float32", "trainer.batch_size=64", "trainer.log_every=1", f"trainer.storage={tmp_path}"),
-        *("trainer.workers=2", f"trainer.steps={STEPS}", f"trainer.checkpoint_every={EVERY}"),
+        *("trainer.precision=float32", "trainer.batch_size=64", f"trainer.storage={folder}"),
     ]
-    (tmp_path / "config.yaml").write_text("{}")
-    verb = start("train", "--config", str(tmp_path / "config.yaml"), "--name", "run", *settings)
+    return ["train", "--config", str(folder / "config.yaml"), "--name", "run", *settings, *overrides]
+
+
+def test_elastic_training_follows_the_nodes(
+    cluster: LocalCluster, hosts: Sequence[Host], start: Start, tmp_path: Path
+) -> None:
+    long = ["trainer.steps=1000000", "trainer.checkpoint_every=20", "trainer.log_every=5"]
+    verb = start(*training(tmp_path, "trainer.workers=[1, 2]", *long))
+    folder = RunFolder(str(tmp_path / "run"))
+
+    def saw(*words: str) -> bool:
+        verb.goes_on()
+        said, place = verb.said(), 0
+        for word in words:
+            place = said.find(word, place) + len(word)
+            if place < len(word):
+                return False
+        return True
+
+    def goes_beyond(step: int) -> bool:
+        verb.goes_on()
+        return folder.last_step > step
+
+    until(partial(saw, "training by 2 workers"), "two workers")
+    until(partial(goes_beyond, 20), "a checkpoint")
+    cluster.kill_node(1)
+    until(partial(saw, "training by 2 workers", "a worker was lost", "training by 1 workers"), "one worker")
+    until(partial(goes_beyond, folder.last_step + 20), "a checkpoint by one worker")
+    LocalCluster.start(cluster.directory, nodes=2, cpus=1, hosts=hosts)
+    until(partial(saw, "training by 1 workers", "room for more workers", "training by 2 workers"), "two workers again")
+    until(partial(goes_beyond, folder.last_step + 20), "a checkpoint by two workers")
+    verb.process.send_signal(signal.SIGTERM)
+    verb.process.wait(PATIENCE)
+    assert verb.process.returncode == 130, verb.said()
+    steps = [report["step"] for report in read_metrics(folder)]
+    assert steps == sorted(set(steps)), "every report once"
+    assert set(range(5, int(steps[-1]), 5)) <= set(steps)
+
+
+def test_training_goes_on_from_its_last_checkpoint(cluster: LocalCluster, start: Start, tmp_path: Path) -> None:
+    settings = [
+        "trainer.log_every=1",
+        "trainer.workers=2",
+        f"trainer.steps={STEPS}",
+        f"trainer.checkpoint_every={EVERY}",
+    ]
+    verb = start(*training(tmp_path, *settings))
     folder = RunFolder(str(tmp_path / "run"))
 
     def has_checkpoint() -> bool:
@@ -334,7 +381,7 @@ def test_training_goes_on_from_its_last_checkpoint(cluster: LocalCluster, start:
     assert folder.last_step < STEPS, "it was killed on the way"
     verb.goes_on()
     verb.end()
-    reports = run.read_metrics(folder)
+    reports = read_metrics(folder)
     assert [report["step"] for report in reports] == list(range(1, STEPS + 1))
     for found, wanted in zip(reports, unbroken(folder), strict=True):
         assert found["loss"] == pytest.approx(wanted["loss"], rel=0.02), found["step"]

@@ -18,6 +18,7 @@ from vilseg.errors import DataError, StorageError
 from vilseg.model import ViLSeg
 from vilseg.training import run
 from vilseg.training.folder import RunFolder
+from vilseg.training.metrics import read_metrics
 
 ROOT = "s3://vilseg/test-train"
 SIZE = 32
@@ -72,7 +73,7 @@ def test_two_workers_see_the_losses_of_one(
     alone = train.main(eight_steps(pairs, "alone", "trainer.workers=1", here), ray_cluster)
     assert (tmp_path / "alone" / "model" / "model.safetensors").exists()
     names = {"loss", "loss/cross_modal", "loss/nouns", "loss/vision", "loss/mutual_information"}
-    for one, two in zip(run.read_metrics(alone.folder)[:5], run.read_metrics(whole.folder)[:5], strict=True):
+    for one, two in zip(read_metrics(alone.folder)[:5], read_metrics(whole.folder)[:5], strict=True):
         assert names == {name for name in one if name.startswith("loss")}
         for name in names:
             assert one[name] == pytest.approx(two[name], abs=1e-4), (one["step"], name)
@@ -89,7 +90,7 @@ def test_resumed_run_goes_on_as_if_it_had_not_stopped(ray_cluster: Session, pair
     with pytest.raises(StorageError, match="--resume"):
         train.main(settings, ray_cluster)
     train.main(settings, ray_cluster, resume=True)
-    expected, found = run.read_metrics(whole.folder), run.read_metrics(folder)
+    expected, found = read_metrics(whole.folder), read_metrics(folder)
     assert [line["step"] for line in found] == list(range(1, 9))
     for want, got in zip(expected, found, strict=True):
         assert got["loss"] == pytest.approx(want["loss"], abs=1e-3)

@@ -16,8 +16,8 @@ from vilseg.config import RunConfig
 from vilseg.errors import ConfigError, StorageError, UserError
 from vilseg.evaluation.mask_free import MEASURES
 from vilseg.model import ViLSeg
-from vilseg.training import run
 from vilseg.training.folder import RunFolder
+from vilseg.training.metrics import read_metrics
 
 ROOT = "s3://vilseg/test-tune"
 SIZE = 32
@@ -118,6 +118,7 @@ def test_a_sweep_goes_on_from_its_records(ray_cluster: Session) -> None:
     assert third.records[0].curve[:2] == ended.curve
 
 
+@pytest.mark.slow  # two and a half minutes
 def test_trials_on_workers_do_as_those_alone_and_make_room_for_the_next(ray_cluster: Session) -> None:
     """Both workers' CPUs go to one trial after the other; a trial's losses are those of one that trains by itself."""
     varied = space({"loss.nouns.weight": {"choice": [1.0, 0.1]}}, search="grid", objective="nouns")
@@ -128,7 +129,7 @@ def test_trials_on_workers_do_as_those_alone_and_make_room_for_the_next(ray_clus
     assert together.records[0].status == "done"
     assert together.records[1].status == ("done" if together.records[1].step == 12 else "stopped")
     alone = sweep.main(config("alone", *settings), varied.with_values(trials=1), ray_cluster)
-    runs = [run.read_metrics(RunFolder(f"{done.folder}/trials/0000")) for done in (together, alone)]
+    runs = [read_metrics(RunFolder(f"{done.folder}/trials/0000")) for done in (together, alone)]
     for ours, theirs in zip(*runs, strict=True):
         losses = {name: value for name, value in theirs.items() if name.startswith("loss")}
         assert {name: ours[name] for name in losses} == pytest.approx(losses, rel=1e-3, abs=1e-4)

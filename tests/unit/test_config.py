@@ -113,7 +113,12 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         ("loss.mutual_information.entropy_weight=0.5", ["loss.mutual_information.entropy_weight", "0.5"]),
         ("trainer.precision=float16", ["trainer.precision", "'float32'", "'float16'"]),
         ("optimizer.betas=[0.9, 2]", ["optimizer.betas.1", "2"]),
+        ("loss.mutual_information.overclusters=1", ["loss.mutual_information.overclusters", "at least 2", "1"]),
+        ("loss.vision.form=moco", ["loss.vision.form", "'infonce'", "'moco'"]),
+        ("trainer.chunk_size=0", ["trainer.chunk_size", "0"]),
         ("trainer.workers=0", ["trainer.workers", "at least 1", "0"]),
+        ("trainer.workers=[0, 2]", ["trainer.workers", "at least 1"]),
+        ("trainer.workers=[4, 2]", ["trainer.workers", "fewest", "4"]),
     ],
 )
 def test_a_bad_value_is_told_with_its_key(override: str, words: list[str]) -> None:
@@ -125,6 +130,29 @@ def test_a_batch_that_cannot_be_shared_is_told() -> None:
     RunConfig.load(None, ["trainer.workers=4"]).trainer.check_shares()
     with pytest.raises(ConfigError, match=r"batch_size 256 cannot be shared evenly by 3 workers.*255"):
         RunConfig.load(None, ["trainer.workers=3"]).trainer.check_shares()
+
+
+def test_elastic_workers_are_as_many_as_share_a_batch_evenly() -> None:
+    trainer = RunConfig.load(None, ["trainer.workers=[1, 6]", "trainer.batch_size=20"]).trainer
+    trainer.check_shares()
+    assert (trainer.fewest_workers, trainer.most_workers) == (1, 6)
+    assert [trainer.even_workers(possible) for possible in range(8)] == [0, 1, 2, 2, 4, 5, 5, 5]
+    with pytest.raises(ConfigError, match="cannot be shared evenly by 6 workers"):
+        RunConfig.load(None, ["trainer.workers=[6, 7]", "trainer.batch_size=20"]).trainer.check_shares()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "start"),
+    [
+        ([], 0.07),
+        (["loss.cross_modal.form=sigmoid"], 0.1),
+        (["loss.cross_modal.form=sigmoid", "loss.cross_modal.temperature=0.2"], 0.2),
+    ],
+)
+def test_the_temperature_starts_where_the_form_says_unless_it_is_set(overrides: list[str], start: float) -> None:
+    config = RunConfig.load(None, overrides)
+    assert config.loss.cross_modal.temperature == start
+    assert RunConfig.model_validate(yaml.safe_load(config.to_yaml())) == config
 
 
 def test_checkpoint_and_factory_exclude_each_other() -> None:

@@ -64,6 +64,29 @@ def decode_image(data: bytes, *, max_pixels: int | None = None, min_side: int | 
         raise DataError(f"the image is damaged: {str(error).strip() or type(error).__name__}") from error
 
 
+def image_size(data: bytes) -> tuple[int, int]:
+    """Width and height by a picture's header, as it is stored (not turned upright).
+
+    Raises:
+        DataError: not a picture, or its header is damaged.
+    """
+    if data[:2] == b"\xff\xd8":
+        try:
+            height, width, _, _ = simplejpeg.decode_jpeg_header(data)
+        except ValueError:
+            pass  # Pillow knows more kinds
+        else:
+            return width, height
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return Image.open(io.BytesIO(data)).size
+    except UnidentifiedImageError as error:
+        raise DataError("the bytes are not an image of a known format") from error
+    except Exception as error:
+        raise DataError(f"the image is damaged: {str(error).strip() or type(error).__name__}") from error
+
+
 def square(image: np.ndarray, side: int, position: float = 0.5) -> np.ndarray:
     """Resize the shorter side to ``side`` and crop the longer one; ``position`` 0..1 says where along it.
 

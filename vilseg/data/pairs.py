@@ -19,8 +19,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vilseg import storage
-from vilseg.config import ColumnsConfig
-from vilseg.errors import DataError, UserError
+from vilseg.config import ColumnsConfig, FiltersConfig
+from vilseg.data.texts import TextRules
+from vilseg.errors import DataError, StorageError, StoreUnavailable, UserError
 
 TAR, PARQUET = ".tar", ".parquet"
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
@@ -31,7 +32,7 @@ CAPTION_FEATURES = "caption_features"
 """Column of a feature cache's shards."""
 _BUFFER = 4 << 20
 _TEXT_FIELDS = ("captions", "caption", "alt", "tags")
-"""Of a pair's JSON, in order; alt-text and tags stand in only where there is no caption."""
+"""Of a pair's JSON."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +42,11 @@ class Pair:
     key: str
     image: bytes
     captions: tuple[str, ...]
+    """Its usable texts, cleaned; alt-text and hashtags among them where the rules say so."""
     caption_features: bytes | None = None
     """From a feature cache: one row of float16 for each caption, as the text encoder gave it."""
+    chances: tuple[float, ...] = ()
+    """How often each of the captions is the text of an epoch; all alike where empty."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +55,8 @@ class BadPair:
 
     key: str
     reason: str
+    filtered: bool = False
+    """Left out by the filters; nothing is wrong with it."""
 
 
 @dataclass(frozen=True)
@@ -88,12 +94,23 @@ def list_shards(source: str, *, without: str | None = None) -> list[storage.File
     return left
 
 
-def read_shard(uri: str, columns: ColumnsConfig | None = None) -> Iterator[Pair | BadPair]:
-    """Every pair of a shard in stored order, one at a time; a file that breaks off ends in a :class:`BadPair`."""
+def read_shard(
+    uri: str, columns: ColumnsConfig | None = None, rules: TextRules | None = None
+) -> Iterator[Pair | BadPair]:
+    """Every pair of a shard in stored order, one at a time; a file that breaks off ends in a :class:`BadPair`.
+
+    Args:
+        uri: of the shard.
+        columns: names of the columns of Parquet shards.
+        rules: which texts are used; captions, and what stands in for them, where None.
+
+    Raises:
+        StoreUnavailable: the object store does not answer.
+    """
     if uri.endswith(PARQUET):
-        yield from _read_parquet(uri, columns or ColumnsConfig())
+        yield from _read_parquet(uri, columns or ColumnsConfig(), rules or TextRules())
     else:
-        yield from _read_tar(uri)
+        yield from _read_tar(uri, rules or TextRules())
 
 
 def count_pairs(uri: str) -> int:
@@ -144,7 +161,7 @@ def read_index(folder: str) -> dict[str, int]:
         raise DataError(f"{uri} is damaged; delete it, and the pairs are counted anew") from error
 
 
-def _read_tar(uri: str) -> Iterator[Pair | BadPair]:
+def _read_tar(uri: str, rules: TextRules) -> Iterator[Pair | BadPair]:
     for key, members in tar_groups(uri):
         if isinstance(members, str):
             yield BadPair(key, members)
@@ -154,18 +171,30 @@ def _read_tar(uri: str) -> Iterator[Pair | BadPair]:
             yield BadPair(key, f"no image beside it ({', '.join(IMAGE_SUFFIXES)})")
             continue
         try:
-            captions = _captions_of(members)
+            texts = _texts_of(members)
         except ValueError as error:
             yield BadPair(key, f"its text cannot be read: {error}")
             continue
-        yield Pair(key, image, captions) if captions else BadPair(key, "no caption")
+        yield _pair(key, image, texts, rules)
+
+
+def _pair(key: str, image: bytes, texts: dict[str, list[str]], rules: TextRules) -> Pair | BadPair:
+    chances = rules.usable(texts)
+    if chances:
+        alike = len(set(chances.values())) == 1
+        return Pair(key, image, tuple(chances), chances=() if alike else tuple(chances.values()))
+    if not any(texts.values()):
+        return BadPair(key, "no caption")
+    if rules.filters == FiltersConfig():
+        return BadPair(key, "nothing is left of its texts when they are cleaned")
+    return BadPair(key, "no text passes the filters", filtered=True)
 
 
 def tar_groups(uri: str) -> Iterator[tuple[str, dict[str, bytes] | str]]:
     """(Key, members by lower-case suffix) for runs of members with one key, or (name, what is wrong) at the end."""
     key, members = "", dict[str, bytes]()
     try:
-        with storage.open_input(uri) as file, tarfile.open(fileobj=io.BufferedReader(file, _BUFFER), mode="r|") as tar:
+        with storage.reading(uri) as file, tarfile.open(fileobj=io.BufferedReader(file, _BUFFER), mode="r|") as tar:
             for member in tar:
                 if not member.isfile():
                     continue
@@ -187,38 +216,36 @@ def tar_groups(uri: str) -> Iterator[tuple[str, dict[str, bytes] | str]]:
         yield key, members
 
 
-def _captions_of(members: dict[str, bytes]) -> tuple[str, ...]:
-    texts: list[str] = []
+def _texts_of(members: dict[str, bytes]) -> dict[str, list[str]]:
+    texts: dict[str, list[str]] = {}
     if "json" in members:
         metadata = json.loads(members["json"])
         if not isinstance(metadata, dict):
             raise ValueError("the JSON is not an object")
-        texts = captions_of_metadata(metadata)
+        texts = texts_of_metadata(metadata)
     if "txt" in members:
         caption = members["txt"].decode("utf-8").strip()
-        if caption and caption not in texts:
-            texts.insert(0, caption)
-    return tuple(texts)
-
-
-def captions_of_metadata(metadata: dict[str, Any]) -> list[str]:
-    """The captions among a pair's fields: ``captions`` and ``caption``; failing these ``alt``, then ``tags``."""
-    texts: list[str] = []
-    for name in _TEXT_FIELDS:
-        if texts and name in ("alt", "tags"):
-            break
-        value = metadata.get(name)
-        if name == "tags" and isinstance(value, list):
-            value = ", ".join(str(tag) for tag in value)
-        for text in value if isinstance(value, list) else [value]:
-            if isinstance(text, str) and text.strip() and text.strip() not in texts:
-                texts.append(text.strip())
+        captions = texts.setdefault("caption", [])
+        if caption and caption not in captions:
+            captions.insert(0, caption)
     return texts
 
 
-def _read_parquet(uri: str, columns: ColumnsConfig) -> Iterator[Pair | BadPair]:
+def texts_of_metadata(metadata: dict[str, Any]) -> dict[str, list[str]]:
+    """The texts among a pair's fields by kind: ``captions`` and ``caption``, ``alt``, ``tags``; only kinds that it has."""
+    found: dict[str, list[str]] = {}
+    for name in _TEXT_FIELDS:
+        value = metadata.get(name)
+        texts = found.setdefault("caption" if name == "captions" else name, [])
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and text.strip() and text.strip() not in texts:
+                texts.append(text.strip())
+    return {kind: texts for kind, texts in found.items() if texts}
+
+
+def _read_parquet(uri: str, columns: ColumnsConfig, rules: TextRules) -> Iterator[Pair | BadPair]:
     try:
-        with storage.open_input(uri) as source:
+        with storage.reading(uri) as source:
             file = pq.ParquetFile(source)
             names = set(file.schema_arrow.names)
             wanted = [n for n in _columns_to_read(columns) if n in names]
@@ -231,17 +258,21 @@ def _read_parquet(uri: str, columns: ColumnsConfig) -> Iterator[Pair | BadPair]:
             row = 0
             for batch in file.iter_batches(batch_size=64, columns=wanted):
                 for values in batch.to_pylist():
-                    yield _pair_of_row(uri, row, values, columns)
+                    yield _pair_of_row(uri, row, values, columns, rules)
                     row += 1
-    except (pa.ArrowInvalid, OSError) as error:
+    except StoreUnavailable:
+        raise  # that passes; the pairs are not bad
+    except (pa.ArrowInvalid, StorageError) as error:
         yield BadPair(storage.name(uri), f"the Parquet file cannot be read: {error}")
 
 
-def _pair_of_row(uri: str, row: int, values: dict[str, Any], columns: ColumnsConfig) -> Pair | BadPair:
+def _pair_of_row(
+    uri: str, row: int, values: dict[str, Any], columns: ColumnsConfig, rules: TextRules
+) -> Pair | BadPair:
     key = str(values.get(columns.key) or f"{storage.name(uri)}:{row}")
     fields = {"caption": values.get(columns.caption), "captions": values.get(columns.captions)}
-    captions = captions_of_metadata({**values, **fields})
-    if not captions:
+    texts = texts_of_metadata({**values, **fields})
+    if not texts:
         return BadPair(key, "no caption")
     image = values.get(columns.image)
     if isinstance(image, dict):
@@ -251,9 +282,15 @@ def _pair_of_row(uri: str, row: int, values: dict[str, Any], columns: ColumnsCon
         absolute = "://" in path or path.startswith("/")
         try:
             image = storage.read_bytes(path if absolute else storage.join(storage.parent(uri), path))
+        except StoreUnavailable:
+            raise
         except UserError as error:
             return BadPair(key, str(error))
-    return Pair(key, image, tuple(captions), values.get(CAPTION_FEATURES)) if image else BadPair(key, "no image")
+    if not image:
+        return BadPair(key, "no image")
+    if values.get(CAPTION_FEATURES):  # of a cache: its captions are clean, and each has its features
+        return Pair(key, image, tuple(texts["caption"]), values[CAPTION_FEATURES])
+    return _pair(key, image, texts, rules)
 
 
 def _columns_to_read(columns: ColumnsConfig) -> tuple[str, ...]:

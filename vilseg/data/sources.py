@@ -42,7 +42,7 @@ from vilseg.data.image_files import (
     unique_key,
     with_suffix,
 )
-from vilseg.data.pairs import INDEX, PARQUET, TAR, BadPair, captions_of_metadata, tar_groups
+from vilseg.data.pairs import INDEX, PARQUET, TAR, BadPair, tar_groups, texts_of_metadata
 from vilseg.errors import DataError, StorageError
 
 PART_PAIRS = 1000
@@ -187,7 +187,7 @@ def _add_caption_file(
     unusable = [row for row in rows if isinstance(row, BadPair)]
     if unusable and len(unusable) == len(rows):
         raise DataError(f"{uri} makes no pairs; at {unusable[0].key}: {unusable[0].reason}")
-    if not any(captions_of_metadata(row.metadata) for row in rows if not isinstance(row, BadPair)):
+    if not any(texts_of_metadata(row.metadata) for row in rows if not isinstance(row, BadPair)):
         raise DataError(f"{uri} has no captions; name the column caption, captions, text, alt or tags")
     folder = storage.parent(uri)
     for row in rows:
@@ -356,7 +356,7 @@ def _pair_of_row(folder: str, key: str, values: dict[str, Any], columns: Columns
 def _finish(
     key: str, image: bytes, metadata: dict[str, Any], check: bool, max_pixels: int | None
 ) -> SourcePair | BadPair:
-    if not captions_of_metadata(metadata):
+    if not texts_of_metadata(metadata):
         return BadPair(key, "no caption")
     suffix = _suffix_of(image)
     try:

@@ -13,14 +13,17 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 
 from vilseg import storage
-from vilseg.config import ColumnsConfig
-from vilseg.data.decode import decode_image, square
+from vilseg.config import ColumnsConfig, FiltersConfig
+from vilseg.data.decode import decode_image, image_size, square
 from vilseg.data.pairs import BadPair, Pair, Shard, count_pairs, list_shards, read_index, read_shard
-from vilseg.errors import DataError
+from vilseg.data.texts import TextRules, choose
+from vilseg.errors import DataError, FilteredError
+from vilseg.patience import patiently
 from vilseg.text.nouns import NounPhrases
 
 MAX_PHRASES_PER_PAIR = 32
@@ -148,10 +151,27 @@ def unpack(row: dict[str, np.ndarray]) -> Iterator[WorkerBatch]:
         yield WorkerBatch(images, tokens, phrases, seeds, tuple(keys[part]))
 
 
-def decode_to_canvas(data: bytes, seed: int, *, canvas: int, max_pixels: int) -> np.ndarray:
-    """Picture bytes and seed -> (canvas, canvas, 3) uint8, cropped along the longer side at random."""
+def decode_to_canvas(
+    data: bytes, seed: int, *, canvas: int, max_pixels: int, filters: FiltersConfig | None = None
+) -> np.ndarray:
+    """Picture bytes and seed -> (canvas, canvas, 3) uint8, cropped along the longer side at random.
+
+    Raises:
+        DataError: not a picture, damaged, or too large.
+        FilteredError: its header says a size that the filters leave out.
+    """
+    if filters is not None and (filters.min_side > 1 or filters.max_aspect is not None):
+        _check_shape(*image_size(data), filters)
     image = decode_image(data, max_pixels=max_pixels, min_side=canvas)
     return square(image, canvas, (seed & 0xFFFF) / 0xFFFF)
+
+
+def _check_shape(width: int, height: int, filters: FiltersConfig) -> None:
+    short, long = sorted((width, height))
+    if short < filters.min_side:
+        raise FilteredError(f"{width} x {height} pixels, a side shorter than {filters.min_side}")
+    if filters.max_aspect is not None and long > filters.max_aspect * short:
+        raise FilteredError(f"{width} x {height} pixels, longer than {filters.max_aspect} to 1")
 
 
 def decode_features(data: bytes, seed: int, *, patches: int, features: int) -> np.ndarray:
@@ -181,7 +201,8 @@ class BatchReader:
         tokenize: captions -> (B, T) int array of one fixed T.
         nouns: phrases to look for in the captions.
         columns: names of the columns of Parquet shards.
-        report: told of every chunk (pairs read, bad pairs); may raise to stop the run.
+        rules: which texts of a pair are used.
+        report: told of every chunk (pairs read, bad and filtered pairs); may raise to stop the run.
     """
 
     batch_size: int
@@ -191,6 +212,7 @@ class BatchReader:
     tokenize: Callable[[Sequence[str]], np.ndarray]
     nouns: NounPhrases = field(default_factory=NounPhrases)
     columns: ColumnsConfig = field(default_factory=ColumnsConfig)
+    rules: TextRules = field(default_factory=TextRules)
     report: Callable[[int, list[BadPair]], None] | None = None
 
     def read(self, chunk: Chunk) -> Iterator[WorkerBatch]:
@@ -226,9 +248,8 @@ class BatchReader:
         pool: list[tuple[Pair, int] | None] = []
         bad: list[BadPair] = []
         for segment in chunk.segments:
-            pairs = itertools.islice(read_shard(segment.uri, self.columns), segment.start, segment.stop)
             before = len(pool)
-            for pair in pairs:
+            for pair in patiently(partial(self._pairs_of, segment)):
                 if isinstance(pair, BadPair):
                     bad.append(pair)
                     pool.append(None)
@@ -239,6 +260,9 @@ class BatchReader:
                 bad.append(BadPair(storage.name(segment.uri), f"{missing} pairs fewer than when the run began"))
                 pool.extend([None] * missing)
         return pool, bad
+
+    def _pairs_of(self, segment: Segment) -> list[Pair | BadPair]:
+        return list(itertools.islice(read_shard(segment.uri, self.columns, self.rules), segment.start, segment.stop))
 
     def _sample_at(
         self, pool: list[tuple[Pair, int] | None], order: list[int], position: int, bad: list[BadPair]
@@ -263,10 +287,10 @@ class BatchReader:
         try:
             image = self.decode(pair.image, seed)
         except DataError as error:
-            bad.append(BadPair(pair.key, str(error)))
+            bad.append(BadPair(pair.key, str(error), filtered=isinstance(error, FilteredError)))
             pool[index] = None
             return None
-        chosen = seed % len(pair.captions)
+        chosen = choose(pair.chances, seed) if pair.chances else seed % len(pair.captions)
         text = pair.captions[chosen] if pair.caption_features is None else _caption_row(pair, chosen)
         return image, text, self.nouns.find(pair.captions)[:MAX_PHRASES_PER_PAIR], seed, pair.key
 
@@ -304,11 +328,13 @@ def index_shards(
     return tuple(Shard(e.uri, counts[e.uri] if e.uri in counts else known[e.relative]) for e in entries)
 
 
-def sample_pairs(shards: Sequence[Shard], columns: ColumnsConfig, limit: int) -> tuple[list[Pair], list[BadPair]]:
+def sample_pairs(
+    shards: Sequence[Shard], columns: ColumnsConfig, limit: int, rules: TextRules | None = None
+) -> tuple[list[Pair], list[BadPair]]:
     """The first ``limit`` readable pairs of the set, and the bad ones met on the way."""
     good: list[Pair] = []
     bad: list[BadPair] = []
-    for pair in itertools.chain.from_iterable(read_shard(shard.uri, columns) for shard in shards):
+    for pair in itertools.chain.from_iterable(read_shard(shard.uri, columns, rules) for shard in shards):
         if isinstance(pair, BadPair):
             bad.append(pair)
         else:

@@ -1,11 +1,34 @@
 """One file a loss: tensors in, scalar out, nothing imported from the model.
 
-Each loss is exact over any number of workers (see ``vilseg.distributed``) and computed in float32.
+Each loss is exact over any number of workers (see ``vilseg.distributed``) and computed in float32. Those on patches come in two
+parts as well, what each image gives and the loss of that, so that a large batch can be seen chunk by chunk.
 """
 
-from vilseg.losses.cross_modal import contrast, patch_contrast
-from vilseg.losses.mutual_information import mutual_information_loss
-from vilseg.losses.nouns import noun_contrast
-from vilseg.losses.vision import VisionContrast
+from vilseg.losses.cross_modal import (
+    contrast,
+    contrast_of_scores,
+    patch_contrast,
+    patch_scores,
+    sigmoid_contrast,
+    sigmoid_contrast_of_scores,
+)
+from vilseg.losses.mutual_information import information_loss, joint_sums, mutual_information_loss
+from vilseg.losses.nouns import noun_contrast, noun_contrast_of_scores, noun_scores
+from vilseg.losses.vision import VisionContrast, vision_info_nce
 
-__all__ = ["VisionContrast", "contrast", "mutual_information_loss", "noun_contrast", "patch_contrast"]
+__all__ = [
+    "VisionContrast",
+    "contrast",
+    "contrast_of_scores",
+    "information_loss",
+    "joint_sums",
+    "mutual_information_loss",
+    "noun_contrast",
+    "noun_contrast_of_scores",
+    "noun_scores",
+    "patch_contrast",
+    "patch_scores",
+    "sigmoid_contrast",
+    "sigmoid_contrast_of_scores",
+    "vision_info_nce",
+]

@@ -12,8 +12,12 @@ and the loss is -mean_t I_t. The entropy weight a > 1 rewards balanced marginals
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from vilseg.distributed import mean_over_workers
 
@@ -45,6 +49,17 @@ def mutual_information_loss(
     Raises:
         ValueError: shapes differ, or the grid is not larger than ``radius``.
     """
+    return information_loss(joint_sums(first_BKhw, second_BKhw, valid_Bhw, radius=radius), entropy_weight)
+
+
+def joint_sums(first_BKhw: Tensor, second_BKhw: Tensor, valid_Bhw: Tensor | None = None, *, radius: int = 1) -> Tensor:
+    """n P_t above for every displacement, neither symmetric nor normalised; a sum over images, so that parts of a batch add up.
+
+    Args and errors: as for :func:`mutual_information_loss`.
+
+    Returns:
+        Shape: (S, K, K) with S = (2 radius + 1)^2.
+    """
     if first_BKhw.shape != second_BKhw.shape or first_BKhw.ndim != 4:
         raise ValueError(f"expected two (B, K, h, w), got {tuple(first_BKhw.shape)} and {tuple(second_BKhw.shape)}")
     h, w = first_BKhw.shape[2:]
@@ -54,13 +69,11 @@ def mutual_information_loss(
     first, second = first_BKhw.to(dtype), second_BKhw.to(dtype)
     if valid_Bhw is not None:
         second = second * valid_Bhw.to(dtype).unsqueeze(1)
-    joints_SKK = torch.stack(
-        [
-            _joint(first, second, down, right)
-            for down in range(-radius, radius + 1)
-            for right in range(-radius, radius + 1)
-        ]
-    )
+    return _JointSums.apply(first, second, radius)
+
+
+def information_loss(joints_SKK: Tensor, entropy_weight: float = 1.0) -> Tensor:
+    """The loss of :func:`mutual_information_loss` from this worker's :func:`joint_sums`."""
     joints_SKK = mean_over_workers(joints_SKK)
     joints_SKK = joints_SKK + joints_SKK.transpose(1, 2)
     total_S = joints_SKK.sum((1, 2))
@@ -74,9 +87,47 @@ def mutual_information_loss(
     return -information_S.mean()
 
 
-def _joint(first_BKhw: Tensor, second_BKhw: Tensor, down: int, right: int) -> Tensor:
-    """Sum over images and patches of z(u) z'(u + t)^T for one displacement. Shape: -> (K, K)."""
-    h, w = first_BKhw.shape[2:]
-    here = first_BKhw[:, :, max(0, -down) : h - max(0, down), max(0, -right) : w - max(0, right)]
-    there = second_BKhw[:, :, max(0, down) : h - max(0, -down), max(0, right) : w - max(0, -right)]
-    return here.transpose(0, 1).flatten(1) @ there.transpose(0, 1).flatten(1).T
+class _JointSums(torch.autograd.Function):
+    """Both maps lie row by row in a frame of zeros as wide as the largest displacement, so that a displacement is a shift of the
+    rows: one matrix product on the maps where they are, forward and backward, without a copy of them for each."""
+
+    @staticmethod
+    def forward(ctx: Any, first_BKhw: Tensor, second_BKhw: Tensor, radius: int) -> Tensor:
+        ctx.radius, ctx.grid = radius, first_BKhw.shape[2:]
+        first_RK, second_RK = _framed_rows(first_BKhw, radius), _framed_rows(second_BKhw, radius)
+        ctx.save_for_backward(first_RK, second_RK)
+        here, shifts = _shifts(len(first_RK), first_BKhw.shape[3], radius)
+        of_first_KR = first_RK[here].T
+        return torch.stack([of_first_KR @ second_RK[there] for there in shifts])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient_SKK: Tensor) -> tuple[Tensor, Tensor, None]:
+        first_RK, second_RK = ctx.saved_tensors
+        here, shifts = _shifts(len(first_RK), ctx.grid[1], ctx.radius)
+        by_first, by_second = torch.zeros_like(first_RK), torch.zeros_like(second_RK)
+        for gradient_KK, there in zip(gradient_SKK, shifts, strict=True):
+            by_first[here].addmm_(second_RK[there], gradient_KK.T)
+            by_second[there].addmm_(first_RK[here], gradient_KK)
+        return _unframed(by_first, ctx.grid, ctx.radius), _unframed(by_second, ctx.grid, ctx.radius), None
+
+
+def _framed_rows(map_BKhw: Tensor, frame: int) -> Tensor:
+    """Shape: (B, K, h, w) -> (B x (h + 2 frame) x (w + 2 frame), K)."""
+    return F.pad(map_BKhw.permute(0, 2, 3, 1), (0, 0, *[frame] * 4)).flatten(0, 2)
+
+
+def _unframed(rows_RK: Tensor, grid: tuple[int, int], frame: int) -> Tensor:
+    """The inverse of :func:`_framed_rows`."""
+    h, w = grid
+    framed = rows_RK.view(-1, h + 2 * frame, w + 2 * frame, rows_RK.shape[1])
+    return framed[:, frame : frame + h, frame : frame + w].permute(0, 3, 1, 2)
+
+
+def _shifts(rows: int, w: int, radius: int) -> tuple[slice, list[slice]]:
+    """The rows but those that are frame wherever they are shifted to, and where each displacement shifts them."""
+    wide = w + 2 * radius
+    margin = radius * wide + radius
+    displacements = range(-radius, radius + 1)
+    starts = [margin + down * wide + right for down in displacements for right in displacements]
+    return slice(margin, rows - margin), [slice(start, start + rows - 2 * margin) for start in starts]

@@ -16,31 +16,52 @@ from torch import Tensor
 from vilseg.distributed import gather_rows
 
 
-def noun_contrast(
-    patches_BND: Tensor, phrases_PD: Tensor, positives_BP: Tensor, scale: Tensor, top_patches: int
-) -> Tensor:
-    """Contrast images with the phrases that occur in the batch.
+def noun_scores(patches_BND: Tensor, phrases_PD: Tensor, top_patches: int) -> Tensor:
+    """Mean similarity of each image's best patches with each phrase.
 
     Args:
-        patches_BND: unit-length patch embeddings of this worker's images. Shape: (B, N, D).
-        phrases_PD: unit-length embeddings of the phrases of the whole batch, the same on every worker. Shape: (P, D).
+        patches_BND: unit-length patch embeddings. Shape: (B, N, D).
+        phrases_PD: unit-length phrase embeddings. Shape: (P, D).
+        top_patches: k above; all patches where there are fewer.
+
+    Returns:
+        Shape: (B, P).
+    """
+    if len(phrases_PD) == 0:
+        return patches_BND.sum(2)[:, :0]
+    dtype = torch.promote_types(patches_BND.dtype, torch.float32)
+    similarity_BNP = patches_BND.to(dtype) @ phrases_PD.to(dtype).T
+    return similarity_BNP.topk(min(top_patches, similarity_BNP.shape[1]), dim=1).values.mean(1)
+
+
+def noun_contrast_of_scores(scores_BP: Tensor, positives_BP: Tensor, scale: Tensor) -> Tensor:
+    """Contrast this worker's images with the phrases that occur in the batch, by their :func:`noun_scores`.
+
+    Args:
+        scores_BP: similarities of this worker's images with the phrases of the whole batch. Shape: (B, P).
         positives_BP: True where an image's captions hold the phrase. Shape: (B, P), bool.
         scale: inverse temperature, scalar.
-        top_patches: patches whose mean similarity is the score; all of them where there are fewer.
 
     Returns:
         The loss of the whole batch, the same on every worker; zero (with gradient) where no image has a phrase.
+
+    Raises:
+        ValueError: the shapes differ.
     """
-    if positives_BP.shape != (len(patches_BND), len(phrases_PD)):
-        raise ValueError(f"positives must be {(len(patches_BND), len(phrases_PD))}, got {tuple(positives_BP.shape)}")
-    if len(phrases_PD) == 0:
-        return patches_BND.sum() * 0.0
-    dtype = torch.promote_types(patches_BND.dtype, torch.float32)
-    similarity_BNP = patches_BND.to(dtype) @ phrases_PD.to(dtype).T
-    top_BkP = similarity_BNP.topk(min(top_patches, similarity_BNP.shape[1]), dim=1).values
-    logits_QP = gather_rows(scale * top_BkP.mean(1))
-    positives_QP = gather_rows(positives_BP.to(dtype))
+    if positives_BP.shape != scores_BP.shape:
+        raise ValueError(f"positives must be {tuple(scores_BP.shape)}, got {tuple(positives_BP.shape)}")
+    if scores_BP.shape[1] == 0:
+        return scores_BP.sum() * 0.0
+    logits_QP = gather_rows(scale * scores_BP)
+    positives_QP = gather_rows(positives_BP.to(scores_BP.dtype))
     return (_multi_positive(logits_QP, positives_QP) + _multi_positive(logits_QP.T, positives_QP.T)) / 2
+
+
+def noun_contrast(
+    patches_BND: Tensor, phrases_PD: Tensor, positives_BP: Tensor, scale: Tensor, top_patches: int
+) -> Tensor:
+    """:func:`noun_contrast_of_scores` of :func:`noun_scores`; ``phrases_PD`` must be the same on every worker."""
+    return noun_contrast_of_scores(noun_scores(patches_BND, phrases_PD, top_patches), positives_BP, scale)
 
 
 def _multi_positive(logits_RC: Tensor, positives_RC: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ def is_contrastive(tree: Any) -> bool:
 def settings_of(tree: dict[str, Any]) -> SegmentationConfig:
     """Inference settings for the model: patches named by themselves, at the size that it was trained on."""
     size = tree.get("vision_config", {}).get("image_size")
-    known = {"input_size": size} if isinstance(size, int) else {}
+    known: dict[str, Any] = {"input_size": size} if isinstance(size, int) else {}
     return SegmentationConfig(region_weight=0.0, **known)
 
 
@@ -70,10 +70,8 @@ def load(cls: type[ViLSeg], folder: Path, source: str, *, clusters: int | None =
         raise ModelError(
             f"the image tower of {source} has no pooling head, so it does not share the space of the texts"
         )
-    mean, std = read_normalisation(
-        str(folder),
-        *((OPENAI_CLIP_MEAN, OPENAI_CLIP_STD) if clip else (IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD)),
-    )
+    usual: Any = (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD) if clip else (IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD)
+    mean, std = read_normalisation(str(folder), *usual)
     image_encoder = HuggingFaceImageEncoder(whole.vision_model, mean=tuple(mean), std=tuple(std), head=True)
     text_config = whole.config.text_config
     text_encoder = TextEncoder(
@@ -84,13 +82,14 @@ def load(cls: type[ViLSeg], folder: Path, source: str, *, clusters: int | None =
         raise ModelError(
             f"the towers of {source} do not meet: images have {image_encoder.num_features} numbers, texts {dimension}"
         )
+    head: dict[str, Any] = {} if clusters is None else {"clusters": clusters}
     config = ModelConfig(
         image_encoder=ImageEncoderConfig(head=True),
         text_encoder=TextEncoderConfig(
             max_tokens=text_encoder.max_tokens, pooling="pooler", projection="linear" if clip else "identity"
         ),
         embedding_dim=dimension,
-        **({} if clusters is None else {"clusters": clusters}),
+        **head,
     )
     tree = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     bias = None if clip else float(whole.logit_bias.detach())

@@ -1,7 +1,8 @@
 """Image encoders: patch features from a Hugging Face model, from a user's own module, or from a small network of ours.
 
 Every encoder is a module with ``num_features: int`` and ``forward(images_B3HW) -> ImageFeatures``, its input RGB in 0..1;
-normalisation is its own affair. That is also the contract of a ``factory``.
+normalisation is its own affair. That is also the contract of a ``factory``, which may have a method ``checkpoint_activations()``
+beside: see :meth:`vilseg.model.ViLSeg.checkpoint_activations`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import inspect
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel
 
 from vilseg import storage
@@ -100,12 +103,21 @@ class LocalConvEncoder(nn.Module):
         self.stem = nn.Sequential(*layers)
         self.blocks = nn.Sequential(*[_ResidualBlock(width, kernel) for _ in range(depth)])
         self.norm = ChannelNorm(width)
+        self._checkpointed = False
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing from torch's annotations
 
     def forward(self, images_B3HW: Tensor) -> ImageFeatures:
         """Shape: (B, 3, H, W) in 0..1 -> patches (B, H/patch x W/patch, width)."""
-        x_BFhw = self.norm(self.blocks(self.stem((images_B3HW - 0.5) / 0.25)))
+        x_BFhw = (images_B3HW - 0.5) / 0.25
+        for block in (self.stem, *self.blocks):
+            again = self._checkpointed and torch.is_grad_enabled()
+            x_BFhw = checkpoint(block, x_BFhw, use_reentrant=False) if again else block(x_BFhw)
+        x_BFhw = self.norm(x_BFhw)
         return ImageFeatures(x_BFhw.flatten(2).transpose(1, 2), None, (x_BFhw.shape[2], x_BFhw.shape[3]))
+
+    def checkpoint_activations(self) -> None:
+        """Keep only what goes into the stem and the blocks, and compute the rest again in the backward pass."""
+        self._checkpointed = True
 
 
 class _ResidualBlock(nn.Sequential):
@@ -200,6 +212,10 @@ class HuggingFaceImageEncoder(nn.Module):
         prefix = tokens.shape[1] - grid[0] * grid[1]  # class and register tokens come first
         return ImageFeatures(tokens[:, prefix:], tokens[:, 0] if prefix else None, grid)
 
+    def checkpoint_activations(self) -> None:
+        """Keep only what goes into the layers, and compute the rest again in the backward pass; ConfigError without layers."""
+        checkpoint_layers(self.model, key="model.image_encoder")
+
     def _pool_each(self, tokens_BNF: Tensor) -> Tensor:
         """Attention pooling of every token alone: its weight is 1, whatever the query. Shape: (B, N, F) -> same."""
         head = self.model.head
@@ -216,11 +232,35 @@ def _as_patches(pixels_B3HW: Tensor, grid: tuple[int, int], patch: int) -> dict[
     patches_BNF = cut.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
     return {
         "pixel_values": patches_BNF,
-        "spatial_shapes": torch.tensor([grid]).expand(
-            count, 2
-        ),  # read number by number: on the CPU that waits for nothing
+        # Read number by number: on the CPU that waits for nothing.
+        "spatial_shapes": torch.tensor([grid]).expand(count, 2),
         "pixel_attention_mask": torch.ones(count, h * w, dtype=torch.long, device=pixels_B3HW.device),
     }
+
+
+def checkpoint_layers(model: nn.Module, *, key: str, optional: bool = False) -> None:
+    """Have the layers of a transformers model computed again in the backward pass.
+
+    Args:
+        model: whole, or the half of one that transformers' own method of this purpose does not know.
+        key: the part of the configuration that it comes from.
+        optional: let a model without layers be.
+
+    Raises:
+        ConfigError: there are no layers that know how.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer  # only this needs it, and it takes a while
+
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers and not optional:
+        kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+        raise ConfigError(
+            f"trainer.checkpoint_activations cannot be used: {key} ({kind}) has no layers that transformers can compute "
+            "again; choose another encoder, or set trainer.checkpoint_activations=false"
+        )
+    for layer in layers:
+        layer.gradient_checkpointing = True
+        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)  # type: ignore[assignment]  # set by transformers
 
 
 def _parameters(model: nn.Module) -> set[str]:
@@ -242,7 +282,8 @@ def model_from_config(model_type: str, values: dict[str, Any], *, key: str) -> n
         if model_type in ("siglip_text_model", "siglip2_text_model"):  # which AutoModel leaves out
             from transformers import Siglip2TextModel, SiglipTextModel
 
-            return (SiglipTextModel if model_type == "siglip_text_model" else Siglip2TextModel)(config)
+            made: Any = SiglipTextModel if model_type == "siglip_text_model" else Siglip2TextModel
+            return made(config)
         return AutoModel.from_config(config)
     except (StrictDataclassError, ValueError, TypeError) as error:
         raise ConfigError(f"{key}.sizes does not fit {model_type}: {' '.join(str(error).split())}") from error

@@ -11,7 +11,7 @@ from transformers import AutoModel, PreTrainedTokenizerBase
 
 from vilseg.config import TextEncoderConfig
 from vilseg.errors import ModelError
-from vilseg.model.image_encoder import checkpoint_folder, first_line, model_from_config
+from vilseg.model.image_encoder import checkpoint_folder, checkpoint_layers, first_line, model_from_config
 from vilseg.text.tokenizer import FixedTokenizer, load_tokenizer
 
 _SMALL_BERT = {
@@ -79,6 +79,10 @@ class TextEncoder(nn.Module):
             return hidden_BTF[:, 0]
         weights_BT1 = mask_BT.unsqueeze(-1).to(hidden_BTF.dtype)
         return (hidden_BTF * weights_BT1).sum(1) / weights_BT1.sum(1)
+
+    def checkpoint_activations(self) -> None:
+        """See :meth:`ViLSeg.checkpoint_activations`; word embeddings without a layer have nothing to compute again."""
+        checkpoint_layers(self.model, key="model.text_encoder", optional=True)
 
     def _real(self, tokens_BT: Tensor) -> Tensor:
         """Which tokens are no padding. Shape: (B, T) -> same, bool."""

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vilseg.config import ModelConfig, SegmentationConfig
+from vilseg.errors import ConfigError
 from vilseg.model import pretrained
 from vilseg.model.image_encoder import ImageFeatures, build_image_encoder
 from vilseg.model.text_encoder import TextEncoder, build_text_encoder
@@ -145,6 +146,24 @@ class ViLSeg(nn.Module):
             self.text_encoder.eval()
         return self
 
+    def checkpoint_activations(self) -> None:
+        """From now on keep only what goes into the encoders' blocks, and compute the rest again in the backward pass.
+
+        Frozen encoders have no backward pass and stay as they are.
+
+        Raises:
+            ConfigError: an encoder has no blocks that can be computed again.
+        """
+        for key, encoder in (("image_encoder", self.image_encoder), ("text_encoder", self.text_encoder)):
+            if getattr(self.config, key).frozen:
+                continue
+            if not hasattr(encoder, "checkpoint_activations"):
+                raise ConfigError(
+                    f"trainer.checkpoint_activations cannot be used: the module of model.{key}.factory has no method "
+                    "of that name; write one, or set trainer.checkpoint_activations=false"
+                )
+            encoder.checkpoint_activations()  # type: ignore[operator]
+
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
@@ -162,16 +181,16 @@ class ViLSeg(nn.Module):
 
     def embed(self, features: ImageFeatures) -> ImageEmbeddings:
         """Bring features into the text space."""
-        return ImageEmbeddings(
-            self.embed_pooled(features),
-            F.normalize(self.image_projection(features.patches), dim=-1),
-            features.grid,
-        )
+        return ImageEmbeddings(self.embed_pooled(features), self.embed_patches(features), features.grid)
 
     def embed_pooled(self, features: ImageFeatures) -> Tensor:
         """Bring the images as wholes into the text space. Shape: -> (B, D), unit length."""
         pooled_BF = features.patches.mean(1) if features.pooled is None else features.pooled
         return F.normalize(self.image_projection(pooled_BF), dim=-1)
+
+    def embed_patches(self, features: ImageFeatures) -> Tensor:
+        """Bring the patches into the text space. Shape: -> (B, N, D), unit length."""
+        return F.normalize(self.image_projection(features.patches), dim=-1)
 
     def cluster_logits(self, features: ImageFeatures) -> Tensor:
         """What the head thinks of every patch. Shape: -> (B, N, K)."""

@@ -2,7 +2,8 @@
 
 A part-of-speech tagger (HanTa, Wartena 2019) reads a sample of the captions once. What comes out is a small table from
 surface forms ("dogs", "traffic lights") to phrases ("dog", "traffic light") that is applied to every caption at reading
-speed, without the tagger.
+speed, without the tagger. For other languages statistics of the captions can take the tagger's place, see
+``vilseg.text.statistics``; then a form stands for itself.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Literal
+
+from vilseg.text.statistics import count_phrases
 
 _WORD = re.compile(r"[^\W\d_]+(?:['-][^\W\d_]+)*")
 _MAX_WORDS = 3
@@ -28,8 +32,22 @@ class NounPhrases:
     forms: dict[str, int] = field(default_factory=dict)
 
     @classmethod
-    def from_captions(cls, captions: Sequence[str], *, max_phrases: int, min_count: int) -> NounPhrases:
-        """Collect nouns and compounds of up to three nouns that ``min_count`` captions hold, at most ``max_phrases``."""
+    def from_captions(
+        cls,
+        captions: Sequence[str],
+        *,
+        max_phrases: int,
+        min_count: int,
+        finder: Literal["tagger", "statistics"] = "tagger",
+    ) -> NounPhrases:
+        """Collect nouns and compounds of up to three nouns that ``min_count`` captions hold, at most ``max_phrases``.
+
+        ``finder`` says by what nouns are known; see ``NounsConfig.finder``.
+        """
+        if finder == "statistics":
+            found_in = count_phrases([words(caption) for caption in captions], min_count)
+            phrases = _most_frequent(found_in, min_count)[:max_phrases]
+            return cls(phrases, {phrase: number for number, phrase in enumerate(phrases)})
         from HanTa.HanoverTagger import HanoverTagger  # loads its model; only this needs it
 
         tagger = HanoverTagger("morphmodel_en.pgz")
@@ -55,8 +73,7 @@ class NounPhrases:
         for surface, phrase in chosen.items():
             if " " in surface or as_noun[surface] >= _MIN_NOUN_SHARE * occurrences[surface]:
                 counts[phrase] += as_noun[surface]
-        phrases = tuple(p for p, n in sorted(counts.items(), key=lambda item: (-item[1], item[0])) if n >= min_count)
-        index = {phrase: i for i, phrase in enumerate(phrases[:max_phrases])}
+        index = {phrase: i for i, phrase in enumerate(_most_frequent(counts, min_count)[:max_phrases])}
         forms = {surface: index[phrase] for surface, phrase in chosen.items() if phrase in index}
         return cls(tuple(index), forms)
 
@@ -98,6 +115,10 @@ class NounPhrases:
 def words(caption: str) -> list[str]:
     """Lower-case words of a caption, without digits and punctuation."""
     return _WORD.findall(caption.lower())
+
+
+def _most_frequent(counts: Counter[str], min_count: int) -> tuple[str, ...]:
+    return tuple(p for p, n in sorted(counts.items(), key=lambda item: (-item[1], item[0])) if n >= min_count)
 
 
 def _runs(run: list[tuple[str, str]]) -> list[tuple[str, str]]:

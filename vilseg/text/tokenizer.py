@@ -91,7 +91,7 @@ def _siglip_tokenizer(folder: Path, settings: dict[str, Any]) -> PreTrainedToken
             "as transformers.convert_slow_tokenizer makes it"
         )
     backend = Tokenizer.from_file(str(file))
-    steps = [normalizers.Lowercase()] if settings.get("do_lower_case", True) else []
+    steps: list[Any] = [normalizers.Lowercase()] if settings.get("do_lower_case", True) else []
     steps += [
         normalizers.Replace(Regex(f"[{re.escape(string.punctuation)}]"), ""),
         normalizers.Replace(Regex(r"\s+"), " "),

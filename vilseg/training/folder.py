@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
-import zipfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from vilseg import storage
 from vilseg.data.pairs import Shard
@@ -15,7 +14,29 @@ from vilseg.text.tokenizer import FixedTokenizer
 
 STATE = "state.pt"
 """What a checkpoint's folder holds."""
+MANIFEST = "manifest.json"
+"""Beside it, written last."""
 _STATE_FILE = re.compile(rf"step-(\d+)/{re.escape(STATE)}")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What makes a checkpoint whole."""
+
+    step: int
+    bytes: int
+    """Of its state."""
+    figure: float | None
+    """By which the best is known, where the last report had it."""
+
+    def to_json(self) -> str:
+        """Text that :meth:`from_json` reads."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Manifest:
+        """What :meth:`to_json` wrote."""
+        return cls(**json.loads(text))
 
 
 @dataclass(frozen=True)
@@ -33,6 +54,21 @@ class RunFolder:
     def metrics(self) -> str:
         """One JSON object a report."""
         return storage.join(self.uri, "metrics.jsonl")
+
+    @property
+    def tensorboard(self) -> str:
+        """Folder of TensorBoard events."""
+        return storage.join(self.uri, "tensorboard")
+
+    @property
+    def quarantine(self) -> str:
+        """One JSON object a pair that could not be read: ``key`` and ``reason``."""
+        return storage.join(self.uri, "quarantine.jsonl")
+
+    @property
+    def nonfinite(self) -> str:
+        """Where the loss was no number any more: the step, its losses and the keys of its pairs, JSON."""
+        return storage.join(self.uri, "nonfinite.json")
 
     @property
     def checkpoints(self) -> str:
@@ -56,21 +92,32 @@ class RunFolder:
 
     def checkpoint_steps(self) -> list[int]:
         """Steps of the whole checkpoints kept, ascending; one that was cut off while it was written does not count."""
+        return sorted(self.manifests())
+
+    def manifests(self) -> dict[int, Manifest]:
+        """The manifests of the whole checkpoints by step."""
         if not storage.exists(self.checkpoints):
-            return []
-        names = [entry.relative for entry in storage.list_files(self.checkpoints)]
-        steps = sorted(int(found[1]) for name in names if (found := _STATE_FILE.fullmatch(name)))
-        return [step for step in steps if self._is_whole(step)]
+            return {}
+        sizes = {
+            int(found[1]): entry.size
+            for entry in storage.list_files(self.checkpoints)
+            if (found := _STATE_FILE.fullmatch(entry.relative))
+        }
+        read = {step: self._manifest(step) for step in sizes}
+        return {step: found for step, found in read.items() if found is not None and found.bytes == sizes[step]}
+
+    def _manifest(self, step: int) -> Manifest | None:
+        uri = self.manifest(step)
+        return Manifest.from_json(storage.read_text(uri)) if storage.exists(uri) else None
 
     @property
     def last_step(self) -> int:
         """Step of the last whole checkpoint, where a resumed run goes on; 0 where there is none."""
         return max(self.checkpoint_steps(), default=0)
 
-    def _is_whole(self, step: int) -> bool:
-        # torch writes zip archives, whose table of contents comes last.
-        with storage.open_input(self.state(step)) as file:
-            return zipfile.is_zipfile(file)
+    def manifest(self, step: int) -> str:
+        """The file that makes the checkpoint at ``step`` whole."""
+        return storage.join(self.checkpoint(step), MANIFEST)
 
     def state(self, step: int) -> str:
         """The file of the checkpoint at ``step``."""

@@ -13,16 +13,31 @@ from torch import Tensor, nn
 
 from vilseg.config import OptimizerConfig, TrainerConfig
 from vilseg.data.stream import WorkerBatch
-from vilseg.distributed import mean_over_workers, rank
+from vilseg.device import require_compiler
+from vilseg.distributed import gather_objects, mean_over_workers, rank
 from vilseg.errors import DataError, UserError
-from vilseg.training.objective import Objective, TensorBatch
+from vilseg.training.batch import TensorBatch
+from vilseg.training.chunks import backward_by_chunks, require_independence
+from vilseg.training.objective import Objective
 from vilseg.training.prefetch import on_device
 from vilseg.training.schedule import learning_rate, parameter_groups
 from vilseg.training.sharding import clip_gradient, cut_like, whole
 
 
 class NonFiniteLossError(UserError):
-    """The loss is no number any more."""
+    """The loss is no number any more.
+
+    Args:
+        message: the sentence.
+        found: the step, its losses by name and the keys of all its pairs; see :attr:`RunFolder.nonfinite`.
+    """
+
+    def __init__(self, message: str, found: dict[str, Any]) -> None:
+        super().__init__(message)
+        self.found = found
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self), self.found)
 
 
 @dataclass
@@ -45,6 +60,11 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.step = 0
+        if self.trainer.checkpoint_activations:
+            self.objective.model.checkpoint_activations()
+        if self.trainer.compile:
+            require_compiler(self.device)
+            self.objective.compile_encoders()
         self._module = self.wrap(self.objective)
         self._adamw = torch.optim.AdamW(
             parameter_groups(self.objective, self.optimizer.weight_decay),
@@ -107,17 +127,19 @@ class Trainer:
             NonFiniteLossError: the loss is not finite.
         """
         self._module.train()
+        if self.trainer.chunk_size is not None:
+            require_independence(self.objective)
         meter = _Meter(self.trainer.batch_size)
         stream = on_device(meter.timed(batches), self.device)
         while self.step < self.trainer.steps:
             batch = next(stream, None)
             if batch is None:
                 raise DataError(f"the pairs ended after step {self.step} of {self.trainer.steps}")
-            meter.add(self._optimise(batch))
+            meter.add(self._optimise(batch), batch.keys)
             self.step += 1
             due = self.step == self.trainer.steps or self.step % self.trainer.checkpoint_every == 0
             if due or self.step % self.trainer.log_every == 0:
-                on_report(self._metrics(meter, batch))  # before a checkpoint, so that none is written of a run gone NaN
+                on_report(self._metrics(meter))  # before a checkpoint, so that none is written of a run gone NaN
             stop = should_stop()
             if due or stop:
                 on_checkpoint()
@@ -132,20 +154,34 @@ class Trainer:
         for group in self._adamw.param_groups:
             group["lr"] = learning_rate(self.optimizer, self.step, self.trainer.steps)
         self._adamw.zero_grad(set_to_none=True)
-        losses = self._module(batch)
-        losses["loss"].backward()
+        losses = self._backward(batch)
         if self.optimizer.gradient_clip:
             clip_gradient(self.objective.parameters(), self.optimizer.gradient_clip)
         self._adamw.step()
         self.objective.update_teacher(self.step / self.trainer.steps)
         return {name: value.detach() for name, value in losses.items()}
 
-    def _metrics(self, meter: _Meter, batch: TensorBatch) -> dict[str, float]:
-        metrics = meter.read()
+    def _backward(self, batch: TensorBatch) -> dict[str, Tensor]:
+        """Losses, with their gradient in the parameters."""
+        size = self.trainer.chunk_size
+        if size is not None and size < len(batch):
+            return backward_by_chunks(self.objective, batch, size)
+        losses = self._module(batch)
+        losses["loss"].backward()
+        return losses
+
+    def _metrics(self, meter: _Meter) -> dict[str, float]:
+        metrics, steps = meter.read()
         if not math.isfinite(metrics["loss"]):
+            number = next(i for i, step in enumerate(steps) if not math.isfinite(step.losses["loss"]))
+            keys = [key for share in gather_objects(steps[number].keys) for key in share]
+            at = self.step - len(steps) + number + 1
+            # JSON has no numbers for those that are none.
+            losses = {name: x if math.isfinite(x) else str(x) for name, x in steps[number].losses.items()}
             raise NonFiniteLossError(
-                f"the loss is {metrics['loss']} at step {self.step} (pairs {', '.join(batch.keys[:4])}, ...); "
-                "a lower optimizer.learning_rate or trainer.precision=float32 may help"
+                f"the loss is {steps[number].losses['loss']} at step {at} (pairs {', '.join(keys[:4])}, ...); "
+                "a lower optimizer.learning_rate or trainer.precision=float32 may help",
+                {"step": at, "losses": losses, "keys": keys},
             )
         return {
             "step": self.step,
@@ -156,16 +192,26 @@ class Trainer:
         }
 
 
+@dataclass(frozen=True)
+class _Step:
+    """What a step was of."""
+
+    losses: dict[str, float]
+    """Means over the workers."""
+    keys: tuple[str, ...]
+    """Of this worker's pairs."""
+
+
 class _Meter:
-    """Sums losses on the device and time on the host between two reports."""
+    """Keeps losses on the device and time on the host between two reports."""
 
     def __init__(self, batch_size: int) -> None:
         self._batch_size = batch_size
         self._reset()
 
     def _reset(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._steps = 0
+        self._losses: list[dict[str, Tensor]] = []
+        self._keys: list[tuple[str, ...]] = []
         self._waited = 0.0
         self._started = time.perf_counter()
 
@@ -179,18 +225,22 @@ class _Meter:
                 return
             yield batch
 
-    def add(self, losses: dict[str, Tensor]) -> None:
-        for name, value in losses.items():
-            self._sums[name] = self._sums.get(name, 0) + value
-        self._steps += 1
+    def add(self, losses: dict[str, Tensor], keys: tuple[str, ...]) -> None:
+        self._losses.append(losses)
+        self._keys.append(keys)
 
-    def read(self) -> dict[str, float]:
-        """Mean losses over steps and workers, speed over all workers."""
-        names = sorted(self._sums)
-        means = mean_over_workers(torch.stack([self._sums[name] for name in names])) / self._steps
+    def read(self) -> tuple[dict[str, float], list[_Step]]:
+        """Mean losses over steps and workers, with the speed over all workers; and the steps."""
+        names = sorted(self._losses[0])
+        losses_SL = torch.stack([torch.stack([losses[name] for name in names]) for losses in self._losses])
+        losses_SL = mean_over_workers(losses_SL)
         elapsed = time.perf_counter() - self._started
-        metrics = dict(zip(names, means.tolist(), strict=True))
-        metrics["images_per_second"] = self._steps * self._batch_size / elapsed
+        metrics = dict(zip(names, losses_SL.mean(0).tolist(), strict=True))
+        metrics["images_per_second"] = len(self._losses) * self._batch_size / elapsed
         metrics["data_wait"] = self._waited / elapsed
+        steps = [
+            _Step(dict(zip(names, row, strict=True)), keys)
+            for row, keys in zip(losses_SL.tolist(), self._keys, strict=True)
+        ]
         self._reset()
-        return metrics
+        return metrics, steps

@@ -1,60 +1,46 @@
-"""The training objective: a batch of pairs in, the four losses out. This is what data-parallel training wraps."""
+"""The training objective: a batch of pairs in, its losses out. This is what data-parallel training wraps.
+
+It has three parts, so that ``vilseg.training.chunks`` can put a batch together from chunks: texts are embedded; pictures are
+brought to representations, which are all that the losses need of them (similarities with the texts rather than patches, sums
+over pictures where a loss is one); and the losses are taken of the representations of the whole batch.
+"""
 
 from __future__ import annotations
 
-import copy
-import math
-from dataclasses import dataclass
-
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vilseg.config import LossConfig, ViewsConfig
-from vilseg.data.stream import WorkerBatch
-from vilseg.data.views import align, make_views, uniform
+from vilseg.data.views import align
 from vilseg.distributed import gather_rows, mean_over_workers
-from vilseg.losses import VisionContrast, contrast, mutual_information_loss, noun_contrast, patch_contrast
-from vilseg.model import ImageEmbeddings, ImageFeatures, ViLSeg
-from vilseg.training.sharding import part_of
+from vilseg.losses import (
+    VisionContrast,
+    contrast,
+    contrast_of_scores,
+    information_loss,
+    joint_sums,
+    noun_contrast_of_scores,
+    noun_scores,
+    patch_scores,
+    sigmoid_contrast,
+    sigmoid_contrast_of_scores,
+    vision_info_nce,
+)
+from vilseg.model import ImageFeatures, ViLSeg
+from vilseg.training.batch import Seen, TensorBatch, as_float32, cached_features, pooled_features, see
+from vilseg.training.teacher import ProjectionHead, Teacher
 
-_DROPOUT_DRAW = 1_000
-"""Random numbers for feature dropout are drawn far from those of the views."""
 _MEMORY = 100
 """Steps that the running statistics look back on."""
 _RECORDED_PATCHES = 1024
 """Patches a worker and step whose embeddings enter the statistics: enough for them, cheap beside the step itself."""
+_START_BIAS = -10.0
+"""Of the sigmoid contrast (SigLIP, Zhai et al. 2023, section 3.2)."""
 
-
-@dataclass(frozen=True)
-class TensorBatch:
-    """A worker's pairs on its device; see :class:`WorkerBatch` for the shapes."""
-
-    images: Tensor
-    tokens: Tensor
-    phrases: Tensor
-    seeds: Tensor
-    keys: tuple[str, ...]
-
-    @classmethod
-    def of(cls, batch: WorkerBatch, device: torch.device) -> TensorBatch:
-        """Copy a batch to the device; to a GPU from pinned memory, so that the copy does not hold up the caller."""
-        images, tokens, phrases, seeds = (
-            _owned(array, pinned=device.type == "cuda").to(device, non_blocking=True)
-            for array in (batch.images, batch.tokens, batch.phrases, batch.seeds)
-        )
-        return cls(images, tokens if tokens.is_floating_point() else tokens.long(), phrases.long(), seeds, batch.keys)
-
-
-def _owned(array: np.ndarray, *, pinned: bool) -> Tensor:
-    """A tensor with a copy of the array, which may be a read-only view of shared memory; torch wants to own what it wraps."""
-    if not pinned:
-        return torch.tensor(array)
-    dtype = torch.from_numpy(np.empty(0, array.dtype)).dtype
-    tensor = torch.empty(array.shape, dtype=dtype, pin_memory=True)
-    tensor.numpy()[...] = array
-    return tensor
+Representations = dict[str, Tensor]
+"""What the losses need of some pictures. Parts of a batch are put together along the first dimension; where there is no picture
+in it, the parts are sums and the dimension is 1."""
 
 
 class Objective(nn.Module):
@@ -62,13 +48,15 @@ class Objective(nn.Module):
 
     Args:
         model: the student; trained in place.
-        loss: weights and temperatures; a loss of weight 0 costs nothing.
+        loss: weights, forms and temperatures; a loss of weight 0 costs nothing.
         views: augmentation.
         phrases: noun phrases of the corpus that batches refer to by index.
         autocast: dtype that the networks run in; float32 for none.
     """
 
-    teacher: nn.ModuleDict | None
+    teacher: Teacher | None
+    logit_bias: nn.Parameter | None
+    overclustering_head: nn.Module | None
     _phrase_tokens_PT: Tensor
 
     def __init__(
@@ -88,20 +76,26 @@ class Objective(nn.Module):
         tokens = model.text_encoder.tokenize(phrases)
         self.register_buffer("_phrase_tokens_PT", tokens, persistent=False)
         self._frozen_phrases_PF: Tensor | None = None
+        features = model.image_projection.in_features
         self.teacher = None
         if loss.vision.weight:
-            self.vision_head = ProjectionHead(
-                model.image_projection.in_features, loss.vision.hidden_dim, loss.vision.prototypes
-            )
-            self.vision_loss = VisionContrast(
-                loss.vision.prototypes,
-                student_temperature=loss.vision.student_temperature,
-                teacher_temperature=loss.vision.teacher_temperature,
-                center_momentum=loss.vision.center_momentum,
-            )
-            encoder_copy = nn.Identity() if model.config.image_encoder.frozen else copy.deepcopy(model.image_encoder)
-            self.teacher = nn.ModuleDict({"encoder": encoder_copy, "head": copy.deepcopy(self.vision_head)})
-            self.teacher.requires_grad_(False)
+            prototypes = loss.vision.prototypes if loss.vision.form == "dino" else 0
+            self.vision_head = ProjectionHead(features, loss.vision.hidden_dim, prototypes)
+            if loss.vision.form == "dino":
+                self.vision_loss = VisionContrast(
+                    prototypes,
+                    student_temperature=loss.vision.student_temperature,
+                    teacher_temperature=loss.vision.teacher_temperature,
+                    center_momentum=loss.vision.center_momentum,
+                )
+            self.teacher = Teacher(self._trained_encoder, self.vision_head)
+        # Both serve training alone: they travel with its checkpoints, not with the model.
+        sigmoid = loss.cross_modal.weight and loss.cross_modal.form == "sigmoid"
+        # A model that began as SigLIP has its own, and keeps it.
+        own = sigmoid and model.logit_bias is None
+        self.register_parameter("logit_bias", nn.Parameter(torch.tensor(_START_BIAS)) if own else None)
+        over = loss.mutual_information.overclusters if loss.mutual_information.weight else 0
+        self.overclustering_head = nn.Sequential(nn.LayerNorm(features), nn.Linear(features, over)) if over else None
         if not loss.mutual_information.weight:
             model.clustering_head.requires_grad_(False)
 
@@ -110,195 +104,259 @@ class Objective(nn.Module):
 
         The mean of ``loss`` over the workers is that of the whole batch, and so is its gradient.
         """
-        with self._autocast(batch):
-            global_features, local_features, geometry = self._see(batch)
-            caption_features = self._caption_features(batch)
-        embeddings = self._embed(global_features[0])
-        texts_BD = self.model.embed_text(caption_features.float())
-        losses: dict[str, Tensor] = {}
-        if self.config.cross_modal.weight:
-            losses["cross_modal"] = self._cross_modal(embeddings, texts_BD)
-        if self.config.nouns.weight:
-            losses["nouns"] = self._nouns(batch, embeddings)
-        if self.config.mutual_information.weight:
-            losses["mutual_information"] = self._mutual_information(global_features, geometry)
-        if self.config.vision.weight:
-            losses["vision"] = self._vision(batch, global_features, local_features)
+        present_P = self.present_phrases(batch)
+        captions_BD, phrases_PD = self.embed_captions(batch.tokens), self.embed_phrases(present_P)
+        compared_QD = self.compared_with_patches(captions_BD)
+        seen = self.represent(batch, compared_QD, phrases_PD, pairs=len(batch))
+        losses = self.losses(seen, captions_BD, self.positives(batch, present_P))
         if self.training:
-            self._record(texts_BD)
-        total = torch.stack([getattr(self.config, name).weight * value for name, value in losses.items()]).sum()
-        return {"loss": total, **{f"loss/{name}": value.detach() for name, value in losses.items()}}
+            self.update_statistics(seen, captions_BD)
+        return losses
 
     @torch.no_grad()
     def update_teacher(self, progress: float) -> None:
-        """Move the teacher towards the student; ``progress`` in 0..1 raises the momentum to 1 by a cosine (DINO, 3.2)."""
-        if self.teacher is None:
-            return
-        start = self.config.vision.teacher_momentum
-        momentum = 1 - (1 - start) * (math.cos(math.pi * progress) + 1) / 2
-        pairs: list[tuple[nn.Module, nn.Module]] = [(self.teacher["head"], self.vision_head)]
-        if not self.model.config.image_encoder.frozen:
-            pairs.append((self.teacher["encoder"], self.model.image_encoder))
-        for teacher, student in pairs:
-            for old, new in zip(teacher.parameters(), student.parameters(), strict=True):
-                part_of(old).lerp_(part_of(new), 1 - momentum)
-            for kept, current in zip(teacher.buffers(), student.buffers(), strict=True):
-                kept.copy_(current)
+        """Move the teacher towards the student; see :meth:`Teacher.follow`."""
+        if self.teacher is not None:
+            start = self.config.vision.teacher_momentum
+            self.teacher.follow(self._trained_encoder, self.vision_head, start=start, progress=progress)
 
-    def _autocast(self, batch: TensorBatch) -> torch.autocast:
-        enabled = self.autocast != torch.float32
-        return torch.autocast(batch.images.device.type, self.autocast if enabled else None, enabled=enabled)
+    def compile_encoders(self) -> None:
+        """Have ``torch.compile`` make one program of each encoder; the weights keep their names."""
+        encoders = [self.model.image_encoder, self.model.text_encoder]
+        if self.teacher is not None and self._trained_encoder is not None:
+            encoders.append(self.teacher["encoder"])
+        for encoder in encoders:
+            # Torch's own generator for dropout: chunks replay it, and a run resumes by it.
+            encoder.compile(options={"fallback_random": True})
 
-    def _see(self, batch: TensorBatch) -> tuple[list[ImageFeatures], list[ImageFeatures], Tensor | None]:
-        """Float32 features of the global and of the local views, and the geometry of the global ones."""
-        count = 2 if self.config.mutual_information.weight or self.config.vision.weight else 1
-        if batch.images.dtype != torch.uint8:  # cached patch features: views differ by dropout alone
-            features = _cached_features(batch.images)
-            self._undropped_BNF = features.patches
-            return [self._drop(features, batch.seeds, number) for number in range(count)], [], None
-        local_count = self.views.local_crops if self.config.vision.weight else 0
-        views = make_views(batch.images, batch.seeds, self.views, global_crops=count, local_crops=local_count)
-        # The teacher looks at the same pixels; making them twice would cost as much as a small encoder.
-        self._global_views = views.global_GB3HW
-        # Where the second view serves the clustering head alone, nothing flows back through its encoding.
-        learns = self.config.vision.weight > 0 or self.config.mutual_information.train_encoder
-        seen = []
-        for number, view in enumerate(views.global_GB3HW):
-            with torch.set_grad_enabled(torch.is_grad_enabled() and (number == 0 or learns)):
-                seen.append(_float32(self.model.image_features(view)))
-        local = [_float32(self.model.image_features(view)) for view in views.local_LB3HW]
-        self._undropped_BNF = seen[0].patches
-        return [self._drop(f, batch.seeds, number) for number, f in enumerate(seen)], local, views.geometry_GB23
+    # ---------------------------------------------------------------------------------------------------------- texts
 
-    def _drop(self, features: ImageFeatures, seeds_B: Tensor, number: int) -> ImageFeatures:
-        """Feature dropout: the same channels of an image's every patch, chosen by the pair's seed."""
-        share = self.views.feature_dropout
-        if not share or not self.training:
-            return features
-        random_BF = uniform(seeds_B, _DROPOUT_DRAW + number, features.patches.shape[2])
-        keep_BF = (random_BF >= share).to(features.patches.dtype) / (1 - share)
-        pooled = None if features.pooled is None else features.pooled * keep_BF
-        return features._replace(patches=features.patches * keep_BF.unsqueeze(1), pooled=pooled)
+    def embed_captions(self, tokens_BT: Tensor) -> Tensor:
+        """Embeddings of captions from their tokens, or from cached features (B, F). Shape: -> (B, D), unit length."""
+        if tokens_BT.is_floating_point():
+            return self.model.embed_text(tokens_BT.float())
+        with self._autocast():
+            features = self.model.text_features(self.model.text_encoder.trim(tokens_BT))
+        return self.model.embed_text(features.float())
 
-    def _caption_features(self, batch: TensorBatch) -> Tensor:
-        if batch.tokens.is_floating_point():  # cached
-            return batch.tokens
-        return self.model.text_features(self.model.text_encoder.trim(batch.tokens))
-
-    def _embed(self, features: ImageFeatures) -> ImageEmbeddings:
-        """Embeddings of the images, and of their patches if a loss looks at them: these are most of the work."""
-        if self.config.nouns.weight or self.config.cross_modal.patch_share:
-            return self.model.embed(features)
-        pooled_BD = self.model.embed_pooled(features)
-        return ImageEmbeddings(pooled_BD, pooled_BD.new_empty((len(pooled_BD), 0, pooled_BD.shape[1])), features.grid)
-
-    def _cross_modal(self, embeddings: ImageEmbeddings, texts_BD: Tensor) -> Tensor:
-        config, scale = self.config.cross_modal, self.model.scale
-        loss = contrast(embeddings.pooled, texts_BD, scale) * (1 - config.patch_share)
-        if config.patch_share == 0:
-            return loss
-        if config.patch_pooling == "mean":
-            pooled_BD = F.normalize(embeddings.patches.mean(1), dim=-1)
-            return loss + config.patch_share * contrast(pooled_BD, texts_BD, scale)
-        by_patches = patch_contrast(embeddings.patches, texts_BD, scale, config.pooling_temperature)
-        return loss + config.patch_share * by_patches
-
-    def _nouns(self, batch: TensorBatch, embeddings: ImageEmbeddings) -> Tensor:
+    def present_phrases(self, batch: TensorBatch) -> Tensor:
+        """Indices of the phrases that the captions of all workers hold, ascending; none without a loss on them."""
+        if not self.config.nouns.weight:
+            return batch.phrases.new_empty(0)
         present = gather_rows(batch.phrases).unique()
-        present_P = present[present >= 0]
-        if len(present_P):
-            with self._autocast(batch):
-                features = self._phrase_features(present_P)
-            phrases_PD = self.model.embed_text(features.float())
-        else:
-            phrases_PD = embeddings.patches.new_empty((0, embeddings.patches.shape[2]))
-        positives_BP = (batch.phrases.unsqueeze(2) == present_P).any(1)
-        return noun_contrast(
-            embeddings.patches, phrases_PD, positives_BP, self.model.scale, self.config.nouns.top_patches
-        )
+        return present[present >= 0]
 
-    def _phrase_features(self, present_P: Tensor) -> Tensor:
-        """Text features of some phrases; a frozen text encoder is asked once for each."""
-        if not self.model.config.text_encoder.frozen:
-            return self.model.text_features(self.model.text_encoder.trim(self._phrase_tokens_PT[present_P]))
-        if self._frozen_phrases_PF is None:
-            chunks = self._phrase_tokens_PT.split(256)
-            self._frozen_phrases_PF = torch.cat([self.model.text_features(tokens).float() for tokens in chunks])
-        return self._frozen_phrases_PF[present_P]
-
-    def _mutual_information(self, features: list[ImageFeatures], geometry_GB23: Tensor | None) -> Tensor:
-        config = self.config.mutual_information
-        maps = []
-        for view in features[:2]:
-            seen = view if config.train_encoder else view._replace(patches=view.patches.detach())
-            maps.append(self.model.cluster_logits(seen).softmax(-1).transpose(1, 2).unflatten(2, view.grid))
-        valid = None
-        if geometry_GB23 is not None:
-            maps[1], valid = align(maps[1], geometry_GB23[1], geometry_GB23[0], features[0].grid)
-        return mutual_information_loss(
-            maps[0], maps[1], valid, radius=config.radius, entropy_weight=config.entropy_weight
-        )
-
-    def _vision(self, batch: TensorBatch, global_: list[ImageFeatures], local: list[ImageFeatures]) -> Tensor:
-        assert self.teacher is not None
-        student_VBK = torch.stack([self.vision_head(_pooled(features)) for features in [*global_, *local]])
-        with torch.no_grad():
-            if self.model.config.image_encoder.frozen:
-                seen = [_cached_features(batch.images)] * 2 if batch.images.dtype != torch.uint8 else global_
+    def embed_phrases(self, present_P: Tensor) -> Tensor:
+        """Embeddings of some phrases; a frozen text encoder is asked once for each. Shape: (P,) -> (P, D), unit length."""
+        model = self.model
+        if not len(present_P):
+            return model.caption_mean.new_empty((0, model.embedding_dim))
+        with self._autocast():
+            if not model.config.text_encoder.frozen:
+                features = model.text_features(model.text_encoder.trim(self._phrase_tokens_PT[present_P]))
             else:
-                with self._autocast(batch):
-                    seen = [_float32(self.teacher["encoder"](view)) for view in self._global_views]
-            teacher_GBK = torch.stack([self.teacher["head"](_pooled(features)) for features in seen])
-        loss = self.vision_loss(student_VBK, teacher_GBK)
-        if self.training:
-            self.vision_loss.update_center(teacher_GBK)
-        return loss
+                if self._frozen_phrases_PF is None:
+                    chunks = self._phrase_tokens_PT.split(256)
+                    self._frozen_phrases_PF = torch.cat([model.text_features(tokens).float() for tokens in chunks])
+                features = self._frozen_phrases_PF[present_P]
+        return model.embed_text(features.float())
+
+    def compared_with_patches(self, captions_BD: Tensor) -> Tensor:
+        """The captions that every picture's patches meet: those of all workers, or none. Shape: (B, D) -> (Q, D)."""
+        cross_modal = self.config.cross_modal
+        if cross_modal.weight and cross_modal.patch_share and cross_modal.patch_pooling == "softmax":
+            return gather_rows(captions_BD)
+        return captions_BD[:0]
+
+    @staticmethod
+    def positives(batch: TensorBatch, present_P: Tensor) -> Tensor:
+        """Which pictures' captions hold which phrase. Shape: -> (B, P), bool."""
+        none = len(present_P)  # a column more for where there is no phrase
+        columns = torch.where(batch.phrases >= 0, torch.searchsorted(present_P, batch.phrases), none)
+        positives = torch.zeros((len(batch), none + 1), dtype=torch.bool, device=batch.phrases.device)
+        return positives.scatter_(1, columns, True)[:, :none]
+
+    # ------------------------------------------------------------------------------------------------- representations
+
+    def represent(self, batch: TensorBatch, compared_QD: Tensor, phrases_PD: Tensor, *, pairs: int) -> Representations:
+        """What the losses need of some of the step's pictures.
+
+        Args:
+            batch: the pictures.
+            compared_QD: see :meth:`compared_with_patches`.
+            phrases_PD: embeddings of the phrases of the whole batch.
+            pairs: of this worker's step, of which ``batch`` is a part.
+        """
+        config, model = self.config, self.model
+        with self._autocast():
+            seen = see(
+                model,
+                batch,
+                self.views,
+                global_=2 if config.mutual_information.weight or config.vision.weight else 1,
+                local=self.views.local_crops if config.vision.weight else 0,
+                # Where the second view serves the clustering head alone, nothing flows back through its encoding.
+                second_learns=config.vision.weight > 0 or config.mutual_information.train_encoder,
+                drop=self.training,
+            )
+        found: Representations = {"recorded_RF": _sample(seen.undropped, batch.seeds, pairs)}
+        if config.cross_modal.weight:
+            found["images_BD"] = model.embed_pooled(seen.global_[0])
+        on_patches = config.cross_modal.weight and config.cross_modal.patch_share
+        if on_patches or config.nouns.weight:  # embeddings of patches are most of the work
+            patches_BND = model.embed_patches(seen.global_[0])
+        if on_patches and config.cross_modal.patch_pooling == "mean":
+            found["patch_means_BD"] = F.normalize(patches_BND.mean(1), dim=-1)
+        elif on_patches:
+            temperature = config.cross_modal.pooling_temperature
+            found["caption_scores_BQ"] = patch_scores(patches_BND, compared_QD, temperature)
+        if config.nouns.weight:
+            found["noun_scores_BP"] = noun_scores(patches_BND, phrases_PD, config.nouns.top_patches)
+        if config.mutual_information.weight:
+            found |= self._joint_sums(seen)
+        if config.vision.weight:
+            found |= self._vision_representations(batch, seen)
+        return found
+
+    def _joint_sums(self, seen: Seen) -> Representations:
+        config = self.config.mutual_information
+        views = seen.global_[:2]
+        if not config.train_encoder:
+            views = [view._replace(patches=view.patches.detach()) for view in views]
+        found = {"joints_1SKK": self._joints(seen, [self.model.cluster_logits(view) for view in views])}
+        if self.overclustering_head is not None:
+            logits = [self.overclustering_head(view.patches) for view in views]
+            found["over_joints_1SKK"] = self._joints(seen, logits)
+        return found
+
+    def _joints(self, seen: Seen, logits: list[Tensor]) -> Tensor:
+        grids = [view.grid for view in seen.global_[:2]]
+        first, second = (
+            x.softmax(-1).transpose(1, 2).unflatten(2, grid) for x, grid in zip(logits, grids, strict=True)
+        )
+        valid = None
+        if seen.geometry_GB23 is not None:
+            second, valid = align(second, seen.geometry_GB23[1], seen.geometry_GB23[0], grids[0])
+        return joint_sums(first, second, valid, radius=self.config.mutual_information.radius).unsqueeze(0)
+
+    def _vision_representations(self, batch: TensorBatch, seen: Seen) -> Representations:
+        student_VBK = torch.stack([self.vision_head(pooled_features(view)) for view in [*seen.global_, *seen.local]])
+        teacher_GBK = self._ask_teacher(batch, seen)
+        if self.config.vision.form == "infonce":
+            return {"student_BVD": student_VBK.transpose(0, 1), "teacher_BGD": teacher_GBK.transpose(0, 1)}
+        # Sums, as there may be tens of thousands of prototypes.
+        return {
+            "agreement_1": self.vision_loss(student_VBK, teacher_GBK).unsqueeze(0) * len(batch),
+            "teacher_1K": teacher_GBK.mean(0).sum(0, keepdim=True),
+        }
 
     @torch.no_grad()
-    def _record(self, texts_BD: Tensor) -> None:
-        """Keep running statistics of caption and patch embeddings over all workers, for centring and calibration.
+    def _ask_teacher(self, batch: TensorBatch, seen: Seen) -> Tensor:
+        assert self.teacher is not None
+        views = seen.global_
+        if batch.images.dtype != torch.uint8:
+            views = [cached_features(batch.images)] * 2
+        elif self._trained_encoder is not None:
+            assert seen.pixels_GB3HW is not None
+            with self._autocast():
+                views = [as_float32(self.teacher["encoder"](pixels)) for pixels in seen.pixels_GB3HW]
+        return torch.stack([self.teacher["head"](pooled_features(view)) for view in views])
 
-        Each is the mean over all steps so far, and from the ``_MEMORY``-th on one that forgets: embeddings move as
-        they learn.
+    # ---------------------------------------------------------------------------------------------------------- losses
+
+    def losses(self, seen: Representations, captions_BD: Tensor, positives_BP: Tensor) -> dict[str, Tensor]:
+        """Losses of this worker's share; see :meth:`forward`.
+
+        Args:
+            seen: representations of the share.
+            captions_BD: embeddings of its captions.
+            positives_BP: see :meth:`positives`.
         """
+        config = self.config
+        terms: dict[str, tuple[float, Tensor]] = {}
+        if config.cross_modal.weight:
+            terms["cross_modal"] = config.cross_modal.weight, self._cross_modal(seen, captions_BD)
+        if config.nouns.weight:
+            nouns = noun_contrast_of_scores(seen["noun_scores_BP"], positives_BP, self.model.scale)
+            terms["nouns"] = config.nouns.weight, nouns
+        if config.mutual_information.weight:
+            information = config.mutual_information
+            for name, joints in (("mutual_information", "joints_1SKK"), ("overclustering", "over_joints_1SKK")):
+                if joints in seen:
+                    terms[name] = information.weight, information_loss(seen[joints].sum(0), information.entropy_weight)
+        if config.vision.weight:
+            terms["vision"] = config.vision.weight, self._vision(seen, len(captions_BD))
+        total = torch.stack([weight * value for weight, value in terms.values()]).sum()
+        return {"loss": total, **{f"loss/{name}": value.detach() for name, (_, value) in terms.items()}}
+
+    def _cross_modal(self, seen: Representations, captions_BD: Tensor) -> Tensor:
+        share = self.config.cross_modal.patch_share
+        loss = self._contrast(seen["images_BD"], captions_BD) * (1 - share)
+        if share == 0:
+            return loss
+        if "patch_means_BD" in seen:
+            return loss + share * self._contrast(seen["patch_means_BD"], captions_BD)
+        scores_BQ, scale = seen["caption_scores_BQ"], self.model.scale
+        if self._bias is not None:
+            return loss + share * sigmoid_contrast_of_scores(scores_BQ, scale, self._bias)
+        return loss + share * contrast_of_scores(scores_BQ, scale)
+
+    def _contrast(self, images_BD: Tensor, captions_BD: Tensor) -> Tensor:
+        if self._bias is not None:
+            return sigmoid_contrast(images_BD, captions_BD, self.model.scale, self._bias)
+        return contrast(images_BD, captions_BD, self.model.scale)
+
+    def _vision(self, seen: Representations, pairs: int) -> Tensor:
+        config = self.config.vision
+        if config.form == "dino":
+            return seen["agreement_1"].sum() / pairs
+        student, teacher = seen["student_BVD"].transpose(0, 1), seen["teacher_BGD"].transpose(0, 1)
+        return vision_info_nce(student, teacher, config.student_temperature)
+
+    @torch.no_grad()
+    def update_statistics(self, seen: Representations, captions_BD: Tensor) -> None:
+        """Once a step, after the losses: the teacher's centre, and statistics of embeddings over all workers.
+
+        These, for centring and calibration, are each the mean over all steps so far, and from the ``_MEMORY``-th on one
+        that forgets: embeddings move as they learn.
+        """
+        if "teacher_1K" in seen:
+            self.vision_loss.update_center(seen["teacher_1K"].sum(0).view(1, 1, -1) / len(captions_BD))
         model = self.model
         model.recorded_steps += 1
         share = max(1 / _MEMORY, 1 / int(model.recorded_steps))
-        model.caption_mean.lerp_(mean_over_workers(texts_BD.mean(0)), share)
-        patches_RF = self._undropped_BNF.flatten(0, 1)
-        patches_RF = patches_RF[:: max(1, len(patches_RF) // _RECORDED_PATCHES)]
-        patches_RD = F.normalize(model.image_projection(patches_RF), dim=-1)
+        model.caption_mean.lerp_(mean_over_workers(captions_BD.mean(0)), share)
+        patches_RD = F.normalize(model.image_projection(seen["recorded_RF"]), dim=-1)
         mean_D = mean_over_workers(patches_RD.mean(0))
         deviation_RD = patches_RD - mean_D
         covariance_DD = mean_over_workers(deviation_RD.T @ deviation_RD / len(deviation_RD))
         model.patch_mean.lerp_(mean_D, share)
         model.patch_covariance.lerp_(covariance_DD, share)
 
+    # --------------------------------------------------------------------------------------------------------- details
 
-class ProjectionHead(nn.Module):
-    """DINO's projection head: an MLP, a bottleneck of unit length, and a linear map to the prototypes (section 3.2)."""
+    @property
+    def _bias(self) -> nn.Parameter | None:
+        """Of the sigmoid contrast; None with InfoNCE."""
+        if self.config.cross_modal.form != "sigmoid":
+            return None
+        return self.model.logit_bias if self.logit_bias is None else self.logit_bias
 
-    def __init__(self, features: int, hidden: int, prototypes: int, bottleneck: int = 64) -> None:
-        super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Linear(features, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, bottleneck)
-        )
-        self.prototypes = nn.Parameter(torch.randn(prototypes, bottleneck))
+    @property
+    def _trained_encoder(self) -> nn.Module | None:
+        return None if self.model.config.image_encoder.frozen else self.model.image_encoder
 
-    def forward(self, features_BF: Tensor) -> Tensor:
-        """Shape: (B, F) -> (B, prototypes), cosines."""
-        return F.normalize(self.mlp(features_BF), dim=-1) @ F.normalize(self.prototypes, dim=-1).T
-
-
-def _pooled(features: ImageFeatures) -> Tensor:
-    return features.patches.mean(1) if features.pooled is None else features.pooled
+    def _autocast(self) -> torch.autocast:
+        enabled = self.autocast != torch.float32
+        return torch.autocast(self.model.device.type, self.autocast if enabled else None, enabled=enabled)
 
 
-def _float32(features: ImageFeatures) -> ImageFeatures:
-    pooled = None if features.pooled is None else features.pooled.float()
-    return features._replace(patches=features.patches.float(), pooled=pooled)
-
-
-def _cached_features(patches_BNF: Tensor) -> ImageFeatures:
-    side = math.isqrt(patches_BNF.shape[1])  # pictures are cached from a square canvas
-    return ImageFeatures(patches_BNF.float(), None, (side, patches_BNF.shape[1] // side))
+def _sample(features: ImageFeatures, seeds_B: Tensor, pairs: int) -> Tensor:
+    """Patch features of every picture for the statistics, as many as make ``_RECORDED_PATCHES`` of ``pairs`` pictures; which
+    they are follows from the pair's seed, whatever chunk it is in. Shape: -> (R, F), without gradient."""
+    patches_BNF = features.patches.detach()
+    count = patches_BNF.shape[1]
+    wanted = min(count, -(-_RECORDED_PATCHES // pairs))
+    places = torch.arange(wanted, device=seeds_B.device) * (count // wanted)
+    places_BM = (seeds_B.unsqueeze(1) + places) % count
+    return patches_BNF.gather(1, places_BM.unsqueeze(2).expand(-1, -1, patches_BNF.shape[2])).flatten(0, 1)

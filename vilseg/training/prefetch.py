@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from vilseg.data.stream import WorkerBatch
-from vilseg.training.objective import TensorBatch
+from vilseg.training.batch import TensorBatch
 
 
 def on_device(batches: Iterable[WorkerBatch], device: torch.device) -> Iterator[TensorBatch]:

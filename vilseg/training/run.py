@@ -1,14 +1,11 @@
-"""What happens around the training loop: preparing a run, its checkpoints, its metrics, its model."""
+"""What happens around the training loop: preparing a run, and its model at the end."""
 
 from __future__ import annotations
 
-import io
 import json
 import re
-import tempfile
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +15,15 @@ from vilseg.config import CrossModalConfig, RunConfig
 from vilseg.config_tree import flat
 from vilseg.data.pairs import Shard, list_shards
 from vilseg.data.stream import index_shards, sample_pairs
+from vilseg.data.texts import TextRules
 from vilseg.device import precision_dtype
-from vilseg.errors import ConfigError, DataError, StorageError, UserError
+from vilseg.errors import ConfigError, DataError, StorageError
 from vilseg.model import ViLSeg
+from vilseg.patience import patiently
 from vilseg.text.nouns import NounPhrases
-from vilseg.training.folder import STATE, Prepared, RunFolder
-from vilseg.training.loop import Trainer
+from vilseg.training.checkpoints import read_checkpoint
+from vilseg.training.folder import Prepared, RunFolder
+from vilseg.training.loop import NonFiniteLossError, Trainer
 from vilseg.training.objective import Objective
 
 _SAMPLE_PAIRS = 10_000
@@ -110,7 +110,8 @@ def prepare(
     shards = index_shards(cache or storage.absolute(source), count, without=without)
     # Captions are the same in the cache, but pictures are smaller than features.
     read = [Shard(entry.uri, 0) for entry in list_shards(source, without=config.data.held_out)] if cache else shards
-    pairs, bad = sample_pairs(read, config.data.columns, _SAMPLE_PAIRS)
+    rules = TextRules(config.data.text, config.data.filters)
+    pairs, bad = sample_pairs(read, config.data.columns, _SAMPLE_PAIRS, rules)
     if not pairs:
         reason = f"; the first, {bad[0].key}, failed because {bad[0].reason}" if bad else ""
         raise DataError(f"no readable pair at {source}{reason}")
@@ -119,7 +120,10 @@ def prepare(
     if config.loss.nouns.weight:
         settings = config.loss.nouns
         nouns = NounPhrases.from_captions(
-            captions[:_SAMPLE_PAIRS], max_phrases=settings.max_phrases, min_count=settings.min_count
+            captions[:_SAMPLE_PAIRS],
+            max_phrases=settings.max_phrases,
+            min_count=settings.min_count,
+            finder=settings.finder,
         )
     torch.manual_seed(config.trainer.seed)
     model = ViLSeg.from_config(
@@ -186,30 +190,25 @@ def make_trainer(
     return Trainer(objective, config.optimizer, config.trainer, device, wrap=wrap)
 
 
-def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
-    """Write a trainer's state into a local folder."""
-    torch.save(state, folder / STATE)
-
-
-def load_checkpoint(folder: RunFolder, step: int) -> dict[str, Any]:
-    """Read a trainer's state; tensors and plain numbers only, nothing else is unpickled."""
-    return read_state(folder.state(step))
-
-
-def read_state(uri: str) -> dict[str, Any]:
-    """As `load_checkpoint`, of the file at ``uri``."""
-    data = storage.read_bytes(uri)
-    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-
-
 def model_at(folder: RunFolder, step: int) -> ViLSeg:
     """The model as it was at a checkpoint kept."""
     model = ViLSeg.from_pretrained(folder.initial)
-    objective = load_checkpoint(folder, step)["objective"]
+    objective = read_checkpoint(folder, step)["objective"]
     prefix = "model."
     weights = {name.removeprefix(prefix): value for name, value in objective.items() if name.startswith(prefix)}
     model.load_state_dict(weights)
     return model.eval()
+
+
+@contextmanager
+def nonfinite_kept(folder: RunFolder) -> Iterator[None]:
+    """Where the loss is no number any more, leave the step, its losses and the keys of its pairs in the run's folder."""
+    try:
+        yield
+    except NonFiniteLossError as error:
+        text = json.dumps(error.found, ensure_ascii=False)
+        patiently(lambda: storage.write_text(folder.nonfinite, text))
+        raise NonFiniteLossError(f"{error}; all of its pairs are named in {folder.nonfinite}", error.found) from error
 
 
 def save_model(
@@ -220,46 +219,11 @@ def save_model(
     weights: dict[str, Tensor] | None = None,
 ) -> None:
     """Write the trained model with its card; ``weights`` as for :meth:`ViLSeg.save_pretrained`."""
-    card = _card(config, f"{config.trainer.steps} steps", metrics)
-    model.save_pretrained(folder.model, card=card, weights=weights)
-
-
-class MetricsFile:
-    """``metrics.jsonl`` and TensorBoard events, gathered locally and brought to the run's folder at every checkpoint."""
-
-    def __init__(self, folder: RunFolder, from_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._folder = folder
-        self._local = tempfile.TemporaryDirectory(prefix="vilseg-events-")
-        self._events = SummaryWriter(self._local.name, purge_step=from_step)
-        self._lines: list[str] = []
-        if from_step and storage.exists(folder.metrics):
-            lines = storage.read_text(folder.metrics).splitlines()
-            self._lines = [line for line in lines if json.loads(line)["step"] <= from_step]
-
-    def add(self, metrics: dict[str, float]) -> None:
-        """Note one report."""
-        self._lines.append(json.dumps(metrics))
-        for name, value in metrics.items():
-            self._events.add_scalar(name, value, int(metrics["step"]))
-
-    def sync(self) -> None:
-        """Bring everything to the run's folder."""
-        self._events.flush()
-        storage.write_text(self._folder.metrics, "".join(f"{line}\n" for line in self._lines))
-        storage.upload_folder(Path(self._local.name), storage.join(self._folder.uri, "tensorboard"))
-
-
-def read_metrics(folder: RunFolder) -> list[dict[str, float]]:
-    """The reports of a run, oldest first.
-
-    Raises:
-        UserError: there are none.
-    """
-    if not storage.exists(folder.metrics):
-        raise UserError(f"the run {folder.uri} has no metrics yet")
-    return [json.loads(line) for line in storage.read_text(folder.metrics).splitlines()]
+    samples = config.trainer.steps * config.trainer.batch_size
+    trained = f"{config.trainer.steps:,} steps of {config.trainer.batch_size} pairs, {samples:,} samples"
+    if "epoch" in metrics:
+        trained += f", {metrics['epoch']:.1f} times through all pairs"
+    model.save_pretrained(folder.model, card=_card(config, trained, metrics), weights=weights)
 
 
 def _card(config: RunConfig, trained: str, metrics: dict[str, float]) -> str:
@@ -268,7 +232,7 @@ def _card(config: RunConfig, trained: str, metrics: dict[str, float]) -> str:
     return (
         f"# vilseg model: {config.name}\n\n"
         "Open-vocabulary segmentation (ViL-Seg, arXiv 2207.08455) trained from image-caption pairs; no mask was used.\n\n"
-        f"- pairs: `{config.data.source}`\n- trained: {trained}, batch {config.trainer.batch_size}\n{table}\n"
+        f"- pairs: `{config.data.source}`\n- trained: {trained}\n{table}\n"
         f"## Configuration\n\n```yaml\n{config.to_yaml()}```\n\n"
         "## Use\n\n```python\nimport vilseg\n\n"
         'model = vilseg.ViLSeg.from_pretrained("this folder")\n'

@@ -12,8 +12,9 @@ from PIL import Image
 
 from vilseg.config import ColumnsConfig
 from vilseg.data.decode import decode_image
-from vilseg.data.pairs import BadPair, Pair, captions_of_metadata, read_shard, write_tar
+from vilseg.data.pairs import BadPair, Pair, read_shard, texts_of_metadata, write_tar
 from vilseg.data.sources import SourcePair, find_pairs, read_part
+from vilseg.data.texts import TextRules
 from vilseg.errors import DataError, StorageError
 
 
@@ -47,7 +48,11 @@ def read_all(source: Path, columns: ColumnsConfig | None = None, **options: Any)
 def captions(pairs: list[SourcePair | BadPair]) -> dict[str, list[str]]:
     """Captions by key, after a check that nothing is bad."""
     assert [pair for pair in pairs if isinstance(pair, BadPair)] == []
-    return {pair.key: captions_of_metadata(pair.metadata) for pair in pairs if isinstance(pair, SourcePair)}
+    return {
+        pair.key: list(TextRules().usable(texts_of_metadata(pair.metadata)))
+        for pair in pairs
+        if isinstance(pair, SourcePair)
+    }
 
 
 CAPTION_FILES = {

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vilseg.losses import mutual_information_loss
+from vilseg.losses import joint_sums, mutual_information_loss
 
 
 def assignments(*shape: int, seed: int = 0) -> Tensor:
@@ -69,6 +69,18 @@ def test_gradient() -> None:
     assert torch.autograd.gradcheck(
         lambda a, b: mutual_information_loss(a, b, valid, radius=1, entropy_weight=1.5), (first, second)
     )
+
+
+@pytest.mark.parametrize(("radius", "grid"), [(0, (3, 4)), (1, (3, 4)), (2, (5, 3))])
+def test_gradient_of_the_joint_sums(radius: int, grid: tuple[int, int]) -> None:
+    first, second = (assignments(2, 3, *grid, seed=seed).requires_grad_() for seed in (0, 1))
+    assert torch.autograd.gradcheck(lambda a, b: joint_sums(a, b, radius=radius), (first, second))
+
+
+def test_joint_sums_of_parts_of_a_batch_add_up() -> None:
+    first, second = assignments(5, 3, 4, 4), assignments(5, 3, 4, 4, seed=1)
+    parts = [joint_sums(a, b) for a, b in zip(first.split(2), second.split(2), strict=True)]
+    torch.testing.assert_close(sum(parts), joint_sums(first, second))
 
 
 @pytest.mark.parametrize("clusters", [2, 5])

@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from vilseg.losses import VisionContrast
+from vilseg.losses import VisionContrast, vision_info_nce
 
 
 def make(prototypes: int = 4) -> VisionContrast:
@@ -78,3 +79,47 @@ def test_centre_is_saved_with_the_run() -> None:
 def test_wrong_shapes_are_told(student: tuple[int, ...], teacher: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="2 <= V >= G"):
         make()(torch.zeros(student), torch.zeros(teacher))
+
+
+# ----------------------------------------------------------------------------------------------------------- InfoNCE
+
+
+@pytest.mark.parametrize(("views", "global_views"), [(2, 1), (2, 2), (5, 2)])
+def test_info_nce_is_the_formula(views: int, global_views: int) -> None:
+    student = F.normalize(normal(views, 3, 4), dim=-1)
+    teacher = F.normalize(normal(global_views, 3, 4, seed=1), dim=-1)
+    terms = []
+    for g in range(global_views):
+        for v in range(views):
+            if v == g:
+                continue
+            for i in range(3):
+                cosines = [
+                    sum(a * b for a, b in zip(student[v, i].tolist(), teacher[g, j].tolist(), strict=True))
+                    for j in range(3)
+                ]
+                terms.append(-math.log(softmax([cosine / 0.1 for cosine in cosines])[i]))
+    assert vision_info_nce(student, teacher, 0.1).item() == pytest.approx(sum(terms) / len(terms), abs=1e-12)
+
+
+def test_the_gradient_of_info_nce_reaches_the_student_alone() -> None:
+    teacher = normal(2, 3, 4, seed=1).requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda student: vision_info_nce(student, teacher, 0.1), normal(4, 3, 4).requires_grad_()
+    )
+    vision_info_nce(normal(4, 3, 4).requires_grad_(), teacher, 0.1).backward()
+    assert teacher.grad is None
+
+
+def test_info_nce_wants_the_same_picture_and_no_other() -> None:
+    own = torch.eye(4).expand(3, 4, 4)
+    right, wrong = vision_info_nce(own, own[:2], 0.1), vision_info_nce(own.roll(1, 1), own[:2], 0.1)
+    assert right < 0.01
+    assert wrong > 9
+    alike = torch.ones(3, 4, 4) / 2  # collapsed: every picture is as near
+    assert vision_info_nce(alike, alike[:2], 0.1).item() == pytest.approx(math.log(4))
+
+
+def test_wrong_shapes_of_info_nce_are_told() -> None:
+    with pytest.raises(ValueError, match="2 <= V >= G"):
+        vision_info_nce(torch.zeros(1, 3, 4), torch.zeros(1, 3, 4), 0.1)

@@ -10,8 +10,9 @@ from vilseg.data.pairs import Shard
 from vilseg.errors import ConfigError
 from vilseg.text.nouns import NounPhrases
 from vilseg.text.tokenizer import FixedTokenizer, train_tokenizer
+from vilseg.training.checkpoints import write_checkpoint
 from vilseg.training.folder import Prepared, RunFolder, checkpoint_name
-from vilseg.training.run import resume, save_checkpoint
+from vilseg.training.run import resume
 
 
 def test_checkpoints_are_listed_by_step(tmp_path: Path) -> None:
@@ -19,8 +20,7 @@ def test_checkpoints_are_listed_by_step(tmp_path: Path) -> None:
     assert folder.checkpoint_steps() == []
     assert folder.last_step == 0
     for step in (1000, 20, 300):
-        (tmp_path / "run" / "checkpoints" / checkpoint_name(step)).mkdir(parents=True)
-        save_checkpoint(Path(folder.checkpoint(step)), {"step": step})
+        write_checkpoint(folder, {"step": step})
     (tmp_path / "run" / "checkpoints" / ".trainer").write_bytes(b"x")
     assert folder.checkpoint_steps() == [20, 300, 1000]
     whole = Path(folder.state(1000)).read_bytes()
@@ -69,8 +69,7 @@ def test_what_a_checkpoint_depends_on_must_stay(tmp_path: Path, change: str) -> 
 
 def test_fewer_steps_than_were_made_are_refused(tmp_path: Path) -> None:
     config, folder = begun(tmp_path)
-    Path(folder.checkpoint(40)).mkdir(parents=True)
-    save_checkpoint(Path(folder.checkpoint(40)), {"step": 40})
+    write_checkpoint(folder, {"step": 40})
     with pytest.raises(ConfigError, match="has made 40 steps"):
         resume(config.with_overrides(["trainer.steps=30"]), folder)
     resume(config.with_overrides(["trainer.steps=40"]), folder)

@@ -2,6 +2,7 @@
 
 import io
 import math
+import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,10 @@ from vilseg.distributed import rank, world_size
 from vilseg.errors import DataError
 from vilseg.model import ViLSeg
 from vilseg.text.nouns import NounPhrases
+from vilseg.training.checkpoints import read_checkpoint, write_checkpoint
 from vilseg.training.folder import RunFolder
 from vilseg.training.loop import NonFiniteLossError, Trainer
 from vilseg.training.objective import Objective
-from vilseg.training.run import load_checkpoint, save_checkpoint
 
 BATCH = 8
 NAMES = ("dog", "cat", "sofa", "sea", "horse")
@@ -97,8 +98,8 @@ def losses(reports: list[dict[str, float]]) -> list[dict[str, float]]:
     return [{name: value for name, value in report.items() if name.startswith("loss")} for report in reports]
 
 
-def train_together(folder: str) -> tuple[list[dict[str, float]], dict[str, np.ndarray]]:
-    trainer = make_trainer(folder, 5)
+def train_together(folder: str, chunk_size: int | None) -> tuple[list[dict[str, float]], dict[str, np.ndarray]]:
+    trainer = make_trainer(folder, 5, chunk_size=chunk_size)
     reports = losses(run(trainer, batches(folder, 0, 5)))
     return reports, {name: value.numpy() for name, value in trainer.objective.state_dict().items()}
 
@@ -106,14 +107,18 @@ def train_together(folder: str) -> tuple[list[dict[str, float]], dict[str, np.nd
 # ------------------------------------------------------------------------------------------------------------ tests
 
 
+@pytest.mark.parametrize("chunk_size", [None, 3])
 def test_two_workers_train_as_one(
-    tmp_path: Path, make_model: Callable[..., ViLSeg], on_two_workers: Callable[..., list[Any]]
+    tmp_path: Path,
+    make_model: Callable[..., ViLSeg],
+    on_two_workers: Callable[..., list[Any]],
+    chunk_size: int | None,
 ) -> None:
     folder = write_run(tmp_path, make_model, dropout=0)  # every worker drops other units
-    alone, state = train_together(folder)
+    alone, state = train_together(folder, None)
     assert len(alone) == 5
     assert alone[0].keys() == {"loss", "loss/cross_modal", "loss/nouns", "loss/vision", "loss/mutual_information"}
-    (first, first_state), (second, second_state) = on_two_workers(train_together, folder)
+    (first, first_state), (second, second_state) = on_two_workers(train_together, folder, chunk_size)
     assert first == second
     for expected, found in zip(alone, first, strict=True):
         assert found == pytest.approx(expected, abs=1e-5)
@@ -122,28 +127,29 @@ def test_two_workers_train_as_one(
         np.testing.assert_allclose(first_state[name], value, atol=1e-4, err_msg=name)
 
 
-def test_a_resumed_run_repeats_the_unbroken_one_bit_by_bit(tmp_path: Path, make_model: Callable[..., ViLSeg]) -> None:
+@pytest.mark.parametrize("chunk_size", [None, 3])
+def test_a_resumed_run_repeats_the_unbroken_one_bit_by_bit(
+    tmp_path: Path, make_model: Callable[..., ViLSeg], chunk_size: int | None
+) -> None:
     folder = write_run(tmp_path, make_model)
-    unbroken = make_trainer(folder, 6)
+    unbroken = make_trainer(folder, 6, chunk_size=chunk_size)
     expected = losses(run(unbroken, batches(folder, 0, 6)))
 
-    stopped = make_trainer(folder, 6)
+    stopped = make_trainer(folder, 6, chunk_size=chunk_size)
     left = RunFolder(str(tmp_path / "left"))
-    kept = Path(left.checkpoint(3))
-    kept.mkdir(parents=True)
     before: list[dict[str, float]] = []
     stopped.train(
         batches(folder, 0, 6),
         on_report=before.append,
-        on_checkpoint=lambda: save_checkpoint(kept, stopped.state_dict()),
+        on_checkpoint=lambda: write_checkpoint(left, stopped.state_dict()),
         should_stop=lambda: stopped.step == 3,
     )
     assert stopped.step == 3
-    resumed = make_trainer(folder, 6)
+    resumed = make_trainer(folder, 6, chunk_size=chunk_size)
     with torch.no_grad():
         for parameter in resumed.objective.parameters():
             parameter.zero_()
-    resumed.load_state_dict(load_checkpoint(left, 3))
+    resumed.load_state_dict(read_checkpoint(left, 3))
     assert resumed.step == 3
     after = losses(run(resumed, batches(folder, resumed.step, 6)))
     assert [*losses(before), *after] == expected
@@ -201,6 +207,31 @@ def test_a_loss_that_is_no_number_ends_the_run_with_a_sentence(
     assert "optimizer.learning_rate" in sentence
     assert next(batches(folder, 0, 1)).keys[0] in sentence
     assert "\n" not in sentence
+    again = pickle.loads(pickle.dumps(caught.value))  # as it travels between processes
+    assert str(again) == sentence
+    assert again.found["keys"] == caught.value.found["keys"]
+
+
+def test_the_step_that_lost_the_number_is_found_between_two_reports(
+    tmp_path: Path, make_model: Callable[..., ViLSeg]
+) -> None:
+    folder = write_run(tmp_path, make_model)
+    trainer = make_trainer(folder, 6)
+    trainer.trainer.log_every = 6
+
+    def spoiled() -> Iterator[WorkerBatch]:
+        for number, batch in enumerate(batches(folder, 0, 6)):
+            if number == 3:
+                with torch.no_grad():
+                    trainer.objective.model.image_projection.weight[0, 0] = math.inf
+            yield batch
+
+    with pytest.raises(NonFiniteLossError) as caught:
+        run(trainer, spoiled())
+    expected = list(batches(folder, 0, 6))[3].keys
+    assert caught.value.found["step"] == 4
+    assert tuple(caught.value.found["keys"]) == expected
+    assert caught.value.found["losses"]["loss"] in ("nan", "inf")
 
 
 def test_the_gradient_is_clipped(tmp_path: Path, make_model: Callable[..., ViLSeg]) -> None:

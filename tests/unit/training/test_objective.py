@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from vilseg.config import LossConfig, ViewsConfig
+from vilseg.data.views import make_views
 from vilseg.model import ViLSeg
-from vilseg.training.objective import Objective, TensorBatch
+from vilseg.training.batch import TensorBatch
+from vilseg.training.objective import Objective
 
 Make = Callable[..., ViLSeg]
 LOSSES = ("cross_modal", "nouns", "vision", "mutual_information")
@@ -101,6 +103,66 @@ def test_shares_and_poolings_of_the_contrast(make_model: Make, pooling: str, sha
     objective = Objective(make_model(), config, VIEWS)
     losses, _ = gradients(objective, batch_for(objective.model))
     assert losses["loss"].isfinite()
+
+
+@pytest.mark.parametrize("form", ["infonce", "sigmoid"])
+def test_the_mean_of_the_patches_meets_the_caption(make_model: Make, form: str) -> None:
+    config = loss_config("cross_modal", cross_modal={"patch_pooling": "mean", "patch_share": 1.0, "form": form})
+    objective = Objective(make_model(), config, VIEWS).eval()
+    batch, model = batch_for(objective.model), objective.model
+    with torch.no_grad():
+        view = make_views(batch.images, batch.seeds, VIEWS, global_crops=1, local_crops=0).global_GB3HW[0]
+        patches, texts = model.encode_image(view).patches, model.encode_text(CAPTIONS)
+        total = 0.0
+        for i in range(4):
+            mean = patches[i].mean(0)
+            logits = model.scale * (texts @ (mean / mean.norm()))
+            for j in range(4):
+                if form == "sigmoid":
+                    total -= float(torch.nn.functional.logsigmoid((1 if i == j else -1) * (logits[j] - 10)))
+            if form == "infonce":
+                total -= float(logits.log_softmax(0)[i])
+        if form == "infonce":
+            means = torch.stack([patches[i].mean(0) / patches[i].mean(0).norm() for i in range(4)])
+            for j in range(4):
+                total -= float((model.scale * (means @ texts[j])).log_softmax(0)[j])
+            total /= 2
+    assert objective(batch)["loss/cross_modal"].item() == pytest.approx(total / 4, abs=1e-5)
+
+
+def test_the_sigmoid_form_learns_its_bias(make_model: Make) -> None:
+    objective = Objective(make_model(), loss_config("cross_modal", cross_modal={"form": "sigmoid"}), VIEWS)
+    assert objective.logit_bias is not None
+    assert objective.logit_bias.item() == -10
+    assert objective.config.cross_modal.temperature == 0.1
+    losses, parts = gradients(objective, batch_for(objective.model))
+    assert "logit_bias" in parts
+    assert "logit_scale" in parts
+    assert losses["loss/cross_modal"].item() > 1, "every right pair costs about what the bias says"
+    other = Objective(make_model(), loss_config("cross_modal"), VIEWS)
+    assert "logit_bias" not in other.state_dict(), "checkpoints of the other form stay as they were"
+
+
+def test_info_nce_of_crops_trains_the_bottleneck_and_has_no_prototypes(make_model: Make) -> None:
+    objective = Objective(make_model(), loss_config("vision", vision={"form": "infonce"}), VIEWS)
+    losses, parts = gradients(objective, batch_for(objective.model))
+    assert parts == {"image_encoder", "vision_head.mlp"}
+    assert not {name for name in objective.state_dict() if "prototypes" in name or "center" in name}
+    assert losses["loss/vision"].isfinite()
+
+
+def test_the_second_head_learns_and_is_no_part_of_the_model(make_model: Make) -> None:
+    config = loss_config("mutual_information", mutual_information={"overclusters": 11})
+    objective = Objective(make_model(), config, VIEWS)
+    losses, parts = gradients(objective, batch_for(objective.model))
+    assert losses.keys() == {"loss", "loss/mutual_information", "loss/overclustering"}
+    expected = 0.5 * (losses["loss/mutual_information"] + losses["loss/overclustering"])
+    assert losses["loss"].item() == pytest.approx(expected.item())
+    assert {"clustering_head", "overclustering_head.1", "image_encoder"} <= parts
+    assert not any("over" in name for name in objective.model.state_dict())
+    alone = Objective(make_model(), loss_config("mutual_information"), VIEWS).train()
+    value = alone(batch_for(alone.model))["loss/mutual_information"]
+    assert value.item() == pytest.approx(losses["loss/mutual_information"].item(), abs=1e-6)
 
 
 def test_the_head_alone_learns_where_the_encoder_is_not_to(make_model: Make) -> None:

@@ -443,6 +443,6 @@ def test_a_temperature_beside_a_start_is_told(tmp_path: Path, make_model: Make) 
     write_scenes(tmp_path)
     config = run_config(tmp_path, *starting_point("ours", tmp_path, make_model), "loss.cross_modal.temperature=0.2")
     folder = run.open_folder(config, resume=False)
-    with pytest.raises(ConfigError, match="loss.cross_modal.temperature is 0.2, but model.init brings its own"):
+    with pytest.raises(ConfigError, match=r"loss.cross_modal.temperature is 0.2, but model.init brings its own"):
         run.prepare(config, folder)
     assert not storage.exists(folder.initial)

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 
 from vilseg.config import LossConfig, ViewsConfig
 from vilseg.data.stream import WorkerBatch
-from vilseg.training.objective import Objective, TensorBatch
+from vilseg.training.batch import TensorBatch
+from vilseg.training.objective import Objective
 
 N, F_IMAGE, F_TEXT, B = 9, 16, 16, 6
 

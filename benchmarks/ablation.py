@@ -1,0 +1,282 @@
+"""What each part of the method is worth: mIoU on unseen scenes with one part changed at a time, and two peers beside it.
+
+Every row trains the demo's model on the same scenes for the same number of samples, each with several seeds; what differs is
+named in `VARIANTS`. The peers are architectures of ``transformers`` trained from scratch on the same pairs (see
+`benchmarks.peers`). A run takes minutes and there are many: each leaves its figures in the output folder, and a benchmark that
+was interrupted goes on with the others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from functools import cache, partial
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import torch
+
+from benchmarks import peers
+from benchmarks.tables import replace_section
+from jobs import console
+from jobs.feed import batch_reader, pair_order
+from vilseg import storage
+from vilseg.config import RunConfig
+from vilseg.data import scenes
+from vilseg.data.pairs import write_index, write_tar
+from vilseg.evaluation.datasets import FolderDataset
+from vilseg.evaluation.evaluate import evaluate
+from vilseg.segmentation.segmenter import Segmenter
+from vilseg.training import run
+
+CONFIG = Path(__file__).parent.parent / "configs" / "demo.yaml"
+_PAIRS, _SHARD = 24_000, 2_000
+_UNSEEN = 200
+_STEPS = 500
+"""Of 32 pairs, as in the demo, which makes three times as many."""
+_SEEDS = (0, 1, 2)
+_LONG_STEPS = 7_500
+"""Five times the demo's."""
+_LONG_EVALUATIONS = 10
+
+CAPTIONS_ALONE = ("loss.nouns.weight=0", "loss.mutual_information.weight=0", "loss.cross_modal.weight=1")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A row: what is changed, and why it is asked."""
+
+    name: str
+    overrides: tuple[str, ...] = ()
+    part: str = ""
+    """Of the method; rows of one part stand together."""
+
+
+VARIANTS = (
+    Variant("default"),
+    Variant("captions alone, global", (*CAPTIONS_ALONE, "segmentation.region_weight=0"), "contrast"),
+    Variant(
+        "captions alone, half on the mean of the patches",
+        (
+            *CAPTIONS_ALONE,
+            "loss.cross_modal.patch_share=0.5",
+            "loss.cross_modal.patch_pooling=mean",
+            "segmentation.region_weight=0",
+        ),
+        "contrast",
+    ),
+    Variant(
+        "captions alone, half on patches by soft-max",
+        (*CAPTIONS_ALONE, "loss.cross_modal.patch_share=0.5", "segmentation.region_weight=0"),
+        "contrast",
+    ),
+    Variant("captions as much as nouns", ("loss.cross_modal.weight=1",), "contrast"),
+    Variant("with half of it on patches by soft-max", ("loss.cross_modal.patch_share=0.5",), "contrast"),
+    Variant("sigmoid in the place of InfoNCE", ("loss.cross_modal.form=sigmoid",), "contrast"),
+    Variant("nouns alone", ("loss.cross_modal.weight=0",), "nouns"),
+    Variant("without nouns", ("loss.nouns.weight=0", "loss.cross_modal.weight=1"), "nouns"),
+    Variant("nouns by corpus statistics", ("loss.nouns.finder=statistics",), "nouns"),
+    Variant("with DINO", ("loss.vision.weight=0.1",), "vision"),
+    Variant("with InfoNCE of local and global crops", ("loss.vision.weight=0.1", "loss.vision.form=infonce"), "vision"),
+    Variant("patches alone", ("segmentation.region_weight=0", "loss.mutual_information.weight=0"), "clustering"),
+    Variant("regions alone", ("segmentation.region_weight=1",), "clustering"),
+    Variant("in place, without displacements", ("loss.mutual_information.radius=0",), "clustering"),
+    Variant("entropies weighted 1", ("loss.mutual_information.entropy_weight=1",), "clustering"),
+    Variant("the encoder learns from the clusters too", ("loss.mutual_information.train_encoder=true",), "clustering"),
+    Variant("with 100 more clusters beside", ("loss.mutual_information.overclusters=100",), "clustering"),
+    Variant("10 clusters", ("model.clusters=10",), "clustering"),
+    Variant("35 clusters", ("model.clusters=35",), "clustering"),
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training."""
+
+    name: str
+    seed: int
+    overrides: tuple[str, ...]
+    steps: int
+    evaluations: int = 1
+
+    @property
+    def file(self) -> str:
+        """Of its figures; another when anything that matters is another."""
+        settings = CONFIG.read_text() + json.dumps(asdict(self))
+        digest = hashlib.sha256(settings.encode()).hexdigest()[:8]
+        return f"{self.name.replace(' ', '-').replace(',', '')}-{self.seed}-{digest}.json"
+
+
+def main(out: Path) -> dict[str, Any]:
+    """Train every variant with every seed, a process a core; ``out`` keeps what was measured.
+
+    Returns:
+        ``ratio`` (the default's mIoU over that of the better peer), ``rows`` with the mean and spread of each variant, and
+        the curves of a run five times as long as the demo's, with and without the noun contrast.
+    """
+    out = out.absolute()
+    _draw(out)
+    jobs = [Job(v.name, seed, v.overrides, _STEPS) for v in VARIANTS for seed in _SEEDS]
+    jobs += [Job(name, seed, (), _STEPS) for name in peers.PEERS for seed in _SEEDS]
+    long = [
+        Job("default, long", 0, (), _LONG_STEPS, _LONG_EVALUATIONS),
+        Job("captions alone, long", 0, VARIANTS[1].overrides, _LONG_STEPS, _LONG_EVALUATIONS),
+    ]
+    found = _run(out, [*long, *jobs])  # the longest first, so that no core waits at the end
+    rows = [_row(name, part, [found[job] for job in jobs if job.name == name]) for name, part in _names()]
+    curves = {job.name: found[job]["curve"] for job in long}
+    best_peer = max(row["miou"] for row in rows if row["part"] == "peer")
+    figure = Path(__file__).parent / "ablation.png"
+    _draw_figure(rows, curves, figure)
+    replace_section(Path(__file__).parent / "RESULTS.md", "ablation", _table(rows, curves))
+    return {
+        "benchmark": "ablation",
+        "ratio": round(rows[0]["miou"] / best_peer, 3),
+        "miou": rows[0]["miou"],
+        "ahead_of_peers": round(rows[0]["miou"] - best_peer, 4),
+        "rows": rows,
+        "curves": curves,
+        "samples": _STEPS * _config(out).trainer.batch_size,
+        "seeds": len(_SEEDS),
+    }
+
+
+def _names() -> list[tuple[str, str]]:
+    return [(variant.name, variant.part) for variant in VARIANTS] + [(name, "peer") for name in peers.PEERS]
+
+
+def _draw(out: Path) -> None:
+    """Write the pairs and the unseen scenes, unless an earlier run did."""
+    size = _config(out).data.canvas
+    if (out / "unseen" / "classes.txt").exists():
+        return
+    console.say("[scenes]")
+    shards = []
+    for start in range(0, _PAIRS, _SHARD):
+        drawn = scenes.pairs(_SHARD, 0, size, start=start)
+        members = ((pair.key, pair.image, "jpg", {"captions": list(pair.captions)}) for pair in drawn)
+        name = f"{start // _SHARD:02d}.tar"
+        shards.append((name, write_tar(f"{out}/pairs/{name}", members)))
+    write_index(f"{out}/pairs", shards)
+    scenes.write_masked_dataset(f"{out}/unseen", _UNSEEN, 0, size)
+
+
+def _config(out: Path, *overrides: str) -> RunConfig:
+    fixed = [f"data.source={out}/pairs", f"trainer.storage={out}/runs", "trainer.workers=1"]
+    return RunConfig.load(str(CONFIG), [*fixed, *overrides])
+
+
+def _run(out: Path, jobs: list[Job]) -> dict[Job, dict[str, Any]]:
+    """Figures of every job, from where an earlier run left them or anew."""
+    found = {job: json.loads((out / job.file).read_text()) for job in jobs if (out / job.file).exists()}
+    left = [job for job in jobs if job not in found]
+    started = time.monotonic()
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=context, initializer=partial(torch.set_num_threads, 1)) as pool:
+        running = {pool.submit(_train, out, job): job for job in left}
+        for number, future in enumerate(as_completed(running), 1):
+            job = running[future]
+            found[job] = future.result()
+            storage.write_text(str(out / job.file), json.dumps(found[job]))
+            minutes = (time.monotonic() - started) / 60
+            console.say(
+                f"{number}/{len(left)} {job.name}, seed {job.seed}: mIoU {found[job]['miou']:.4f} ({minutes:.0f} min)"
+            )
+    return found
+
+
+def _train(out: Path, job: Job) -> dict[str, Any]:
+    """One training with its evaluations, in this process."""
+    dataset = _unseen(f"{out}/unseen")
+    started = time.perf_counter()
+    if job.name in peers.PEERS:
+        config = _config(out, f"trainer.steps={job.steps}", f"trainer.seed={job.seed}")
+        miou = peers.train(job.name, config, dataset)
+        return {
+            "miou": miou,
+            "curve": [[job.steps * config.trainer.batch_size, miou]],
+            "seconds": time.perf_counter() - started,
+        }
+    name = job.file.removesuffix(".json")
+    config = _config(out, f"trainer.steps={job.steps}", f"trainer.seed={job.seed}", f"name={name}", *job.overrides)
+    config.trainer.checkpoint_every = job.steps // job.evaluations
+    folder = run.open_folder(config, resume=False)
+    prepared = run.prepare(config, folder)
+    trainer = run.make_trainer(config, folder, prepared, torch.device("cpu"))
+    curve: list[list[float]] = []
+
+    def measure() -> None:
+        model = trainer.objective.model
+        miou = evaluate(Segmenter(model, dataset.classes, device="cpu"), dataset).miou
+        model.train()
+        curve.append([trainer.step * config.trainer.batch_size, round(miou, 4)])
+
+    reader = batch_reader(config, prepared, lambda read, bad: None)
+    chunks = pair_order(config, prepared).chunks(0, config.trainer.steps)
+    batches = (batch for chunk in chunks for batch in reader.read(chunk))
+    trainer.train(batches, on_report=lambda metrics: None, on_checkpoint=measure)
+    storage.delete(folder.uri)
+    return {"miou": curve[-1][1], "curve": curve, "seconds": round(time.perf_counter() - started, 1)}
+
+
+@cache
+def _unseen(uri: str) -> FolderDataset:
+    return FolderDataset(uri)
+
+
+def _row(name: str, part: str, found: list[dict[str, Any]]) -> dict[str, Any]:
+    mious = [one["miou"] for one in found]
+    return {
+        "name": name,
+        "part": part,
+        "miou": round(fmean(mious), 4),
+        "spread": round(stdev(mious), 4) if len(mious) > 1 else 0.0,
+        "seconds": round(fmean(one["seconds"] for one in found), 1),
+    }
+
+
+def _table(rows: list[dict[str, Any]], curves: dict[str, list[list[float]]]) -> str:
+    default = rows[0]["miou"]
+    lines = [
+        f"{_STEPS * 32:,} samples, {len(_SEEDS)} seeds, {_UNSEEN} unseen scenes; ± is the standard deviation over the seeds.",
+        "",
+        "| part | variant | mIoU | to the default |",
+        "|---|---|---|---|",
+    ]
+    for row in rows:
+        difference = f"{row['miou'] - default:+.3f}" if row["name"] != "default" else ""
+        lines.append(f"| {row['part']} | {row['name']} | {row['miou']:.3f} ± {row['spread']:.3f} | {difference} |")
+    lines += ["", "mIoU over samples, five times the demo's:", ""]
+    for name, curve in curves.items():
+        lines.append(f"- {name}: " + ", ".join(f"{miou:.3f} ({samples:,.0f})" for samples, miou in curve))
+    lines += ["", "![mIoU of the variants, and over samples](ablation.png)"]
+    return "\n".join(lines)
+
+
+def _draw_figure(rows: list[dict[str, Any]], curves: dict[str, list[list[float]]], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 6), layout="constrained")
+    bars, lines = figure.subplots(1, 2, width_ratios=(3, 2))
+    names = [row["name"] for row in rows][::-1]
+    colours = [
+        "tab:red" if row["part"] == "peer" else "tab:green" if row["name"] == "default" else "tab:blue" for row in rows
+    ]
+    bars.barh(
+        names, [row["miou"] for row in rows][::-1], xerr=[row["spread"] for row in rows][::-1], color=colours[::-1]
+    )
+    bars.axvline(rows[0]["miou"], color="tab:green", linewidth=0.8)
+    bars.set_xlabel("mIoU on unseen scenes, mean and deviation over seeds")
+    for name, curve in curves.items():
+        lines.plot(*zip(*curve, strict=True), marker="o", label=name)
+    lines.set_xlabel("samples")
+    lines.set_ylabel("mIoU")
+    lines.set_ylim(0)
+    lines.legend()
+    figure.savefig(path, dpi=100)

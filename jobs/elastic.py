@@ -1,0 +1,77 @@
+"""A number of training workers that follows the cluster: fewer where a machine is lost, more where one comes.
+
+A step's pairs are shared evenly, so the numbers taken are those that divide the batch. Whatever the number, the pairs of a
+step and the loss are the same.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from ray.util.placement_group import placement_group, remove_placement_group
+
+from jobs.session import Session, look
+from vilseg.config import TrainerConfig
+from vilseg.errors import ConfigError
+
+_LOOK_EVERY_S = 30.0
+"""Between two looks at the cluster for room for more workers: one that begins anew costs a run as much."""
+_FREE_WITHIN_S = 20.0
+"""What a lost worker held is free again, or a lost machine known to be, after so long; tried again until it is."""
+_PATIENCE_S = 1800.0
+"""Without room for the fewest workers so long, the run fails."""
+
+
+def workers_that_fit(trainer: TrainerConfig, session: Session) -> int:
+    """Workers that share a step evenly and have a place on the cluster, at most as many as are wished for."""
+    return trainer.even_workers(session.gpus or session.cpus)
+
+
+def wait_for_workers(trainer: TrainerConfig, say: Callable[[str], None]) -> tuple[int, Session]:
+    """The most workers that there is room for now, which must be free, and the cluster as it is.
+
+    Raises:
+        ConfigError: for half an hour there was no room for the fewest.
+    """
+    deadline = time.monotonic() + _PATIENCE_S
+    told = False
+    while time.monotonic() < deadline:
+        session = look()
+        workers = workers_that_fit(trainer, session)
+        # A machine that has just been lost is counted for some seconds more; that there is room shows only by taking it.
+        if workers >= trainer.fewest_workers and _is_free(session.worker_resources(workers), workers):
+            return workers, session
+        if not told:
+            told = True
+            say(
+                f"waiting for room for {trainer.fewest_workers} workers; there are {session.cpus} CPUs, {session.gpus} GPUs"
+            )
+        time.sleep(1)
+    raise ConfigError(
+        f"for {_PATIENCE_S / 60:.0f} minutes the cluster had no room for trainer.workers={trainer.fewest_workers}, the fewest; "
+        "ask for fewer, or go on with --resume when there are more machines"
+    )
+
+
+class Growth:
+    """Whether there has come room for more workers than a run has now; asked often, it looks seldom."""
+
+    def __init__(self, trainer: TrainerConfig, workers: int) -> None:
+        self._trainer, self._workers = trainer, workers
+        self._next = time.monotonic() + _LOOK_EVERY_S
+
+    def __call__(self) -> bool:
+        """Look, if it is time to."""
+        if time.monotonic() < self._next:
+            return False
+        self._next = time.monotonic() + _LOOK_EVERY_S
+        return workers_that_fit(self._trainer, look()) > self._workers
+
+
+def _is_free(resources: dict[str, float], workers: int) -> bool:
+    group = placement_group([resources] * workers)
+    try:
+        return group.wait(_FREE_WITHIN_S)
+    finally:
+        remove_placement_group(group)

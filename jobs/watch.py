@@ -1,0 +1,159 @@
+"""The driver's side of a training: Ray's trainer in a thread, progress and Ctrl-C in this one."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.train.torch import TorchTrainer
+
+from jobs import console
+from jobs.monitor import Snapshot
+from jobs.session import user_error_in
+from vilseg import storage
+from vilseg.errors import StoreUnavailable
+from vilseg.patience import patiently
+from vilseg.training.folder import RunFolder
+
+_POLL_SECONDS = 0.3
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a training ended."""
+
+    folder: RunFolder
+    metrics: dict[str, float]
+    """The last report."""
+    stopped: bool
+    """Asked to stop before the last step; a checkpoint was left."""
+
+
+class Watch:
+    """Watches a run, which may be of several trainers after one another.
+
+    Args:
+        monitor: what workers and readers tell.
+        folder: of the run.
+        steps: of the whole run.
+        progress: told a few times a second what is new.
+        should_stop: asked as often; a stop leaves a checkpoint.
+    """
+
+    def __init__(
+        self,
+        monitor: Any,
+        folder: RunFolder,
+        steps: int,
+        progress: Callable[[Snapshot], None],
+        should_stop: Callable[[], bool],
+    ) -> None:
+        self._monitor, self._folder, self._steps = monitor, folder, steps
+        self._progress, self._should_stop = progress, should_stop
+        self._last: dict[str, float] = {}
+        self.asked_to_stop = False
+        """By the user, not by a need for other workers."""
+
+    def until_end(self, trainer: TorchTrainer, pause: Callable[[], bool] = lambda: False) -> Outcome:
+        """Run a trainer.
+
+        Args:
+            trainer: not begun yet.
+            pause: asked now and then; where it says yes, the trainer stops with a checkpoint to be followed by another.
+
+        Raises:
+            UserError: what a worker or reader found wrong with the user's input.
+            KeyboardInterrupt: Ctrl-C for the second time.
+        """
+        ray.get(self._monitor.go_on.remote())
+        failure: list[BaseException] = []
+
+        def fit() -> None:
+            try:
+                trainer.fit()
+            except BaseException as error:  # noqa: BLE001  (handed to the caller below)
+                failure.append(error)
+            finally:
+                ended.set()
+
+        # Not Thread.join: interrupted by Ctrl-C, it takes a thread that still runs for one that has ended (Python 3.11).
+        ended = threading.Event()
+        threading.Thread(target=fit, name="vilseg-train", daemon=True).start()
+        stopping = False
+        with interrupts() as noted:
+            while True:
+                over = ended.wait(_POLL_SECONDS)
+                self._look()
+                if over:
+                    break
+                if len(noted) > 1:
+                    raise KeyboardInterrupt
+                if stopping:
+                    continue
+                self.asked_to_stop = bool(noted) or self._should_stop()
+                if noted:
+                    console.say("stopping after the next report with a checkpoint; Ctrl-C again stops without one")
+                stopping = self.asked_to_stop or pause()
+                if stopping:
+                    self._monitor.stop.remote()
+        if failure:
+            raise user_error_in(failure[0]) or failure[0]
+        return Outcome(self._folder, self._last, stopping and self._last.get("step", 0) < self._steps)
+
+    def _look(self) -> None:
+        snapshot = ray.get(self._monitor.poll.remote())
+        self._last = snapshot.metrics[-1] if snapshot.metrics else self._last
+        self._progress(snapshot)
+        if snapshot.failure:
+            raise snapshot.failure  # the trainer goes on restarting its workers, which find nothing to do
+
+
+@contextmanager
+def interrupts() -> Iterator[list[int]]:
+    """Every Ctrl-C and SIGTERM while this lasts, noted instead of raised: as an exception inside Ray's calls it may get lost."""
+    noted: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield noted  # signals come to the main thread alone
+        return
+    before = {number: signal.signal(number, lambda got, frame: noted.append(got)) for number in _SIGNALS}
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Quarantine:
+    """``quarantine.jsonl`` of a run: the pairs that could not be read, by key, with the reason; each once."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._uri = folder.quarantine
+        self._lines: dict[str, str] = {}
+        if storage.exists(self._uri):
+            self._lines = {json.loads(line)["key"]: line for line in storage.read_text(self._uri).splitlines()}
+        self._written = len(self._lines)
+
+    def add(self, bad: list[tuple[str, str]]) -> None:
+        """Note more pairs, and write them."""
+        for key, reason in bad:
+            self._lines.setdefault(key, json.dumps({"key": key, "reason": reason}, ensure_ascii=False))
+        try:
+            self._write()
+        except StoreUnavailable:
+            return  # the next call, or `write` at the end, tries again
+
+    def write(self) -> None:
+        """Write what is not written yet, waiting for a store that does not answer."""
+        patiently(self._write)
+
+    def _write(self) -> None:
+        if len(self._lines) > self._written:
+            storage.write_text(self._uri, "".join(f"{line}\n" for line in self._lines.values()))
+            self._written = len(self._lines)

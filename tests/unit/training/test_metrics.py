@@ -1,0 +1,81 @@
+"""What a run tells: metrics.jsonl, TensorBoard and MLflow, and that a resumed run goes on with them."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from vilseg.config import RunConfig
+from vilseg.errors import ConfigError, UserError
+from vilseg.training.folder import RunFolder
+from vilseg.training.metrics import MetricsFile, read_metrics
+
+
+def line(step: int) -> dict[str, float]:
+    return {"step": step, "loss": 1 / step, "temperature": 0.07}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    (tmp_path / "run").mkdir()
+    return RunFolder(str(tmp_path / "run"))
+
+
+def test_lines_and_events(folder: RunFolder) -> None:
+    file = MetricsFile(folder, RunConfig(), 0)
+    for step in (1, 2):
+        file.add(line(step))
+    file.add_image("clusters", np.full((4, 6, 3), 200, np.uint8), 2)
+    file.sync()
+    assert read_metrics(folder) == [line(1), line(2)]
+    events = EventAccumulator(folder.tensorboard).Reload()
+    assert [event.value for event in events.Scalars("loss")] == pytest.approx([1, 0.5])
+    (image,) = events.Images("clusters")
+    assert (image.width, image.height) == (6, 4)
+
+
+def test_a_resumed_run_drops_what_came_after_its_checkpoint(folder: RunFolder) -> None:
+    first = MetricsFile(folder, RunConfig(), 0)
+    for step in (1, 2, 3):
+        first.add(line(step))
+    first.sync()
+    second = MetricsFile(folder, RunConfig(), 2)
+    second.add(line(3))
+    second.add(line(4))
+    second.sync()
+    assert [found["step"] for found in read_metrics(folder)] == [1, 2, 3, 4]
+
+
+def test_a_run_without_reports_says_so(folder: RunFolder) -> None:
+    with pytest.raises(UserError, match="no metrics yet"):
+        read_metrics(folder)
+
+
+def test_mlflow_is_told_and_goes_on_with_the_same_run(
+    folder: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mlflow = pytest.importorskip("mlflow", reason="MLflow is not installed: pip install 'vilseg[tracking]'")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    config = RunConfig.load(None, ["name=shop", "trainer.tracking=mlflow", "trainer.mlflow_experiment=tests"])
+    for start, steps in ((0, (1, 2)), (2, (3,))):
+        file = MetricsFile(folder, config, start)
+        for step in steps:
+            file.add(line(step))
+        file.sync()
+    file.end()
+    client = mlflow.MlflowClient()
+    experiment = client.get_experiment_by_name("tests")
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FINISHED"
+    assert run.data.params["trainer.batch_size"] == "256"
+    assert [metric.step for metric in client.get_metric_history(run.info.run_id, "loss")] == [1, 2, 3]
+
+
+def test_an_mlflow_server_that_does_not_answer_is_said(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("mlflow", reason="MLflow is not installed: pip install 'vilseg[tracking]'")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    config = RunConfig.load(None, ["trainer.tracking=mlflow"])
+    with pytest.raises(ConfigError, match="MLFLOW_TRACKING_URI"):
+        MetricsFile(folder, config, 0)

@@ -1,0 +1,118 @@
+"""Cleaning of the texts that came with pictures: captions, alt-text and hashtags, in whatever language.
+
+What is taken out is what says nothing of the picture: markup, addresses, mentions, file names, emoji, and the openings of
+alt-text ("image of"). Cleaning twice gives what cleaning once gave; a text of which nothing is left is empty.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+import unicodedata
+from collections.abc import Iterable
+
+_SPECIAL = re.compile(r"[<&#@]|://|www\.", re.IGNORECASE)
+_MARKUP = re.compile(r"</?[a-zA-Z!][^<>]{0,500}>")
+_ADDRESS = re.compile(r"\b(?:https?://|www\.)\S+|\S+@\S+\.\w+", re.IGNORECASE)
+_MENTION = re.compile(r"(?<!\w)@\w[\w.]*")
+_HASHTAG = re.compile(r"(?<!\w)[#＃](\w[\w-]*)")
+_FILE_NAME = re.compile(r"(?<!\S)\S*\.(?:jpe?g|png|gif|webp|bmp|tiff?|heic|svg|avif)(?!\S)", re.IGNORECASE)
+_SUFFIX = re.compile(r"\.\w+$")
+_OPENING = re.compile(
+    r"^(?:an?\s+|the\s+)?(?:image|photo(?:graph)?|picture|pic|illustration|screenshot|graphic)\s+"
+    r"(?:of|showing|shows|depicting|containing)\s+(?=\S)",
+    re.IGNORECASE,
+)
+_HUMPS = re.compile(r"(?<=[^\W\d_A-Z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
+_NUMBERS = re.compile(r"\d+")
+_SPACE = re.compile(r"\s+")
+_REPEATED = re.compile(r"(.)\1{4,}")
+_LONGEST_WORD = 40
+"""Letters; longer ones are hashes, codes, or sentences without spaces in languages that have them."""
+_LETTERS = 0.5
+"""Least share of letters among what is not space."""
+
+
+def clean_caption(text: str) -> str:
+    """A caption without markup, addresses, mentions and emoji; hashtags in it become words.
+
+    >>> clean_caption("My #goldenRetriever &amp; me <b>at home</b> 😀 https://x.y/z @anna")
+    'My golden retriever & me at home'
+    """
+    if text.isascii() and not _SPECIAL.search(text):  # most are: this is done for every caption of every epoch
+        return " ".join(text.split())
+    text = _MARKUP.sub(" ", html.unescape(html.unescape(text)))  # archives escape twice, and so do feeds
+    text = _MENTION.sub(" ", _ADDRESS.sub(" ", text))
+    text = _HASHTAG.sub(lambda found: _words_of(found[1]), text)
+    return _SPACE.sub(" ", "".join(" " if _is_symbol(letter) else letter for letter in text)).strip()
+
+
+def clean_alt(text: str) -> str:
+    """Alt-text: as a caption, without openings like "image of" and with file names made words or dropped.
+
+    >>> clean_alt("Image of a red-brick house")
+    'a red-brick house'
+    >>> clean_alt("red-shoe_02.jpg"), clean_alt("IMG_1234.JPG")
+    ('red shoe', '')
+    """
+    text = clean_caption(_FILE_NAME.sub(lambda found: _name_as_words(found[0]), html.unescape(text)))
+    while (shorter := _OPENING.sub("", text)) != text:
+        text = shorter
+    return text
+
+
+def clean_tags(tags: str | Iterable[str]) -> str:
+    """Hashtags and keywords, joined by commas, each once.
+
+    Args:
+        tags: a list, or one text with tags between commas, semicolons, or, where every word begins with "#", spaces.
+
+    >>> clean_tags(["#goldenRetriever", "#golden_retriever", "#cat2023", "@anna", "beach"])
+    'golden retriever, cat, beach'
+    """
+    if isinstance(tags, str):
+        words = tags.split()
+        hashed = words and all(word.startswith(("#", "＃", "@")) for word in words)
+        tags = words if hashed else re.split(r"[,;]", tags)
+    cleaned = (_clean_tag(str(tag)) for tag in tags)
+    return ", ".join(dict.fromkeys(tag for tag in cleaned if tag))
+
+
+def is_junk(text: str) -> bool:
+    """Whether a text, already cleaned, says nothing in any language: mostly no letters, a file name, a code, one letter over
+    and over."""
+    solid = [letter for letter in text if not letter.isspace()]
+    letters = sum(unicodedata.category(letter)[0] in "LM" for letter in solid)
+    if not solid or letters < _LETTERS * len(solid) or letters < 2:
+        return True
+    if _REPEATED.search(text.lower()) or _FILE_NAME.fullmatch(text):
+        return True
+    # Chinese, Japanese and Thai have no spaces: there, a long run is a sentence.
+    return any(len(word) > _LONGEST_WORD and word.isascii() for word in text.split())
+
+
+def _clean_tag(tag: str) -> str:
+    tag = clean_alt(tag.strip().lstrip("#＃")) if not tag.strip().startswith("@") else ""
+    return _words_of(tag)
+
+
+def _words_of(tag: str) -> str:
+    """``goldenRetriever``, ``golden_retriever`` and ``goldenRetriever2023`` are the words golden retriever."""
+    # A hyphen belongs to its word as often as not: "t-shirt", "black-and-white".
+    apart = _NUMBERS.sub(" ", _HUMPS.sub(" ", tag.replace("_", " "))).lower()
+    return " ".join(word for word in apart.split() if len(word) > 1 or not word.isascii())
+
+
+def _name_as_words(name: str) -> str:
+    """A file name's words where it has any: those of cameras and servers (IMG_1234, a3f9c0) have none."""
+    stem = _SUFFIX.sub("", name.rsplit("/", 1)[-1])
+    words = [word for word in re.split(r"[\W_\d]+", _HUMPS.sub(" ", stem)) if len(word) > 2]
+    said = [
+        word.lower() for word in words if not word.isupper() and any(letter in "aeiouyäöü" for letter in word.lower())
+    ]
+    return " ".join(said)
+
+
+def _is_symbol(letter: str) -> bool:
+    # "So" are emoji and dingbats, "Cn" and "Co" nobody knows, "Sk" and U+FE0F colour them, U+200D joins them.
+    return unicodedata.category(letter) in ("So", "Sk", "Cn", "Co", "Cs") or letter in "\ufe0f\u200d"

@@ -1,0 +1,129 @@
+"""A worker's batch on its device, and what the image encoder sees in its views."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vilseg.config import ViewsConfig
+from vilseg.data.stream import WorkerBatch
+from vilseg.data.views import make_views, uniform
+from vilseg.model import ImageFeatures, ViLSeg
+
+_DROPOUT_DRAW = 1_000
+"""Random numbers for feature dropout are drawn far from those of the views."""
+
+
+@dataclass(frozen=True)
+class TensorBatch:
+    """A worker's pairs on its device; see :class:`WorkerBatch` for the shapes."""
+
+    images: Tensor
+    tokens: Tensor
+    phrases: Tensor
+    seeds: Tensor
+    keys: tuple[str, ...]
+
+    @classmethod
+    def of(cls, batch: WorkerBatch, device: torch.device) -> TensorBatch:
+        """Copy a batch to the device; to a GPU from pinned memory, so that the copy does not hold up the caller."""
+        images, tokens, phrases, seeds = (
+            _owned(array, pinned=device.type == "cuda").to(device, non_blocking=True)
+            for array in (batch.images, batch.tokens, batch.phrases, batch.seeds)
+        )
+        return cls(images, tokens if tokens.is_floating_point() else tokens.long(), phrases.long(), seeds, batch.keys)
+
+    def __len__(self) -> int:
+        return len(self.seeds)
+
+    def split(self, size: int) -> list[TensorBatch]:
+        """Parts of ``size`` pairs; the last may have fewer."""
+        starts = range(0, len(self), size)
+        parts = zip(*(x.split(size) for x in (self.images, self.tokens, self.phrases, self.seeds)), starts, strict=True)
+        return [
+            TensorBatch(images, tokens, phrases, seeds, self.keys[start : start + size])
+            for images, tokens, phrases, seeds, start in parts
+        ]
+
+
+def _owned(array: np.ndarray, *, pinned: bool) -> Tensor:
+    """A tensor with a copy of the array, which may be a read-only view of shared memory; torch wants to own what it wraps."""
+    if not pinned:
+        return torch.tensor(array)
+    dtype = torch.from_numpy(np.empty(0, array.dtype)).dtype
+    tensor = torch.empty(array.shape, dtype=dtype, pin_memory=True)
+    tensor.numpy()[...] = array
+    return tensor
+
+
+class Seen(NamedTuple):
+    """Float32 features of a batch's views."""
+
+    global_: list[ImageFeatures]
+    local: list[ImageFeatures]
+    geometry_GB23: Tensor | None
+    """Of the global views; None with cached features, whose views are the whole picture."""
+    pixels_GB3HW: Tensor | None
+    """The global views themselves."""
+    undropped: ImageFeatures
+    """The first view before feature dropout."""
+
+
+def see(
+    model: ViLSeg, batch: TensorBatch, views: ViewsConfig, *, global_: int, local: int, second_learns: bool, drop: bool
+) -> Seen:
+    """Make the views and encode them; the caller autocasts.
+
+    Args:
+        model: whose image encoder sees.
+        batch: pictures, or cached features of a frozen encoder; with these views differ by dropout alone.
+        views: augmentation.
+        global_: views, at least 1.
+        local: views; none of cached features.
+        second_learns: let a gradient flow through the encoding of the global views after the first.
+        drop: drop features, as ``views.feature_dropout`` says.
+    """
+    share = views.feature_dropout if drop else 0.0
+    if batch.images.dtype != torch.uint8:
+        features = cached_features(batch.images)
+        return Seen([_drop(features, batch.seeds, n, share) for n in range(global_)], [], None, None, features)
+    made = make_views(batch.images, batch.seeds, views, global_crops=global_, local_crops=local)
+    seen = []
+    for number, view in enumerate(made.global_GB3HW):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and (number == 0 or second_learns)):
+            seen.append(as_float32(model.image_features(view)))
+    dropped = [_drop(features, batch.seeds, number, share) for number, features in enumerate(seen)]
+    locals_ = [as_float32(model.image_features(view)) for view in made.local_LB3HW]
+    return Seen(dropped, locals_, made.geometry_GB23, made.global_GB3HW, seen[0])
+
+
+def _drop(features: ImageFeatures, seeds_B: Tensor, number: int, share: float) -> ImageFeatures:
+    """Feature dropout: the same channels of an image's every patch, chosen by the pair's seed."""
+    if not share:
+        return features
+    random_BF = uniform(seeds_B, _DROPOUT_DRAW + number, features.patches.shape[2])
+    keep_BF = (random_BF >= share).to(features.patches.dtype) / (1 - share)
+    pooled = None if features.pooled is None else features.pooled * keep_BF
+    return features._replace(patches=features.patches * keep_BF.unsqueeze(1), pooled=pooled)
+
+
+def pooled_features(features: ImageFeatures) -> Tensor:
+    """The image as a whole. Shape: -> (B, F)."""
+    return features.patches.mean(1) if features.pooled is None else features.pooled
+
+
+def as_float32(features: ImageFeatures) -> ImageFeatures:
+    """What an autocast encoder gave, in full precision."""
+    pooled = None if features.pooled is None else features.pooled.float()
+    return features._replace(patches=features.patches.float(), pooled=pooled)
+
+
+def cached_features(patches_BNF: Tensor) -> ImageFeatures:
+    """Features of a feature cache as an encoder would give them."""
+    side = math.isqrt(patches_BNF.shape[1])  # pictures are cached from a square canvas
+    return ImageFeatures(patches_BNF.float(), None, (side, patches_BNF.shape[1] // side))

@@ -1,0 +1,149 @@
+"""Checkpoints of a run: written beside the training, the newest and the best kept, a half-written one never read.
+
+A checkpoint is a folder ``step-NNNNNNNN`` with ``state.pt`` and ``manifest.json``. The manifest is written last and says how
+many bytes the state has: without it, or with another size, the checkpoint does not count (see
+:meth:`~vilseg.training.folder.RunFolder.checkpoint_steps`).
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch.utils._pytree import tree_map_only
+
+from vilseg import storage
+from vilseg.patience import patiently
+from vilseg.training.folder import Manifest, RunFolder
+
+
+class CheckpointWriter:
+    """Writes one checkpoint after the other in a thread of its own, so that training goes on meanwhile.
+
+    Use it in a ``with`` statement: its end waits for the last one.
+
+    Args:
+        folder: of the run.
+        keep: the newest so many are kept; None keeps all.
+        best_by: figure of a report by which one more is kept, the best so far; see ``TrainerConfig.best_by``.
+    """
+
+    def __init__(self, folder: RunFolder, keep: int | None, best_by: str) -> None:
+        self._folder, self._keep, self._best_by = folder, keep, best_by
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="vilseg-checkpoint")
+        self._writing: Future[None] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if error is None:
+                self.wait()
+        finally:
+            self._thread.shutdown(wait=True)
+
+    def write(
+        self, state: dict[str, Any], metrics: dict[str, float], *, also: Callable[[], None] = lambda: None
+    ) -> None:
+        """Begin to write what training resumes from, as it is now.
+
+        Args:
+            state: with the ``step``; its tensors are copied before this returns.
+            metrics: of the last report.
+            also: what else is written, in the same thread, before the checkpoint counts.
+
+        Raises:
+            StorageError: the checkpoint before this one could not be written.
+        """
+        # One at a time: where storage is slower than training, training waits, and memory holds one copy at most.
+        self.wait()
+        copied = tree_map_only(torch.Tensor, _copy, state)
+        figure = metrics.get(self._best_by, math.nan)
+        self._writing = self._thread.submit(self._write, copied, figure, also)
+
+    def check(self) -> None:
+        """Do not wait, but say so if writing failed.
+
+        Raises:
+            StorageError: it did.
+        """
+        if self._writing is not None and self._writing.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Return when all is written.
+
+        Raises:
+            StorageError: it could not be; the checkpoints before are intact.
+        """
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def _write(self, state: dict[str, Any], figure: float, also: Callable[[], None]) -> None:
+        also()
+        write_checkpoint(self._folder, state, figure=figure if math.isfinite(figure) else None)
+        patiently(self._prune)
+
+    def _prune(self) -> None:
+        if self._keep is None:
+            return
+        steps = self._folder.checkpoint_steps()
+        best = best_step(self._folder, lower_is_better=self._best_by.startswith("loss"))
+        for step in steps[: -self._keep]:
+            if step != best:
+                delete_checkpoint(self._folder, step)
+
+
+def write_checkpoint(folder: RunFolder, state: dict[str, Any], *, figure: float | None = None) -> None:
+    """Write a checkpoint, waiting for a store that does not answer.
+
+    Raises:
+        StorageError: it cannot be written; ``DiskFullError`` and ``StoreUnavailable`` are such.
+    """
+    step = int(state["step"])
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    data = buffer.getbuffer()  # no second copy of what may be gigabytes
+    patiently(partial(storage.write_bytes, folder.state(step), data))
+    manifest = Manifest(step, len(data), figure)
+    patiently(partial(storage.write_text, folder.manifest(step), manifest.to_json()))
+
+
+def delete_checkpoint(folder: RunFolder, step: int) -> None:
+    """Delete a checkpoint; cut off in the middle it no longer counts."""
+    storage.delete(folder.manifest(step))
+    storage.delete(folder.checkpoint(step))
+
+
+def best_step(folder: RunFolder, *, lower_is_better: bool) -> int | None:
+    """Step of the checkpoint kept with the best figure, the later one of equals; None where none has a figure."""
+    sign = -1 if lower_is_better else 1
+    rated = [
+        (sign * manifest.figure, step) for step, manifest in folder.manifests().items() if manifest.figure is not None
+    ]
+    return max(rated)[1] if rated else None
+
+
+def read_checkpoint(folder: RunFolder, step: int) -> dict[str, Any]:
+    """What :func:`write_checkpoint` wrote; tensors and plain numbers only, nothing else is unpickled."""
+    return read_state(folder.state(step))
+
+
+def read_state(uri: str) -> dict[str, Any]:
+    """As `read_checkpoint`, of the file at ``uri``."""
+    data = patiently(partial(storage.read_bytes, uri))
+    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to("cpu", copy=True)

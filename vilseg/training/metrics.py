@@ -1,0 +1,125 @@
+"""What a run tells of itself: ``metrics.jsonl``, TensorBoard events, and MLflow where it is wished for."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vilseg import storage
+from vilseg.config import RunConfig
+from vilseg.config_tree import flat
+from vilseg.errors import ConfigError, UserError
+from vilseg.patience import patiently
+from vilseg.training.folder import RunFolder
+
+_MLFLOW_RUN = "mlflow_run.txt"
+"""In the run's folder: the id that a resumed run goes on with."""
+
+
+class MetricsFile:
+    """``metrics.jsonl`` and TensorBoard events, gathered locally and brought to the run's folder at every checkpoint.
+
+    Args:
+        folder: of the run.
+        config: of the run; its ``trainer.tracking`` says whether MLflow is told too.
+        from_step: where training goes on; reports of later steps, which a broken run left, are dropped.
+
+    Raises:
+        ConfigError: MLflow is wished for and not installed, or its server does not answer.
+    """
+
+    def __init__(self, folder: RunFolder, config: RunConfig, from_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._folder = folder
+        self._local = tempfile.TemporaryDirectory(prefix="vilseg-events-")
+        self._events = SummaryWriter(self._local.name, purge_step=from_step)
+        self._mlflow = _Mlflow(folder, config) if config.trainer.tracking == "mlflow" else None
+        self._lines: list[str] = []
+        if from_step and storage.exists(folder.metrics):
+            lines = storage.read_text(folder.metrics).splitlines()
+            self._lines = [line for line in lines if json.loads(line)["step"] <= from_step]
+
+    def add(self, metrics: dict[str, float]) -> None:
+        """Note one report."""
+        step = int(metrics["step"])
+        self._lines.append(json.dumps(metrics))
+        for name, value in metrics.items():
+            self._events.add_scalar(name, value, step)
+        if self._mlflow is not None:
+            self._mlflow.log(metrics, step)
+
+    def add_image(self, name: str, image_HW3: np.ndarray, step: int) -> None:
+        """Show a picture, uint8 RGB, in TensorBoard."""
+        self._events.add_image(name, image_HW3, step, dataformats="HWC")
+
+    def sync(self) -> None:
+        """Bring everything to the run's folder, waiting for a store that does not answer."""
+        self._events.flush()
+        text = "".join(f"{line}\n" for line in list(self._lines))
+        patiently(partial(storage.write_text, self._folder.metrics, text))
+        patiently(partial(storage.upload_folder, Path(self._local.name), self._folder.tensorboard))
+
+    def end(self) -> None:
+        """The run has ended well."""
+        if self._mlflow is not None:
+            self._mlflow.end()
+
+
+def read_metrics(folder: RunFolder) -> list[dict[str, float]]:
+    """The reports of a run, oldest first.
+
+    Raises:
+        UserError: there are none.
+    """
+    if not storage.exists(folder.metrics):
+        raise UserError(f"the run {folder.uri} has no metrics yet")
+    return [json.loads(line) for line in storage.read_text(folder.metrics).splitlines()]
+
+
+class _Mlflow:
+    """A run on the server that ``MLFLOW_TRACKING_URI`` names."""
+
+    def __init__(self, folder: RunFolder, config: RunConfig) -> None:
+        try:
+            import mlflow
+        except ImportError as error:
+            raise ConfigError(
+                "trainer.tracking is mlflow, which is not installed here; pip install 'vilseg[tracking]'"
+            ) from error
+        self._client = mlflow.MlflowClient()
+        known = storage.join(folder.uri, _MLFLOW_RUN)
+        try:
+            if storage.exists(known):
+                self._run = storage.read_text(known).strip()
+                self._client.set_terminated(self._run, "RUNNING")
+                return
+            name = config.trainer.mlflow_experiment
+            experiment = self._client.get_experiment_by_name(name)
+            number = experiment.experiment_id if experiment else self._client.create_experiment(name)
+            made = self._client.create_run(number, run_name=config.name, tags={"vilseg.folder": folder.uri})
+            self._run = made.info.run_id
+            for key, value in flat(config.model_dump()).items():
+                self._client.log_param(self._run, key, str(value)[:500])
+        except mlflow.MlflowException as error:
+            raise ConfigError(
+                f"MLflow at {mlflow.get_tracking_uri()} cannot be told of the run: {str(error).splitlines()[0]}; "
+                "set MLFLOW_TRACKING_URI, or trainer.tracking=none"
+            ) from error
+        storage.write_text(known, self._run)
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        entries: list[Any] = [Metric(name, value, now, step) for name, value in metrics.items()]
+        self._client.log_batch(self._run, metrics=entries)
+
+    def end(self) -> None:
+        self._client.set_terminated(self._run)
