@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -37,8 +38,10 @@ def on_two_workers(tmp_path: Path) -> Callable[..., list[Any]]:
     # Forks have everything imported, which takes longer than all they do; but CUDA's threads do not survive a fork.
     context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
 
+    calls = itertools.count()
+
     def run(work: Callable[..., Any], *arguments: Any) -> list[Any]:
-        rendezvous = str(tmp_path / "rendezvous")
+        rendezvous = str(tmp_path / f"rendezvous-{next(calls)}")  # what an earlier call left leads to ports of the dead
         with ProcessPoolExecutor(2, mp_context=context) as pool:
             futures = [pool.submit(_work, rank, rendezvous, work, arguments) for rank in range(2)]
             return [future.result(timeout=120) for future in futures]

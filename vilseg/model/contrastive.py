@@ -37,6 +37,7 @@ from vilseg.text.tokenizer import load_tokenizer
 if TYPE_CHECKING:
     from vilseg.model.vilseg import ViLSeg
 
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 _MODEL_TYPES = ("clip", "siglip", "siglip2")
 
 
@@ -114,6 +115,9 @@ def _read(folder: Path, source: str) -> tuple[Any, Any]:
         raise ModelError(f"{source} cannot be loaded: {first_line(error)}") from error
     if found["missing_keys"]:
         raise ModelError(f"the weights in {source} are not whole: {min(found['missing_keys'])} is missing")
+    # Without any file transformers makes one for CLIP that knows no word, and says nothing.
+    if whole.config.model_type == "clip" and not any((folder / name).exists() for name in _TOKENIZER_FILES):
+        raise ModelError(f"the tokenizer of {source} cannot be loaded: there is none of {', '.join(_TOKENIZER_FILES)}")
     try:
         return whole, load_tokenizer(str(folder))
     except (OSError, ValueError, ImportError) as error:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vilseg.config import LossConfig, ViewsConfig
 from vilseg.data.views import align
-from vilseg.distributed import gather_rows, mean_over_workers
+from vilseg.distributed import gather_rows, mean_over_workers, world_size
 from vilseg.losses import (
     VisionContrast,
     contrast,
@@ -34,7 +34,7 @@ from vilseg.training.teacher import ProjectionHead, Teacher
 _MEMORY = 100
 """Steps that the running statistics look back on."""
 _RECORDED_PATCHES = 1024
-"""Patches a worker and step whose embeddings enter the statistics: enough for them, cheap beside the step itself."""
+"""Patches a step whose embeddings enter the statistics: enough for them, cheap beside the step itself."""
 _START_BIAS = -10.0
 """Of the sigmoid contrast (SigLIP, Zhai et al. 2023, section 3.2)."""
 
@@ -356,7 +356,7 @@ def _sample(features: ImageFeatures, seeds_B: Tensor, pairs: int) -> Tensor:
     they are follows from the pair's seed, whatever chunk it is in. Shape: -> (R, F), without gradient."""
     patches_BNF = features.patches.detach()
     count = patches_BNF.shape[1]
-    wanted = min(count, -(-_RECORDED_PATCHES // pairs))
+    wanted = min(count, -(-_RECORDED_PATCHES // (pairs * world_size())))
     places = torch.arange(wanted, device=seeds_B.device) * (count // wanted)
     places_BM = (seeds_B.unsqueeze(1) + places) % count
     return patches_BNF.gather(1, places_BM.unsqueeze(2).expand(-1, -1, patches_BNF.shape[2])).flatten(0, 1)

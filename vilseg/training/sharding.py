@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -35,7 +35,9 @@ def shard(module: nn.Module) -> nn.Module:
     for scalar in scalars:
         if scalar.requires_grad:
             scalar.register_post_accumulate_grad_hook(_average_gradient)
-    mesh = init_device_mesh(device.type, (world_size(),))
+    world = dist.group.WORLD
+    assert world is not None
+    mesh = DeviceMesh.from_group(world, device.type)  # of the connections that there are: new ones may fail
     for layer in _layers(module):
         fully_shard(layer, mesh=mesh, ignored_params=scalars)
     fully_shard(module, mesh=mesh, ignored_params=scalars)

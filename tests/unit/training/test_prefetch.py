@@ -34,6 +34,6 @@ def test_on_the_cpu_batches_come_one_by_one_and_own_their_memory() -> None:
         assert batch.tokens.dtype == batch.phrases.dtype == torch.int64
         assert batch.keys == (f"{number}a", f"{number}b")
         assert bool((batch.images == number).all())
-        batch.images += 1
+        batch.images.add_(1)
         seen += 1
     assert seen == 3

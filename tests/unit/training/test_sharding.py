@@ -100,7 +100,8 @@ def assert_same(found: Any, expected: Any, tolerance: float, name: str = "") -> 
     elif isinstance(expected, list):
         for one, other in zip(found, expected, strict=True):
             assert_same(one, other, tolerance, name)
-    else:
+    # A bias of all keys alike changes nothing, so its gradient is rounding, which AdamW brings to full size.
+    elif not name.endswith(("k_proj.bias", "key.bias")):
         np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance, err_msg=name)
 
 
@@ -201,8 +202,7 @@ def test_the_first_worker_saves_the_model_whole(tmp_path: Path, make_model: Make
     alone.train(batches(folder, 0, 1), on_report=lambda metrics: None, on_checkpoint=lambda: None)
     on_two_workers(saved_by_workers, folder)
     saved = ViLSeg.from_pretrained(f"{folder}/model").state_dict()
-    for name, value in alone.objective.model.state_dict().items():
-        np.testing.assert_allclose(saved[name], value, atol=1e-5, err_msg=name)
+    assert_same(dict(saved), dict(alone.objective.model.state_dict()), 1e-5)
 
 
 class Small(nn.Module):
