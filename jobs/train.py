@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -27,7 +28,7 @@ from vilseg.config import RunConfig
 from vilseg.training import run
 from vilseg.training.checkpoints import read_checkpoint
 from vilseg.training.folder import Prepared, RunFolder, new_name
-from vilseg.training.loop import Trainer
+from vilseg.training.loop import NonFiniteLossError, Trainer
 
 
 def main(
@@ -162,7 +163,10 @@ def _train(config: RunConfig, folder: RunFolder, prepared: Prepared, monitor: An
         stop = bool(distributed.mean_over_workers(torch.tensor(float(wish), device=trainer.device)) > 0)
 
     if ray.train.get_context().get_world_rank():
-        trainer.train(batches, on_report=lambda _: agree(False), on_checkpoint=lambda: None, should_stop=lambda: stop)
+        with suppress(NonFiniteLossError):  # the first worker tells of it, once it has kept what the others saw
+            trainer.train(
+                batches, on_report=lambda _: agree(False), on_checkpoint=lambda: None, should_stop=lambda: stop
+            )
         return
     pairs = sum(shard.pairs for shard in prepared.shards)
     with run.nonfinite_kept(folder), TrainingLog(config, folder, trainer, monitor, pairs) as log:
