@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -27,7 +28,7 @@ from vilseg.config import RunConfig
 from vilseg.training import run
 from vilseg.training.checkpoints import read_checkpoint
 from vilseg.training.folder import Prepared, RunFolder, new_name
-from vilseg.training.loop import Trainer
+from vilseg.training.loop import NonFiniteLossError, Trainer
 from vilseg.training.sharding import shard
 
 
@@ -163,15 +164,16 @@ def _train(config: RunConfig, folder: RunFolder, prepared: Prepared, monitor: An
         stop = bool(distributed.mean_over_workers(torch.tensor(float(wish), device=trainer.device)) > 0)
 
     if ray.train.get_context().get_world_rank():
-        # Where weights are sharded, the first worker can have them whole only if all ask.
-        trainer.train(
-            batches,
-            on_report=lambda _: agree(False),
-            on_checkpoint=lambda: _take_part(trainer),
-            should_stop=lambda: stop,
-        )
-        if trainer.step == config.trainer.steps:
-            trainer.model_weights()
+        with suppress(NonFiniteLossError):  # the first worker tells of it, once it has kept what the others saw
+            trainer.train(
+                batches,
+                on_report=lambda _: agree(False),
+                on_checkpoint=lambda: _take_part(trainer),
+                should_stop=lambda: stop,
+            )
+            # Where weights are sharded, the first worker can have them whole only if all ask.
+            if trainer.step == config.trainer.steps:
+                trainer.model_weights()
         return
     pairs = sum(shard.pairs for shard in prepared.shards)
     with run.nonfinite_kept(folder), TrainingLog(config, folder, trainer, monitor, pairs) as log:

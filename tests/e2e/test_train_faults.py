@@ -186,6 +186,7 @@ def test_worker_killed(start: Start, pairs: str, unbroken: list[float]) -> None:
     check(running.folder, unbroken)
 
 
+@pytest.mark.slow
 def test_driver_killed_and_resumed(start: Start, pairs: str, unbroken: list[float]) -> None:
     first = start("driver", f"data.source={pairs}")
     first.wait_for_checkpoint(2 * EVERY)
