@@ -3,10 +3,12 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from cluster.store import ObjectStore
 
 ROOT = Path(__file__).parents[2]
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -28,3 +30,14 @@ def vilseg() -> Run:
         )
 
     return run
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
+    """A store of its own, since a test stops it on the way."""
+    store = ObjectStore.start(tmp_path_factory.mktemp("store"))
+    with pytest.MonkeyPatch.context() as patch:
+        for variable, value in store.environment().items():
+            patch.setenv(variable, value)
+        yield store
+    ObjectStore.start(store.directory).stop(timeout=0)

@@ -31,17 +31,6 @@ PROMPTLY_S = 120
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
-    """A store of its own, since a test stops it on the way."""
-    store = ObjectStore.start(tmp_path_factory.mktemp("store"))
-    with pytest.MonkeyPatch.context() as patch:
-        for variable, value in store.environment().items():
-            patch.setenv(variable, value)
-        yield store
-    ObjectStore.start(store.directory).stop(timeout=0)
-
-
-@pytest.fixture(scope="module")
 def archive(store: ObjectStore) -> list[str]:
     """Names of pictures at s3://vilseg/archive; five drawings under many names."""
     drawings = []

@@ -49,17 +49,6 @@ class SlowEncoder(LocalConvEncoder):
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
-    """A store of its own, since a test stops it on the way."""
-    store = ObjectStore.start(tmp_path_factory.mktemp("store"))
-    with pytest.MonkeyPatch.context() as patch:
-        for variable, value in store.environment().items():
-            patch.setenv(variable, value)
-        yield store
-    ObjectStore.start(store.directory).stop(timeout=0)
-
-
-@pytest.fixture(scope="module")
 def pairs(store: ObjectStore) -> str:
     """Four shards of scenes, more than one of which is in memory at a time."""
     for shard in range(4):
