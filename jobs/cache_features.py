@@ -42,7 +42,7 @@ from vilseg.errors import ConfigError, DataError
 from vilseg.model import ViLSeg
 from vilseg.model.image_encoder import build_image_encoder
 from vilseg.model.text_encoder import TextEncoder, build_text_encoder
-from vilseg.training.run import require_source
+from vilseg.training.run import require_sources
 
 _BATCH = 16
 _TEXTS = 64
@@ -90,7 +90,7 @@ def main(
         raise ConfigError(
             "data.feature_cache needs model.image_encoder.frozen=true: features of a network that learns change"
         )
-    source = require_source(config)
+    (source,) = (part.source for part in require_sources(config).values())  # a mix is refused with the configuration
     storage.require_bucket(config.data.feature_cache)
     shards = list_shards(storage.absolute(source), without=config.data.held_out)
     torch.manual_seed(config.trainer.seed)

@@ -15,8 +15,9 @@ from ray.data import ExecutionOptions
 
 from vilseg import storage
 from vilseg.config import RunConfig
+from vilseg.data.order import PairOrder
 from vilseg.data.pairs import MANIFEST, BadPair, count_pairs
-from vilseg.data.stream import BatchReader, PairOrder, WorkerBatch, decode_features, decode_to_canvas, pack, unpack
+from vilseg.data.stream import BatchReader, WorkerBatch, decode_features, decode_to_canvas, pack, unpack
 from vilseg.data.texts import TextRules
 from vilseg.errors import DataError
 from vilseg.training.folder import Prepared, RunFolder
@@ -78,7 +79,13 @@ def pairs_of_steps(config: RunConfig, prepared: Prepared, monitor: Any, first: i
 
 def pair_order(config: RunConfig, prepared: Prepared) -> PairOrder:
     """The order of a run's pairs."""
-    return PairOrder(prepared.shards, config.trainer.batch_size, config.trainer.seed)
+    return PairOrder(
+        prepared.shards,
+        config.trainer.batch_size,
+        config.trainer.seed,
+        config.data.shuffle_shards,
+        {name: part.weight for name, part in config.data.sources.items()},
+    )
 
 
 def batch_reader(config: RunConfig, prepared: Prepared, report: Callable[[int, list[BadPair]], None]) -> BatchReader:

@@ -36,7 +36,15 @@ PLACES = {"places", "inputs", "dataset", "out", "file", "store"}
 """Those that name data, to be read or written where the job runs."""
 MODELS = {"model"}
 """Those that name a model: data as well, or a hub id."""
-_PLACE_KEYS = {"data.source", "data.feature_cache", "trainer.storage", "keys", "examples", "videos.storage"}
+_PLACE_KEYS = {
+    "data.source",
+    "data.held_out",
+    "data.feature_cache",
+    "trainer.storage",
+    "keys",
+    "examples",
+    "videos.storage",
+}
 _MODEL_KEYS = ("model.init", "model.image_encoder.checkpoint", "model.text_encoder.checkpoint", "models.")
 
 PACKAGES = ("vilseg", "jobs", "serve", "tune", "cluster")
@@ -213,6 +221,7 @@ def _configured(verb: str, parameters: dict[str, Any]) -> Iterator[tuple[str, st
         values = flat(given.model_dump())
     else:
         return
+    yield from ((f"data.mix.{number}.source", part["source"]) for number, part in enumerate(values.pop("data.mix", [])))
     for key, value in values.items():
         if isinstance(value, str) and (
             key in _PLACE_KEYS or (key.startswith(_MODEL_KEYS) and not _may_be_hub_id(value))

@@ -17,7 +17,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 
 from jobs import cache_features, console
 from jobs.elastic import Growth, wait_for_workers
-from jobs.feed import count_in_parallel, execution_options, pairs_from_last_checkpoint, worker_batches
+from jobs.feed import count_in_parallel, execution_options, pair_order, pairs_from_last_checkpoint, worker_batches
 from jobs.monitor import Monitor, Snapshot
 from jobs.process_group import NodesTorchConfig
 from jobs.session import Session, beside_driver, check_workers, cpus_here, user_error_in
@@ -175,8 +175,8 @@ def _train(config: RunConfig, folder: RunFolder, prepared: Prepared, monitor: An
             if trainer.step == config.trainer.steps:
                 trainer.model_weights()
         return
-    pairs = sum(shard.pairs for shard in prepared.shards)
-    with run.nonfinite_kept(folder), TrainingLog(config, folder, trainer, monitor, pairs) as log:
+    order = pair_order(config, prepared)
+    with run.nonfinite_kept(folder), TrainingLog(config, folder, trainer, monitor, order) as log:
         trainer.train(
             log.keeping_examples(batches),
             on_report=lambda metrics: agree(log.report(metrics)),

@@ -12,6 +12,7 @@ import ray
 import torch
 
 from vilseg.config import RunConfig
+from vilseg.data.order import PairOrder
 from vilseg.data.stream import WorkerBatch
 from vilseg.evaluation.mask_free import HeldOut, measure
 from vilseg.segmentation.drawing import palette
@@ -34,11 +35,11 @@ class TrainingLog:
         folder: of the run.
         trainer: as it stands when training begins or goes on.
         monitor: tells the driver.
-        pairs: an epoch.
+        order: says which epoch it is.
     """
 
-    def __init__(self, config: RunConfig, folder: RunFolder, trainer: Trainer, monitor: Any, pairs: int) -> None:
-        self._config, self._folder, self._trainer, self._monitor, self._pairs = config, folder, trainer, monitor, pairs
+    def __init__(self, config: RunConfig, folder: RunFolder, trainer: Trainer, monitor: Any, order: PairOrder) -> None:
+        self._config, self._folder, self._trainer, self._monitor, self._order = config, folder, trainer, monitor, order
         self._metrics = MetricsFile(folder, config, trainer.step)
         self._last = (read_metrics(folder) or [{}])[-1] if trainer.step else {}
         self._examples: np.ndarray | None = None
@@ -72,7 +73,10 @@ class TrainingLog:
         """
         self._writer.check()  # not only when the next is due, which may be hours away
         step = int(metrics["step"])
-        metrics["epoch"] = metrics["samples"] / self._pairs
+        metrics["epoch"] = metrics["samples"] / self._order.pairs
+        if self._config.data.mix:
+            epochs = self._order.epochs(int(metrics["samples"]))
+            metrics |= {f"epoch/{name}": epoch for name, epoch in epochs.items()}
         alone = self._config.trainer.sharding == "none"  # sharded weights compute only where all workers do
         if alone and self._config.data.held_out and self._is_kept(step):
             found = measure(self._trainer.objective.model, self._held_out)

@@ -34,7 +34,7 @@ SEED = "trainer.seed"
 Point = dict[str, Any]
 """Values by configuration key."""
 
-_NOT_SWEPT = ("name", "data.source", "data.held_out", "trainer.storage", "trainer.workers", "trainer.steps")
+_NOT_SWEPT = ("name", "data.source", "data.mix", "data.held_out", "trainer.storage", "trainer.workers", "trainer.steps")
 """What all trials share."""
 _CACHED = ("data.", "model.init", "model.image_encoder.", "model.text_encoder.")
 """What cached features depend on."""

@@ -135,6 +135,7 @@ def _absolute(config: RunConfig) -> RunConfig:
     data = config.data.model_copy()
     if data.source:
         data.source = storage.absolute(data.source)
+    data.mix = [part.model_copy(update={"source": storage.absolute(part.source)}) for part in data.mix]
     if data.held_out:
         data.held_out = storage.absolute(data.held_out)
     trainer = config.trainer.model_copy(update={"storage": storage.absolute(config.trainer.storage)})

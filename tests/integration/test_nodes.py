@@ -37,8 +37,9 @@ from vilseg import storage
 from vilseg.archive import rows
 from vilseg.config import RunConfig
 from vilseg.data import scenes
+from vilseg.data.order import PairOrder
 from vilseg.data.pairs import write_index, write_tar
-from vilseg.data.stream import BatchReader, PairOrder, decode_to_canvas
+from vilseg.data.stream import BatchReader, decode_to_canvas
 from vilseg.training import run
 from vilseg.training.folder import Prepared, RunFolder
 from vilseg.training.metrics import read_metrics

@@ -65,6 +65,8 @@ class Shard:
 
     uri: str
     pairs: int
+    source: str = ""
+    """Name of its source in a mix."""
 
 
 def list_shards(source: str, *, without: str | None = None) -> list[storage.FileEntry]:

@@ -1,17 +1,14 @@
-"""The stream of training batches: which pairs make up a step, and reading them.
+"""The stream of training batches: the pairs of a step (:mod:`vilseg.data.order`) read, decoded and put together.
 
-The order is a pure function of the shards, the batch size and the seed. Epochs follow each other without a gap, each with
-its own order of shards, and every pair comes once an epoch. The stream is cut into :class:`Chunk` s, one for (about) every
-visit to a shard; a chunk is read whole, its pairs are shuffled, and it gives the batches of some steps. So a step holds the
-same pairs for any number of workers, chunks can be read in parallel, and a run resumes at any step.
+A window of pairs is read whole, its pairs are shuffled, and it gives the batches of some steps; those that cannot be used are
+replaced by others of the window.
 """
 
 from __future__ import annotations
 
 import hashlib
 import itertools
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -20,97 +17,17 @@ import numpy as np
 from vilseg import storage
 from vilseg.config import ColumnsConfig, FiltersConfig
 from vilseg.data.decode import decode_image, image_size, square
+from vilseg.data.order import Chunk, Segment, Window, apportion
 from vilseg.data.pairs import BadPair, Pair, Shard, count_pairs, list_shards, read_index, read_shard
 from vilseg.data.texts import TextRules, choose
 from vilseg.errors import DataError, FilteredError
 from vilseg.patience import patiently
 from vilseg.text.nouns import NounPhrases
 
+_SAMPLE_SHARDS = 20
+"""Shards that a sample of pairs is taken from."""
 MAX_PHRASES_PER_PAIR = 32
 """Room for noun phrases in a batch; captions of one picture hold fewer."""
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Pairs ``start`` to ``stop`` of a shard, in stored order, in one epoch."""
-
-    uri: str
-    epoch: int
-    start: int
-    stop: int
-
-    def __len__(self) -> int:
-        return self.stop - self.start
-
-    def split(self, count: int) -> tuple[Segment, Segment | None]:
-        """The first ``count`` pairs, and the rest if there is one."""
-        if count >= len(self):
-            return self, None
-        middle = self.start + count
-        return replace(self, stop=middle), replace(self, start=middle)
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """The pairs of ``steps`` steps from ``first_step`` on, of which the first ``skip`` are not wanted any more."""
-
-    first_step: int
-    steps: int
-    skip: int
-    segments: tuple[Segment, ...]
-
-
-@dataclass(frozen=True)
-class PairOrder:
-    """The order of all pairs over all epochs.
-
-    Args:
-        shards: every shard with its number of pairs.
-        batch_size: pairs a step over all workers.
-        seed: of the order of shards and of the shuffling inside chunks.
-    """
-
-    shards: tuple[Shard, ...]
-    batch_size: int
-    seed: int
-
-    def __post_init__(self) -> None:
-        if sum(shard.pairs for shard in self.shards) == 0:
-            raise DataError("the pair shards hold no pair")
-
-    @property
-    def pairs(self) -> int:
-        """Pairs an epoch."""
-        return sum(shard.pairs for shard in self.shards)
-
-    def chunks(self, first_step: int, last_step: int) -> Iterator[Chunk]:
-        """The chunks that cover steps ``first_step`` up to, not including, ``last_step``."""
-        visits = self._visits()
-        rest: Segment | None = None
-        step = 0
-        while step < last_step:
-            segment = rest or next(visits)
-            # Whole batches: the one that this visit begins is finished with the head of the next, which is cheap to
-            # read; its tail would cost the whole file.
-            steps = min(math.ceil(len(segment) / self.batch_size), last_step - step)
-            segments, missing = [], steps * self.batch_size
-            while True:
-                head, rest = segment.split(missing)
-                segments.append(head)
-                missing -= len(head)
-                if not missing:
-                    break
-                segment = next(visits)
-            if step + steps > first_step:
-                yield Chunk(step, steps, max(0, first_step - step), tuple(segments))
-            step += steps
-
-    def _visits(self) -> Iterator[Segment]:
-        for epoch in itertools.count():
-            for index in np.random.default_rng((self.seed, epoch)).permutation(len(self.shards)):
-                shard = self.shards[index]
-                if shard.pairs:
-                    yield Segment(shard.uri, epoch, 0, shard.pairs)
 
 
 @dataclass(frozen=True)
@@ -218,23 +135,30 @@ class BatchReader:
     def read(self, chunk: Chunk) -> Iterator[WorkerBatch]:
         """The batches of a chunk, step by step and in each step worker by worker.
 
-        A pair that cannot be read is replaced by another one of the chunk, so that every batch is full.
+        A pair that cannot be used is replaced by another one of its window, so that every batch is full.
 
         Raises:
-            DataError: no pair of the chunk can be read, or ``report`` has had enough.
+            DataError: no pair of a window can be used, or ``report`` has had enough.
         """
-        pool, bad = self._load(chunk)
-        order = np.random.default_rng((self.seed, chunk.first_step)).permutation(len(pool)).tolist()
+        streams = _Streams(lambda uri: read_shard(uri, self.columns, self.rules))
+        wanted = chunk.first_step + chunk.skip
+        for number, window in enumerate(chunk.windows):
+            if window.first_step + window.steps > wanted:
+                yield from self._read_window(window, max(0, wanted - window.first_step), streams)
+            streams.keep({_place(segment) for later in chunk.windows[number + 1 :] for segment in later.segments})
+
+    def _read_window(self, window: Window, skip: int, streams: _Streams) -> Iterator[WorkerBatch]:
+        pool, bad = self._load(window, streams)
+        order = np.random.default_rng((self.seed, window.first_step)).permutation(len(pool)).tolist()
         share = self.batch_size // self.workers
         read = 0
-        for start in range(chunk.skip * self.batch_size, chunk.steps * self.batch_size, share):
+        for start in range(skip * self.batch_size, window.steps * self.batch_size, share):
             good = []
             for position in range(start, start + share):
                 sample = self._sample_at(pool, order, position, bad)
                 if sample is None:
                     self._report(len(pool), bad)
-                    uris = ", ".join(sorted({segment.uri for segment in chunk.segments}))
-                    raise DataError(f"no readable pair in {uris}; the first failed because {bad[0].reason}")
+                    raise DataError(_why_none(window, bad))
                 good.append(sample)
             read += share
             if bad:
@@ -243,13 +167,15 @@ class BatchReader:
             yield self._collate(good)
         self._report(read, bad)
 
-    def _load(self, chunk: Chunk) -> tuple[list[tuple[Pair, int] | None], list[BadPair]]:
-        """Every pair of the chunk with its epoch, None for those that cannot be read."""
+    def _load(self, window: Window, streams: _Streams) -> tuple[list[tuple[Pair, int] | None], list[BadPair]]:
+        """Every pair of the window with its epoch, None for those that cannot be read."""
         pool: list[tuple[Pair, int] | None] = []
         bad: list[BadPair] = []
-        for segment in chunk.segments:
+        for segment in window.segments:
             before = len(pool)
-            for pair in patiently(partial(self._pairs_of, segment)):
+            for pair in streams.take(segment):
+                if segment.source:  # pairs of two sources may have the same key
+                    pair = replace(pair, key=f"{segment.source}/{pair.key}")
                 if isinstance(pair, BadPair):
                     bad.append(pair)
                     pool.append(None)
@@ -261,13 +187,10 @@ class BatchReader:
                 pool.extend([None] * missing)
         return pool, bad
 
-    def _pairs_of(self, segment: Segment) -> list[Pair | BadPair]:
-        return list(itertools.islice(read_shard(segment.uri, self.columns, self.rules), segment.start, segment.stop))
-
     def _sample_at(
         self, pool: list[tuple[Pair, int] | None], order: list[int], position: int, bad: list[BadPair]
     ) -> _Sample | None:
-        """The pair at ``position`` of the order, or the first readable one from half a chunk further on.
+        """The pair at ``position`` of the order, or the first usable one from half a window further on.
 
         So substitutes are a function of the position alone, the same after a resumption, and are seldom of the same step.
         """
@@ -307,8 +230,50 @@ class BatchReader:
             self.report(read, bad)
 
 
+class _Streams:
+    """Shards being read, each on from where it was."""
+
+    def __init__(self, begin: Callable[[str], Iterator[Pair | BadPair]]) -> None:
+        self._begin = begin
+        self._begun: dict[_Place, tuple[Iterator[Pair | BadPair], int]] = {}
+
+    def take(self, segment: Segment) -> list[Pair | BadPair]:
+        """The pairs of a segment; what comes before it in the shard is passed over."""
+        return patiently(partial(self._take, segment))
+
+    def _take(self, segment: Segment) -> list[Pair | BadPair]:
+        # What fails is begun anew.
+        pairs, position = self._begun.pop(_place(segment), (None, 0))
+        if pairs is None or position > segment.start:
+            pairs, position = self._begin(segment.uri), 0
+        found = list(itertools.islice(pairs, segment.start - position, segment.stop - position))
+        self._begun[_place(segment)] = pairs, segment.stop
+        return found
+
+    def keep(self, places: Container[_Place]) -> None:
+        """Close all others."""
+        self._begun = {place: stream for place, stream in self._begun.items() if place in places}
+
+
+_Place = tuple[str, str, int]
+
+
+def _place(segment: Segment) -> _Place:
+    return segment.source, segment.uri, segment.epoch
+
+
+def _why_none(window: Window, bad: Sequence[BadPair]) -> str:
+    uris = ", ".join(sorted({segment.uri for segment in window.segments}))
+    if all(pair.filtered for pair in bad):
+        return (
+            f"data.filters leave out every pair of {uris}, the first because of {bad[0].reason}; loosen them, or let more "
+            "shards stand in for each other by data.shuffle_shards"
+        )
+    return f"no readable pair in {uris}; the first failed because {bad[0].reason}"
+
+
 def index_shards(
-    source: str, count: Callable[[list[str]], list[int]] | None = None, *, without: str | None = None
+    source: str, count: Callable[[list[str]], list[int]] | None = None, *, without: str | None = None, name: str = ""
 ) -> tuple[Shard, ...]:
     """The shards at ``source`` with the number of pairs in each, from ``index.json`` where there is one, else counted.
 
@@ -316,6 +281,7 @@ def index_shards(
         source: folder or file.
         count: counts the pairs of many shards, in parallel say; one after the other where None.
         without: URI of shards to leave out.
+        name: of the source in a mix.
 
     Raises:
         DataError: no shards there.
@@ -325,22 +291,31 @@ def index_shards(
     known = read_index(source)
     unknown = [entry.uri for entry in entries if entry.relative not in known]
     counts = dict(zip(unknown, count(unknown) if count else map(count_pairs, unknown), strict=True))
-    return tuple(Shard(e.uri, counts[e.uri] if e.uri in counts else known[e.relative]) for e in entries)
+    return tuple(Shard(e.uri, counts[e.uri] if e.uri in counts else known[e.relative], name) for e in entries)
 
 
 def sample_pairs(
     shards: Sequence[Shard], columns: ColumnsConfig, limit: int, rules: TextRules | None = None
 ) -> tuple[list[Pair], list[BadPair]]:
-    """The first ``limit`` readable pairs of the set, and the bad ones met on the way."""
+    """Up to ``limit`` readable pairs of the set, and the bad ones met on the way.
+
+    Few shards are read, but those lie all over the set, which may be sorted by topic.
+    """
+    shards = [shard for shard in shards if shard.pairs]
+    step = max(1.0, len(shards) / _SAMPLE_SHARDS)
+    some = [shards[int(place * step)] for place in range(min(len(shards), _SAMPLE_SHARDS))]
+    sizes = [shard.pairs for shard in some]
     good: list[Pair] = []
     bad: list[BadPair] = []
-    for pair in itertools.chain.from_iterable(read_shard(shard.uri, columns, rules) for shard in shards):
-        if isinstance(pair, BadPair):
-            bad.append(pair)
-        else:
-            good.append(pair)
-        if len(good) >= limit:
-            break
+    for shard, share in zip(some, apportion(sizes, min(limit, sum(sizes))), strict=True):
+        wanted = len(good) + share
+        for pair in read_shard(shard.uri, columns, rules) if share else ():
+            if isinstance(pair, BadPair):
+                bad.append(pair)
+            else:
+                good.append(pair)
+            if len(good) == wanted:
+                break
     return good, bad
 
 

@@ -52,6 +52,10 @@ class TextRules:
         words = text.count(" ") + 1  # cleaned texts have one space between words
         if words < filters.min_words or (filters.max_words is not None and words > filters.max_words):
             return False
+        if len(text) < filters.min_characters or (
+            filters.max_characters is not None and len(text) > filters.max_characters
+        ):
+            return False
         return not (filters.junk and is_junk(text))
 
 

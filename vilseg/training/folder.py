@@ -149,7 +149,7 @@ class Prepared:
     def to_json(self) -> str:
         """Text that :meth:`from_json` reads."""
         tree = {
-            "shards": [[shard.uri, shard.pairs] for shard in self.shards],
+            "shards": [[shard.uri, shard.pairs, shard.source] for shard in self.shards],
             "nouns": self.nouns.to_json(),
             "tokenizer": self.tokenizer.__getstate__(),
         }
@@ -159,5 +159,5 @@ class Prepared:
     def from_json(cls, text: str) -> Prepared:
         """What :meth:`to_json` wrote."""
         tree = json.loads(text)
-        shards = tuple(Shard(uri, pairs) for uri, pairs in tree["shards"])
+        shards = tuple(Shard(*shard) for shard in tree["shards"])  # runs of before there were mixes name no source
         return cls(shards, NounPhrases.from_json(tree["nouns"]), FixedTokenizer(**tree["tokenizer"]))

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from vilseg import storage
-from vilseg.config import CrossModalConfig, RunConfig
+from vilseg.config import CrossModalConfig, MixPart, RunConfig
 from vilseg.config_tree import flat
-from vilseg.data.pairs import Shard, list_shards
+from vilseg.data.order import PairOrder
+from vilseg.data.pairs import BadPair, Pair, Shard, list_shards
 from vilseg.data.stream import index_shards, sample_pairs
 from vilseg.data.texts import TextRules
 from vilseg.device import precision_dtype
@@ -76,7 +79,8 @@ def resume(config: RunConfig, folder: RunFolder) -> Prepared:
 def preflight(config: RunConfig, *, resume: bool) -> None:
     """What can be said against a run before anything is started; raises as :func:`open_folder` and :func:`prepare`."""
     config.trainer.check_shares()
-    list_shards(require_source(config), without=config.data.held_out)
+    for part in require_sources(config).values():
+        list_shards(part.source, without=config.data.held_out)
     if config.name:
         open_folder(config, resume=resume)
     else:
@@ -93,34 +97,34 @@ def prepare(
     """Look at the pairs, make the initial model, and write both into the run's folder.
 
     Args:
-        config: the run's; ``data.source`` must be set.
+        config: the run's; ``data.source`` or ``data.mix`` must be set.
         folder: where to write.
         count: counts the pairs of many shards at once; see :func:`index_shards`.
         cache: shards of a feature cache made from ``data.source``, to train on in its place.
 
     Raises:
-        ConfigError: no ``data.source``, or ``model.init`` with something that it brings itself.
+        ConfigError: no source, or ``model.init`` with something that it brings itself.
         DataError: no shards, or no readable pair in them.
         ModelError: a checkpoint cannot be loaded.
     """
-    source = require_source(config)
+    sources = require_sources(config)
     _check_temperature(config)
     # A cache was made without what is held out.
     without = None if cache else config.data.held_out
-    shards = index_shards(cache or storage.absolute(source), count, without=without)
-    # Captions are the same in the cache, but pictures are smaller than features.
-    read = [Shard(entry.uri, 0) for entry in list_shards(source, without=config.data.held_out)] if cache else shards
-    rules = TextRules(config.data.text, config.data.filters)
-    pairs, bad = sample_pairs(read, config.data.columns, _SAMPLE_PAIRS, rules)
-    if not pairs:
-        reason = f"; the first, {bad[0].key}, failed because {bad[0].reason}" if bad else ""
-        raise DataError(f"no readable pair at {source}{reason}")
+    uris = {name: cache or storage.absolute(part.source) for name, part in sources.items()}
+    shards = tuple(
+        itertools.chain.from_iterable(
+            index_shards(uri, count, without=without, name=name) for name, uri in uris.items()
+        )
+    )
+    PairOrder(shards, 1, 0, weights={name: part.weight for name, part in sources.items()})  # says which have no pair
+    pairs = _sample(config, shards, cached=cache is not None)
     captions = [caption for pair in pairs for caption in pair.captions]
     nouns = NounPhrases()
     if config.loss.nouns.weight:
         settings = config.loss.nouns
         nouns = NounPhrases.from_captions(
-            captions[:_SAMPLE_PAIRS],
+            captions[:: math.ceil(len(captions) / _SAMPLE_PAIRS)],
             max_phrases=settings.max_phrases,
             min_count=settings.min_count,
             finder=settings.finder,
@@ -147,19 +151,43 @@ def _check_temperature(config: RunConfig) -> None:
         )
 
 
-def require_source(config: RunConfig) -> str:
-    """``data.source``, in a bucket that exists.
+def _sample(config: RunConfig, shards: Sequence[Shard], *, cached: bool) -> list[Pair]:
+    """Pairs of every source by its weight."""
+    rules = TextRules(config.data.text, config.data.filters)
+    sources = config.data.sources
+    total = sum(part.weight for part in sources.values())
+    good: list[Pair] = []
+    bad: list[BadPair] = []
+    for name, part in sources.items():
+        read = [shard for shard in shards if shard.source == name]
+        if cached:
+            # Captions are the same in the cache, but pictures are smaller than features.
+            entries = list_shards(part.source, without=config.data.held_out)
+            read = [Shard(entry.uri, _SAMPLE_PAIRS) for entry in entries]
+        found = sample_pairs(read, config.data.columns, math.ceil(_SAMPLE_PAIRS * part.weight / total), rules)
+        good += found[0]
+        bad += found[1]
+        if not found[0]:
+            reason = f"; the first, {bad[-1].key}, failed because {bad[-1].reason}" if bad else ""
+            raise DataError(f"no readable pair at {part.source}{reason}")
+    return good
+
+
+def require_sources(config: RunConfig) -> dict[str, MixPart]:
+    """``data.sources``, in buckets that exist.
 
     Raises:
-        ConfigError: it is not set.
+        ConfigError: none is set.
         StorageError: there is no such bucket.
     """
-    if not config.data.source:
+    sources = config.data.sources
+    if not sources:
         raise ConfigError(
             "data.source is not set; give the URI of pair shards, for example data.source=s3://bucket/pairs"
         )
-    storage.require_bucket(config.data.source)
-    return config.data.source
+    for part in sources.values():
+        storage.require_bucket(part.source)
+    return sources
 
 
 def make_trainer(
@@ -229,10 +257,12 @@ def save_model(
 def _card(config: RunConfig, trained: str, metrics: dict[str, float]) -> str:
     rows = "".join(f"| {name} | {value:.4g} |\n" for name, value in metrics.items())
     table = f"\n## Metrics at the end of training\n\n| | |\n|---|---|\n{rows}" if rows else ""
+    parts = config.data.mix or config.data.sources.values()
+    pairs = ", ".join(f"`{part.source}`" + (f" (weight {part.weight:g})" if config.data.mix else "") for part in parts)
     return (
         f"# vilseg model: {config.name}\n\n"
         "Open-vocabulary segmentation (ViL-Seg, arXiv 2207.08455) trained from image-caption pairs; no mask was used.\n\n"
-        f"- pairs: `{config.data.source}`\n- trained: {trained}\n{table}\n"
+        f"- pairs: {pairs}\n- trained: {trained}\n{table}\n"
         f"## Configuration\n\n```yaml\n{config.to_yaml()}```\n\n"
         "## Use\n\n```python\nimport vilseg\n\n"
         'model = vilseg.ViLSeg.from_pretrained("this folder")\n'

@@ -13,11 +13,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vilseg.config import ColumnsConfig
+from vilseg.data.order import Chunk, PairOrder
 from vilseg.data.pairs import BadPair, Shard, write_tar
 from vilseg.data.stream import (
     BatchReader,
-    Chunk,
-    PairOrder,
     decode_to_canvas,
     index_shards,
     pack,

@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 
 from vilseg.config import FiltersConfig, RunConfig, TextConfig
+from vilseg.data.order import PairOrder
 from vilseg.data.pairs import BadPair, Pair, read_shard, write_tar
-from vilseg.data.stream import BatchReader, PairOrder, decode_to_canvas, index_shards
+from vilseg.data.stream import BatchReader, decode_to_canvas, index_shards
 from vilseg.data.texts import TextRules, choose
 from vilseg.errors import ConfigError, FilteredError
 

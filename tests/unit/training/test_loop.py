@@ -14,8 +14,9 @@ from PIL import Image
 from torch import nn
 
 from vilseg.config import LossConfig, OptimizerConfig, TrainerConfig, ViewsConfig
+from vilseg.data.order import PairOrder
 from vilseg.data.pairs import write_tar
-from vilseg.data.stream import BatchReader, PairOrder, WorkerBatch, decode_to_canvas, index_shards
+from vilseg.data.stream import BatchReader, WorkerBatch, decode_to_canvas, index_shards
 from vilseg.distributed import rank, world_size
 from vilseg.errors import DataError
 from vilseg.model import ViLSeg
