@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -302,8 +303,10 @@ def sample_pairs(
     Few shards are read, but those lie all over the set, which may be sorted by topic.
     """
     shards = [shard for shard in shards if shard.pairs]
-    step = max(1.0, len(shards) / _SAMPLE_SHARDS)
-    some = [shards[int(place * step)] for place in range(min(len(shards), _SAMPLE_SHARDS))]
+    pairs = sum(shard.pairs for shard in shards)
+    # More where so many hold too little.
+    count = min(len(shards), max(_SAMPLE_SHARDS, math.ceil(limit * len(shards) / max(1, pairs))))
+    some = [shards[len(shards) * place // count] for place in range(count)]
     sizes = [shard.pairs for shard in some]
     good: list[Pair] = []
     bad: list[BadPair] = []

@@ -2,28 +2,31 @@
 
 import io
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
-from vilseg.config import ColumnsConfig
+from vilseg import patience, storage
+from vilseg.config import ColumnsConfig, FiltersConfig
+from vilseg.data import stream
 from vilseg.data.order import Chunk, PairOrder
-from vilseg.data.pairs import BadPair, Shard, write_tar
+from vilseg.data.pairs import BadPair, Pair, Shard, read_shard, write_tar
 from vilseg.data.stream import (
     BatchReader,
+    _pair_seed,
     decode_to_canvas,
     index_shards,
     pack,
     sample_pairs,
     unpack,
 )
-from vilseg.errors import DataError
+from vilseg.data.texts import TextRules
+from vilseg.errors import DataError, StoreUnavailable
 from vilseg.text.nouns import NounPhrases
 
 NOUNS = NounPhrases(("cat", "dog"), {"cat": 0, "dog": 1, "dogs": 1})
@@ -40,20 +43,20 @@ def tokenize(captions: Sequence[str]) -> np.ndarray:
     return np.array([[len(caption), sum(map(ord, caption)) % 1000] for caption in captions], dtype=np.int32)
 
 
-def write_shards(folder: Path, sizes: Sequence[int], bad: Sequence[str] = ()) -> tuple[Shard, ...]:
+def write_shards(folder: Path, sizes: Sequence[int], bad: Sequence[str] = (), *, source: str = "") -> tuple[Shard, ...]:
     """Shards of pairs with the keys ``SHARD-NUMBER``; those in ``bad`` cannot be decoded."""
     for shard, size in enumerate(sizes):
         pairs = [
             (
                 key := f"{shard}-{i}",
-                b"bad" if key in bad else bytes([16 * shard + i]),
+                b"bad" if key in bad else bytes([(16 * shard + i) % 256]),
                 "jpg",
                 {"captions": [f"a dog {i}", "two dogs and a cat", f"{shard} cats"]},
             )
             for i in range(size)
         ]
         write_tar(f"{folder}/{shard}.tar", pairs)
-    return index_shards(str(folder))
+    return index_shards(str(folder), name=source)
 
 
 def reader(batch_size: int, **options: Any) -> BatchReader:
@@ -78,57 +81,6 @@ def assert_same(first: list[dict[str, np.ndarray]], second: list[dict[str, np.nd
     for a, b in zip(first, second, strict=True):
         for name in a:
             np.testing.assert_array_equal(a[name], b[name], err_msg=name)
-
-
-# ------------------------------------------------------------------------------------------------------------ order
-
-
-SIZES = st.lists(st.integers(0, 23), min_size=1, max_size=6).filter(any)
-
-
-@settings(max_examples=60, deadline=None)
-@given(sizes=SIZES, batch_size=st.integers(1, 17), seed=st.integers(0, 9), steps=st.integers(1, 40))
-def test_every_pair_comes_once_an_epoch(sizes: list[int], batch_size: int, seed: int, steps: int) -> None:
-    order = PairOrder(tuple(Shard(str(i), size) for i, size in enumerate(sizes)), batch_size, seed)
-    chunks = list(order.chunks(0, steps))
-    assert sum(chunk.steps for chunk in chunks) == steps
-    assert [chunk.first_step for chunk in chunks] == [sum(c.steps for c in chunks[:i]) for i in range(len(chunks))]
-    for chunk in chunks:
-        assert sum(map(len, chunk.segments)) == chunk.steps * batch_size
-    seen = Counter((s.epoch, s.uri, i) for chunk in chunks for s in chunk.segments for i in range(s.start, s.stop))
-    assert set(seen.values()) == {1}
-    whole = steps * batch_size // order.pairs
-    for epoch in range(whole):
-        assert sum(e == epoch for e, _, _ in seen) == order.pairs
-    assert {epoch for epoch, _, _ in seen} <= set(range(whole + 1)), "an epoch begins when the one before is over"
-
-
-@settings(max_examples=60, deadline=None)
-@given(sizes=SIZES, batch_size=st.integers(1, 17), first=st.integers(0, 30))
-def test_chunks_from_a_later_step_are_those_of_the_whole_run(sizes: list[int], batch_size: int, first: int) -> None:
-    order = PairOrder(tuple(Shard(str(i), size) for i, size in enumerate(sizes)), batch_size, 0)
-    whole = [chunk for chunk in order.chunks(0, 31) if chunk.first_step + chunk.steps > first]
-    later = list(order.chunks(first, 31))
-    assert [(c.first_step, c.steps, c.segments) for c in later] == [(c.first_step, c.steps, c.segments) for c in whole]
-    assert later[0].first_step + later[0].skip == first
-    assert all(chunk.skip == 0 for chunk in later[1:])
-
-
-def test_epochs_and_seeds_have_orders_of_their_own() -> None:
-    shards = tuple(Shard(str(i), 1) for i in range(30))
-
-    def uris(seed: int, epoch: int) -> list[str]:
-        chunks = PairOrder(shards, 30, seed).chunks(epoch, epoch + 1)
-        return [segment.uri for chunk in chunks for segment in chunk.segments]
-
-    orders = [uris(seed, epoch) for seed in range(2) for epoch in range(2)]
-    assert len({tuple(order) for order in orders}) == 4
-    assert all(sorted(order) == sorted(shard.uri for shard in shards) for order in orders)
-
-
-def test_shards_without_a_pair_are_an_error() -> None:
-    with pytest.raises(DataError, match="hold no pair"):
-        PairOrder((Shard("a", 0),), 4, 0)
 
 
 # ---------------------------------------------------------------------------------------------------------- reading
@@ -159,6 +111,74 @@ def test_a_run_resumes_at_any_step(tmp_path: Path, bad: tuple[str, ...]) -> None
     unbroken = steps_of(reader(4, nouns=NOUNS), list(order.chunks(0, 12)))
     for step in range(12):
         assert_same(steps_of(reader(4, nouns=NOUNS), list(order.chunks(step, 12))), unbroken[step:])
+
+
+RAGGED = [7, 1, 0, 12, 4, 9]
+EVERYTHING = [f"{shard}-{i}" for shard, size in enumerate(RAGGED) for i in range(size)]
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("mixed", [1, 3])
+@pytest.mark.parametrize("broken_at", [None, 7])
+def test_every_pair_comes_once_an_epoch_over_all_workers(
+    tmp_path: Path, workers: int, mixed: int, broken_at: int | None
+) -> None:
+    order = PairOrder(write_shards(tmp_path, RAGGED), 6, 0, mixed)
+    steps, own = 3 * order.pairs // 6 + 1, reader(6, workers=workers)
+    if broken_at is None:
+        read = steps_of(own, list(order.chunks(0, steps)))
+    else:
+        # The first try is lost in the middle of a chunk; what it had read ahead is read again.
+        read = steps_of(own, list(order.chunks(0, steps)))[:broken_at]
+        read += steps_of(own, list(order.chunks(broken_at, steps)))
+    assert all(len(step["keys"]) == 6 for step in read)
+    seeds = {_pair_seed(5, epoch, key): (epoch, key) for epoch in range(4) for key in EVERYTHING}
+    found = Counter(seeds[seed] for step in read for seed in step["seeds"].tolist())
+    assert set(found.values()) == {1}
+    assert [sum(epoch == e for epoch, _ in found) for e in range(3)] == [len(EVERYTHING)] * 3
+    assert sum(epoch == 3 for epoch, _ in found) == 6 * steps - 3 * len(EVERYTHING)
+
+
+@pytest.mark.parametrize("bad", [(), ("0-1", "3-0", "3-1", "4-2")], ids=["good", "bad pairs"])
+def test_a_run_with_mixed_shards_resumes_at_any_step(tmp_path: Path, bad: tuple[str, ...]) -> None:
+    order = PairOrder(write_shards(tmp_path, RAGGED, bad=bad), 4, 0, 3)
+    unbroken = steps_of(reader(4, nouns=NOUNS), list(order.chunks(0, 20)))
+    for step in range(20):
+        assert_same(steps_of(reader(4, nouns=NOUNS), list(order.chunks(step, 20))), unbroken[step:])
+
+
+def test_sources_are_read_by_weight_and_their_keys_told_apart(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path / "a", [5, 8], bad=["0-2"], source="photos")
+    shards += write_shards(tmp_path / "b", [6, 4], bad=["1-1"], source="scenes")
+    order = PairOrder(shards, 6, 0, 2, {"photos": 2.0, "scenes": 1.0})
+    told: list[tuple[int, list[BadPair]]] = []
+    alone = steps_of(reader(6, report=reports(told)), list(order.chunks(0, 13)))
+    keys = Counter(key.partition("/")[0] for step in alone for key in step["keys"].tolist())
+    assert keys.keys() == {"photos", "scenes"}
+    assert keys["photos"] == pytest.approx(52, abs=3), "two of three, but for what stands in for bad pairs"
+    assert {bad.key for _, pairs in told for bad in pairs} == {"photos/0-2", "scenes/1-1"}
+    assert len({seed for step in alone for seed in step["seeds"].tolist()}) > 70, "equal keys have seeds of their own"
+    assert_same(steps_of(reader(6, workers=3), list(order.chunks(0, 13))), alone)
+    assert_same(steps_of(reader(6), list(order.chunks(5, 13))), alone[5:])
+
+
+def test_a_shard_goes_on_where_the_store_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order = PairOrder(write_shards(tmp_path, [12, 12, 12]), 4, 0, 3)
+    unbroken = steps_of(reader(4), list(order.chunks(0, 9)))
+    failures = iter([False] * 20 + [True] + [False] * 1000)
+    opened: list[str] = []
+
+    def failing(uri: str, *others: Any) -> Iterator[Pair | BadPair]:
+        opened.append(uri)
+        for pair in read_shard(uri, *others):
+            if next(failures):
+                raise StoreUnavailable("away")
+            yield pair
+
+    monkeypatch.setattr(stream, "read_shard", failing)
+    monkeypatch.setattr(patience, "_PAUSES_S", (0.01, 0.01))
+    assert_same(steps_of(reader(4), list(order.chunks(0, 9))), unbroken)
+    assert sorted(Counter(opened).values()) == [1, 1, 2], "the one that failed is opened once more"
 
 
 def test_captions_and_seeds_follow_from_seed_epoch_and_key(tmp_path: Path) -> None:
@@ -208,6 +228,15 @@ def test_nothing_readable_is_an_error_that_names_the_shard(tmp_path: Path) -> No
     assert len(told[-1][1]) == 3
 
 
+def test_filters_that_leave_nothing_are_an_error_that_says_so(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path, [3])
+    rules = TextRules(filters=FiltersConfig(min_words=9))
+    with pytest.raises(
+        DataError, match=r"data\.filters leave out every pair of .*0\.tar.*no text passes.*shuffle_shards"
+    ):
+        steps_of(reader(3, rules=rules), list(PairOrder(shards, 3, 0).chunks(0, 1)))
+
+
 def test_the_report_may_stop_the_run(tmp_path: Path) -> None:
     def stop(read: int, bad: list[BadPair]) -> None:
         raise DataError(f"{len(bad)} of {read} pairs are bad")
@@ -241,8 +270,22 @@ def test_pictures_are_cropped_to_the_canvas_by_their_seed() -> None:
     assert left.mean() < 100 < 150 < right.mean()
 
 
-def test_a_sample_of_pairs_stops_at_its_limit(tmp_path: Path) -> None:
-    shards = write_shards(tmp_path, [3, 4])
-    good, bad = sample_pairs(shards, ColumnsConfig(), 5)
-    assert [pair.key for pair in good] == ["0-0", "0-1", "0-2", "1-0", "1-1"]
+def test_a_sample_of_pairs_is_taken_from_all_over_the_set(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path, [4, 0, 8, 4])
+    good, bad = sample_pairs(shards, ColumnsConfig(), 8)
+    assert [pair.key for pair in good] == ["0-0", "0-1", "2-0", "2-1", "2-2", "2-3", "3-0", "3-1"]
     assert bad == []
+    everything, _ = sample_pairs(shards, ColumnsConfig(), 100)
+    assert len(everything) == 16
+
+
+def test_a_sample_of_many_shards_reads_few(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path, [2] * 45)
+    good, _ = sample_pairs(shards, ColumnsConfig(), 30)
+    numbers = {storage.name(shard.uri).removesuffix(".tar"): place for place, shard in enumerate(shards)}
+    read = sorted({numbers[pair.key.partition("-")[0]] for pair in good})
+    assert len(good) == 30
+    assert len(read) == 20
+    assert max(b - a for a, b in pairwise([0, *read, 45])) <= 3
+    everything, _ = sample_pairs(shards, ColumnsConfig(), 1000)
+    assert len(everything) == 90
