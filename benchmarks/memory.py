@@ -3,7 +3,8 @@
     weights, gradients, AdamW   parameters counted on the meta device, float32
     activations of the towers   bytes that autograd keeps for one picture or caption more, measured: a forward pass of two
                                 and of one in bfloat16 autocast on the CPU, every storage once, weights left out
-    losses                      bytes that autograd keeps for the shapes of one worker, measured on the meta device
+    losses                      bytes that autograd keeps for the shapes of one worker, measured on the meta device; as much
+                                again for gradients, which is more than ever live at once
     copies in bfloat16          of the matrices that autocast casts, kept for the pass
 
 Not in the table: CUDA's own context, NCCL's buffers and what the allocator cannot use, together 2 to 4 GB as a rule of
@@ -44,7 +45,8 @@ def main(out: Path) -> dict[str, Any]:
 
 def table(config: RunConfig) -> dict[str, Any]:
     """Gigabytes a worker of ``config`` holds, by what for, without and with sharding."""
-    workers, pairs = config.trainer.workers, config.trainer.batch_size // config.trainer.workers
+    workers = config.trainer.fewest_workers
+    pairs = config.trainer.batch_size // workers
     objective = _on_meta(config)
     counts = _count(objective)
     image = _per_image(config)
@@ -52,7 +54,8 @@ def table(config: RunConfig) -> dict[str, Any]:
         "image_encoder": pairs * (2 * image["global"] + config.views.local_crops * image["local"]),
         "text_encoder": pairs * image["caption"],
         "phrases": int(_PHRASES_IN_BATCH * config.loss.nouns.max_phrases) * image["phrase"],
-        "losses": _losses(config, objective, pairs),
+        "losses": (kept := _losses(config, objective, pairs)),
+        "loss_gradients": kept,
         "views": _views(config, pairs),
     }
     held = 4 * (counts["trained"] + counts["teacher"])
@@ -187,12 +190,12 @@ def _losses(config: RunConfig, objective: Objective, pairs: int) -> int:
 
     Those of the clustering head and of the teacher are a thousandth of these.
     """
-    workers, settings = config.trainer.workers, config.loss
+    workers, settings = config.trainer.fewest_workers, config.loss
     patches = (config.views.global_size // objective.model.image_encoder.patch_size) ** 2
     phrases = int(_PHRASES_IN_BATCH * settings.nouns.max_phrases)
 
     def on_meta(*shape: int) -> Tensor:
-        return torch.empty(*shape, device="meta", requires_grad=True)
+        return torch.empty(shape, device="meta", requires_grad=True)
 
     def gather(rows: Tensor) -> Tensor:
         return torch.cat([rows] * workers)
