@@ -118,5 +118,8 @@ def _keys(part: type[Part], prefix: str = "") -> Iterator[str]:
         kind = field.annotation
         if get_origin(kind) is Union:
             kind = next(k for k in get_args(kind) if k is not type(None))
+        if get_origin(kind) is list:
+            (kind,) = get_args(kind)
+            name = f"{name}.0"
         if isinstance(kind, type) and issubclass(kind, Part):
             yield from _keys(kind, f"{prefix}{name}.")
