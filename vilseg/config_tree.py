@@ -98,8 +98,9 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 
 
 def _sentence(root: type[Part], error: ValidationError, uri: str | None) -> str:
-    """The first of pydantic's complaints as one sentence."""
-    first = error.errors()[0]
+    """One of pydantic's complaints as one sentence."""
+    # A key that is misspelt is missing too; the former is the better thing to say.
+    first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
     path = [str(step) for step in first["loc"]]
     where = f" in {uri}" if uri else ""
     if first["type"] == "extra_forbidden":

@@ -74,7 +74,7 @@ def test_a_source_of_a_mix_that_is_of_no_use_is_named(tmp_path: Path) -> None:
         prepared(tmp_path, mix(photos, empty))
     with pytest.raises(DataError, match=r"no readable pair at .*/silent; the first, k0, failed because no caption"):
         prepared(tmp_path, mix(photos, silent))
-    with pytest.raises(DataError, match="no pair shards at .*/none"):
+    with pytest.raises(DataError, match=r"no pair shards at .*/none"):
         preflight(config(tmp_path, mix(photos, f"{tmp_path}/none")), resume=False)
     with pytest.raises(ConfigError, match=r"data\.source is not set"):
         preflight(config(tmp_path), resume=False)
