@@ -16,6 +16,8 @@ _NAMES = {
     "bulk": "bulk segmentation against a bare loop, Daft and a DataLoader: photos/s",
     "bulk_scale": "listing and bookkeeping of a million keys: overhead a picture, memory",
     "checkpoints": "training with checkpoints on S3 against training without: images/s",
+    "data_memory": "three epochs of pairs through the reader: memory of the first over that of the last",
+    "input_path": "pairs from S3 to batches against a DataLoader over webdataset: images/s",
     "losses": "each training loss against a naive version, forward and backward: seconds",
     "real_photos": "train on Flickr8k captions, measure on COCO masks",
     "scaling": "bulk segmentation and training on two single-core nodes against one: images/s",
