@@ -98,8 +98,9 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 
 
 def _sentence(root: type[Part], error: ValidationError, uri: str | None) -> str:
-    """The first of pydantic's complaints as one sentence."""
-    first = error.errors()[0]
+    """One of pydantic's complaints as one sentence."""
+    # A key that is misspelt is missing too; the former is the better thing to say.
+    first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
     path = [str(step) for step in first["loc"]]
     where = f" in {uri}" if uri else ""
     if first["type"] == "extra_forbidden":
@@ -118,5 +119,8 @@ def _keys(part: type[Part], prefix: str = "") -> Iterator[str]:
         kind = field.annotation
         if get_origin(kind) is Union:
             kind = next(k for k in get_args(kind) if k is not type(None))
+        if get_origin(kind) is list:
+            (kind,) = get_args(kind)
+            name = f"{name}.0"
         if isinstance(kind, type) and issubclass(kind, Part):
             yield from _keys(kind, f"{prefix}{name}.")

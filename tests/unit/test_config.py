@@ -155,6 +155,40 @@ def test_the_temperature_starts_where_the_form_says_unless_it_is_set(overrides: 
     assert RunConfig.model_validate(yaml.safe_load(config.to_yaml())) == config
 
 
+def mix(*uris: str) -> str:
+    return f"data.mix=[{', '.join(f'{{source: {uri}}}' for uri in uris)}]"
+
+
+def test_sources_have_names() -> None:
+    def sources(*overrides: str) -> dict[str, tuple[str, float]]:
+        data = RunConfig.load(None, overrides).data
+        return {name: (part.source, part.weight) for name, part in data.sources.items()}
+
+    assert sources() == {}
+    assert sources("data.source=s3://b/pairs") == {"": ("s3://b/pairs", 1.0)}
+    weighted = "data.mix=[{source: s3://b/photos/, weight: 3}, {source: scenes.tar}]"
+    assert sources(weighted) == {"photos": ("s3://b/photos/", 3.0), "scenes.tar": ("scenes.tar", 1.0)}
+    assert sources(mix("s3://a/pairs", "s3://b/pairs")).keys() == {"0-pairs", "1-pairs"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["data.source=a", mix("b")], ["data", "either 'source' or 'mix'"]),
+        ([mix("s3://b/a", "s3://b/a/")], ["mix names s3://b/a twice", "sum of the weights"]),
+        ([mix("a", "b"), "data.feature_cache=c"], ["feature_cache is made of one source"]),
+        (["data.mix=[{source: a, weight: 0}]"], ["data.mix.0.weight", "greater than 0"]),
+        (["data.mix=[{weight: 1}]"], ["data.mix.0.source", "required"]),
+        (["data.mix=[{sorce: a}]"], ["data.mix.0.sorce", "did you mean 'data.mix.0.source'"]),
+        (["data.mix={a: 1}"], ["data.mix", "list"]),
+        (["data.shuffle_shards=0"], ["data.shuffle_shards", "greater than 0"]),
+    ],
+)
+def test_a_mix_that_makes_no_sense_is_told(overrides: list[str], words: list[str]) -> None:
+    message = sentence(*overrides)
+    assert [word for word in words if word not in message] == []
+
+
 def test_checkpoint_and_factory_exclude_each_other() -> None:
     message = sentence("model.image_encoder.checkpoint=a", "model.image_encoder.factory=b:c")
     assert "model.image_encoder" in message

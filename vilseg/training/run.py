@@ -16,7 +16,7 @@ from vilseg import storage
 from vilseg.config import CrossModalConfig, MixPart, RunConfig
 from vilseg.config_tree import flat
 from vilseg.data.order import PairOrder
-from vilseg.data.pairs import BadPair, Pair, Shard, list_shards
+from vilseg.data.pairs import Pair, Shard, list_shards
 from vilseg.data.stream import index_shards, sample_pairs
 from vilseg.data.texts import TextRules
 from vilseg.device import precision_dtype
@@ -156,21 +156,20 @@ def _sample(config: RunConfig, shards: Sequence[Shard], *, cached: bool) -> list
     rules = TextRules(config.data.text, config.data.filters)
     sources = config.data.sources
     total = sum(part.weight for part in sources.values())
-    good: list[Pair] = []
-    bad: list[BadPair] = []
+    pairs: list[Pair] = []
     for name, part in sources.items():
         read = [shard for shard in shards if shard.source == name]
         if cached:
             # Captions are the same in the cache, but pictures are smaller than features.
             entries = list_shards(part.source, without=config.data.held_out)
             read = [Shard(entry.uri, _SAMPLE_PAIRS) for entry in entries]
-        found = sample_pairs(read, config.data.columns, math.ceil(_SAMPLE_PAIRS * part.weight / total), rules)
-        good += found[0]
-        bad += found[1]
-        if not found[0]:
-            reason = f"; the first, {bad[-1].key}, failed because {bad[-1].reason}" if bad else ""
+        wanted = math.ceil(_SAMPLE_PAIRS * part.weight / total)
+        good, bad = sample_pairs(read, config.data.columns, wanted, rules)
+        if not good:
+            reason = f"; the first, {bad[0].key}, failed because {bad[0].reason}" if bad else ""
             raise DataError(f"no readable pair at {part.source}{reason}")
-    return good
+        pairs += good
+    return pairs
 
 
 def require_sources(config: RunConfig) -> dict[str, MixPart]:

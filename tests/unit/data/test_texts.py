@@ -52,6 +52,12 @@ def test_filters_on_texts() -> None:
     assert len(TextRules().usable(texts)) == 3
 
 
+def test_filters_on_letters_are_for_languages_without_spaces() -> None:
+    texts = {"caption": ["犬", "犬が公園で遊んでいます", "犬" * 40]}
+    wanted = FiltersConfig(min_characters=3, max_characters=30)
+    assert list(TextRules(filters=wanted).usable(texts)) == ["犬が公園で遊んでいます"]
+
+
 def picture(width: int, height: int) -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", (width, height), (width % 256, height % 256, 9)).save(buffer, "JPEG")

@@ -114,6 +114,17 @@ def test_named_files_travel(folder: Path) -> None:
         (["evaluate", "--model", "s3://a/m", "--dataset", "folder:val"], "^--dataset folder:val"),
         (["train", "--config", "own/run.yaml", "data.source=s3://a/b"], "^trainer.storage=runs"),
         (["train", "--config", "own/run.yaml", "data.source=pairs", "trainer.storage=s3://a/b"], "^data.source=pairs"),
+        (
+            [
+                "train",
+                "--config",
+                "own/run.yaml",
+                "trainer.storage=s3://a/b",
+                "data.mix=[{source: s3://a/b}, {source: c}]",
+            ],
+            "^data.mix.1.source=c",
+        ),
+        (["train", "--config", "own/run.yaml", *_RUN, "data.held_out=c"], "^data.held_out=c"),
         (["tune", "--config", "own/run.yaml", "--space", "space.yaml", *_RUN], "^dataset=val"),
         (["serve", "--model", "s3://a/m"], "^videos.storage="),
         (["demo"], "^--out runs/demo"),

@@ -1,5 +1,6 @@
 """The run's folder and what a run is begun with."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -34,10 +35,19 @@ def test_checkpoints_are_listed_by_step(tmp_path: Path) -> None:
 def test_what_a_run_is_begun_with_survives_json() -> None:
     tokenizer = train_tokenizer(["a dog", "Käfer"], 100)
     fixed = FixedTokenizer(tokenizer.backend_tokenizer.to_str(), 9, tokenizer.pad_token_id)
-    prepared = Prepared((Shard("s3://b/0.tar", 3), Shard("s3://b/1.tar", 0)), NounPhrases(("dog",), {"dogs": 0}), fixed)
+    prepared = Prepared(
+        (Shard("s3://b/0.tar", 3, "b"), Shard("s3://b/1.tar", 0)), NounPhrases(("dog",), {"dogs": 0}), fixed
+    )
     again = Prepared.from_json(prepared.to_json())
     assert again == prepared
     assert again.tokenizer(["a dog"]).tolist() == fixed(["a dog"]).tolist()
+
+
+def test_what_a_run_of_before_there_were_mixes_was_begun_with_is_read(tmp_path: Path) -> None:
+    _, folder = begun(tmp_path)
+    old = json.loads(storage.read_text(folder.prepared))
+    old["shards"] = [[uri, pairs] for uri, pairs, _ in old["shards"]]
+    assert Prepared.from_json(json.dumps(old)).shards == (Shard("0.tar", 3),)
 
 
 def begun(tmp_path: Path, *overrides: str) -> tuple[RunConfig, RunFolder]:

@@ -1,0 +1,106 @@
+"""Does reading pairs keep to its memory? Three epochs through the reader, in a process of its own.
+
+The process's memory is taken as the highest that its resident set was in each epoch, looked at every 10 ms, with shards read
+one by one and four side by side.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vilseg.data import scenes
+from vilseg.data.pairs import write_index, write_tar
+
+_SHARDS, _SHARD_PAIRS, _SIZE = 12, 400, 128
+_BATCH, _CANVAS = 64, 112
+EPOCHS = 3
+
+
+def main(out: Path) -> dict[str, Any]:
+    """Run the measurement; ``out`` keeps the shards.
+
+    Returns:
+        ``ratio`` (memory of the first epoch over that of the last, the smaller of both ways) and MB by epoch.
+    """
+    source = write(out.absolute() / "pairs", shards=_SHARDS, pairs=_SHARD_PAIRS)
+    megabytes = {mixed: measure(source, mixed=mixed) for mixed in (1, 4)}
+    return {
+        "benchmark": "data_memory",
+        "ratio": round(min(epochs[0] / epochs[-1] for epochs in megabytes.values()), 4),
+        "megabytes_by_epoch": {f"shuffle_shards={mixed}": epochs for mixed, epochs in megabytes.items()},
+        "pairs": _SHARDS * _SHARD_PAIRS,
+        "shards": _SHARDS,
+    }
+
+
+def write(folder: Path, *, shards: int, pairs: int) -> str:
+    """Shards of the same scenes under other keys; drawing is slow."""
+    drawn = [(pair.image, list(pair.captions)) for pair in scenes.pairs(pairs, 0, _SIZE)]
+    written = []
+    for shard in range(shards):
+        members = ((f"{shard}-{n}", image, "jpg", {"captions": texts}) for n, (image, texts) in enumerate(drawn))
+        written.append((f"{shard:05d}.tar", write_tar(f"{folder}/{shard:05d}.tar", members)))
+    write_index(str(folder), written)
+    return str(folder)
+
+
+def measure(source: str, *, mixed: int) -> list[float]:
+    """MB at the highest of each epoch, by a child process."""
+    command = [sys.executable, "-m", "benchmarks.data_memory", source, str(mixed)]
+    done = subprocess.run(command, cwd=Path(__file__).parent.parent, stdout=subprocess.PIPE, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def read_epochs(source: str, mixed: int) -> list[float]:
+    """Read them in this process; MB at the highest of each."""
+    from functools import partial
+
+    import numpy as np
+
+    from vilseg.data.order import PairOrder
+    from vilseg.data.stream import BatchReader, decode_to_canvas, index_shards
+
+    def tokenize(texts: Sequence[str]) -> np.ndarray:
+        return np.array([[len(text)] for text in texts], np.int32)
+
+    order = PairOrder(index_shards(source), _BATCH, 0, mixed)
+    reader = BatchReader(
+        batch_size=_BATCH,
+        workers=1,
+        seed=0,
+        decode=partial(decode_to_canvas, canvas=_CANVAS, max_pixels=10**6),
+        tokenize=tokenize,
+    )
+    steps = order.pairs // _BATCH
+    highest = [0.0] * EPOCHS
+    done = [0]
+
+    def look() -> None:
+        while done[0] < EPOCHS * steps:
+            epoch = done[0] // steps
+            highest[epoch] = max(highest[epoch], _resident_megabytes())
+            time.sleep(0.01)
+
+    watcher = threading.Thread(target=look, daemon=True)
+    watcher.start()
+    for chunk in order.chunks(0, EPOCHS * steps):
+        for _ in reader.read(chunk):
+            done[0] += 1
+    watcher.join()
+    return [round(value, 1) for value in highest]
+
+
+def _resident_megabytes() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * 4096 / 2**20
+
+
+if __name__ == "__main__":
+    print(json.dumps(read_epochs(sys.argv[1], int(sys.argv[2]))))
