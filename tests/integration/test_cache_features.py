@@ -18,6 +18,7 @@ from vilseg import storage
 from vilseg.config import ColumnsConfig, RunConfig
 from vilseg.data.pairs import Pair, read_shard, write_tar
 from vilseg.data.stream import decode_features
+from vilseg.device import has_bfloat16_units
 from vilseg.errors import ConfigError, DataError
 from vilseg.model.image_encoder import LocalConvEncoder
 
@@ -47,6 +48,8 @@ def writer(encoder: LocalConvEncoder) -> FeatureWriter:
 
 
 def test_features_are_what_the_encoder_says_of_the_picture(tmp_path: Path, encoder: LocalConvEncoder) -> None:
+    # Where there are matrix units for bfloat16 the cache is written in it: 8 bits of a number are left.
+    tolerance = 0.03 if has_bfloat16_units(torch.device("cpu")) else 2e-3
     source, target = str(tmp_path / "a.tar"), str(tmp_path / "cache" / "a.parquet")
     write_pairs(source, 3)
     summary = writer(encoder).write(source, target)
@@ -56,7 +59,7 @@ def test_features_are_what_the_encoder_says_of_the_picture(tmp_path: Path, encod
         assert (pair.key, pair.captions, pair.caption_features) == (f"k{number}", (f"a dog {number}", "grass"), None)
         pixels = torch.from_numpy(np.array(Image.open(io.BytesIO(photo(number))))).permute(2, 0, 1)[None] / 255
         wanted = encoder(pixels).patches[0].detach().numpy()
-        assert np.allclose(decode_features(pair.image, 0, patches=16, features=16), wanted, atol=2e-3)
+        assert np.allclose(decode_features(pair.image, 0, patches=16, features=16), wanted, atol=tolerance)
 
 
 def test_a_shard_that_is_there_is_not_written_again(tmp_path: Path, encoder: LocalConvEncoder) -> None:
