@@ -23,8 +23,9 @@ from vilseg import Segmenter, storage
 from vilseg.config import ModelConfig, RunConfig, SegmentationConfig
 from vilseg.data import scenes
 from vilseg.data.decode import square
+from vilseg.data.order import PairOrder
 from vilseg.data.pairs import write_tar
-from vilseg.data.stream import BatchReader, PairOrder, decode_to_canvas
+from vilseg.data.stream import BatchReader, decode_to_canvas
 from vilseg.errors import ConfigError, ModelError
 from vilseg.model import ViLSeg
 from vilseg.model.image_encoder import build_image_encoder
