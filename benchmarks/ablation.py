@@ -25,7 +25,7 @@ import torch
 from benchmarks import peers
 from benchmarks.tables import replace_section
 from jobs import console
-from jobs.feed import batch_reader, pair_order
+from jobs.feed import read_here
 from vilseg import storage
 from vilseg.config import RunConfig
 from vilseg.data import scenes
@@ -134,7 +134,8 @@ def main(out: Path) -> dict[str, Any]:
     best_peer = max(row["miou"] for row in rows if row["part"] == "peer")
     figure = Path(__file__).parent / "ablation.png"
     _draw_figure(rows, curves, figure)
-    replace_section(Path(__file__).parent / "RESULTS.md", "ablation", _table(rows, curves))
+    samples = _STEPS * _config(out).trainer.batch_size
+    replace_section(Path(__file__).parent / "RESULTS.md", "ablation", _table(rows, curves, samples))
     return {
         "benchmark": "ablation",
         "ratio": round(rows[0]["miou"] / best_peer, 3),
@@ -142,7 +143,7 @@ def main(out: Path) -> dict[str, Any]:
         "ahead_of_peers": round(rows[0]["miou"] - best_peer, 4),
         "rows": rows,
         "curves": curves,
-        "samples": _STEPS * _config(out).trainer.batch_size,
+        "samples": samples,
         "seeds": len(_SEEDS),
     }
 
@@ -217,10 +218,7 @@ def _train(out: Path, job: Job) -> dict[str, Any]:
         model.train()
         curve.append([trainer.step * config.trainer.batch_size, round(miou, 4)])
 
-    reader = batch_reader(config, prepared, lambda read, bad: None)
-    chunks = pair_order(config, prepared).chunks(0, config.trainer.steps)
-    batches = (batch for chunk in chunks for batch in reader.read(chunk))
-    trainer.train(batches, on_report=lambda metrics: None, on_checkpoint=measure)
+    trainer.train(read_here(config, prepared), on_report=lambda metrics: None, on_checkpoint=measure)
     storage.delete(folder.uri)
     return {"miou": curve[-1][1], "curve": curve, "seconds": round(time.perf_counter() - started, 1)}
 
@@ -241,10 +239,10 @@ def _row(name: str, part: str, found: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _table(rows: list[dict[str, Any]], curves: dict[str, list[list[float]]]) -> str:
+def _table(rows: list[dict[str, Any]], curves: dict[str, list[list[float]]], samples: int) -> str:
     default = rows[0]["miou"]
     lines = [
-        f"{_STEPS * 32:,} samples, {len(_SEEDS)} seeds, {_UNSEEN} unseen scenes; ± is the standard deviation over the seeds.",
+        f"{samples:,} samples, {len(_SEEDS)} seeds, {_UNSEEN} unseen scenes; ± is the standard deviation over the seeds.",
         "",
         "| part | variant | mIoU | to the default |",
         "|---|---|---|---|",
@@ -254,7 +252,7 @@ def _table(rows: list[dict[str, Any]], curves: dict[str, list[list[float]]]) -> 
         lines.append(f"| {row['part']} | {row['name']} | {row['miou']:.3f} ± {row['spread']:.3f} | {difference} |")
     lines += ["", "mIoU over samples, five times the demo's:", ""]
     for name, curve in curves.items():
-        lines.append(f"- {name}: " + ", ".join(f"{miou:.3f} ({samples:,.0f})" for samples, miou in curve))
+        lines.append(f"- {name}: " + ", ".join(f"{miou:.3f} ({seen:,.0f})" for seen, miou in curve))
     lines += ["", "![mIoU of the variants, and over samples](ablation.png)"]
     return "\n".join(lines)
 

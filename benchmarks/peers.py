@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jobs.feed import batch_reader, pair_order
+from jobs.feed import read_here
 from vilseg.config import RunConfig
 from vilseg.data.views import make_views
 from vilseg.evaluation.datasets import FolderDataset
@@ -47,26 +47,22 @@ def train(name: str, config: RunConfig, dataset: FolderDataset) -> float:
     model = _MODELS[name](config.data.canvas, words)
     optimizer_config = config.optimizer.model_copy(update={"learning_rate": _RATES[name]})
     optimizer = torch.optim.AdamW(parameter_groups(model, config.optimizer.weight_decay), betas=config.optimizer.betas)
-    reader = batch_reader(config, prepared, lambda read, bad: None)
-    step = 0
-    for chunk in pair_order(config, prepared).chunks(0, config.trainer.steps):
-        for batch in reader.read(chunk):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(optimizer_config, step, config.trainer.steps)
-            images, seeds = torch.tensor(batch.images), torch.tensor(batch.seeds)
-            views = make_views(images, seeds, config.views, global_crops=1, local_crops=0)
-            tokens = _with_end(torch.tensor(batch.tokens).long(), words.pad_id)
-            optimizer.zero_grad(set_to_none=True)
-            loss = model(
-                input_ids=tokens,
-                attention_mask=tokens != words.pad_id,
-                pixel_values=_normalised(views.global_GB3HW[0]),
-                return_loss=True,
-            ).loss
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.gradient_clip)
-            optimizer.step()
-            step += 1
+    for step, batch in enumerate(read_here(config, prepared)):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(optimizer_config, step, config.trainer.steps)
+        images, seeds = torch.tensor(batch.images), torch.tensor(batch.seeds)
+        views = make_views(images, seeds, config.views, global_crops=1, local_crops=0)
+        tokens = _with_end(torch.tensor(batch.tokens).long(), words.pad_id)
+        optimizer.zero_grad(set_to_none=True)
+        loss = model(
+            input_ids=tokens,
+            attention_mask=tokens != words.pad_id,
+            pixel_values=_normalised(views.global_GB3HW[0]),
+            return_loss=True,
+        ).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.gradient_clip)
+        optimizer.step()
     model.eval()
     texts = _with_end(torch.tensor(words([_PROMPT.format(label) for label in dataset.classes])).long(), words.pad_id)
     return round(evaluate(_Named(dataset.classes, _MAPS[name](model, texts, words.pad_id), config), dataset).miou, 4)

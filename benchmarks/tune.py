@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from jobs import console, ingest_scenes
-from jobs.feed import batch_reader, pair_order
+from jobs.feed import read_here
 from jobs.session import Session, ray_session
 from tune import sweep
 from tune.record import TrialRecord
@@ -148,10 +148,7 @@ def _alone(out: Path, config: RunConfig, number: int) -> float:
         evaluate(Segmenter(model, dataset.classes, device="cpu"), dataset)
         model.train()
 
-    reader = batch_reader(config, prepared, lambda read, bad: None)
-    chunks = pair_order(config, prepared).chunks(0, config.trainer.steps)
-    batches = (batch for chunk in chunks for batch in reader.read(chunk))
-    trainer.train(batches, on_report=metrics_file.add, on_checkpoint=on_checkpoint)
+    trainer.train(read_here(config, prepared), on_report=metrics_file.add, on_checkpoint=on_checkpoint)
     run.save_model(trainer.objective.model, config, folder, {})
     torch.set_num_threads(threads)
     return time.perf_counter() - started

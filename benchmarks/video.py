@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -21,19 +21,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from jobs.feed import batch_reader, pair_order
+from jobs.feed import read_here
 from vilseg.config import ModelConfig, RunConfig, SegmentationConfig
 from vilseg.data import scenes
 from vilseg.data.moving_scenes import MovingScene, render_moving_scene
 from vilseg.data.pairs import write_tar
-from vilseg.data.stream import WorkerBatch
 from vilseg.evaluation.confusion import ConfusionMatrix
 from vilseg.model import ViLSeg
 from vilseg.segmentation.result import Segmentation
 from vilseg.segmentation.segmenter import Segmenter
 from vilseg.segmentation.video import segment_video
 from vilseg.training import run
-from vilseg.training.folder import Prepared
 
 CONFIG = Path(__file__).parent.parent / "configs" / "demo.yaml"
 _PAIRS = 4_000
@@ -77,15 +75,9 @@ def _train(out: Path) -> ViLSeg:
     folder = run.open_folder(config, resume=False)
     prepared = run.prepare(config, folder)
     trainer = run.make_trainer(config, folder, prepared, torch.device("cpu"))
-    trainer.train(_batches(config, prepared), on_report=lambda metrics: None, on_checkpoint=lambda: None)
+    trainer.train(read_here(config, prepared), on_report=lambda metrics: None, on_checkpoint=lambda: None)
     run.save_model(trainer.objective.model, config, folder, {})
     return ViLSeg.from_pretrained(folder.model)
-
-
-def _batches(config: RunConfig, prepared: Prepared) -> Iterator[WorkerBatch]:
-    reader = batch_reader(config, prepared, lambda read, bad: None)
-    for chunk in pair_order(config, prepared).chunks(0, config.trainer.steps):
-        yield from reader.read(chunk)
 
 
 def _measure(segmenter: Segmenter) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console
 from rich.markup import escape
@@ -34,7 +34,20 @@ def result(value: dict[str, Any], *, as_json: bool, text: str) -> None:
 _SECONDS_BETWEEN_LINES = 10.0
 
 
-class CountProgress:
+class _Shown:
+    """Something with a bar, shown as long as a ``with`` statement lasts."""
+
+    _bar: Progress
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+
+class CountProgress(_Shown):
     """Shows how many are done: a bar on a terminal, where its lines do not disturb what else is printed, a line in ten
     seconds elsewhere."""
 
@@ -52,13 +65,6 @@ class CountProgress:
         self._title, self._things = title, things
         self._last_line = -math.inf
 
-    def __enter__(self) -> CountProgress:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
     def __call__(self, done: int, total: int, note: str = "") -> None:
         """Show what is new."""
         self._bar.update(self._bar.task_ids[0], completed=done, total=total, note=note)
@@ -68,7 +74,7 @@ class CountProgress:
             say(f"{self._title}: {done:,}/{total:,} {self._things}{note and '  '}{note}")
 
 
-class SegmentationProgress:
+class SegmentationProgress(_Shown):
     """Shows a bulk segmentation: a bar on a terminal, a line in ten seconds elsewhere; a line for every rejected input."""
 
     def __init__(self) -> None:
@@ -77,13 +83,6 @@ class SegmentationProgress:
         self._bar.add_task("segment", total=None, text="starting")
         self._before: tuple[float, int] | None = None
         self._last_line = -math.inf
-
-    def __enter__(self) -> SegmentationProgress:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
 
     def __call__(self, progress: Any) -> None:
         """Show what is new."""
@@ -152,7 +151,7 @@ def stage(name: str, seconds: dict[str, float]) -> Iterator[None]:
     seconds[name] = time.perf_counter() - started
 
 
-class TrainingProgress:
+class TrainingProgress(_Shown):
     """Shows a training: a bar on a terminal, a line in ten seconds elsewhere, where lines are kept."""
 
     def __init__(self, steps: int) -> None:
@@ -161,13 +160,6 @@ class TrainingProgress:
         self._bar.add_task("train", total=steps, text="starting")
         self._steps = steps
         self._last_line = -math.inf
-
-    def __enter__(self) -> TrainingProgress:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
 
     def __call__(self, snapshot: Snapshot) -> None:
         """Show what is new."""

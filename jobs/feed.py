@@ -88,7 +88,9 @@ def pair_order(config: RunConfig, prepared: Prepared) -> PairOrder:
     )
 
 
-def batch_reader(config: RunConfig, prepared: Prepared, report: Callable[[int, list[BadPair]], None]) -> BatchReader:
+def batch_reader(
+    config: RunConfig, prepared: Prepared, report: Callable[[int, list[BadPair]], None] | None
+) -> BatchReader:
     """What reads a run's pairs; see :class:`BatchReader` for ``report``."""
     return BatchReader(
         batch_size=config.trainer.batch_size,
@@ -101,6 +103,15 @@ def batch_reader(config: RunConfig, prepared: Prepared, report: Callable[[int, l
         rules=TextRules(config.data.text, config.data.filters),
         report=report,
     )
+
+
+def read_here(
+    config: RunConfig, prepared: Prepared, first: int = 0, *, report: Callable[[int, list[BadPair]], None] | None = None
+) -> Iterator[WorkerBatch]:
+    """The batches of one worker from step ``first`` on, read in this process without Ray."""
+    reader = batch_reader(config, prepared, report)
+    for chunk in pair_order(config, prepared).chunks(first, config.trainer.steps):
+        yield from reader.read(chunk)
 
 
 def _decoder(config: RunConfig, prepared: Prepared) -> Callable[[bytes, int], np.ndarray]:

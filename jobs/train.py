@@ -168,10 +168,10 @@ def _train(config: RunConfig, folder: RunFolder, prepared: Prepared, monitor: An
             trainer.train(
                 batches,
                 on_report=lambda _: agree(False),
-                on_checkpoint=lambda: _take_part(trainer),
+                # Where weights are sharded, the first worker can have them whole only if all ask.
+                on_checkpoint=trainer.state_dict,
                 should_stop=lambda: stop,
             )
-            # Where weights are sharded, the first worker can have them whole only if all ask.
             if trainer.step == config.trainer.steps:
                 trainer.model_weights()
         return
@@ -185,10 +185,6 @@ def _train(config: RunConfig, folder: RunFolder, prepared: Prepared, monitor: An
         )
         if trainer.step == config.trainer.steps:
             log.save_model()
-
-
-def _take_part(trainer: Trainer) -> None:
-    trainer.state_dict()
 
 
 def make_trainer(config: RunConfig, folder: RunFolder, prepared: Prepared) -> Trainer:

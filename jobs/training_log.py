@@ -55,8 +55,7 @@ class TrainingLog:
     ) -> None:
         self._writer.__exit__(kind, error, trace)
         if error is None:
-            self._metrics.sync()
-            self._metrics.end()
+            self._metrics.end()  # what it has to tell went out with the last checkpoint
 
     def keeping_examples(self, batches: Iterator[WorkerBatch]) -> Iterator[WorkerBatch]:
         """The batches as they are; pictures of the first are shown later."""
@@ -72,7 +71,8 @@ class TrainingLog:
             StorageError: the last checkpoint could not be written.
         """
         self._writer.check()  # not only when the next is due, which may be hours away
-        step = int(metrics["step"])
+        step, before = int(metrics["step"]), int(self._last.get("step", 0))
+        every = self._config.trainer.examples_every
         metrics["epoch"] = metrics["samples"] / self._order.pairs
         if self._config.data.mix:
             epochs = self._order.epochs(int(metrics["samples"]))
@@ -85,9 +85,7 @@ class TrainingLog:
         metrics |= answer.counts
         self._metrics.add(metrics)
         self._last = metrics
-        every = self._config.trainer.examples_every
-        # Reports come every log_every steps, which need not be a divisor.
-        if alone and every and (step // every > (step - self._config.trainer.log_every) // every):
+        if alone and every and step // every > before // every:  # reports need not come at its multiples
             self._show_examples(step)
         return answer.stop
 

@@ -23,7 +23,7 @@ from ray import tune
 from ray.tune.result import DONE
 
 from jobs import train
-from jobs.feed import batch_reader, pair_order
+from jobs.feed import read_here
 from jobs.monitor import PairCount, Snapshot
 from jobs.session import Session, user_error_in
 from tune.record import error_uri, trial_name
@@ -213,9 +213,7 @@ def _batches(config: RunConfig, prepared: Prepared, done: int) -> Iterator[Worke
         if verdict:
             raise DataError(verdict)
 
-    reader = batch_reader(config, prepared, report)
-    for chunk in pair_order(config, prepared).chunks(done, config.trainer.steps):
-        yield from reader.read(chunk)
+    return read_here(config, prepared, done, report=report)
 
 
 def _train_on_workers(config: RunConfig, layout: Layout, tell: Report, should_stop: Callable[[], bool]) -> None:

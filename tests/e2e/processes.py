@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -29,6 +30,13 @@ def kill(processes: Iterable[int]) -> None:
             os.kill(pid, signal.SIGKILL)
         except ProcessLookupError:
             continue  # it ended with its parent
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    """``kill -9`` of a command that still runs, with all that it started."""
+    if process.poll() is None:
+        kill([*family(process.pid), process.pid])
+        process.wait()
 
 
 def _processes() -> Iterator[tuple[int, int]]:

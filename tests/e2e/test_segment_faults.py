@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from cluster.store import ObjectStore
-from tests.e2e.processes import family, kill, title
+from tests.e2e.processes import end, family, kill, title
 from vilseg import storage
 from vilseg.archive import rows
 from vilseg.data import scenes
@@ -103,9 +103,7 @@ def start(archive: list[str], model: str, request: pytest.FixtureRequest) -> Ite
 
     yield run
     for running in begun:
-        if running.process.poll() is None:
-            kill([*family(running.process.pid), running.process.pid])
-            running.process.wait()
+        end(running.process)
 
 
 def finished(out: str) -> dict[str, bytes]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from cluster.store import ObjectStore
-from tests.e2e.processes import family, kill, title
+from tests.e2e.processes import end, family, kill, title
 from vilseg import storage
 from vilseg.data import scenes
 from vilseg.data.pairs import write_tar
@@ -23,6 +23,7 @@ from vilseg.training.metrics import read_metrics
 ROOT = Path(__file__).parents[2]
 SIZE = 32
 STEPS, EVERY = 60, 10
+STORAGE = "s3://vilseg/runs"
 PROMPTLY_S = 150
 MODEL = """
 data: {canvas: 32}
@@ -87,67 +88,56 @@ class Running:
 Start = Callable[..., Running]
 
 
+def begin(place: Path, name: str, *options: str, seconds_a_step: float = 0.3) -> Running:
+    """`vilseg train` in the folder ``place``."""
+    (place / "slow_encoder.py").write_text(ENCODER)
+    (place / "run.yaml").write_text(MODEL)
+    fixed = [
+        f"trainer.steps={STEPS}",
+        f"trainer.checkpoint_every={EVERY}",
+        "trainer.batch_size=8",
+        "trainer.log_every=1",
+        "trainer.precision=float32",
+        "trainer.keep_checkpoints=null",
+        f"trainer.storage={STORAGE}",
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jobs.cli", "train", "--config", "run.yaml", "--name", name, *fixed, *options],
+        cwd=place,
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": f"{ROOT}:{place}",
+            "VILSEG_TEST_SECONDS_A_STEP": str(seconds_a_step),
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    where = next((o.partition("=")[2] for o in options if o.startswith("trainer.storage")), STORAGE)
+    return Running(process, RunFolder(f"{where}/{name}"))
+
+
 @pytest.fixture
 def start(store: ObjectStore, tmp_path: Path) -> Iterator[Start]:
     begun: list[Running] = []
-    (tmp_path / "slow_encoder.py").write_text(ENCODER)
-    (tmp_path / "run.yaml").write_text(MODEL)
 
     def run(name: str, *options: str, seconds_a_step: float = 0.3) -> Running:
-        fixed = [
-            f"trainer.steps={STEPS}",
-            f"trainer.checkpoint_every={EVERY}",
-            "trainer.batch_size=8",
-            "trainer.log_every=1",
-            "trainer.precision=float32",
-            "trainer.keep_checkpoints=null",
-        ]
-        if not any(option.startswith("trainer.storage") for option in options):
-            fixed.append("trainer.storage=s3://vilseg/runs")
-        process = subprocess.Popen(
-            [sys.executable, "-m", "jobs.cli", "train", "--config", "run.yaml", "--name", name, *fixed, *options],
-            cwd=tmp_path,
-            env={
-                **os.environ,
-                "OMP_NUM_THREADS": "1",
-                "PYTHONPATH": f"{ROOT}:{tmp_path}",
-                "VILSEG_TEST_SECONDS_A_STEP": str(seconds_a_step),
-            },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        where = next((o.partition("=")[2] for o in options if o.startswith("trainer.storage")), "s3://vilseg/runs")
-        begun.append(Running(process, RunFolder(f"{where}/{name}")))
+        begun.append(begin(tmp_path, name, *options, seconds_a_step=seconds_a_step))
         return begun[-1]
 
     yield run
     for running in begun:
-        if running.process.poll() is None:
-            kill([*family(running.process.pid), running.process.pid])
-            running.process.wait()
+        end(running.process)
 
 
 @pytest.fixture(scope="module")
 def unbroken(store: ObjectStore, pairs: str, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     """Losses by step of a run that nothing happens to."""
-    folder = tmp_path_factory.mktemp("unbroken")
-    (folder / "slow_encoder.py").write_text(ENCODER)
-    (folder / "run.yaml").write_text(MODEL)
-    settings = [f"trainer.steps={STEPS}", f"trainer.checkpoint_every={EVERY}", "trainer.batch_size=8"]
-    settings += ["trainer.log_every=1", "trainer.precision=float32", "trainer.storage=s3://vilseg/runs"]
-    settings.append(f"data.source={pairs}")
-    done = subprocess.run(
-        [sys.executable, "-m", "jobs.cli", "train", "--config", "run.yaml", "--name", "unbroken", *settings],
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{folder}"},
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return losses(RunFolder("s3://vilseg/runs/unbroken"))
+    place = tmp_path_factory.mktemp("unbroken")
+    running = begin(place, "unbroken", f"data.source={pairs}", seconds_a_step=0)
+    running.end()
+    return losses(running.folder)
 
 
 def losses(folder: RunFolder) -> list[float]:

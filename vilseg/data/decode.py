@@ -6,6 +6,8 @@ import io
 import re
 import struct
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import simplejpeg
@@ -50,18 +52,9 @@ def decode_image(data: bytes, *, max_pixels: int | None = None, min_side: int | 
         for size in _PNG_SIZE.findall(data):
             width, height = struct.unpack(">II", size)
             _check_size(width, height, limit)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of metadata it skips
-            image = Image.open(io.BytesIO(data))
-            _check_size(image.width, image.height, limit)
-            return np.asarray(to_rgb(image))
-    except DataError:
-        raise
-    except UnidentifiedImageError as error:
-        raise DataError("the bytes are not an image of a known format") from error
-    except Exception as error:
-        raise DataError(f"the image is damaged: {str(error).strip() or type(error).__name__}") from error
+    with _opened(data) as image:
+        _check_size(image.width, image.height, limit)
+        return np.asarray(to_rgb(image))
 
 
 def image_size(data: bytes) -> tuple[int, int]:
@@ -77,10 +70,19 @@ def image_size(data: bytes) -> tuple[int, int]:
             pass  # Pillow knows more kinds
         else:
             return width, height
+    with _opened(data) as image:
+        return image.size
+
+
+@contextmanager
+def _opened(data: bytes) -> Iterator[Image.Image]:
+    """A picture as Pillow opens it, before it is decoded; what fails from here on is a DataError."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return Image.open(io.BytesIO(data)).size
+            warnings.simplefilter("ignore")  # Pillow warns of metadata it skips
+            yield Image.open(io.BytesIO(data))
+    except DataError:
+        raise
     except UnidentifiedImageError as error:
         raise DataError("the bytes are not an image of a known format") from error
     except Exception as error:

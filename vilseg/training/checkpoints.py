@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from types import TracebackType
@@ -97,9 +97,9 @@ class CheckpointWriter:
     def _prune(self) -> None:
         if self._keep is None:
             return
-        steps = self._folder.checkpoint_steps()
-        best = best_step(self._folder, lower_is_better=self._best_by.startswith("loss"))
-        for step in steps[: -self._keep]:
+        kept = self._folder.manifests()
+        best = best_step(kept, lower_is_better=self._best_by.startswith("loss"))
+        for step in sorted(kept)[: -self._keep]:
             if step != best:
                 delete_checkpoint(self._folder, step)
 
@@ -125,12 +125,10 @@ def delete_checkpoint(folder: RunFolder, step: int) -> None:
     storage.delete(folder.checkpoint(step))
 
 
-def best_step(folder: RunFolder, *, lower_is_better: bool) -> int | None:
-    """Step of the checkpoint kept with the best figure, the later one of equals; None where none has a figure."""
+def best_step(kept: Mapping[int, Manifest], *, lower_is_better: bool) -> int | None:
+    """Step of the checkpoint with the best figure, the later one of equals; None where none has a figure."""
     sign = -1 if lower_is_better else 1
-    rated = [
-        (sign * manifest.figure, step) for step, manifest in folder.manifests().items() if manifest.figure is not None
-    ]
+    rated = [(sign * manifest.figure, step) for step, manifest in kept.items() if manifest.figure is not None]
     return max(rated)[1] if rated else None
 
 

@@ -98,17 +98,16 @@ class RunFolder:
         """The manifests of the whole checkpoints by step."""
         if not storage.exists(self.checkpoints):
             return {}
-        sizes = {
-            int(found[1]): entry.size
-            for entry in storage.list_files(self.checkpoints)
-            if (found := _STATE_FILE.fullmatch(entry.relative))
-        }
-        read = {step: self._manifest(step) for step in sizes}
-        return {step: found for step, found in read.items() if found is not None and found.bytes == sizes[step]}
-
-    def _manifest(self, step: int) -> Manifest | None:
-        uri = self.manifest(step)
-        return Manifest.from_json(storage.read_text(uri)) if storage.exists(uri) else None
+        listed = {entry.relative: entry for entry in storage.list_files(self.checkpoints)}
+        found = {}
+        for name, entry in listed.items():
+            state = _STATE_FILE.fullmatch(name)
+            beside = listed.get(f"{state[0].removesuffix(STATE)}{MANIFEST}") if state else None
+            if state and beside:
+                manifest = Manifest.from_json(storage.read_text(beside.uri))
+                if manifest.bytes == entry.size:
+                    found[int(state[1])] = manifest
+        return found
 
     @property
     def last_step(self) -> int:

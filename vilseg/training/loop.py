@@ -110,7 +110,7 @@ class Trainer:
         batches: Iterable[WorkerBatch],
         *,
         on_report: Callable[[dict[str, float]], None],
-        on_checkpoint: Callable[[], None],
+        on_checkpoint: Callable[[], object],
         should_stop: Callable[[], bool] = lambda: False,
     ) -> None:
         """Train from the present step to the last one, or until told to stop.

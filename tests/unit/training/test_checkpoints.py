@@ -57,7 +57,7 @@ def test_the_newest_and_the_best_are_kept(folder: RunFolder) -> None:
         for step, loss in enumerate([3.0, 1.0, 2.0, 2.5, 2.2], 1):
             writer.write(state(step), {"loss": loss})
     assert folder.checkpoint_steps() == [2, 4, 5]
-    assert best_step(folder, lower_is_better=True) == 2
+    assert best_step(folder.manifests(), lower_is_better=True) == 2
     names = {path.name for path in (Path(folder.checkpoints)).iterdir()}
     assert names == {"step-00000002", "step-00000004", "step-00000005"}
 

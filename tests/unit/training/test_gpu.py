@@ -13,13 +13,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
-from tests.unit.training.test_loop import BATCH, NAMES, batches, data_parallel, losses, write_run
+from tests.unit.training import test_loop
+from tests.unit.training.test_loop import batches, data_parallel, losses, write_run
 from tests.unit.training.test_objective import LOSSES, PHRASES, VIEWS, batch_for, loss_config
 from tests.unit.training.test_prefetch import numbered
-from vilseg.config import LossConfig, OptimizerConfig, TrainerConfig, ViewsConfig
 from vilseg.data.views import make_views
 from vilseg.device import precision_dtype
-from vilseg.distributed import rank, world_size
+from vilseg.distributed import rank
 from vilseg.model import ViLSeg
 from vilseg.training.loop import Trainer
 from vilseg.training.objective import Objective
@@ -46,24 +46,8 @@ def to_gpu(batch: Any) -> Any:
 
 
 def make_trainer(folder: str, device: torch.device, steps: int, sharding: str = "none") -> Trainer:
-    loss = LossConfig.model_validate(
-        {
-            "vision": {"weight": 0.5, "prototypes": 16, "hidden_dim": 16},
-            "mutual_information": {"weight": 0.5},
-            "nouns": {"top_patches": 3},
-        }
-    )
-    torch.manual_seed(1)
-    objective = Objective(
-        ViLSeg.from_pretrained(f"{folder}/initial"), loss, ViewsConfig(global_size=16, local_size=8), NAMES
-    ).to(device)
-    return Trainer(
-        objective,
-        OptimizerConfig(learning_rate=1e-3, warmup_steps=2, gradient_clip=0.05),
-        TrainerConfig(workers=world_size(), batch_size=BATCH, steps=steps, log_every=1),
-        device,
-        wrap=shard if sharding == "fsdp" else data_parallel,
-    )
+    wrap = shard if sharding == "fsdp" else data_parallel
+    return test_loop.make_trainer(folder, steps, device=device, wrap=wrap, gradient_clip=0.05)
 
 
 def train(folder: str, device: torch.device, sharding: str = "none") -> tuple[list[dict[str, float]], dict[str, Any]]:

@@ -27,6 +27,7 @@ from vilseg.training.loop import NonFiniteLossError, Trainer
 from vilseg.training.objective import Objective
 
 BATCH = 8
+CPU = torch.device("cpu")
 NAMES = ("dog", "cat", "sofa", "sea", "horse")
 NOUNS = NounPhrases(NAMES, {name: i for i, name in enumerate(NAMES)})
 
@@ -55,7 +56,15 @@ def data_parallel(module: nn.Module) -> nn.Module:
     return nn.parallel.DistributedDataParallel(module, find_unused_parameters=True, broadcast_buffers=False)
 
 
-def make_trainer(folder: str, steps: int, **settings: Any) -> Trainer:
+def make_trainer(
+    folder: str,
+    steps: int,
+    *,
+    device: torch.device = CPU,
+    wrap: Callable[[nn.Module], nn.Module] = data_parallel,
+    gradient_clip: float = 1.0,
+    **settings: Any,
+) -> Trainer:
     loss = LossConfig.model_validate(
         {
             "vision": {"weight": 0.5, "prototypes": 16, "hidden_dim": 16},
@@ -66,10 +75,10 @@ def make_trainer(folder: str, steps: int, **settings: Any) -> Trainer:
     torch.manual_seed(1)
     objective = Objective(
         ViLSeg.from_pretrained(f"{folder}/initial"), loss, ViewsConfig(global_size=16, local_size=8), NAMES
-    )
-    optimizer = OptimizerConfig(learning_rate=1e-3, warmup_steps=2)
+    ).to(device)
+    optimizer = OptimizerConfig(learning_rate=1e-3, warmup_steps=2, gradient_clip=gradient_clip)
     trainer = TrainerConfig(workers=world_size(), batch_size=BATCH, steps=steps, log_every=1, **settings)
-    return Trainer(objective, optimizer, trainer, torch.device("cpu"), wrap=data_parallel)
+    return Trainer(objective, optimizer, trainer, device, wrap=wrap)
 
 
 def batches(folder: str, first_step: int, last_step: int) -> Iterator[WorkerBatch]:
