@@ -30,7 +30,7 @@ test: setup
 	$(BIN)/python -m pytest
 
 unit: setup
-	$(BIN)/python -m pytest -m unit
+	$(BIN)/python -m pytest -m "unit and not slow"
 
 slow: setup
 	$(BIN)/python -m pytest -m slow
