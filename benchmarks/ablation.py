@@ -14,7 +14,7 @@ import multiprocessing
 import os
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from statistics import fmean, stdev
@@ -104,6 +104,8 @@ class Job:
     overrides: tuple[str, ...]
     steps: int
     evaluations: int = 1
+    rate: float | None = None
+    """Learning rate of a peer."""
 
     @property
     def file(self) -> str:
@@ -122,13 +124,19 @@ def main(out: Path) -> dict[str, Any]:
     """
     out = out.absolute()
     _draw(out)
-    jobs = [Job(v.name, seed, v.overrides, _STEPS) for v in VARIANTS for seed in _SEEDS]
-    jobs += [Job(name, seed, (), _STEPS) for name in peers.PEERS for seed in _SEEDS]
+    first, *seeds = _SEEDS
+    tuning = [Job(name, first, (), _STEPS, rate=rate) for name in peers.PEERS for rate in peers.RATES]
     long = [
-        Job("default, long", 0, (), _LONG_STEPS, _LONG_EVALUATIONS),
-        Job("captions alone, long", 0, VARIANTS[1].overrides, _LONG_STEPS, _LONG_EVALUATIONS),
+        Job("default, long", first, (), _LONG_STEPS, _LONG_EVALUATIONS),
+        Job("captions alone, long", first, VARIANTS[1].overrides, _LONG_STEPS, _LONG_EVALUATIONS),
     ]
-    found = _run(out, [*long, *jobs])  # the longest first, so that no core waits at the end
+    found = _run(out, [*_variants(first), *tuning, *long])
+    jobs = [
+        max((job for job in tuning if job.name == name), key=lambda job: found[job]["miou"]) for name in peers.PEERS
+    ]
+    jobs += [replace(job, seed=seed) for job in jobs for seed in seeds]
+    jobs += [job for seed in _SEEDS for job in _variants(seed)]
+    found |= _run(out, jobs)
     rows = [_row(name, part, [found[job] for job in jobs if job.name == name]) for name, part in _names()]
     curves = {job.name: found[job]["curve"] for job in long}
     best_peer = max(row["miou"] for row in rows if row["part"] == "peer")
@@ -146,6 +154,10 @@ def main(out: Path) -> dict[str, Any]:
         "samples": samples,
         "seeds": len(_SEEDS),
     }
+
+
+def _variants(seed: int) -> list[Job]:
+    return [Job(variant.name, seed, variant.overrides, _STEPS) for variant in VARIANTS]
 
 
 def _names() -> list[tuple[str, str]]:
@@ -196,9 +208,9 @@ def _train(out: Path, job: Job) -> dict[str, Any]:
     """One training with its evaluations, in this process."""
     dataset = _unseen(f"{out}/unseen")
     started = time.perf_counter()
-    if job.name in peers.PEERS:
+    if job.rate is not None:
         config = _config(out, f"trainer.steps={job.steps}", f"trainer.seed={job.seed}")
-        miou = peers.train(job.name, config, dataset)
+        miou = peers.train(job.name, config, dataset, job.rate)
         return {
             "miou": miou,
             "curve": [[job.steps * config.trainer.batch_size, miou]],
@@ -242,7 +254,8 @@ def _row(name: str, part: str, found: list[dict[str, Any]]) -> dict[str, Any]:
 def _table(rows: list[dict[str, Any]], curves: dict[str, list[list[float]]], samples: int) -> str:
     default = rows[0]["miou"]
     lines = [
-        f"{samples:,} samples, {len(_SEEDS)} seeds, {_UNSEEN} unseen scenes; ± is the standard deviation over the seeds.",
+        f"{samples:,} samples, {len(_SEEDS)} seeds, {_UNSEEN} unseen scenes; ± is the standard deviation over the seeds. "
+        f"The peers learn at the best of the rates {', '.join(f'{rate:g}' for rate in peers.RATES)} (seed {_SEEDS[0]}).",
         "",
         "| part | variant | mIoU | to the default |",
         "|---|---|---|---|",
