@@ -26,11 +26,12 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 demo: setup
 	$(BIN)/vilseg demo --out runs/demo
 
-test: setup
-	$(BIN)/python -m pytest
+# Unit tests share the cores; the others start clusters that want all of them.
+test: setup unit
+	$(BIN)/python -m pytest -m "not unit and not slow"
 
 unit: setup
-	$(BIN)/python -m pytest -m "unit and not slow"
+	$(BIN)/python -m pytest -n 2 -m "unit and not slow"
 
 slow: setup
 	$(BIN)/python -m pytest -m slow

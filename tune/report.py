@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Sequence
 
 import optuna
-from optuna.importance import FanovaImportanceEvaluator, get_param_importances
 
 from tune import charts
 from tune.record import Group, TrialRecord, trial_name
@@ -112,6 +111,8 @@ def importance(space: Space, records: Sequence[TrialRecord]) -> dict[str, float]
     if len(whole) < _FEW or len(keys) < 2 or len({record.score(objective) for record in whole}) < 2:
         return {}
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    from optuna.importance import FanovaImportanceEvaluator, get_param_importances  # seconds, for the report alone
+
     study = optuna.create_study(direction="maximize")
     for record in whole:
         point = {key: record.point[key] for key in shared}

@@ -139,6 +139,7 @@ def check(out: str, archive: list[str], marked: dict[str, bytes]) -> None:
     assert len(json.loads(storage.read_text(f"{out}/annotations.json"))["images"]) == len(archive)
 
 
+@pytest.mark.slow
 def test_driver_killed(start: Start, archive: list[str]) -> None:
     first = start()
     first.wait_for_parts(3)

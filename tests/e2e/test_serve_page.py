@@ -390,6 +390,7 @@ def test_nothing_is_fetched_from_addresses_that_callers_send(url: str) -> None:
     assert asked == []
 
 
+@pytest.mark.slow
 def test_with_keys_the_page_wants_one_and_a_stop_waits_for_what_is_in_work(
     tmp_path: Path, save_tiny_model: Callable[[str, int], str], vilseg: Callable[..., Any], browser: Any
 ) -> None:

@@ -432,6 +432,7 @@ def diagnosis(done: Said) -> dict[str, dict[str, str]]:
     return {finding["what"]: finding for finding in json.loads(done.stdout)["found"]}
 
 
+@pytest.mark.slow
 def test_doctor_here_and_as_a_job(place: Place) -> None:
     done = place.run("doctor", "--store", "s3://vilseg/runs", "--json")  # of the cluster that RAY_ADDRESS names
     found = diagnosis(done)

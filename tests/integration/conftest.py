@@ -1,5 +1,6 @@
 """Fixtures of the integration tests: one object store and one Ray cluster for all of them."""
 
+import multiprocessing
 from collections.abc import Iterator
 
 import pytest
@@ -30,3 +31,12 @@ def ray_cluster(object_store: ObjectStore) -> Iterator[Session]:
             patch.setenv(name, value)
         with ray_session() as session:
             yield session
+
+
+@pytest.fixture
+def start_method() -> str:
+    """Two workers are forked from a server of their own: this process may have Ray's threads, which do not survive a fork."""
+    needed = ["tests.integration.test_sharding", "torch.distributed.fsdp"]
+    needed += [f"transformers.models.{name}.modeling_{name}" for name in ("vit", "bert")]
+    multiprocessing.get_context("forkserver").set_forkserver_preload(needed)
+    return "forkserver"

@@ -163,6 +163,7 @@ def test_some_inputs_only(ray_cluster: Session, model: str, pictures: Path, tmp_
     assert picked != [f"{number:02d}.png" for number in range(12)]
 
 
+@pytest.mark.slow
 def test_too_many_rejected_end_the_job_and_the_rest_can_be_done(
     ray_cluster: Session, model: str, pictures: Path, tmp_path: Path
 ) -> None:

@@ -135,6 +135,7 @@ def test_trials_on_workers_do_as_those_alone_and_make_room_for_the_next(ray_clus
         assert {name: ours[name] for name in losses} == pytest.approx(losses, rel=1e-3, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_population_hands_weights_over(ray_cluster: Session) -> None:
     varied = space(
         {"optimizer.learning_rate": {"loguniform": [0.0001, 0.01]}},

@@ -6,16 +6,16 @@ Every function also takes what is not cut and leaves it as it is, so that one wa
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from vilseg.distributed import rank, world_size
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 def shard(module: nn.Module) -> nn.Module:
@@ -27,6 +27,9 @@ def shard(module: nn.Module) -> nn.Module:
     """
     if world_size() == 1:
         return module
+    from torch.distributed.device_mesh import DeviceMesh  # only sharding needs them, and they take seconds
+    from torch.distributed.fsdp import fully_shard
+
     device = next(module.parameters()).device
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -59,9 +62,14 @@ def _layers(module: nn.Module) -> Iterator[nn.Module]:
         yield from _layers(child)
 
 
+def _is_cut(value: Any) -> TypeGuard[DTensor]:
+    """Whether it is a ``DTensor``, whose class takes seconds to import; only a tensor that is cut has parts of its own."""
+    return isinstance(value, Tensor) and hasattr(value, "placements")
+
+
 def part_of(tensor: Tensor) -> Tensor:
     """What this worker holds of a tensor: a view of its part, or the whole where it is not cut."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if _is_cut(tensor) else tensor
 
 
 def whole(state: Any) -> Any:
@@ -73,7 +81,7 @@ def whole(state: Any) -> Any:
         return {name: whole(value) for name, value in state.items()}
     if isinstance(state, (list, tuple)):
         return type(state)(whole(value) for value in state)
-    if not isinstance(state, DTensor):
+    if not _is_cut(state):
         return state
     tensor = state.full_tensor()
     return tensor.cpu() if rank() == 0 else None
@@ -81,8 +89,10 @@ def whole(state: Any) -> Any:
 
 def cut_like(value: Tensor, pattern: Tensor) -> Tensor:
     """A whole tensor, the same on every worker, cut as ``pattern`` is; as it is where that is not cut."""
-    if not isinstance(pattern, DTensor):
+    if not _is_cut(pattern):
         return value
+    from torch.distributed.tensor import distribute_tensor
+
     here = value.to(pattern.device)
     return distribute_tensor(here, pattern.device_mesh, pattern.placements, src_data_rank=None)
 
@@ -91,12 +101,12 @@ def clip_gradient(parameters: Iterable[Tensor], largest: float) -> None:
     """``torch.nn.utils.clip_grad_norm_`` where some gradients are cut and some are not."""
     parameters = list(parameters)
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if not any(isinstance(gradient, DTensor) for gradient in gradients):
+    if not any(_is_cut(gradient) for gradient in gradients):
         torch.nn.utils.clip_grad_norm_(parameters, largest)
         return
-    square = torch.nn.utils.get_total_norm([part_of(g) for g in gradients if isinstance(g, DTensor)]).square()
+    square = torch.nn.utils.get_total_norm([part_of(g) for g in gradients if _is_cut(g)]).square()
     dist.all_reduce(square)
-    kept = torch.nn.utils.get_total_norm([g for g in gradients if not isinstance(g, DTensor)])
+    kept = torch.nn.utils.get_total_norm([g for g in gradients if not _is_cut(g)])
     norm = (square + kept.to(square.device).square()).sqrt()
     factor = (largest / (norm + 1e-6)).clamp(max=1.0)  # the summand is torch's
     torch._foreach_mul_([part_of(gradient) for gradient in gradients], factor)

@@ -51,7 +51,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Store]]:
         pass
 
     with HTTPServer(("127.0.0.1", 0), Mine) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
         for name, value in KEYS.items():
             monkeypatch.setenv(name, value)

@@ -92,9 +92,11 @@ def by_chunks(objective: Objective, batch: TensorBatch, size: int = SIZE) -> dic
 
 
 def assert_equal(found: dict[str, np.ndarray], expected: dict[str, np.ndarray], tolerance: float = 1e-5) -> None:
+    """To ``tolerance`` of each tensor's largest entry: how float32 sums are rounded is not the same on all processors."""
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        np.testing.assert_allclose(found[name], value, rtol=tolerance, atol=tolerance, err_msg=name)
+        atol = tolerance * max(1, np.abs(value).max())
+        np.testing.assert_allclose(found[name], value, rtol=tolerance, atol=atol, err_msg=name)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -52,26 +52,6 @@ def test_a_run_without_reports_says_so(folder: RunFolder) -> None:
         read_metrics(folder)
 
 
-def test_mlflow_is_told_and_goes_on_with_the_same_run(
-    folder: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    mlflow = pytest.importorskip("mlflow", reason="MLflow is not installed: pip install 'vilseg[tracking]'")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    config = RunConfig.load(None, ["name=shop", "trainer.tracking=mlflow", "trainer.mlflow_experiment=tests"])
-    for start, steps in ((0, (1, 2)), (2, (3,))):
-        file = MetricsFile(folder, config, start)
-        for step in steps:
-            file.add(line(step))
-        file.sync()
-    file.end()
-    client = mlflow.MlflowClient()
-    experiment = client.get_experiment_by_name("tests")
-    (run,) = client.search_runs([experiment.experiment_id])
-    assert run.info.status == "FINISHED"
-    assert run.data.params["trainer.batch_size"] == "256"
-    assert [metric.step for metric in client.get_metric_history(run.info.run_id, "loss")] == [1, 2, 3]
-
-
 def test_an_mlflow_server_that_does_not_answer_is_said(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("mlflow", reason="MLflow is not installed: pip install 'vilseg[tracking]'")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
