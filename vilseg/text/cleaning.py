@@ -92,8 +92,12 @@ def is_junk(text: str) -> bool:
 
 
 def _clean_tag(tag: str) -> str:
-    tag = clean_alt(tag.strip().lstrip("#＃")) if not tag.strip().startswith("@") else ""
-    return _words_of(tag)
+    before = None
+    while tag != before:  # what a number stood before may be a mark, an opening or an address: "0#cat"
+        before = tag
+        tag = tag.strip().lstrip("#＃")
+        tag = "" if tag.startswith("@") else _words_of(clean_alt(tag))
+    return tag
 
 
 def _words_of(tag: str) -> str:

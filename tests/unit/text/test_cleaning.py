@@ -3,7 +3,7 @@
 import doctest
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from vilseg.text import cleaning
@@ -60,6 +60,8 @@ def test_tags(tags: str | list[str], cleaned: str) -> None:
     assert clean_tags(tags) == cleaned
 
 
+@example("0#cat")
+@example("1image of 2image of a cat")
 @given(st.text(max_size=60))
 def test_cleaning_twice_is_cleaning_once(text: str) -> None:
     for clean in (clean_caption, clean_alt, clean_tags):

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PROGRAM = """
 import json, sys, torch
 from vilseg.config import LossConfig, ModelConfig, OptimizerConfig, TrainerConfig, ViewsConfig

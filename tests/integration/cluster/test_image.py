@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.unit.cluster import commands
-from tests.unit.cluster.conftest import KUBERNETES, program
+from tests.integration.cluster import commands
+from tests.integration.cluster.conftest import KUBERNETES, program
 
 pytestmark = pytest.mark.unit
 

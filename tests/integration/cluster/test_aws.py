@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.unit.cluster.conftest import KUBERNETES, Render
-from tests.unit.cluster.rules import secrets
+from tests.integration.cluster.conftest import KUBERNETES, Render
+from tests.integration.cluster.rules import secrets
 
 pytestmark = pytest.mark.unit
 

@@ -14,7 +14,7 @@ import yaml
 
 from jobs import cli
 from jobs.session import Session
-from tests.unit.cluster.rules import Object, amount, cluster_of, groups
+from tests.integration.cluster.rules import Object, amount, cluster_of, groups
 from vilseg.config import RunConfig
 from vilseg.errors import UserError
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from tests.unit.cluster import commands, rules
-from tests.unit.cluster.conftest import KUBERNETES, Render
-from tests.unit.cluster.rules import Object, cluster_of
+from tests.integration.cluster import commands, rules
+from tests.integration.cluster.conftest import KUBERNETES, Render
+from tests.integration.cluster.rules import Object, cluster_of
 
 pytestmark = pytest.mark.unit
 
