@@ -12,12 +12,13 @@ from vilseg.losses.cross_modal import (
     sigmoid_contrast,
     sigmoid_contrast_of_scores,
 )
-from vilseg.losses.mutual_information import information_loss, joint_sums, mutual_information_loss
+from vilseg.losses.mutual_information import cluster_figures, information_loss, joint_sums, mutual_information_loss
 from vilseg.losses.nouns import noun_contrast, noun_contrast_of_scores, noun_scores
 from vilseg.losses.vision import VisionContrast, vision_info_nce
 
 __all__ = [
     "VisionContrast",
+    "cluster_figures",
     "contrast",
     "contrast_of_scores",
     "information_loss",

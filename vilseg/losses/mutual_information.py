@@ -12,6 +12,7 @@ and the loss is -mean_t I_t. The entropy weight a > 1 rewards balanced marginals
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -85,6 +86,21 @@ def information_loss(joints_SKK: Tensor, entropy_weight: float = 1.0) -> Tensor:
     log_marginals_SKK = marginal_SK.log().unsqueeze(2) + marginal_SK.log().unsqueeze(1)
     information_S = (joints_SKK * (joints_SKK.log() - entropy_weight * log_marginals_SKK)).sum((1, 2))
     return -information_S.mean()
+
+
+@torch.no_grad()
+def cluster_figures(joints_SKK: Tensor) -> dict[str, Tensor]:
+    """How evenly the clusters share the patches of the whole batch, from this worker's :func:`joint_sums`.
+
+    Returns:
+        ``entropy``, of the clusters' shares over its largest value log K: 1 where all are alike, 0 where one has everything;
+        ``used``, how many clusters have at least a tenth of an even share. The same on every worker.
+    """
+    sums_K = mean_over_workers(joints_SKK.sum((0, 1)) + joints_SKK.sum((0, 2)))
+    share_K = sums_K / sums_K.sum().clamp(min=_EPS)
+    clusters = len(share_K)
+    entropy = torch.special.entr(share_K).sum() / max(math.log(clusters), _EPS)
+    return {"entropy": entropy, "used": (share_K >= 0.1 / clusters).sum().to(share_K.dtype)}
 
 
 class _JointSums(torch.autograd.Function):

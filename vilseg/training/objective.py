@@ -16,6 +16,7 @@ from vilseg.data.views import align
 from vilseg.distributed import gather_rows, mean_over_workers, world_size
 from vilseg.losses import (
     VisionContrast,
+    cluster_figures,
     contrast,
     contrast_of_scores,
     information_loss,
@@ -100,7 +101,8 @@ class Objective(nn.Module):
             model.clustering_head.requires_grad_(False)
 
     def forward(self, batch: TensorBatch) -> dict[str, Tensor]:
-        """Losses of this worker's share by name, each unweighted, and their weighted sum as ``loss``.
+        """Losses of this worker's share by name, each unweighted, and their weighted sum as ``loss``; and how the clusters share
+        the patches.
 
         The mean of ``loss`` over the workers is that of the whole batch, and so is its gradient.
         """
@@ -265,7 +267,7 @@ class Objective(nn.Module):
     # ---------------------------------------------------------------------------------------------------------- losses
 
     def losses(self, seen: Representations, captions_BD: Tensor, positives_BP: Tensor) -> dict[str, Tensor]:
-        """Losses of this worker's share; see :meth:`forward`.
+        """What :meth:`forward` returns.
 
         Args:
             seen: representations of the share.
@@ -287,7 +289,10 @@ class Objective(nn.Module):
         if config.vision.weight:
             terms["vision"] = config.vision.weight, self._vision(seen, len(captions_BD))
         total = torch.stack([weight * value for weight, value in terms.values()]).sum()
-        return {"loss": total, **{f"loss/{name}": value.detach() for name, (_, value) in terms.items()}}
+        found = {"loss": total, **{f"loss/{name}": value.detach() for name, (_, value) in terms.items()}}
+        if "joints_1SKK" in seen:
+            found |= {f"clusters/{name}": value for name, value in cluster_figures(seen["joints_1SKK"].sum(0)).items()}
+        return found
 
     def _cross_modal(self, seen: Representations, captions_BD: Tensor) -> Tensor:
         share = self.config.cross_modal.patch_share

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vilseg.losses import joint_sums, mutual_information_loss
+from vilseg.losses import cluster_figures, joint_sums, mutual_information_loss
 
 
 def assignments(*shape: int, seed: int = 0) -> Tensor:
@@ -151,3 +151,19 @@ def test_wrong_arguments_are_told() -> None:
         mutual_information_loss(assignments(2, 3, 4, 4), assignments(2, 3, 4, 5))
     with pytest.raises(ValueError, match="radius 3 does not fit a grid of 3 x 5"):
         mutual_information_loss(assignments(2, 3, 3, 5), assignments(2, 3, 3, 5), radius=3)
+
+
+@pytest.mark.parametrize(("used", "entropy"), [(1, 0.0), (2, 0.5), (4, 1.0)])
+def test_figures_of_clusters_that_are_used_evenly(used: int, entropy: float) -> None:
+    maps = one_hot(torch.arange(2 * 4 * 4).view(2, 4, 4) % used, 4)
+    figures = cluster_figures(joint_sums(maps, maps, radius=0))
+    assert figures["used"] == used
+    assert figures["entropy"].item() == pytest.approx(entropy, abs=1e-6)
+
+
+def test_a_cluster_with_hardly_a_patch_is_not_used() -> None:
+    maps = one_hot((torch.arange(400).view(1, 20, 20) == 0).long(), 2)
+    figures = cluster_figures(joint_sums(maps, maps, radius=0))
+    assert figures["used"] == 1
+    shares = (1 / 400, 399 / 400)
+    assert figures["entropy"].item() == pytest.approx(-sum(p * math.log2(p) for p in shares), abs=1e-6)
