@@ -18,6 +18,7 @@ _NAMES = {
     "memory": "what a GPU holds in the paper's setting, with and without sharding: GB, and pairs that fit",
     "checkpoints": "training with checkpoints on S3 against training without: images/s",
     "data_memory": "three epochs of pairs through the reader: memory of the first over that of the last",
+    "input_path": "pairs from S3 by Ray Data against a DataLoader with webdataset: photos/s",
     "losses": "each training loss against a naive version, forward and backward: seconds",
     "real_photos": "train on Flickr8k captions, measure on COCO masks",
     "scaling": "bulk segmentation and training on two single-core nodes against one: images/s",

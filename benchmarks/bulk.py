@@ -27,6 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from benchmarks.shared import shared_data
 from cluster.store import ObjectStore
 from jobs import console
 from vilseg import storage
@@ -34,7 +35,6 @@ from vilseg.archive.rows import SCHEMA
 from vilseg.config import RunConfig
 from vilseg.data import scenes
 from vilseg.data.decode import decode_image
-from vilseg.errors import DataError
 from vilseg.model import ViLSeg
 from vilseg.segmentation.segmenter import Segmenter
 
@@ -94,9 +94,7 @@ def main(out: Path) -> dict[str, Any]:
 
 def photo_files() -> list[Path]:
     """The photos of the shared data."""
-    if not os.environ.get("VILSEG_SHARED_DATA"):
-        raise DataError("VILSEG_SHARED_DATA is not set; it names the folder with flickr8k_full and coco_mini_dev")
-    data = Path(os.environ["VILSEG_SHARED_DATA"])
+    data = shared_data("flickr8k_full/images", "coco_mini_dev/images")
     files = sorted((data / "flickr8k_full" / "images").glob("*.jpg"))
     return files + sorted((data / "coco_mini_dev" / "images").glob("*.jpg"))
 

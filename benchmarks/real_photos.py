@@ -13,17 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.encoders import minilm_folder
+from benchmarks.shared import shared_data
 from cluster.store import ObjectStore
 from jobs import console
 from jobs.session import Session, ray_session
 from vilseg import storage
 from vilseg.config import RunConfig
-from vilseg.errors import DataError
 from vilseg.evaluation.confusion import ConfusionMatrix
 from vilseg.text.vocabulary import Vocabulary
 
 CONFIG = Path(__file__).parent.parent / "configs" / "real_photos.yaml"
-DATA_VARIABLE = "VILSEG_SHARED_DATA"
 TASKS = ("things", "things_background", "panoptic")
 _ROOT = "s3://vilseg/real_photos"
 
@@ -40,7 +39,8 @@ def main(out: Path) -> dict[str, Any]:
     Raises:
         DataError: the photos are not where ``VILSEG_SHARED_DATA`` says.
     """
-    data, out = _data(), out.absolute()
+    data = shared_data("flickr8k_224/shards", "flickr8k_full/images", "coco_mini_dev/things")
+    out = out.absolute()
     started = time.perf_counter()
     seconds: dict[str, float] = {}
     for left in ("store", "coco"):
@@ -70,18 +70,6 @@ def main(out: Path) -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "store": str(out / "store"),
     }
-
-
-def _data() -> Path:
-    folder = os.environ.get(DATA_VARIABLE)
-    if not folder:
-        raise DataError(
-            f"{DATA_VARIABLE} is not set; it names the folder with flickr8k_224, flickr8k_full and coco_mini_dev"
-        )
-    for name in ("flickr8k_224/shards", "flickr8k_full/images", "coco_mini_dev/things"):
-        if not (Path(folder) / name).is_dir():
-            raise DataError(f"there is no {name} in {folder}, which {DATA_VARIABLE} names")
-    return Path(folder)
 
 
 def _link_datasets(coco: Path, target: Path) -> dict[str, str]:

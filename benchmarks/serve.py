@@ -24,8 +24,8 @@ from statistics import median, quantiles
 from typing import Any
 
 from benchmarks.bulk import CLASSES, save_model
+from benchmarks.shared import shared_data
 from jobs import console
-from vilseg.errors import DataError
 
 _PHOTOS = 64
 _CLIENTS = (1, 8, 32)
@@ -75,9 +75,7 @@ def main(out: Path) -> dict[str, Any]:
 
 
 def _photos() -> list[bytes]:
-    if not os.environ.get("VILSEG_SHARED_DATA"):
-        raise DataError("VILSEG_SHARED_DATA is not set; it names the folder with flickr8k_full")
-    files = sorted((Path(os.environ["VILSEG_SHARED_DATA"]) / "flickr8k_full" / "images").glob("*.jpg"))
+    files = sorted((shared_data("flickr8k_full/images") / "flickr8k_full" / "images").glob("*.jpg"))
     return [file.read_bytes() for file in files[:_PHOTOS]]
 
 

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from jobs.session import Session, user_error_in
 from vilseg import storage
-from vilseg.config import ColumnsConfig, RunConfig
+from vilseg.config import RunConfig
+from vilseg.config_data import ColumnsConfig
 from vilseg.data.decode import decode_image, square
 from vilseg.data.pairs import (
     CAPTION_FEATURES,

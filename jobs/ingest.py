@@ -15,7 +15,7 @@ from ray.exceptions import RayTaskError
 
 from jobs.session import Session, user_error_in
 from vilseg import storage
-from vilseg.config import ColumnsConfig
+from vilseg.config_data import ColumnsConfig
 from vilseg.data.image_files import clean_key, unique_key
 from vilseg.data.pairs import INDEX, BadPair, write_index, write_tar
 from vilseg.data.sources import SourcePair, SourcePart, find_pairs, read_part

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 
-from vilseg.config import ColumnsConfig, RunConfig, SegmentationConfig
+from vilseg.config import RunConfig, SegmentationConfig
+from vilseg.config_data import ColumnsConfig
 from vilseg.errors import ConfigError
 
 _OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_]+)+=")

@@ -29,7 +29,8 @@ from jobs.session import Session, user_error_in
 from tune.record import error_uri, trial_name
 from tune.space import Point, Space, override
 from vilseg import storage
-from vilseg.config import ColumnsConfig, RunConfig
+from vilseg.config import RunConfig
+from vilseg.config_data import ColumnsConfig
 from vilseg.data.pairs import BadPair
 from vilseg.data.stream import WorkerBatch
 from vilseg.errors import ConfigError, DataError

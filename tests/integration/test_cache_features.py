@@ -15,7 +15,8 @@ from jobs import cache_features
 from jobs.cache_features import FeatureWriter
 from jobs.session import Session
 from vilseg import storage
-from vilseg.config import ColumnsConfig, RunConfig
+from vilseg.config import RunConfig
+from vilseg.config_data import ColumnsConfig
 from vilseg.data.pairs import Pair, read_shard, write_tar
 from vilseg.data.stream import decode_features
 from vilseg.device import has_bfloat16_units

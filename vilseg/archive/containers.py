@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from vilseg import storage
 from vilseg.archive.suffixes import is_tried, is_video
-from vilseg.config import ColumnsConfig
+from vilseg.config_data import ColumnsConfig
 from vilseg.data.caption_files import split_image
 from vilseg.data.image_files import resolve
 from vilseg.data.pairs import PARQUET, TAR

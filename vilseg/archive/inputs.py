@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from vilseg import storage
 from vilseg.archive.containers import Container, Hashes, Input, safe_name
 from vilseg.archive.suffixes import is_hidden_folder, is_tried, suffix_of
-from vilseg.config import ColumnsConfig
+from vilseg.config_data import ColumnsConfig
 from vilseg.data.image_files import resolve
 from vilseg.data.pairs import PARQUET, TAR
 from vilseg.errors import DataError, StorageError

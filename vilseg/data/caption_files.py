@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vilseg import storage
-from vilseg.config import ColumnsConfig
+from vilseg.config_data import ColumnsConfig
 from vilseg.data.pairs import BadPair
 from vilseg.errors import DataError
 

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vilseg import storage
-from vilseg.config import ColumnsConfig, FiltersConfig
+from vilseg.config_data import ColumnsConfig, FiltersConfig
 from vilseg.data.texts import TextRules
 from vilseg.errors import DataError, StorageError, StoreUnavailable, UserError
 

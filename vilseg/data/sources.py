@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from vilseg import storage
-from vilseg.config import ColumnsConfig
+from vilseg.config_data import ColumnsConfig
 from vilseg.data.caption_files import (
     CSV_SUFFIXES,
     JSON_LINES_SUFFIXES,

@@ -16,7 +16,7 @@ from functools import partial
 import numpy as np
 
 from vilseg import storage
-from vilseg.config import ColumnsConfig, FiltersConfig
+from vilseg.config_data import ColumnsConfig, FiltersConfig
 from vilseg.data.decode import decode_image, image_size, square
 from vilseg.data.order import Chunk, Segment, Window, apportion
 from vilseg.data.pairs import BadPair, Pair, Shard, count_pairs, list_shards, read_index, read_shard

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from vilseg.config import FiltersConfig, TextConfig
+from vilseg.config_data import FiltersConfig, TextConfig
 from vilseg.text.cleaning import clean_alt, clean_caption, clean_tags, is_junk
 
 KINDS = ("caption", "alt", "tags")

@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vilseg.config import ColumnsConfig, ViewsConfig
+from vilseg.config import ViewsConfig
+from vilseg.config_data import ColumnsConfig
 from vilseg.data.decode import decode_image, square
 from vilseg.data.pairs import Pair, list_shards, read_shard
 from vilseg.data.views import align, make_views

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from vilseg import storage
-from vilseg.config import CrossModalConfig, MixPart, RunConfig
+from vilseg.config import CrossModalConfig, RunConfig
+from vilseg.config_data import MixPart
 from vilseg.config_tree import flat
 from vilseg.data.order import PairOrder
 from vilseg.data.pairs import Pair, Shard, list_shards

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from vilseg.archive.containers import Container, Hashes, Input, safe_name
-from vilseg.config import ColumnsConfig
+from vilseg.config_data import ColumnsConfig
 from vilseg.errors import DataError
 
 

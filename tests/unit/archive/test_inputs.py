@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from vilseg.archive.inputs import Container, Input, scan
-from vilseg.config import ColumnsConfig
+from vilseg.config_data import ColumnsConfig
 from vilseg.data.decode import decode_image
 from vilseg.errors import DataError, StorageError, UserError
 

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from vilseg import storage
-from vilseg.config import ColumnsConfig
+from vilseg.config_data import ColumnsConfig
 from vilseg.data.pairs import (
     BadPair,
     Pair,

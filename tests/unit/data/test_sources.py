@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from vilseg.config import ColumnsConfig
+from vilseg.config_data import ColumnsConfig
 from vilseg.data.decode import decode_image
 from vilseg.data.pairs import BadPair, Pair, read_shard, texts_of_metadata, write_tar
 from vilseg.data.sources import SourcePair, find_pairs, read_part

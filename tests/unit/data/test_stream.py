@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from vilseg import patience, storage
-from vilseg.config import ColumnsConfig, FiltersConfig
+from vilseg.config_data import ColumnsConfig, FiltersConfig
 from vilseg.data import stream
 from vilseg.data.order import Chunk, PairOrder
 from vilseg.data.pairs import BadPair, Pair, Shard, read_shard, write_tar

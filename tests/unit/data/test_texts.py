@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vilseg.config import FiltersConfig, RunConfig, TextConfig
+from vilseg.config import RunConfig
+from vilseg.config_data import FiltersConfig, TextConfig
 from vilseg.data.order import PairOrder
 from vilseg.data.pairs import BadPair, Pair, read_shard, write_tar
 from vilseg.data.stream import BatchReader, decode_to_canvas, index_shards
