@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import shutil
 import time
@@ -68,7 +69,7 @@ def main(out: Path) -> dict[str, Any]:
         for shard in shards:
             _client().upload_file(str(shard), _BUCKET, f"{_PREFIX}/{shard.name}")
         # One CPU is room for two tasks that read, see jobs.feed.
-        ray.init(address="local", num_cpus=_PROCESSES // 2, include_dashboard=False, logging_level="ERROR")
+        ray.init(address="local", num_cpus=_PROCESSES // 2, include_dashboard=False, logging_level=logging.ERROR)
         try:
             return _measure([shard.name for shard in shards])
         finally:
