@@ -223,6 +223,7 @@ def _train(out: Path, job: Job) -> dict[str, Any]:
     name = job.file.removesuffix(".json")
     config = _config(out, f"trainer.steps={job.steps}", f"trainer.seed={job.seed}", f"name={name}", *job.overrides)
     config.trainer.checkpoint_every = job.steps // job.evaluations
+    storage.delete(f"{config.trainer.storage}/{name}")  # what was left of it when the benchmark was interrupted
     folder = run.open_folder(config, resume=False)
     prepared = run.prepare(config, folder)
     trainer = run.make_trainer(config, folder, prepared, torch.device("cpu"))
