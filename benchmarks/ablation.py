@@ -2,8 +2,8 @@
 
 Every row trains the demo's model on the same scenes for the same number of samples, each with several seeds; what differs is
 named in `VARIANTS`. The peers are architectures of ``transformers`` trained from scratch on the same pairs (see
-`benchmarks.peers`). A run takes minutes and there are many: each leaves its figures in the output folder, and a benchmark that
-was interrupted goes on with the others.
+`benchmarks.peers`). A run takes minutes and there are many: each leaves its figures in ``ablation.json`` beside this file, and
+a benchmark that was interrupted goes on with the others, on another machine if need be.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ from vilseg.segmentation.segmenter import Segmenter
 from vilseg.training import run
 
 CONFIG = Path(__file__).parent.parent / "configs" / "demo.yaml"
+FIGURES = Path(__file__).parent / "ablation.json"
+"""Of every training, by :attr:`Job.key`; take this file away to measure everything anew."""
 _PAIRS, _SHARD = 24_000, 2_000
 _UNSEEN = 200
 _STEPS = 400
@@ -109,15 +111,15 @@ class Job:
     """Learning rate of a peer."""
 
     @property
-    def file(self) -> str:
-        """Of its figures; another when anything that matters is another."""
+    def key(self) -> str:
+        """Another when anything of its configuration is another."""
         settings = CONFIG.read_text() + json.dumps(asdict(self))
         digest = hashlib.sha256(settings.encode()).hexdigest()[:8]
-        return f"{self.name.replace(' ', '-').replace(',', '')}-{self.seed}-{digest}.json"
+        return f"{self.name.replace(' ', '-').replace(',', '')}-{self.seed}-{digest}"
 
 
 def main(out: Path) -> dict[str, Any]:
-    """Train every variant with every seed, a process a core; ``out`` keeps what was measured.
+    """Train every variant with every seed, a process a core; ``out`` keeps the scenes.
 
     Returns:
         ``ratio`` (the default's mIoU over that of the better peer), ``rows`` with the mean and spread of each variant, and
@@ -191,7 +193,8 @@ def _config(out: Path, *overrides: str) -> RunConfig:
 
 def _run(out: Path, jobs: list[Job]) -> dict[Job, dict[str, Any]]:
     """Figures of every job, from where an earlier run left them or anew."""
-    found = {job: json.loads((out / job.file).read_text()) for job in jobs if (out / job.file).exists()}
+    known: dict[str, Any] = json.loads(FIGURES.read_text()) if FIGURES.exists() else {}
+    found = {job: known[job.key] for job in jobs if job.key in known}
     left = [job for job in jobs if job not in found]
     started = time.monotonic()
     context = multiprocessing.get_context("spawn")
@@ -199,8 +202,8 @@ def _run(out: Path, jobs: list[Job]) -> dict[Job, dict[str, Any]]:
         running = {pool.submit(_train, out, job): job for job in left}
         for number, future in enumerate(as_completed(running), 1):
             job = running[future]
-            found[job] = future.result()
-            storage.write_text(str(out / job.file), json.dumps(found[job]))
+            known[job.key] = found[job] = future.result()
+            storage.write_text(str(FIGURES), json.dumps(known, indent=1, sort_keys=True) + "\n")
             minutes = (time.monotonic() - started) / 60
             console.say(
                 f"{number}/{len(left)} {job.name}, seed {job.seed}: mIoU {found[job]['miou']:.4f} ({minutes:.0f} min)"
@@ -220,7 +223,7 @@ def _train(out: Path, job: Job) -> dict[str, Any]:
             "curve": [[job.steps * config.trainer.batch_size, miou]],
             "seconds": time.perf_counter() - started,
         }
-    name = job.file.removesuffix(".json")
+    name = job.key
     config = _config(out, f"trainer.steps={job.steps}", f"trainer.seed={job.seed}", f"name={name}", *job.overrides)
     config.trainer.checkpoint_every = job.steps // job.evaluations
     storage.delete(f"{config.trainer.storage}/{name}")  # what was left of it when the benchmark was interrupted
