@@ -171,7 +171,9 @@ class ViLSeg(nn.Module):
 
     @property
     def scale(self) -> Tensor:
-        """Inverse temperature of the contrast, capped."""
+        """Inverse temperature of the contrast, at most 100; SigLIP's, which comes with a bias, has no cap and is often above."""
+        if self.logit_bias is not None:
+            return self.logit_scale.exp()
         return self.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
 
     def image_features(self, images: Tensor) -> ImageFeatures:

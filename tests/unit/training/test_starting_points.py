@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -91,6 +92,15 @@ def from_init(folder: Path, **parts: Any) -> ViLSeg:
 
 
 # ---------------------------------------------------------------------------------- CLIP, SigLIP and SigLIP 2
+
+
+@pytest.mark.parametrize(("kind", "kept"), [("clip", 100.0), ("siglip", 117.0), ("siglip2", 117.0)])
+def test_the_scale_of_a_trained_siglip_is_not_cut(tmp_path: Path, kind: str, kept: float) -> None:
+    original = checkpoints.contrastive(kind, tmp_path)
+    with torch.no_grad():
+        original.logit_scale.fill_(math.log(117.0))  # as Google's are
+    original.save_pretrained(tmp_path)
+    assert from_init(tmp_path).scale.item() == pytest.approx(kept, rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", CONTRASTIVE)
