@@ -24,6 +24,11 @@ from vilseg import storage
 from vilseg.config import RunConfig
 from vilseg.errors import ConfigError, UserError
 
+_CLASSES = (
+    'text file with a name a line, YAML, "a,b|synonym,c", or a built-in voc, context, coco-stuff, ade20k '
+    "(a file of that name goes before)"
+)
+
 app = typer.Typer(
     help="Open-vocabulary segmentation trained from image-caption pairs.", no_args_is_help=True, add_completion=False
 )
@@ -199,7 +204,9 @@ def evaluate(
     model: Annotated[str, typer.Option(help="URI of a model folder.")],
     dataset: Annotated[str, typer.Option(help="KIND:URI, for example folder:data/val.")],
     overrides: Overrides = None,
-    classes: Annotated[str | None, typer.Option(help="Other names for the dataset's classes, in its order.")] = None,
+    classes: Annotated[
+        str | None, typer.Option(help=f"Other names for the dataset's classes, in its order: {_CLASSES}.")
+    ] = None,
     out: Annotated[str | None, typer.Option(help="Folder for report.html and evaluation.json.")] = None,
     overwrite: Overwrite = False,
     json: Json = False,
@@ -224,7 +231,8 @@ def evaluate(
             command=shlex.join(["vilseg", *sys.argv[1:]]),
         )
     per_class = "\n".join(f"  {name:24} {value:.3f}" for name, value in done.per_class.items())
-    text = f"mIoU {done.miou:.4f}  pixel accuracy {done.pixel_accuracy:.4f}  images {done.images}\n{per_class}"
+    figures = f"mIoU {done.miou:.4f}  vocabulary {done.vocabulary}  pixel accuracy {done.pixel_accuracy:.4f}"
+    text = f"{figures}  images {done.images}\n{per_class}"
     console.result(done.to_dict(), as_json=json, text=text)
 
 
@@ -238,7 +246,7 @@ def segment(
         ),
     ],
     model: Annotated[str, typer.Option(help="URI of a model folder.")],
-    classes: Annotated[str, typer.Option(help='Text file with a name a line, or "a,b,c".')],
+    classes: Annotated[str, typer.Option(help=f"What to look for: {_CLASSES}.")],
     out: Annotated[str, typer.Option(help="Folder or s3:// URI for the results.")],
     format: Annotated[
         str, typer.Option(help="What to write, with commas: png, coco, parquet, overlay, gallery, geotiff.")

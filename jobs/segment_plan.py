@@ -75,6 +75,7 @@ class Job:
             "inputs": self.inputs,
             "model": self.model,
             "classes": list(self.classes.entries),
+            "vocabulary": self.classes.digest,
             "segmentation": self.segmentation.model_dump(mode="json"),
             "formats": self.formats,
             "rules": vars(self.rules),
@@ -327,7 +328,13 @@ def _require_same(job: Job, before: dict[str, Any]) -> None:
     """Refuse to go on with another job's output."""
     said = {"model": "another model", "segmentation": "other segmentation settings", "rules": "other limits"}
     said |= {"limit": "another --limit", "sample": "another --sample", "deduplicate": "another --deduplicate"}
-    other = [said.get(key, f"other {key}") for key, value in job.to_dict().items() if before[key] != value]
+    said |= {"vocabulary": "other prompts, background or negative words"}
+    now = job.to_dict()
+    if (
+        before["classes"] != now["classes"] or "vocabulary" not in before
+    ):  # said already, or written by an older version
+        del now["vocabulary"]
+    other = [said.get(key, f"other {key}") for key, value in now.items() if before[key] != value]
     if other:
         raise ConfigError(
             f"cannot resume into {job.out}: it was made with {' and '.join(other)}; "

@@ -169,7 +169,7 @@ def _file(name: str, value: str | None) -> Path | None:
     path = Path(storage.absolute(value))
     if path.is_file():
         return path
-    if name == "classes" and not value.endswith(".txt") and "/" not in value:
+    if name == "classes" and not value.endswith((".txt", ".yaml", ".yml")) and "/" not in value:
         return None
     raise StorageError(f"--{name} {value} does not exist; give a file of this machine or an s3:// URI")
 

@@ -24,7 +24,7 @@ _NOTHING = 255
 def encode(result: Segmentation, question: Question) -> tuple[bytes, str]:
     """The document that was asked for and its media type.
 
-    ``view`` holds the pixels of all scores, whatever the threshold: the page applies it itself.
+    ``view`` holds the pixels of all scores, whatever the threshold of the question: the page applies it itself.
     """
     if question.format == "view":
         return json.dumps(view(result)).encode(), "application/json"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
-from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -23,24 +22,19 @@ from vilseg.segmentation.result import Segmentation
 from vilseg.segmentation.segmenter import Look, Segmenter
 from vilseg.text.vocabulary import Vocabulary
 
-_CLASS_LISTS = 64
-"""Class lists whose text embeddings a model keeps."""
-
 
 class LoadedModel:
-    """A model and the class lists that were asked of it lately."""
+    """A model, to be asked for any classes."""
 
     def __init__(self, uri: str) -> None:
         self._model = ViLSeg.from_pretrained(uri)
-        self._segmenters: OrderedDict[Vocabulary, Segmenter] = OrderedDict()
+        self._segmenter: Segmenter | None = None
 
     def segmenter(self, vocabulary: Vocabulary) -> Segmenter:
-        """The segmenter of a class list; its texts are embedded once, until 64 other lists were asked for since."""
-        segmenter = self._segmenters.pop(vocabulary, None) or Segmenter(self._model, vocabulary)
-        self._segmenters[vocabulary] = segmenter
-        if len(self._segmenters) > _CLASS_LISTS:
-            self._segmenters.popitem(last=False)
-        return segmenter
+        """The segmenter of a class list; the texts of those asked for lately are kept with the model."""
+        if self._segmenter is None:
+            self._segmenter = Segmenter(self._model, vocabulary)
+        return self._segmenter.with_classes(vocabulary)
 
 
 class Engine:

@@ -13,6 +13,7 @@ from pydantic import Field, field_validator, model_validator
 from vilseg.config_data import DataConfig
 from vilseg.config_tree import NonNegative, Part, Positive, PositiveInt, Range, Share, Tree
 from vilseg.errors import ConfigError
+from vilseg.text.templates import templates
 
 
 class ViewsConfig(Part):
@@ -319,7 +320,11 @@ class SegmentationConfig(Part):
     temperature: Positive = 0.05
     """Soft-max over classes that turns cosines into scores."""
     prompts: Annotated[list[str], Field(min_length=1)] = ["a photo of a {}."]
-    """``{}`` is the class name; the embeddings of all prompts are averaged (CLIP, section 3.1.4)."""
+    """``{}`` is the class name; the embeddings of all prompts are averaged (CLIP, section 3.1.4). ``clip`` stands for CLIP's 80
+    templates, ``short`` for the 7 that its authors selected from them. A vocabulary that has prompts takes its own."""
+    synonyms: Literal["max", "mean", "logsumexp"] = "max"
+    """The score of a class with several names: that of the one that fits best, their mean, or in between
+    temperature log mean_s exp(s / temperature), which leans to the best the more it stands out."""
     center_text: bool = False
     """Subtract the mean caption embedding that training recorded from the texts' embeddings before comparing."""
     background_words: list[str] = []
@@ -327,14 +332,22 @@ class SegmentationConfig(Part):
     word background itself is compared. Words that are class names are left out. Used only if there is such a class."""
     background_bias: float = 0.0
     """Added to the cosine of the class ``background``."""
+    gate: PositiveInt | None = None
+    """Only so many classes are kept in a picture, ``background`` not counted: those with the highest scores at their best place.
+    Hundreds of classes then do not sprinkle a picture that shows five. Frames of films are pictures by themselves; GeoTIFFs,
+    which are never seen as a whole, are not gated."""
+    threshold: Share = 0.0
+    """Pixels of lower scores are no class, or ``background`` where there is such a class: the answer "unknown"."""
+
+    @field_validator("prompts", mode="before")
+    @classmethod
+    def _named_set(cls, prompts: Any) -> Any:
+        return list(templates(prompts)) if isinstance(prompts, str) else prompts
 
     @field_validator("prompts")
     @classmethod
     def _prompts_hold_the_name(cls, prompts: list[str]) -> list[str]:
-        for prompt in prompts:
-            if prompt.count("{}") != 1 or prompt.count("{") != 1 or prompt.count("}") != 1:
-                raise ValueError(f"the prompt '{prompt}' must hold {{}} once, in the place of the class name")
-        return prompts
+        return list(templates(prompts))
 
 
 class RunConfig(Tree):

@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,7 @@ def test_resume_does_the_missing_pictures_only(
     ("change", "words"),
     [
         ({"classes": Vocabulary.of(["cat"])}, "other classes;"),
+        ({"classes": replace(NAMES, negatives=("sea",))}, "other prompts, background or negative words;"),
         ({"inputs": [f"{ROOT}/archive/deep"]}, "other inputs;"),
         ({"formats": ["png"]}, "other formats;"),
         ({"settings": SegmentationConfig(input_size=32, region_weight=0)}, "other segmentation settings;"),

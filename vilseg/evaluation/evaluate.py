@@ -12,6 +12,7 @@ from vilseg.errors import DataError
 from vilseg.evaluation.confusion import ConfusionMatrix
 from vilseg.evaluation.datasets import MaskedDataset, MaskedImage
 from vilseg.segmentation.result import Segmentation
+from vilseg.text.vocabulary import Vocabulary
 
 
 class BatchSegmenter(Protocol):
@@ -40,6 +41,8 @@ class Evaluation:
     confusion: ConfusionMatrix
     images: int
     """Number of images measured."""
+    vocabulary: str = ""
+    """`Vocabulary.digest` of what the segmenter chose from: figures of other vocabularies are not to be compared with these."""
     examples: tuple[Example, ...] = ()
     """The first images of the dataset, as many as were asked for."""
 
@@ -67,6 +70,7 @@ class Evaluation:
             "miou": _none_if_nan(self.miou),
             "pixel_accuracy": _none_if_nan(self.pixel_accuracy),
             "images": self.images,
+            "vocabulary": self.vocabulary,
             "per_class": {name: _none_if_nan(iou) for name, iou in self.per_class.items()},
             "confusion": self.confusion.counts.tolist(),
         }
@@ -109,7 +113,9 @@ def evaluate(
         done += len(batch)
         if progress is not None:
             progress(done, len(dataset))
-    return Evaluation(confusion=confusion, images=done, examples=tuple(examples))
+    # What is no `Segmenter` of ours may have nothing but names.
+    vocabulary = getattr(segmenter, "vocabulary", None) or Vocabulary(tuple(segmenter.classes))
+    return Evaluation(confusion=confusion, images=done, vocabulary=vocabulary.digest, examples=tuple(examples))
 
 
 def _check_classes(ours: Sequence[str], theirs: Sequence[str]) -> None:

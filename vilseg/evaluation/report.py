@@ -63,7 +63,7 @@ def render_report(report: RunReport) -> str:
             summary,
             page.numbers(headline),
             _stages(report.seconds),
-            page.card(page.facts(report.facts)) if report.facts else "",
+            _facts({**report.facts, **_vocabulary(trained)}),
             _examples(trained.examples),
             _per_class(trained, untrained),
             _curves(report),
@@ -83,12 +83,21 @@ def render_evaluation(evaluation: Evaluation, title: str, commands: Sequence[str
     ]
     parts = [
         page.numbers(headline),
+        _facts(_vocabulary(evaluation)),
         _examples(evaluation.examples),
         _per_class(evaluation, None),
         _confusions(evaluation),
         _commands(commands),
     ]
     return page.page(title, parts)
+
+
+def _vocabulary(evaluation: Evaluation) -> dict[str, str]:
+    return {"vocabulary": evaluation.vocabulary} if evaluation.vocabulary else {}
+
+
+def _facts(facts: Mapping[str, str]) -> str:
+    return page.card(page.facts(facts)) if facts else ""
 
 
 def _per_cent(value: float) -> tuple[str, str]:

@@ -23,7 +23,7 @@ from torch import Tensor
 from vilseg import storage
 from vilseg.errors import ConfigError, DataError, StorageError, UserError
 from vilseg.segmentation.drawing import class_colours, rgb
-from vilseg.segmentation.result import label_dtype, no_class
+from vilseg.segmentation.result import label_dtype, no_class, to_labels
 from vilseg.segmentation.segmenter import Segmenter
 from vilseg.segmentation.tiles import Axis, BlendedScores
 
@@ -142,7 +142,7 @@ def segment_geotiff(
                 lambda *window: segmenter.class_scores(raster.image(*window)) / segmenter.config.temperature,
             )
             with _failure_told(target):
-                done = _write_mask(raster, segmenter.classes, scores_at, mask, progress)
+                done = _write_mask(raster, segmenter.classes, segmenter.config.threshold, scores_at, mask, progress)
                 _require_whole(mask, done, target)
         with mask.open("rb") as content, storage.open_atomic(target) as stream:
             shutil.copyfileobj(content, stream, 1 << 20)
@@ -285,11 +285,12 @@ def _colour_bands(interpretations: list[str]) -> list[int]:
 def _write_mask(
     raster: _Raster,
     classes: tuple[str, ...],
+    threshold: float,
     scores_at: Callable[[int, int, int, int], Tensor],
     mask: Path,
     progress: Callable[[int, int], None],
 ) -> GeoMask:
-    """Label block after block; ``scores_at`` gives the class scores (C, H, W) of the pixels of a window."""
+    """Label block after block; ``scores_at`` gives the class scores (C or C + 1, H, W) of the pixels of a window."""
     height, width = raster.dataset.shape
     count, done = len(classes), 0
     areas, score_sums = np.zeros(count, np.int64), np.zeros(count)
@@ -306,9 +307,11 @@ def _write_mask(
                 if not valid.any():
                     continue
                 winners, scores = (array[valid] for array in _winners(scores_at(*part)))
-                labels[part[0] - top : part[1] - top, part[2] - left : part[3] - left][valid] = winners
-                areas += np.bincount(winners, minlength=count)
-                score_sums += np.bincount(winners, weights=scores, minlength=count)
+                found = to_labels(winners, scores, classes, threshold)
+                labels[part[0] - top : part[1] - top, part[2] - left : part[3] - left][valid] = found
+                found = np.minimum(found, count)  # no class falls into one bin after the last class, which is cut off
+                areas += np.bincount(found, minlength=count + 1)[:count]
+                score_sums += np.bincount(found, weights=scores, minlength=count + 1)[:count]
             output.write(labels, 1, window=((top, bottom), (left, right)))
             done += labels.size
             progress(done, height * width)

@@ -15,7 +15,14 @@ has over the patches of the training pictures, and mean_c' runs over all texts. 
 
     s'_background = max_b s'_nb + bias   over the background words b, or over the word background where there are none.
 
-A class with synonyms has the score of the one that fits best.
+A class with several names s has one of these scores, by ``synonyms`` of the settings (t is their ``temperature``):
+
+    max         max_s s'_ns
+    mean        mean_s s'_ns
+    logsumexp   t log mean_s exp(s'_ns / t), between the two: a class gains nothing by having many names
+
+What a negative word names best is ``background`` (without the bias), or no class where there is no such class. The gate
+leaves a picture the k classes that have the highest score at their best place.
 """
 
 from __future__ import annotations
@@ -35,13 +42,15 @@ _EPS = 1e-6
 
 @dataclass(frozen=True, eq=False)
 class ClassTexts:
-    """What patches are compared with: class names, after them their synonyms, and after these the background words."""
+    """What patches are compared with: class names, their synonyms, negative words, and background words, in this order."""
 
     embeddings_TD: Tensor
     """(T, D) unit length; rows 0..C-1 are the classes."""
     classes: int
     synonym_of_S: Tensor
     """(S,) index of the class that each synonym, rows C..C+S-1, stands for."""
+    negatives: int
+    """How many negative words there are."""
     background: int | None
     """Index of the class ``background``, which takes the scores of the background words; None where there is none."""
     offset_T: Tensor
@@ -69,23 +78,26 @@ def calibrate(
     classes: int,
     background: int | None,
     synonym_of_S: Tensor | None = None,
+    negatives: int = 0,
 ) -> ClassTexts:
     """Texts with the calibration that the statistics of patch embeddings give them; see the module for the formula.
 
     Args:
-        embeddings_TD: classes, synonyms, background words, unit length. Shape: (T, D).
+        embeddings_TD: classes, synonyms, negative words, background words, unit length. Shape: (T, D).
         mean_D: mean of unit-length patch embeddings. Shape: (D,).
         covariance_DD: their covariance. Shape: (D, D).
         strength: q in 0..1.
         classes: how many of the texts are classes.
         background: index of the class ``background``, or None.
         synonym_of_S: classes that the synonyms stand for, where there are any. Shape: (S,).
+        negatives: how many of the texts are negative words.
     """
     deviation_T = ((embeddings_TD @ covariance_DD) * embeddings_TD).sum(1).clamp(min=0).sqrt().clamp(min=_EPS)
     gain_T = (deviation_T.mean() / deviation_T) ** strength
     if synonym_of_S is None:
         synonym_of_S = torch.empty(0, dtype=torch.long, device=embeddings_TD.device)
-    return ClassTexts(embeddings_TD, classes, synonym_of_S, background, strength * (embeddings_TD @ mean_D), gain_T)
+    offset_T = strength * (embeddings_TD @ mean_D)
+    return ClassTexts(embeddings_TD, classes, synonym_of_S, negatives, background, offset_T, gain_T)
 
 
 def class_similarities(
@@ -100,12 +112,13 @@ def class_similarities(
     Args:
         embeddings: of B images, unit length.
         assignments_BNK: soft assignments, summing to 1 over K. Shape: (B, N, K).
-        texts: classes and background words.
-        config: region_weight, image_mix and background_bias.
+        texts: classes and the words beside them.
+        config: region_weight, image_mix, synonyms and background_bias.
         background_bias: takes the place of the one in ``config``.
 
     Returns:
-        Cosine similarities, calibrated if ``texts`` are. Shape: (B, C, h, w).
+        Cosine similarities, calibrated if ``texts`` are. Shape: (B, C, h, w); (B, C + 1, h, w) where there are negative words
+        and no class ``background``: the last row is that of no class.
     """
     patches_BND = embeddings.patches
     whole_B1D = F.normalize(patches_BND.mean(1, keepdim=True), dim=-1)
@@ -120,21 +133,57 @@ def class_similarities(
         own_BNT = _mix(patches_BND, whole_B1D, config.image_mix) @ texts_DT
         similarity_BNT = similarity_BNT + (1 - config.region_weight) * own_BNT
     similarity_BNT = (similarity_BNT - texts.offset_T) * texts.gain_T
-    named = texts.classes + len(texts.synonym_of_S)
-    similarity_BNC = similarity_BNT[:, :, : texts.classes]
-    if len(texts.synonym_of_S):
-        owner_BNS = texts.synonym_of_S.expand(*similarity_BNC.shape[:2], -1)
-        similarity_BNC = similarity_BNC.scatter_reduce(
-            2, owner_BNS, similarity_BNT[:, :, texts.classes : named], "amax"
-        )
+    parts = (texts.classes + len(texts.synonym_of_S), texts.negatives)
+    names_BNn, negatives_BNg, words_BNb = similarity_BNT.tensor_split((parts[0], sum(parts)), dim=2)
+    similarity_BNC = _join_synonyms(names_BNn, texts, config)
     if texts.background is not None:
-        words_BNb = similarity_BNT[:, :, named:]
         best_BN = words_BNb.amax(2) if words_BNb.shape[2] else similarity_BNC[:, :, texts.background]
+        best_BN = best_BN + (config.background_bias if background_bias is None else background_bias)
+        if texts.negatives:
+            best_BN = best_BN.maximum(negatives_BNg.amax(2))
         similarity_BNC = similarity_BNC.clone()
-        similarity_BNC[:, :, texts.background] = best_BN + (
-            config.background_bias if background_bias is None else background_bias
-        )
+        similarity_BNC[:, :, texts.background] = best_BN
+    elif texts.negatives:
+        similarity_BNC = torch.cat([similarity_BNC, negatives_BNg.amax(2, keepdim=True)], dim=2)
     return similarity_BNC.transpose(1, 2).unflatten(2, embeddings.grid)
+
+
+def gate(scores_Chw: Tensor, most: int | None, background: int | None, classes: int) -> Tensor:
+    """Indices, ascending, of the rows that a picture keeps: the ``most`` classes of the highest scores anywhere in it.
+
+    Args:
+        scores_Chw: as from `class_similarities`, of one picture. Shape: (C, h, w) or (C + 1, h, w).
+        most: how many; all where None.
+        background: index of the class ``background``, which is kept and not counted, like the row of no class.
+        classes: C.
+    """
+    rows_R = torch.arange(len(scores_Chw), device=scores_Chw.device)
+    counted_R = rows_R < classes
+    if background is not None:
+        counted_R[background] = False
+    if most is None or int(counted_R.sum()) <= most:
+        return rows_R
+    best_R = scores_Chw.flatten(1).amax(1).masked_fill(~counted_R, -torch.inf)
+    return torch.cat([best_R.topk(most).indices, rows_R[~counted_R]]).sort().values
+
+
+def _join_synonyms(names_BNn: Tensor, texts: ClassTexts, config: SegmentationConfig) -> Tensor:
+    """Shape: classes and synonyms (B, N, C + S) -> (B, N, C)."""
+    classes_BNC, synonyms_BNS = names_BNn.tensor_split((texts.classes,), dim=2)
+    if not synonyms_BNS.shape[2]:
+        return classes_BNC
+    owner_BNS = texts.synonym_of_S.expand_as(synonyms_BNS)
+    if config.synonyms == "mean":
+        return classes_BNC.scatter_reduce(2, owner_BNS, synonyms_BNS, "mean")
+    best_BNC = classes_BNC.scatter_reduce(2, owner_BNS, synonyms_BNS, "amax")
+    if config.synonyms == "max":
+        return best_BNC
+    # Relative to the best one no exponential overflows.
+    sums_BNC = ((classes_BNC - best_BNC) / config.temperature).exp()
+    others_BNS = ((synonyms_BNS - best_BNC.gather(2, owner_BNS)) / config.temperature).exp()
+    sums_BNC = sums_BNC.scatter_add(2, owner_BNS, others_BNS)
+    names_C = 1 + texts.synonym_of_S.bincount(minlength=texts.classes)
+    return best_BNC + config.temperature * (sums_BNC / names_C).log()
 
 
 def _mix(embeddings_BRD: Tensor, whole_B1D: Tensor, share: float) -> Tensor:

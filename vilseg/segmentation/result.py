@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -26,6 +26,24 @@ def label_dtype(class_count: int) -> np.dtype[Any]:
 def no_class(dtype: np.dtype[Any] | type[np.generic]) -> int:
     """The label that means "no class" in a label map of this type: 255 (uint8) or 65535 (uint16)."""
     return int(np.iinfo(dtype).max)
+
+
+def to_labels(winners: np.ndarray, scores: np.ndarray, classes: Sequence[str], threshold: float = 0.0) -> np.ndarray:
+    """The labels of pixels from what is best there.
+
+    Args:
+        winners: indices into ``classes``; whatever comes after the last one is no class. Any shape.
+        scores: how sure each of them is, in 0..1. The same shape.
+        classes: names, in index order.
+        threshold: pixels of lower scores are given to the class ``background``, or to none where there is no such class.
+    """
+    dtype = label_dtype(len(classes))
+    nothing = no_class(dtype)
+    labels = np.where(winners < len(classes), winners, nothing).astype(dtype, copy=False)
+    if threshold > 0:
+        rest = classes.index(drawing.BACKGROUND) if drawing.BACKGROUND in classes else nothing
+        labels[scores < threshold] = rest
+    return labels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +95,7 @@ class Segmentation:
     @cached_property
     def regions(self) -> list[Region]:
         """One region for each class that is present, in the order of `classes`."""
-        areas, score_sums = self._areas_and_score_sums()
+        areas, score_sums = self.areas_and_score_sums()
         regions = []
         for index in np.flatnonzero(areas):
             rle = coco_mask.encode(np.asfortranarray(self.labels == index))
@@ -101,11 +119,9 @@ class Segmentation:
         """
         if threshold <= 0:
             return self
-        rest = self.classes.index(drawing.BACKGROUND) if drawing.BACKGROUND in self.classes else None
-        label = no_class(self.labels.dtype) if rest is None else rest
-        return replace(self, labels=np.where(self.scores < threshold, self.labels.dtype.type(label), self.labels))
+        return replace(self, labels=to_labels(self.labels, self.scores, self.classes, threshold))
 
-    def _areas_and_score_sums(self) -> tuple[np.ndarray, np.ndarray]:
+    def areas_and_score_sums(self) -> tuple[np.ndarray, np.ndarray]:
         """Pixels and sum of scores of every class, (C,) int64 and (C,) float64."""
         count = len(self.classes)
         areas, score_sums = np.zeros(count, dtype=np.int64), np.zeros(count)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from copy import copy
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,16 +19,14 @@ from vilseg.data.decode import decode_image, to_rgb
 from vilseg.device import best_device, has_bfloat16_units
 from vilseg.errors import DataError
 from vilseg.model import ImageEmbeddings, ViLSeg
+from vilseg.segmentation.class_texts import class_texts
 from vilseg.segmentation.refinement import refine, winners
-from vilseg.segmentation.regions import ClassTexts, calibrate, class_similarities
-from vilseg.segmentation.result import Segmentation, label_dtype
+from vilseg.segmentation.regions import class_similarities, gate
+from vilseg.segmentation.result import Segmentation, label_dtype, to_labels
 from vilseg.text.vocabulary import Vocabulary
 
 _STRIP_VALUES = 1 << 24
 """Class scores held at full resolution at once; bounds the memory for large pictures and many classes (64 MB)."""
-
-_COCO_MARKS = ("-merged", "-other", "-stuff")
-"""What COCO's panoptic class names say of how the classes were made, not of what they show."""
 
 ImageLike = Image.Image | np.ndarray | str | Path
 
@@ -49,9 +48,11 @@ class _Contenders(NamedTuple):
 
     logits_Whw: Tensor
     classes_W: Tensor
-    """Indices of the classes that can win."""
+    """Indices of the classes that can win; the one after the last class is that of no class."""
     others_1hw: Tensor | None
-    """Logarithm of the summed exponentials of all other classes' logits, on the patch grid; None where there are none."""
+    """Logarithm of the summed exponentials of the other logits, on the patch grid; None where there are none."""
+    others: int
+    """How many others there are."""
 
 
 class Segmenter:
@@ -80,7 +81,7 @@ class Segmenter:
         self.device = torch.device(device) if device else best_device()
         self.model = model.to(self.device).eval()
         self.config = model.segmentation
-        self._texts = self._class_texts()
+        self._texts = class_texts(model, self.vocabulary, self.config)
 
     def forget_texts(self) -> None:
         """Let go of the text encoder: the classes are embedded, and they cannot change any more."""
@@ -97,6 +98,17 @@ class Segmenter:
     def classes(self) -> tuple[str, ...]:
         """Class names in index order."""
         return self.vocabulary.classes
+
+    def with_classes(self, classes: Vocabulary | Iterable[str]) -> Segmenter:
+        """A segmenter of the same model for other classes; costs nothing for those that the model was asked for lately.
+
+        Raises:
+            DataError: as of the class.
+        """
+        other = copy(self)
+        other.vocabulary = Vocabulary.of(classes)
+        other._texts = class_texts(self.model, other.vocabulary, self.config)
+        return other
 
     def __call__(self, image: ImageLike) -> Segmentation:
         """Segment one picture: a PIL image, an (H, W, 3) uint8 RGB array, a path or a URI.
@@ -164,7 +176,8 @@ class Segmenter:
         refined, as it is best at no patch, has the score of its patch or that of the best class, whichever is lower.
 
         Returns:
-            Shape: (C, h, w), float32, on the segmenter's device.
+            Shape: (C, h, w), float32, on the segmenter's device; (C + 1, h, w) where the vocabulary has negative words and no
+            class ``background``: the last row is that of no class. No class is gated yet.
 
         Raises:
             DataError, StorageError: as `__call__`.
@@ -184,14 +197,14 @@ class Segmenter:
 
         Args:
             image: (H, W, 3) uint8 RGB.
-            scores_Chw: as from `class_scores`, on a grid of any size. Shape: (C, h, w).
+            scores_Chw: as from `class_scores`, on a grid of any size. Shape: (C, h, w), or (C + 1, h, w).
         """
-        logits_Chw = scores_Chw / self.config.temperature
-        others = torch.ones(len(logits_Chw), dtype=torch.bool, device=self.device)
+        scores_Rhw, rows_R = self._gated(scores_Chw)
         # As in `__call__`: where scores are refined, those count at full size that are best at some place of the grid.
-        others[winners(logits_Chw) if self.config.refinement.iterations else slice(None)] = False
-        rest_1hw = logits_Chw[others].logsumexp(0, keepdim=True) if others.any() else None
-        return self._paint(image, _Contenders(logits_Chw[~others], (~others).nonzero()[:, 0], rest_1hw), None)
+        refined = bool(self.config.refinement.iterations)
+        best_W = winners(scores_Rhw) if refined else torch.arange(len(rows_R), device=self.device)
+        contenders = self._contest(scores_Rhw, rows_R, best_W, scores_Rhw[best_W] if refined else scores_Rhw)
+        return self._paint(image, contenders, None)
 
     def _encode(self, pixels_B3HW: Tensor) -> list[Look]:
         images = pixels_B3HW.float().div_(255)
@@ -213,34 +226,6 @@ class Segmenter:
         assignments_1NK = look.assignments_NK.unsqueeze(0)
         return class_similarities(embeddings, assignments_1NK, self._texts, self.config, background_bias)[0]
 
-    @torch.inference_mode()
-    def _class_texts(self) -> ClassTexts:
-        """Class names and background words as the model sees them; each the mean over the prompts."""
-        vocabulary = self.vocabulary
-        owners = range(len(self.classes))
-        names = [spoken(name) for name in self.classes]
-        synonyms = [(index, spoken(name)) for index in owners for name in vocabulary.names(index)[1:]]
-        words: list[str] = []
-        if vocabulary.background is not None:
-            asked_for = {name.casefold() for name in [*names, *(name for _, name in synonyms)]}
-            candidates = vocabulary.background_words or self.config.background_words
-            words = [word for word in candidates if spoken(word).casefold() not in asked_for]
-        spoken_names = [*names, *(name for _, name in synonyms), *words]
-        texts = [prompt.format(name) for name in spoken_names for prompt in self.config.prompts]
-        embedded = torch.cat([self.model.encode_text(texts[i : i + 256]) for i in range(0, len(texts), 256)])
-        mean_TD = embedded.unflatten(0, (-1, len(self.config.prompts))).mean(1)
-        if self.config.center_text:
-            mean_TD = mean_TD - self.model.caption_mean
-        return calibrate(
-            F.normalize(mean_TD, dim=-1),
-            self.model.patch_mean,
-            self.model.patch_covariance,
-            self.config.calibration,
-            classes=len(names),
-            synonym_of_S=torch.tensor([index for index, _ in synonyms], dtype=torch.long, device=self.device),
-            background=vocabulary.background,
-        )
-
     def _model_size(self, image: np.ndarray) -> tuple[int, int]:
         """(H, W) that the model sees: shorter side ``input_size``, both multiples of the patch, the longer side bounded."""
         height, width = image.shape[:2]
@@ -250,25 +235,32 @@ class Segmenter:
         rows, columns = (max(1, round(min(side * factor, longest) / patch)) * patch for side in (height, width))
         return rows, columns
 
+    def _gated(self, scores_Chw: Tensor) -> tuple[Tensor, Tensor]:
+        """What the gate leaves of the scores, and the indices of these rows. Shape: -> (R, h, w), (R,)."""
+        rows_R = gate(scores_Chw, self.config.gate, self.vocabulary.background, len(self.classes))
+        return (scores_Chw if len(rows_R) == len(scores_Chw) else scores_Chw[rows_R]), rows_R
+
     @torch.inference_mode()
     def _contenders(self, image_3HW: Tensor, similarity_Chw: Tensor) -> _Contenders:
-        temperature, config = self.config.temperature, self.config.refinement
-        count = len(similarity_Chw)
-        if not config.iterations:
-            return _Contenders(similarity_Chw / temperature, torch.arange(count, device=self.device), None)
-        classes_W, scores_Whw = refine(similarity_Chw, image_3HW.float(), config)
-        others = torch.ones(count, dtype=torch.bool, device=self.device)
-        others[classes_W] = False
-        rest_1hw = (similarity_Chw[others] / temperature).logsumexp(0, keepdim=True) if others.any() else None
-        return _Contenders(scores_Whw / temperature, classes_W, rest_1hw)
+        scores_Rhw, rows_R = self._gated(similarity_Chw)
+        if not self.config.refinement.iterations:
+            return self._contest(scores_Rhw, rows_R, torch.arange(len(rows_R), device=self.device), scores_Rhw)
+        return self._contest(scores_Rhw, rows_R, *refine(scores_Rhw, image_3HW.float(), self.config.refinement))
+
+    def _contest(self, scores_Rhw: Tensor, rows_R: Tensor, best_W: Tensor, scores_Whw: Tensor) -> _Contenders:
+        """``best_W`` (places in ``rows_R``) may win by their scores on a grid of any size; the other rows only count."""
+        others = torch.ones(len(rows_R), dtype=torch.bool, device=self.device)
+        others[best_W] = False
+        count, temperature = len(rows_R) - len(best_W), self.config.temperature
+        rest_1hw = (scores_Rhw[others] / temperature).logsumexp(0, keepdim=True) if count else None
+        return _Contenders(scores_Whw / temperature, rows_R[best_W], rest_1hw, count)
 
     @torch.inference_mode()
     def _paint(self, image: np.ndarray, contenders: _Contenders, clusters_Khw: Tensor | None) -> Segmentation:
         """Bring class scores to the picture's own size, strip by strip, and let the best class win."""
         height, width = image.shape[:2]
-        count = len(self.classes)
-        logits_Whw, classes_W, others_1hw = contenders
-        labels = np.empty((height, width), label_dtype(count))
+        logits_Whw, classes_W, others_1hw, other_count = contenders
+        labels = np.empty((height, width), label_dtype(len(self.classes)))
         scores = np.empty((height, width), np.float32)
         clusters = None if clusters_Khw is None else np.empty((height, width), np.int16)
         maps = max(len(classes_W), 0 if clusters_Khw is None else len(clusters_Khw))
@@ -277,26 +269,20 @@ class Segmenter:
             bottom = min(height, top + rows)
             logits = _resample(logits_Whw, (height, width), top, bottom)
             best, winner = logits.max(0)
-            labels[top:bottom] = classes_W[winner].cpu().numpy()
             # The soft-max of the best class alone: all of them would be written and read once more for nothing.
             total = (logits - best).exp_().sum(0)
             if others_1hw is not None:
                 others = _resample(others_1hw, (height, width), top, bottom)[0] - best
                 # None of them is better than the best, though refinement may have lowered it.
-                total += others.clamp(max=math.log(count - len(classes_W))).exp()
+                total += others.clamp(max=math.log(other_count)).exp()
             scores[top:bottom] = total.reciprocal().cpu().numpy()
+            found = classes_W[winner].cpu().numpy()
+            labels[top:bottom] = to_labels(found, scores[top:bottom], self.classes, self.config.threshold)
             if clusters is not None and clusters_Khw is not None:
                 clusters[top:bottom] = (
                     _resample(clusters_Khw, (height, width), top, bottom).max(0).indices.cpu().numpy()
                 )
         return Segmentation(labels=labels, classes=self.classes, scores=scores, clusters=clusters, image=image)
-
-
-def spoken(name: str) -> str:
-    """A class name as a caption would have it: ``wall-other-merged`` (COCO) is wall, ``tv_monitor`` tv monitor."""
-    for mark in _COCO_MARKS:
-        name = name.replace(mark, "")
-    return name.replace("-", " ").replace("_", " ").strip() or name
 
 
 @torch.inference_mode()

@@ -258,10 +258,10 @@ class _Tally:
         self._score_sums = np.zeros(classes)
 
     def add(self, result: Segmentation) -> None:
-        """Count the pixels of one frame; every pixel has a class here."""
-        labels, count = result.labels.ravel(), len(self._areas)
-        self._areas += np.bincount(labels, minlength=count)
-        self._score_sums += np.bincount(labels, result.scores.ravel(), minlength=count)
+        """Count the pixels of one frame."""
+        areas, score_sums = result.areas_and_score_sums()
+        self._areas += areas
+        self._score_sums += score_sums
         self.size = result.labels.shape
 
     def result(self, classes: tuple[str, ...]) -> VideoResult:

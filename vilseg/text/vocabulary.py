@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 from vilseg import storage
 from vilseg.errors import DataError
+from vilseg.text.vocabulary_file import built_in, read_yaml
 
 BACKGROUND = "background"
 MAX_CLASSES = 65_534
 """A 16-bit mask leaves 65535 for "no class"; one more is kept free for formats that count from 1."""
+_YAML = (".yaml", ".yml")
 
 
 @dataclass(frozen=True)
@@ -20,20 +25,28 @@ class Vocabulary:
     A class named ``background`` stands for whatever the other names do not describe; it exists only where it is listed.
 
     Raises:
-        DataError: no class, an empty or repeated name, or more than 65,534 classes.
+        DataError: no class, an empty or repeated name, more than 65,534 classes, or a negative word that is a class.
     """
 
     classes: tuple[str, ...]
     """What results call the classes."""
     synonyms: tuple[tuple[str, ...], ...] = ()
-    """Of every class, other names for it: a picture's score for a class is that of the name that fits best. Empty where
-    no class has any."""
+    """Of every class, other names for it; ``SegmentationConfig.synonyms`` says how their scores become one. Empty where no
+    class has any."""
     background_words: tuple[str, ...] = ()
     """What the class ``background`` is made of; the model's own words where empty."""
+    negatives: tuple[str, ...] = ()
+    """Names that win pixels without being classes: what fits one of them best is ``background``, or no class where there is
+    no such class."""
+    prompts: tuple[str, ...] = ()
+    """Templates for all names; the model's own where empty."""
+    class_prompts: tuple[tuple[str, ...], ...] = ()
+    """Of every class, templates for its names that take the place of these. Empty where no class has any."""
 
     def __post_init__(self) -> None:
-        if self.synonyms and len(self.synonyms) != len(self.classes):
-            raise DataError(f"there are synonyms of {len(self.synonyms)} classes, but {len(self.classes)} classes")
+        for what, lists in (("synonyms", self.synonyms), ("prompts", self.class_prompts)):
+            if lists and len(lists) != len(self.classes):
+                raise DataError(f"there are {what} of {len(lists)} classes, but {len(self.classes)} classes")
         if not self.classes:
             raise DataError("the class list is empty; give at least one class name")
         if len(self.classes) > MAX_CLASSES:
@@ -57,6 +70,12 @@ class Vocabulary:
                     raise DataError(
                         f"'{name}' cannot stand for '{self.classes[index]}' and for '{self.classes[owner]}'"
                     )
+        for word in self.negatives:
+            if (owner := seen.get(word.casefold(), -1)) >= 0:
+                raise DataError(
+                    f"the negative word '{word}' stands for the class '{self.classes[owner]}'; leave it out, since a class "
+                    "wins its pixels anyway"
+                )
 
     def names(self, index: int) -> tuple[str, ...]:
         """The name of a class and its synonyms."""
@@ -69,17 +88,37 @@ class Vocabulary:
 
     def with_background(self, words: Iterable[str] = ()) -> Vocabulary:
         """The same with the class ``background``, last where it was not listed, made of ``words``."""
-        listed = self.background is not None
-        return Vocabulary(
-            self.classes if listed else (*self.classes, BACKGROUND),
-            self.synonyms if listed or not self.synonyms else (*self.synonyms, ()),
-            tuple(words),
+        if self.background is not None:
+            return replace(self, background_words=tuple(words))
+        return replace(
+            self,
+            classes=(*self.classes, BACKGROUND),
+            synonyms=(*self.synonyms, ()) if self.synonyms else (),
+            class_prompts=(*self.class_prompts, ()) if self.class_prompts else (),
+            background_words=tuple(words),
         )
 
     @property
     def background(self) -> int | None:
         """Index of the class ``background``, or None."""
         return self.classes.index(BACKGROUND) if BACKGROUND in self.classes else None
+
+    @cached_property
+    def digest(self) -> str:
+        """Twelve hexadecimal digits that name the vocabulary: SHA-256 over all of its parts and their order.
+
+        Two results can be compared only where these are equal.
+        """
+        parts: dict[str, object] = {
+            "classes": [self.names(index) for index in range(len(self.classes))],
+            "background_words": self.background_words,
+            "negatives": self.negatives,
+            "prompts": self.prompts,
+            "class_prompts": self.class_prompts if any(self.class_prompts) else (),
+        }
+        # What is empty is left out, so that a part that comes to be one day does not change what is known by now.
+        text = json.dumps({key: value for key, value in parts.items() if value}, ensure_ascii=True, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     @classmethod
     def of(cls, classes: Vocabulary | Iterable[str] | str) -> Vocabulary:
@@ -97,9 +136,11 @@ class Vocabulary:
 
     @classmethod
     def parse(cls, spec: str) -> Vocabulary:
-        """Read ``"cat,sofa|couch"`` or the URI of a text file with one class a line (its lines may hold commas).
+        """Read ``"cat,sofa|couch"``, the URI of a file, or the name of a built-in vocabulary.
 
-        Synonyms follow the name of a class after ``|``.
+        A text file has one class a line (its lines may hold commas), a file that ends in ``.yaml`` or ``.yml`` is as
+        :mod:`vilseg.text.vocabulary_file` says. ``voc``, ``context``, ``coco-stuff`` and ``ade20k`` come with the package; a
+        file of that name goes before. Synonyms follow the name of a class after ``|``.
 
         Raises:
             DataError: not a class list; see the class for what is checked.
@@ -107,14 +148,32 @@ class Vocabulary:
         """
         # No file name is longer than 255 bytes, but a list of names soon is.
         may_be_file = bool(spec.strip()) and max(map(len, spec.encode().split(b"/"))) <= 255
-        if may_be_file and storage.exists(spec):
-            if storage.is_folder(spec):
-                raise DataError(
-                    f"{spec} is a folder; give a text file with one class name a line, or names as 'cat,sofa'"
-                )
-            return cls.of(line for line in storage.read_text(spec).splitlines() if line.strip())
-        if (may_be_file and "/" in spec) or spec.endswith((".txt", ".yaml", ".yml")):
+        there = may_be_file and storage.exists(spec)
+        folder = there and storage.is_folder(spec)
+        if there and not folder:
+            text = storage.read_text(spec)
+            if spec.endswith(_YAML):
+                return cls._from_yaml(text, spec)
+            return cls.of(line for line in text.splitlines() if line.strip())
+        if spec in built_in():  # a folder of that name holds the data set
+            return cls._from_yaml(built_in()[spec].read_text(encoding="utf-8"), spec)
+        if folder:
             raise DataError(
-                f"the class list {spec} does not exist; give a text file with one name a line, or names as 'cat,sofa'"
+                f"{spec} is a folder; give a text or YAML file with one class name a line, or names as 'cat,sofa'"
+            )
+        if (may_be_file and "/" in spec) or spec.endswith((".txt", *_YAML)):
+            raise DataError(
+                f"the class list {spec} does not exist; give a text or YAML file with one name a line, names as 'cat,sofa', "
+                f"or one of {', '.join(built_in())}"
             )
         return cls.of(name for name in spec.split(",") if name.strip())
+
+    @classmethod
+    def _from_yaml(cls, text: str, place: str) -> Vocabulary:
+        parts = read_yaml(text, place)
+        words = parts.pop("background")
+        try:
+            vocabulary = cls(**parts)
+            return vocabulary if words is None else vocabulary.with_background(words)
+        except DataError as error:
+            raise DataError(f"{place}: {error}") from error

@@ -8,6 +8,7 @@ from vilseg.errors import DataError
 from vilseg.evaluation.datasets import MaskedImage
 from vilseg.evaluation.evaluate import evaluate
 from vilseg.segmentation.result import Segmentation
+from vilseg.text.vocabulary import Vocabulary
 
 CLASSES = ("background", "cat", "sofa", "lamp")
 
@@ -56,6 +57,7 @@ def test_a_right_segmenter_scores_one() -> None:
     assert evaluation.pixel_accuracy == 1
     assert evaluation.images == 3
     assert evaluation.examples == ()
+    assert evaluation.vocabulary == evaluation.to_dict()["vocabulary"] == Vocabulary(CLASSES).digest
 
 
 def test_a_wrong_segmenter_scores_zero() -> None:

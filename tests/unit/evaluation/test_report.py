@@ -167,7 +167,8 @@ def test_examples_without_clusters_and_of_the_size_of_photos() -> None:
 def test_evaluation_names_the_most_frequent_confusion() -> None:
     confusion = ConfusionMatrix(CLASSES)
     confusion.update(np.array([[0, 0, 0, 1, 1, 255]]), np.array([[0, 0, 0, 0, 1, 1]]))
-    text = Page(render_evaluation(Evaluation(confusion=confusion, images=1), "counts")).text
+    text = Page(render_evaluation(Evaluation(confusion=confusion, images=1, vocabulary="0123456789ab"), "counts")).text
+    assert "0123456789ab" in text
     assert "backgroundcat25 %" in text
     assert "catno class50 %" in text
 

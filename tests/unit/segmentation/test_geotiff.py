@@ -25,6 +25,7 @@ from vilseg.segmentation import segmenter as segmenter_module
 from vilseg.segmentation.drawing import class_colours
 from vilseg.segmentation.geotiff import GeoMask, is_georeferenced, segment_geotiff
 from vilseg.segmentation.segmenter import Segmenter
+from vilseg.text.vocabulary import Vocabulary
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 
@@ -403,6 +404,20 @@ def test_wrong_places_and_sizes_are_told(segmenter: Segmenter, tmp_path: Path) -
     assert not Path(target).exists()
 
 
+def test_negative_words_and_the_threshold_leave_pixels_without_a_class(segmenter: Segmenter, tmp_path: Path) -> None:
+    bands = picture(64, 64)
+    source = write(tmp_path / "in.tif", bands, **UTM)
+    every, _ = segmented(segmenter, source)
+    vocabulary = Vocabulary(tuple(CLASSES[:3]), negatives=(CLASSES[3],))
+    labels, mask = segmented(segmenter.with_classes(vocabulary), source)
+    np.testing.assert_array_equal(labels, np.where(every == 3, 255, every))
+    assert sum(mask.areas) == (every != 3).sum() < every.size
+    segmenter.config.threshold = 0.3
+    labels, mask = segmented(segmenter, source)
+    np.testing.assert_array_equal(labels, looked_at(segmenter, bands))
+    assert 0 < sum(mask.areas) == (labels != 255).sum() < labels.size
+
+
 @pytest.mark.parametrize("missing", [1, 100, 2_000])
 def test_a_mask_that_was_cut_short_is_not_published(
     segmenter: Segmenter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: int
@@ -410,8 +425,8 @@ def test_a_mask_that_was_cut_short_is_not_published(
     # What GDAL does where the disk is full when the dataset is closed: nothing is raised, and the end is not there.
     write_mask = geotiff._write_mask
 
-    def cut(raster: Any, classes: Any, scores_at: Any, mask: Path, progress: Any) -> GeoMask:
-        done = write_mask(raster, classes, scores_at, mask, progress)
+    def cut(raster: Any, classes: Any, threshold: Any, scores_at: Any, mask: Path, progress: Any) -> GeoMask:
+        done = write_mask(raster, classes, threshold, scores_at, mask, progress)
         os.truncate(mask, mask.stat().st_size - missing)
         return done
 

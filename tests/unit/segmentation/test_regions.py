@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 from vilseg.config import SegmentationConfig
 from vilseg.model import ImageEmbeddings
-from vilseg.segmentation.regions import calibrate, class_similarities
-from vilseg.segmentation.segmenter import spoken
+from vilseg.segmentation.class_texts import spoken
+from vilseg.segmentation.regions import calibrate, class_similarities, gate
 
 B, GRID, D, K, C, WORDS = 2, (2, 3), 6, 4, 5, 3
 N = GRID[0] * GRID[1]
@@ -131,3 +131,79 @@ def test_a_class_has_the_score_of_its_best_synonym(scene: tuple) -> None:
     assert torch.equal(scores[:, 1], every[:, [1, *range(C, C + WORDS)]].amax(1))
     others = [index for index in range(C) if index != 1]
     assert torch.equal(scores[:, others], every[:, others])
+
+
+@pytest.mark.parametrize("how", ["mean", "logsumexp"])
+def test_synonyms_are_joined_by_the_formula(scene: tuple, how: str) -> None:
+    embeddings, assignments, texts, mean, covariance = scene
+    config = SegmentationConfig(synonyms=how, temperature=0.07)
+    plain = calibrate(texts, mean, covariance, 0.0, classes=C + WORDS, background=None)
+    every = class_similarities(embeddings, assignments, plain, config)
+    classes = calibrate(texts, mean, covariance, 0.0, classes=C, background=None, synonym_of_S=torch.tensor([1, 4, 1]))
+    scores = class_similarities(embeddings, assignments, classes, config)
+    for index, rows in {0: [0], 1: [1, C, C + 2], 2: [2], 3: [3], 4: [4, C + 1]}.items():
+        for image in range(B):
+            for patch in range(N):
+                names = [float(every[image, row].flatten()[patch]) for row in rows]
+                if how == "mean":
+                    wanted = sum(names) / len(names)
+                else:
+                    wanted = 0.07 * math.log(sum(math.exp(name / 0.07) for name in names) / len(names))
+                assert float(scores[image, index].flatten()[patch]) == pytest.approx(wanted, abs=1e-9)
+
+
+def test_log_sum_exp_lies_between_mean_and_maximum_and_does_not_overflow(scene: tuple) -> None:
+    embeddings, assignments, texts, mean, covariance = scene
+    classes = calibrate(
+        texts, mean, covariance, 0.0, classes=C, background=None, synonym_of_S=torch.tensor([0] * WORDS)
+    )
+
+    def scores(how: str, temperature: float) -> torch.Tensor:
+        config = SegmentationConfig(synonyms=how, temperature=temperature)
+        return class_similarities(embeddings, assignments, classes, config)[:, 0]
+
+    assert torch.allclose(scores("logsumexp", 1e-6), scores("max", 1e-6), atol=1e-5)
+    assert torch.allclose(scores("logsumexp", 1e4), scores("mean", 1e4), atol=1e-3)
+    between = scores("logsumexp", 0.1)
+    assert ((scores("mean", 0.1) <= between) & (between <= scores("max", 0.1))).all()
+
+
+def test_negative_words_are_a_row_of_their_own(scene: tuple) -> None:
+    embeddings, assignments, texts, mean, covariance = scene
+    every = class_similarities(
+        embeddings,
+        assignments,
+        calibrate(texts, mean, covariance, 0.0, classes=C + WORDS, background=None),
+        SegmentationConfig(),
+    )
+    classes = calibrate(texts, mean, covariance, 0.0, classes=C, background=None, negatives=WORDS)
+    scores = class_similarities(embeddings, assignments, classes, SegmentationConfig())
+    assert scores.shape == (B, C + 1, *GRID)
+    assert torch.equal(scores[:, :C], every[:, :C])
+    assert torch.equal(scores[:, C], every[:, C:].amax(1))
+
+
+def test_negative_words_are_background_without_its_bias(scene: tuple) -> None:
+    embeddings, assignments, texts, mean, covariance = scene
+    every = class_similarities(
+        embeddings,
+        assignments,
+        calibrate(texts, mean, covariance, 0.0, classes=C + WORDS, background=None),
+        SegmentationConfig(),
+    )
+    classes = calibrate(texts, mean, covariance, 0.0, classes=C, background=3, negatives=1)
+    scores = class_similarities(embeddings, assignments, classes, SegmentationConfig(background_bias=-0.2))
+    assert scores.shape == (B, C, *GRID)
+    assert torch.allclose(scores[:, 3], torch.maximum(every[:, C], every[:, C + 1 :].amax(1) - 0.2))
+
+
+def test_the_gate_keeps_the_classes_of_the_highest_scores() -> None:
+    torch.manual_seed(0)
+    scores = torch.randn(7, *GRID)  # six classes, and the row of no class
+    best = {index: float(scores[index].max()) for index in range(6)}
+    for background in (None, 2):
+        for most in range(1, 8):
+            counted = sorted((index for index in range(6) if index != background), key=lambda index: -best[index])
+            wanted = sorted([*counted[:most], 6, *([] if background is None else [background])])
+            assert gate(scores, most, background, 6).tolist() == wanted
+    assert gate(scores, None, 2, 6).tolist() == list(range(7))

@@ -11,6 +11,7 @@ from PIL import Image
 from vilseg.config import SegmentationConfig
 from vilseg.errors import DataError, StorageError
 from vilseg.model import ViLSeg
+from vilseg.segmentation import class_texts
 from vilseg.segmentation import segmenter as module
 from vilseg.segmentation.result import Segmentation
 from vilseg.segmentation.segmenter import Segmenter
@@ -204,3 +205,113 @@ def test_synonyms_are_compared_like_names(make_model: Make) -> None:
     joined = Segmenter(model, ["cat", "sofa|sky"], device="cpu")(image)
     # Where sofa or sky is best of the three, their class is; where cat is, enlarging may decide otherwise at its border.
     assert (joined.labels == np.minimum(apart.labels, 1)).mean() > 0.9
+
+
+@pytest.mark.parametrize("iterations", [0, 2])
+def test_the_gate_gives_what_the_classes_that_it_leaves_give_alone(make_model: Make, iterations: int) -> None:
+    model, image = make_model(), picture(40, 60)
+    names = [f"{thing} {number}" for thing in ("dog", "grass", "sea") for number in range(20)] + ["background"]
+    settings = {"input_size": 32, "region_weight": 0.5, "refinement": {"iterations": iterations}}
+    model.segmentation = SegmentationConfig(**settings)
+    best = Segmenter(model, names, device="cpu").class_scores(image).flatten(1).amax(1)[:-1]
+    if iterations:  # the gate judges before refinement
+        model.segmentation = SegmentationConfig(input_size=32, region_weight=0.5)
+        best = Segmenter(model, names, device="cpu").class_scores(image).flatten(1).amax(1)[:-1]
+    kept = [*sorted(best.topk(3).indices.tolist()), 60]
+    model.segmentation = SegmentationConfig(**settings)
+    alone = Segmenter(model, [names[index] for index in kept], device="cpu")(image)
+    model.segmentation = SegmentationConfig(**settings, gate=3)
+    gated = Segmenter(model, names, device="cpu")
+    result = gated(image)
+    np.testing.assert_allclose(result.scores, alone.scores, atol=1e-5)
+    assert (result.labels == np.array(kept)[alone.labels]).mean() > 0.999
+    if not iterations:  # films take this way
+        assert (gated.paint(image, gated.class_scores(image)).labels == result.labels).mean() > 0.999
+
+
+@pytest.mark.parametrize(("rest", "label"), [((), 255), (("background",), 2)])
+def test_unsure_pixels_are_unknown(make_model: Make, rest: tuple[str, ...], label: int) -> None:
+    model, image = make_model(), picture(40, 60)
+    names = ["cat", "sofa", *rest]
+    model.segmentation = SegmentationConfig(input_size=32)
+    sure = Segmenter(model, names, device="cpu")(image)
+    threshold = float(np.median(sure.scores))
+    model.segmentation = SegmentationConfig(input_size=32, threshold=threshold)
+    result = Segmenter(model, names, device="cpu")(image)
+    np.testing.assert_array_equal(result.labels, np.where(sure.scores < threshold, label, sure.labels))
+    np.testing.assert_array_equal(result.labels, sure.above(threshold).labels)
+    np.testing.assert_array_equal(result.scores, sure.scores)
+
+
+@pytest.mark.parametrize("iterations", [0, 2])
+def test_what_a_negative_word_names_best_has_no_class(make_model: Make, iterations: int) -> None:
+    model, image = make_model(), picture(40, 60)
+    model.segmentation = SegmentationConfig(input_size=32, region_weight=0, refinement={"iterations": iterations})
+    shown = Segmenter(model, ["cat", "sofa", "sky"], device="cpu")(image)
+    counts = np.bincount(shown.labels.ravel(), minlength=3)
+    assert counts.max() < shown.labels.size, "one class alone would prove little"
+    unwanted = int(counts.argmax())
+    others = tuple(name for index, name in enumerate(("cat", "sofa", "sky")) if index != unwanted)
+    vocabulary = Vocabulary(others, negatives=(("cat", "sofa", "sky")[unwanted],))
+    segmenter = Segmenter(model, vocabulary, device="cpu")
+    result = segmenter(image)
+    assert result.classes == others
+    np.testing.assert_array_equal(result.labels == 255, shown.labels == unwanted)
+    np.testing.assert_allclose(result.scores, shown.scores, atol=1e-5)
+    assert sum(region.area for region in result.regions) == (shown.labels != unwanted).sum()
+    if not iterations:
+        np.testing.assert_array_equal(segmenter.paint(image, segmenter.class_scores(image)).labels, result.labels)
+    background = Segmenter(model, vocabulary.with_background(), device="cpu")(image)
+    assert (background.labels[shown.labels == unwanted] == 2).all()
+
+
+def test_a_vocabularys_prompts_go_before_the_models(make_model: Make) -> None:
+    model = make_model()
+    model.segmentation = SegmentationConfig(prompts=["a photo of a {}."])
+    usual = Segmenter(model, ["cat", "sofa|couch"], device="cpu")._texts.embeddings_TD
+    model.segmentation = SegmentationConfig(prompts=["the {}", "a {} in the grass"])
+    other = Segmenter(model, ["cat", "sofa|couch"], device="cpu")._texts.embeddings_TD
+    vocabulary = Vocabulary(("cat", "sofa"), ((), ("couch",)), prompts=("a photo of a {}.",))
+    np.testing.assert_allclose(Segmenter(model, vocabulary, device="cpu")._texts.embeddings_TD, usual, atol=1e-6)
+    vocabulary = Vocabulary(("cat", "sofa"), ((), ("couch",)), class_prompts=((), ("a photo of a {}.",)))
+    mixed = Segmenter(model, vocabulary, device="cpu")._texts.embeddings_TD
+    np.testing.assert_allclose(mixed, torch.stack([other[0], usual[1], usual[2]]), atol=1e-6)
+    wanted = model.encode_text(["the cat", "a cat in the grass"]).mean(0)
+    np.testing.assert_allclose(other[0], (wanted / wanted.norm()).detach(), atol=1e-6)
+
+
+def test_texts_are_embedded_once_while_the_weights_stay(make_model: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, embedded = make_model(), []
+    encode = model.encode_text
+    monkeypatch.setattr(model, "encode_text", lambda texts: (embedded.append(len(texts)), encode(texts))[1])
+    first = Segmenter(model, ["cat", "sofa"], device="cpu")
+    first.with_classes(["cat", "sofa"])
+    Segmenter(model, Vocabulary.of("cat,sofa"), device="cpu")
+    assert embedded == [2]
+    other = first.with_classes("sky,sea,dog")
+    assert other.classes == ("sky", "sea", "dog")
+    assert first.classes == ("cat", "sofa")
+    assert embedded == [2, 3]
+    image = picture(40, 60)
+    assert_alike(other(image), Segmenter(model, "sky,sea,dog", device="cpu")(image))
+    model.segmentation = SegmentationConfig(prompts=["the {}"])
+    Segmenter(model, ["cat", "sofa"], device="cpu")
+    assert embedded == [2, 3, 2]
+    optimizer = torch.optim.SGD(model.text_encoder.parameters(), lr=0.1)
+    encode(["a cat"]).sum().backward()
+    optimizer.step()
+    changed = Segmenter(model, ["cat", "sofa"], device="cpu")
+    assert embedded == [2, 3, 2, 2]
+    assert not torch.equal(changed._texts.embeddings_TD, first._texts.embeddings_TD)
+
+
+def test_names_used_least_lately_are_forgotten(make_model: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, embedded = make_model(), []
+    encode = model.encode_text
+    monkeypatch.setattr(model, "encode_text", lambda texts: (embedded.append(len(texts)), encode(texts))[1])
+    monkeypatch.setattr(class_texts, "_KEPT_NAMES", 5)
+    segmenter = Segmenter(model, "a,b", device="cpu")
+    for classes in ("c,d", "a,b", "e,f", "a,b", "c,d", "a,b,c,d,e,f", "a,b,c,d,e,f", "a,b"):
+        segmenter.with_classes(classes)
+    # "c,d" makes way for "e,f", and all for six names, which stay alone though they are too many.
+    assert embedded == [2, 2, 2, 2, 6, 2]

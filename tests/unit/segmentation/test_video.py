@@ -23,6 +23,7 @@ from vilseg.segmentation import segmenter as segmenter_module
 from vilseg.segmentation import video_files
 from vilseg.segmentation.segmenter import Segmenter
 from vilseg.segmentation.video import Frame, read_frames, segment_file, segment_video, write_video
+from vilseg.text.vocabulary import Vocabulary
 
 av = pytest.importorskip("av")
 
@@ -389,6 +390,19 @@ def test_masks_before_the_damage_are_kept(
     assert len(good) >= 2
     assert sorted(path.name for path in masks.iterdir()) == [f"{i:06d}.png" for i in range(len(good))]
     assert not overlay.exists()
+
+
+def test_pixels_without_a_class_are_no_area_of_a_film(
+    tmp_path: Path, segmenter: Segmenter, films: list[MovingScene]
+) -> None:
+    source = str(tmp_path / "film.mp4")
+    write_video(source, frames_of(films[0])[:3])
+    every = segment_file(segmenter, source, masks_uri=str(tmp_path / "every"))
+    vocabulary = Vocabulary(segmenter.classes, negatives=("nothing of this kind",))
+    segmenter.config.threshold = 0.5
+    some = segment_file(segmenter.with_classes(vocabulary), source, masks_uri=str(tmp_path / "some"))
+    labels = [np.asarray(Image.open(path)) for path in sorted((tmp_path / "some").glob("*.png"))]
+    assert sum(some.areas) == sum(int((frame != 255).sum()) for frame in labels) < sum(every.areas)
 
 
 def test_a_damaged_head_leaves_nothing(tmp_path: Path, segmenter: Segmenter) -> None:

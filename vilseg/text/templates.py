@@ -1,0 +1,43 @@
+"""Prompt templates: sentences with ``{}`` in the place of a class name, and the sets of them that come with the package."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+_SETS = Path(__file__).parent / "prompts"
+
+
+@cache
+def prompt_sets() -> tuple[str, ...]:
+    """Names of the sets in ``vilseg/text/prompts``, one file each: ``clip`` and ``short``."""
+    return tuple(sorted(path.stem for path in _SETS.glob("*.txt")))
+
+
+def templates(given: str | Sequence[str]) -> tuple[str, ...]:
+    """Templates from the name of a set, one template, or a list of templates.
+
+    Raises:
+        ValueError: no set of that name, no template, or one that does not hold ``{}`` exactly once.
+    """
+    if isinstance(given, str):
+        if "{" not in given:
+            return _read(given)
+        given = [given]
+    if not given:
+        raise ValueError("there is no prompt; give templates with {} in the place of the class name")
+    for prompt in given:
+        if prompt.count("{}") != 1 or prompt.count("{") != 1 or prompt.count("}") != 1:
+            raise ValueError(f"the prompt '{prompt}' must hold {{}} once, in the place of the class name")
+    return tuple(given)
+
+
+def _read(name: str) -> tuple[str, ...]:
+    if name not in prompt_sets():
+        near = difflib.get_close_matches(name, prompt_sets(), 1)
+        hint = f"did you mean '{near[0]}'?" if near else f"there are {' and '.join(prompt_sets())}"
+        raise ValueError(f"there is no set of prompts '{name}'; {hint}, or give templates with {{}} in them")
+    lines = (_SETS / f"{name}.txt").read_text(encoding="utf-8").splitlines()
+    return tuple(line for line in lines if line and not line.startswith("#"))
