@@ -24,8 +24,8 @@ class EvaluationProtocol(StrEnum):
     NO_BACKGROUND = "no-background"
     """The class background is not asked for, and pixels that truly are background count for nothing."""
     UNSEEN = "unseen"
-    """All classes are asked for, the means are over the dataset's unseen ones: the measure that the paper reports, whose
-    peers in zero-shot segmentation choose among all classes too (CaGNet, Gu et al. 2020)."""
+    """All classes are asked for, the means are over the dataset's unseen ones, which the paper reports. Whether the paper
+    asked for all classes or for the unseen ones alone is not established; this is the harder reading."""
 
 
 def under(dataset: MaskedDataset, protocol: EvaluationProtocol) -> tuple[MaskedDataset, tuple[int, ...]]:
