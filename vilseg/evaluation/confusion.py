@@ -32,17 +32,9 @@ class ConfusionMatrix:
         Raises:
             ValueError: the shapes differ, or a value is neither a class nor to be ignored.
         """
-        if prediction.shape != truth.shape:
-            raise ValueError(f"prediction of shape {prediction.shape} does not fit truth of shape {truth.shape}")
-        known = truth != (self.ignore if ignore is None else ignore)
-        true, predicted = truth[known].astype(np.int64), prediction[known].astype(np.int64)
-        if true.size == 0:
-            return
         count = len(self.classes)
-        if true.min() < 0 or true.max() >= count:
-            raise ValueError(f"truth values {true.min()}..{true.max()} do not lie in 0..{count - 1}")
-        if predicted.min() < 0:
-            raise ValueError(f"prediction has the negative value {predicted.min()}")
+        known = known_pixels(prediction, truth, self.ignore if ignore is None else ignore, count)
+        true, predicted = truth[known].astype(np.int64), prediction[known].astype(np.int64)
         cells = true * (count + 1) + np.minimum(predicted, count)
         self.counts += np.bincount(cells, minlength=self.counts.size).reshape(self.counts.shape)
 
@@ -66,17 +58,64 @@ class ConfusionMatrix:
         return np.divide(right, union, out=np.full(len(self.classes), np.nan), where=union > 0)
 
     @property
+    def present(self) -> np.ndarray:
+        """(C,) bool: whether a class is in the truth."""
+        return self.counts.sum(axis=1) > 0
+
+    @property
     def miou(self) -> float:
+        """`mean_iou` over all classes."""
+        return self.mean_iou()
+
+    def mean_iou(self, measured: Sequence[int] | None = None) -> float:
         """Mean of `iou` over the classes that are present in the truth, in 0..1; nan if none is.
 
         A class that is only predicted lowers the IoU of those it was taken for, but is no term of the mean itself:
         otherwise the figure would depend on which absent classes happened to be predicted once.
+
+        Args:
+            measured: indices of the classes to average over; all where None.
         """
-        present = self.counts.any(axis=1)
-        return float(self.iou()[present].mean()) if present.any() else float("nan")
+        return mean_over(self.iou(), self.present, measured)
 
     @property
     def pixel_accuracy(self) -> float:
-        """Share of the pixels with a true class whose prediction is that class, in 0..1; nan if there are none."""
-        total = self.counts.sum()
-        return float(np.trace(self.counts) / total) if total else float("nan")
+        """`accuracy` over all classes."""
+        return self.accuracy()
+
+    def accuracy(self, measured: Sequence[int] | None = None) -> float:
+        """Share of the pixels with a true class whose prediction is that class, in 0..1; nan if there are none.
+
+        Args:
+            measured: indices of the true classes whose pixels count; all where None.
+        """
+        rows = range(len(self.classes)) if measured is None else list(measured)
+        total = self.counts[rows].sum()
+        return float(np.diagonal(self.counts)[rows].sum() / total) if total else float("nan")
+
+
+def known_pixels(prediction: np.ndarray, truth: np.ndarray, ignore: int, count: int) -> np.ndarray:
+    """(H, W) bool: which pixels have a true class.
+
+    Raises:
+        ValueError: the shapes differ, or a value of such a pixel is no class: not in 0..count-1 in truth, or negative.
+    """
+    if prediction.shape != truth.shape:
+        raise ValueError(f"prediction of shape {prediction.shape} does not fit truth of shape {truth.shape}")
+    known: np.ndarray = truth != ignore
+    if known.any():
+        lowest, highest = truth[known].min(), truth[known].max()
+        if lowest < 0 or highest >= count:
+            raise ValueError(f"truth values {lowest}..{highest} do not lie in 0..{count - 1}")
+        if (lowest := prediction[known].min()) < 0:
+            raise ValueError(f"prediction has the negative value {lowest}")
+    return known
+
+
+def mean_over(values: np.ndarray, present: np.ndarray, measured: Sequence[int] | None = None) -> float:
+    """Mean of the (C,) values of the classes that are `present` and, where it is given, `measured`; nan if none is."""
+    chosen = present.copy()
+    if measured is not None:
+        chosen[:] = False
+        chosen[list(measured)] = present[list(measured)]
+    return float(values[chosen].mean()) if chosen.any() else float("nan")

@@ -1,33 +1,18 @@
 """Images with a true mask, to measure against."""
 
-import io
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
 from vilseg import storage
-from vilseg.data.decode import decode_image
 from vilseg.errors import DataError
+from vilseg.evaluation.masks import MaskedImage, read_image_and_mask, values_of
+from vilseg.evaluation.published import LAYOUTS, PublishedDataset
 
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class MaskedImage:
-    """One image and what is true of it."""
-
-    name: str
-    """Path within the dataset without its suffix; unique."""
-    image: np.ndarray
-    """(H, W, 3) uint8 RGB."""
-    mask: np.ndarray
-    """(H, W) uint8 or uint16: index of the class of each pixel, or `ignore`."""
-    ignore: int
-    """Mask value of the pixels that count for nothing: 255 in an 8-bit mask, 65535 in a 16-bit one."""
 
 
 class MaskedDataset(Protocol):
@@ -82,18 +67,13 @@ class FolderDataset:
 
     def __iter__(self) -> Iterator[MaskedImage]:
         for name, image_uri, mask_uri in self._files:
-            try:
-                image = decode_image(storage.read_bytes(image_uri))
-            except DataError as error:
-                raise DataError(f"image {image_uri}: {error}") from error
-            height, width = image.shape[:2]
-            mask = _decode_mask(storage.read_bytes(mask_uri), mask_uri, width, height)
+            image, mask = read_image_and_mask(image_uri, mask_uri)
             ignore = int(np.iinfo(mask.dtype).max)
             self._check_values(mask, ignore, mask_uri)
             yield MaskedImage(name=name, image=image, mask=mask, ignore=ignore)
 
     def _check_values(self, mask: np.ndarray, ignore: int, uri: str) -> None:
-        values = np.flatnonzero(np.bincount(mask.ravel()))
+        values = values_of(mask)
         wrong = values[(values >= len(self.classes)) & (values != ignore)]
         if wrong.size:
             raise DataError(
@@ -133,33 +113,14 @@ def _read_classes(uri: str) -> tuple[str, ...]:
     return names
 
 
-def _decode_mask(data: bytes, uri: str, width: int, height: int) -> np.ndarray:
-    """Class ids of a PNG mask: (H, W) uint8 or uint16, by its bit depth."""
-    try:
-        with Image.open(io.BytesIO(data), formats=["PNG"]) as picture:
-            # Bit depth and colour type as in the header (PNG, section 11.2.1): Pillow itself stretches grey of less
-            # than 8 bit to 0..255, which would turn class 1 into class 85.
-            depth, colour = data[24], data[25]
-            if (colour, depth) not in {(0, 8), (0, 16)} and colour != 3:
-                raise DataError(f"mask {uri} is neither a grey PNG of 8 or 16 bit nor one with a palette: convert it")
-            # Before the pixels are unpacked: a mask as large as its image is as harmless as the image was.
-            if picture.size != (width, height):
-                raise DataError(
-                    f"mask {uri} is {picture.width} x {picture.height} pixels but its image is {width} x {height}: "
-                    "make them equal"
-                )
-            return np.array(picture, dtype=np.uint16 if depth == 16 else np.uint8)
-    except UnidentifiedImageError as error:
-        raise DataError(f"mask {uri} is no PNG: write it anew as one") from error
-    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for damaged files
-        raise DataError(f"mask {uri} is damaged, write it anew: {error}") from error
-
-
-_KINDS: dict[str, Callable[[str], MaskedDataset]] = {"folder": FolderDataset}
+_KINDS: dict[str, Callable[[str], MaskedDataset]] = {
+    "folder": FolderDataset,
+    **{layout.kind: partial(PublishedDataset, layout=layout) for layout in LAYOUTS},
+}
 
 
 def open_dataset(spec: str) -> MaskedDataset:
-    """Open `KIND:URI`, such as `folder:s3://bucket/scenes`.
+    """Open `KIND:URI`, such as `folder:s3://bucket/scenes` or `voc:data/VOCdevkit/VOC2012`.
 
     Raises:
         DataError: the kind is unknown, or what lies at the URI is not of that kind.

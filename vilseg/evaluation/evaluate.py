@@ -1,5 +1,6 @@
 """Running a segmenter over images with masks."""
 
+import heapq
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -9,8 +10,11 @@ from typing import Any, Protocol
 import numpy as np
 
 from vilseg.errors import DataError
+from vilseg.evaluation.boundary import WIDTH, BoundaryCounts
 from vilseg.evaluation.confusion import ConfusionMatrix
-from vilseg.evaluation.datasets import MaskedDataset, MaskedImage
+from vilseg.evaluation.datasets import MaskedDataset
+from vilseg.evaluation.masks import MaskedImage
+from vilseg.evaluation.protocols import EvaluationProtocol, under
 from vilseg.segmentation.result import Segmentation
 from vilseg.text.vocabulary import Vocabulary
 
@@ -32,6 +36,8 @@ class Example:
 
     truth: MaskedImage
     segmentation: Segmentation
+    miou: float = math.nan
+    """Mean IoU of this image alone, over the measured classes that are in it; nan where none is."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -43,35 +49,66 @@ class Evaluation:
     """Number of images measured."""
     vocabulary: str = ""
     """`Vocabulary.digest` of what the segmenter chose from: figures of other vocabularies are not to be compared with these."""
+    boundary: BoundaryCounts | None = None
+    """Counts along contours; None where they were not taken."""
+    measured: tuple[int, ...] | None = None
+    """Indices of the classes that the means are over; all where None."""
+    protocol: EvaluationProtocol = EvaluationProtocol.ALL
     examples: tuple[Example, ...] = ()
     """The first images of the dataset, as many as were asked for."""
+    worst: tuple[Example, ...] = ()
+    """The images of lowest mIoU, the worst first, as many as were asked for."""
 
     @property
     def miou(self) -> float:
-        """Mean IoU over the classes present in the truth, in 0..1."""
-        return self.confusion.miou
+        """Mean IoU over the measured classes that are present in the truth, in 0..1."""
+        return self.confusion.mean_iou(self.measured)
+
+    @property
+    def boundary_iou(self) -> float:
+        """Mean boundary IoU over the same classes, in 0..1; nan where it was not measured."""
+        return math.nan if self.boundary is None else self.boundary.mean_iou(self.measured)
 
     @property
     def pixel_accuracy(self) -> float:
-        """Share of the pixels with the right class, in 0..1."""
-        return self.confusion.pixel_accuracy
+        """Share of the pixels of measured classes that were given the right class, in 0..1."""
+        return self.confusion.accuracy(self.measured)
+
+    @property
+    def measured_classes(self) -> tuple[str, ...]:
+        """Names of the classes that the means are over."""
+        names = self.confusion.classes
+        return names if self.measured is None else tuple(names[index] for index in self.measured)
 
     @property
     def per_class(self) -> dict[str, float]:
         """IoU of every class in 0..1; nan for a class that is in neither truth nor prediction."""
         return dict(zip(self.confusion.classes, self.confusion.iou().tolist(), strict=True))
 
+    @property
+    def boundary_per_class(self) -> dict[str, float]:
+        """Boundary IoU of every class in 0..1; nan as in `per_class`, empty where it was not measured."""
+        if self.boundary is None:
+            return {}
+        return dict(zip(self.boundary.classes, self.boundary.iou().tolist(), strict=True))
+
     def to_dict(self) -> dict[str, Any]:
         """The figures ready for JSON, without the examples; nan becomes None.
 
-        `confusion` has one row for each true class; its last column counts pixels predicted as no class.
+        `confusion` has one row for each true class; its last column counts pixels predicted as no class. `measured` names
+        the classes that the means are over.
         """
         return {
             "miou": _none_if_nan(self.miou),
+            "boundary_iou": _none_if_nan(self.boundary_iou),
             "pixel_accuracy": _none_if_nan(self.pixel_accuracy),
             "images": self.images,
             "vocabulary": self.vocabulary,
+            "protocol": str(self.protocol),
+            "measured": list(self.measured_classes),
+            "boundary_width": self.boundary.width if self.boundary else None,
             "per_class": {name: _none_if_nan(iou) for name, iou in self.per_class.items()},
+            "boundary_per_class": {name: _none_if_nan(iou) for name, iou in self.boundary_per_class.items()},
             "confusion": self.confusion.counts.tolist(),
         }
 
@@ -87,35 +124,83 @@ def evaluate(
     progress: Callable[[int, int], None] | None = None,
     batch_size: int = 8,
     keep: int = 0,
+    keep_worst: int = 0,
+    protocol: EvaluationProtocol = EvaluationProtocol.ALL,
+    names: Sequence[str] | None = None,
+    boundary_width: float = WIDTH,
 ) -> Evaluation:
     """Segment every image of the dataset and count right and wrong pixels.
 
     Args:
-        segmenter: its classes must be those of the dataset, in the same order.
+        segmenter: its classes must be those that the protocol asks for, in the dataset's order.
         dataset: images with masks.
         progress: called after each batch with the images done and the images there are.
         batch_size: images given to the segmenter at once.
         keep: how many of the first images to keep as `Evaluation.examples`, with truth and segmentation.
+        keep_worst: how many of the worst images to keep as `Evaluation.worst`.
+        protocol: which classes are asked for and measured.
+        names: what the segmenter and the figures call the classes that the protocol asks for, in their order; the
+            dataset's own names where None.
+        boundary_width: of the band along contours, as a share of the image's diagonal.
 
     Raises:
-        DataError: the classes differ, or the dataset is wrong (see there).
+        DataError: the classes differ, the dataset is not one for the protocol, or it is wrong (see there).
     """
-    _check_classes(segmenter.classes, dataset.classes)
-    confusion = ConfusionMatrix(dataset.classes)
+    dataset, measured = under(dataset, protocol)
+    classes = dataset.classes if names is None else tuple(names)
+    if len(classes) != len(dataset.classes):
+        raise DataError(f"there are {len(classes)} names for {len(dataset.classes)} classes of the dataset")
+    _check_classes(segmenter.classes, classes)
+    confusion, boundary = ConfusionMatrix(classes), BoundaryCounts(classes, width=boundary_width)
     examples: list[Example] = []
+    worst = _Worst(keep_worst)
     done = 0
     items = iter(dataset)
     while batch := list(itertools.islice(items, batch_size)):
         for item, segmentation in zip(batch, segmenter.batch([item.image for item in batch]), strict=True):
-            confusion.update(segmentation.labels, item.mask, ignore=item.ignore)
+            own = ConfusionMatrix(classes)
+            own.update(segmentation.labels, item.mask, ignore=item.ignore)
+            confusion.merge(own)
+            boundary.update(segmentation.labels, item.mask, ignore=item.ignore)
+            example = Example(truth=item, segmentation=segmentation, miou=own.mean_iou(measured))
             if len(examples) < keep:
-                examples.append(Example(truth=item, segmentation=segmentation))
+                examples.append(example)
+            worst.add(example)
         done += len(batch)
         if progress is not None:
             progress(done, len(dataset))
     # What is no `Segmenter` of ours may have nothing but names.
     vocabulary = getattr(segmenter, "vocabulary", None) or Vocabulary(tuple(segmenter.classes))
-    return Evaluation(confusion=confusion, images=done, vocabulary=vocabulary.digest, examples=tuple(examples))
+    return Evaluation(
+        confusion=confusion,
+        images=done,
+        vocabulary=vocabulary.digest,
+        boundary=boundary,
+        measured=measured,
+        protocol=protocol,
+        examples=tuple(examples),
+        worst=worst.examples,
+    )
+
+
+class _Worst:
+    """The examples of lowest mIoU among those that it is given; of equal ones the first."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._heap: list[tuple[float, int, Example]] = []
+        self._order = itertools.count()
+
+    def add(self, example: Example) -> None:
+        if math.isnan(example.miou):
+            return
+        heapq.heappush(self._heap, (-example.miou, -next(self._order), example))
+        if len(self._heap) > self._count:
+            heapq.heappop(self._heap)
+
+    @property
+    def examples(self) -> tuple[Example, ...]:
+        return tuple(example for *_, example in sorted(self._heap, key=lambda entry: entry[:2], reverse=True))
 
 
 def _check_classes(ours: Sequence[str], theirs: Sequence[str]) -> None:

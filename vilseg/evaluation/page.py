@@ -65,6 +65,7 @@ th, td { text-align: left; padding: 6px 12px 6px 0; border-bottom: 1px solid var
 tr:last-child > * { border-bottom: 0; }
 th { color: var(--muted); font-weight: 500; }
 td.number, th.number { text-align: right; padding-right: 0; font-variant-numeric: tabular-nums; white-space: nowrap; }
+td.number:not(:last-child), th.number:not(:last-child) { padding-right: 12px; }
 pre { background: var(--code); border-radius: 8px; padding: 12px 14px; overflow-x: auto; margin: 10px 0 0;
   font: 0.85rem/1.55 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 details { margin-top: 14px; } summary { cursor: pointer; font-weight: 600; }
@@ -151,13 +152,13 @@ def picture(image: Image.Image, caption: str, *, below: str = "", crisp: bool) -
     )
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table of text whose last column holds numbers; an empty `head` leaves the heading out."""
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, figures: int = 1) -> str:
+    """A table of text whose last columns, as many as `figures`, hold numbers; an empty `head` leaves the heading out."""
 
     def row(cells: Sequence[str], tag: str) -> str:
-        last = len(cells) - 1
+        first = len(cells) - figures
         marked = [
-            f"<{tag}{' class=number' if place == last and head else ''}>{escape(cell)}</{tag}>"
+            f"<{tag}{' class=number' if place >= first and head else ''}>{escape(cell)}</{tag}>"
             for place, cell in enumerate(cells)
         ]
         return f"<tr>{''.join(marked)}</tr>"

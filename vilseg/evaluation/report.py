@@ -51,6 +51,8 @@ def render_report(report: RunReport) -> str:
     headline = [("mIoU, trained", *_per_cent(trained.miou))]
     if untrained is not None:
         headline.append(("mIoU, untrained", *_per_cent(untrained.miou)))
+    if trained.boundary is not None:
+        headline.append(("boundary IoU, trained", *_per_cent(trained.boundary_iou)))
     headline.append(("pixel accuracy", *_per_cent(trained.pixel_accuracy)))
     headline.append(("images measured", f"{trained.images:,}", ""))
     if report.seconds:
@@ -77,13 +79,16 @@ def render_evaluation(evaluation: Evaluation, title: str, commands: Sequence[str
     """The figures of an evaluation, its confusions and its examples as an HTML document."""
     headline = [
         ("mIoU", *_per_cent(evaluation.miou)),
+        ("boundary IoU", *_per_cent(evaluation.boundary_iou)),
         ("pixel accuracy", *_per_cent(evaluation.pixel_accuracy)),
         ("images measured", f"{evaluation.images:,}", ""),
-        ("classes", str(len(evaluation.confusion.classes)), ""),
+        ("classes measured", str(len(evaluation.measured_classes)), ""),
     ]
     parts = [
+        f'<p class="note">{page.escape(_protocol(evaluation))}</p>',
         page.numbers(headline),
         _facts(_vocabulary(evaluation)),
+        _worst(evaluation.worst),
         _examples(evaluation.examples),
         _per_class(evaluation, None),
         _confusions(evaluation),
@@ -98,6 +103,19 @@ def _vocabulary(evaluation: Evaluation) -> dict[str, str]:
 
 def _facts(facts: Mapping[str, str]) -> str:
     return page.card(page.facts(facts)) if facts else ""
+
+
+def _protocol(evaluation: Evaluation) -> str:
+    """What the figures are of, in a sentence or two."""
+    text = f"Protocol {evaluation.protocol}."
+    if len(evaluation.measured_classes) < len(evaluation.confusion.classes):
+        text += (
+            f" Chosen among {len(evaluation.confusion.classes)} classes; the means are over "
+            f"{', '.join(evaluation.measured_classes)}."
+        )
+    if evaluation.boundary is not None:
+        text += f" Boundary IoU is of the pixels within {evaluation.boundary.width:.3g} of the diagonal of a contour."
+    return text
 
 
 def _per_cent(value: float) -> tuple[str, str]:
@@ -129,6 +147,14 @@ def _examples(examples: Sequence[Example]) -> str:
     return page.section("Examples", note, *(_example(example) for example in examples))
 
 
+def _worst(examples: Sequence[Example]) -> str:
+    if not examples:
+        return ""
+    note = "The images of lowest mIoU, each over the measured classes that are truly in it."
+    content = "".join(_example(example) for example in examples)
+    return page.section("Worst images", note, page.folded(f"{len(examples)} images", content))
+
+
 def _example(example: Example) -> str:
     result, truth = example.segmentation, example.truth
     image, classes = truth.image, result.classes
@@ -149,9 +175,10 @@ def _example(example: Example) -> str:
 
     known = truth.mask != truth.ignore
     right = int(np.count_nonzero((result.labels == truth.mask) & known)) / max(int(np.count_nonzero(known)), 1)
+    mean = "" if math.isnan(example.miou) else f", mIoU {100 * example.miou:.1f} %"
     return (
         f'<article class="card example"><header><h3>{page.escape(truth.name)}</h3>'
-        f'<span class="note">{drawing.share_text(right)} of the pixels right</span></header>'
+        f'<span class="note">{drawing.share_text(right)} of the pixels right{mean}</span></header>'
         f'<div class="pictures">{"".join(pictures)}</div></article>'
     )
 
@@ -171,7 +198,24 @@ def _per_class(trained: Evaluation, untrained: Evaluation | None) -> str:
         note += f" In neither truth nor prediction: {', '.join(absent)}."
     chart = iou_bars(trained.per_class, untrained.per_class if untrained else None, label="IoU by class")
     legend = page.key([("var(--accent)", "trained", ""), ("var(--second)", "untrained", "")]) if untrained else ""
-    return page.section("IoU by class", note, page.card(legend + chart, kind="wide"))
+    return page.section("IoU by class", note, page.card(legend + chart, kind="wide"), _class_table(trained))
+
+
+def _class_table(evaluation: Evaluation) -> str:
+    """Every class with its figures, in the order of the classes."""
+    counts = evaluation.confusion.counts
+    total = max(int(counts.sum()), 1)
+    rows = [
+        (
+            name,
+            drawing.share_text(float(counts[index].sum()) / total),
+            "".join(_per_cent(iou)),
+            "".join(_per_cent(evaluation.boundary_per_class.get(name, math.nan))),
+        )
+        for index, (name, iou) in enumerate(evaluation.per_class.items())
+    ]
+    head = ("class", "of all pixels", "IoU", "boundary IoU")
+    return page.folded("All classes as a table", page.table(head, rows, figures=3))
 
 
 def _confusions(evaluation: Evaluation) -> str:

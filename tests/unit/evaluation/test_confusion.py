@@ -49,6 +49,20 @@ def test_figures_agree_with_torchmetrics() -> None:
     assert matrix.pixel_accuracy == pytest.approx(float((predictions == truths)[known].float().mean()), rel=1e-6)
 
 
+def test_means_over_some_classes_agree_with_torchmetrics() -> None:
+    matrix = ConfusionMatrix(CLASSES)
+    prediction, truth = random_pair(0)
+    matrix.update(prediction, truth)
+    predictions = torch.from_numpy(prediction.astype(np.int64)).clamp(max=4)
+    truths = torch.from_numpy(truth.astype(np.int64))
+    iou = multiclass_jaccard_index(predictions, truths, num_classes=5, ignore_index=255, average="none")
+    assert matrix.mean_iou([1, 3]) == pytest.approx(float(iou[[1, 3]].mean()), rel=1e-6)
+    measured = (truths == 1) | (truths == 3)
+    assert matrix.accuracy([1, 3]) == pytest.approx(float((predictions == truths)[measured].float().mean()), rel=1e-6)
+    assert math.isnan(matrix.mean_iou([]))
+    assert math.isnan(matrix.accuracy([]))
+
+
 def test_iou_is_intersection_over_union() -> None:
     matrix = ConfusionMatrix(("a", "b"))
     matrix.update(np.array([[0, 0, 1, 255]]), np.array([[0, 1, 1, 1]]))

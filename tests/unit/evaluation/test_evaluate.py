@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from vilseg.errors import DataError
+from vilseg.evaluation.confusion import ConfusionMatrix
 from vilseg.evaluation.datasets import MaskedImage
 from vilseg.evaluation.evaluate import evaluate
 from vilseg.segmentation.result import Segmentation
@@ -54,6 +55,7 @@ class RedChannel:
 def test_a_right_segmenter_scores_one() -> None:
     evaluation = evaluate(RedChannel(), Scenes(3))
     assert evaluation.miou == 1
+    assert evaluation.boundary_iou == 1
     assert evaluation.pixel_accuracy == 1
     assert evaluation.images == 3
     assert evaluation.examples == ()
@@ -63,6 +65,7 @@ def test_a_right_segmenter_scores_one() -> None:
 def test_a_wrong_segmenter_scores_zero() -> None:
     evaluation = evaluate(RedChannel(shift=1), Scenes(3))
     assert evaluation.miou == 0
+    assert evaluation.boundary_iou == 0
     assert evaluation.pixel_accuracy == 0
 
 
@@ -82,11 +85,57 @@ def test_the_first_images_are_kept_as_examples() -> None:
         assert example.segmentation.labels.shape == example.truth.mask.shape
 
 
+class RightUpTo(RedChannel):
+    """Right in the first columns of an image, as many as it was told for its place in the dataset."""
+
+    def __init__(self, columns: list[int]) -> None:
+        super().__init__()
+        self.columns = columns
+
+    def batch(self, images: list[np.ndarray]) -> list[Segmentation]:
+        results = super().batch(images)
+        for result in results:
+            result.labels[:, self.columns.pop(0) :] = 3
+        return results
+
+
+def test_the_worst_images_are_kept_the_worst_first() -> None:
+    evaluation = evaluate(RightUpTo([4, 1, 6, 0, 5]), Scenes(5), batch_size=2, keep_worst=3)
+    assert [example.truth.name for example in evaluation.worst] == ["3", "1", "4"]
+    assert [example.miou for example in evaluation.worst] == sorted(example.miou for example in evaluation.worst)
+    for example in evaluation.worst:
+        alone = ConfusionMatrix(CLASSES)
+        alone.update(example.segmentation.labels, example.truth.mask)
+        assert example.miou == alone.miou
+
+
+def test_of_equally_bad_images_the_first_are_kept() -> None:
+    evaluation = evaluate(RedChannel(shift=1), Scenes(5), keep_worst=2)
+    assert [example.truth.name for example in evaluation.worst] == ["0", "1"]
+
+
+def test_classes_by_other_names() -> None:
+    names = ("things", "kitty", "couch", "light")
+    evaluation = evaluate(RedChannel(names), Scenes(2), names=names)
+    assert evaluation.per_class["kitty"] == 1
+    with pytest.raises(DataError, match="3 names for 4 classes"):
+        evaluate(RedChannel(names), Scenes(2), names=names[:3])
+
+
+def test_the_width_of_the_band_is_told() -> None:
+    figures = evaluate(RightUpTo([4, 3]), Scenes(2), boundary_width=0.1).to_dict()
+    assert figures["boundary_width"] == 0.1
+    assert figures["protocol"] == "all"
+    assert figures["measured"] == list(CLASSES)
+
+
 def test_figures_are_ready_for_json() -> None:
     figures = json.loads(json.dumps(evaluate(RedChannel(), Scenes(2)).to_dict(), allow_nan=False))
     assert figures["miou"] == 1
     assert figures["images"] == 2
     assert figures["per_class"] == {"background": 1, "cat": 1, "sofa": 1, "lamp": None}
+    assert figures["boundary_per_class"] == figures["per_class"]
+    assert figures["boundary_iou"] == 1
     assert np.array(figures["confusion"]).shape == (4, 5)
 
 

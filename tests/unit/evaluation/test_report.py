@@ -5,11 +5,13 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
+from vilseg.evaluation.boundary import BoundaryCounts
 from vilseg.evaluation.charts import iou_bars, line_chart
 from vilseg.evaluation.confusion import ConfusionMatrix
 from vilseg.evaluation.datasets import MaskedImage
 from vilseg.evaluation.evaluate import Evaluation, Example
 from vilseg.evaluation.page import seconds_text
+from vilseg.evaluation.protocols import EvaluationProtocol
 from vilseg.evaluation.report import RunReport, render_evaluation, render_report
 from vilseg.segmentation.result import Segmentation
 
@@ -171,6 +173,31 @@ def test_evaluation_names_the_most_frequent_confusion() -> None:
     assert "0123456789ab" in text
     assert "backgroundcat25 %" in text
     assert "catno class50 %" in text
+
+
+def test_evaluation_tells_boundary_iou_protocol_and_every_class() -> None:
+    result = evaluation(0.3, images=2)
+    boundary = BoundaryCounts(CLASSES)
+    for example in result.examples:
+        boundary.update(example.segmentation.labels, example.truth.mask)
+    result = dataclasses.replace(result, boundary=boundary, measured=(1, 2), protocol=EvaluationProtocol.UNSEEN)
+    text = Page(render_evaluation(result, "unseen")).text
+    assert f"{100 * result.boundary_iou:.1f}%boundary IoU" in text
+    assert "Protocol unseen. Chosen among 4 classes; the means are over cat, sofa & <chair>." in text
+    assert "within 0.02 of the diagonal of a contour" in text
+    iou, band = result.per_class["cat"], result.boundary_per_class["cat"]
+    share = result.confusion.counts[1].sum() / result.confusion.counts.sum()
+    assert f"cat{100 * share:.0f} %{100 * iou:.1f}%{100 * band:.1f}%" in text
+    assert "lamp0 %––" in text
+
+
+def test_worst_images_have_a_section_of_their_own() -> None:
+    result = evaluation(0.5, images=3)
+    worst = tuple(dataclasses.replace(example, miou=0.125) for example in result.examples[:2])
+    page = Page(render_evaluation(dataclasses.replace(result, examples=(), worst=worst), "worst"))
+    assert page.tags.count("article") == 2
+    assert "Worst images" in page.text
+    assert page.text.count(", mIoU 12.5 %") == 2
 
 
 def test_nothing_measured_is_not_drawn() -> None:

@@ -13,7 +13,7 @@ from jobs.cli import app
 from jobs.submit_plan import Job, check, fit, stage, variables
 from vilseg.errors import UserError
 
-OTHERS = {"name", "format", "host", "address", "overrides", "time_budget"}
+OTHERS = {"name", "format", "host", "address", "overrides", "time_budget", "protocol"}
 """Texts that verbs take and that name no place and no file."""
 
 

@@ -1,0 +1,67 @@
+"""One image and its mask, as the datasets read them."""
+
+import io
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from vilseg import storage
+from vilseg.data.decode import decode_image
+from vilseg.errors import DataError
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MaskedImage:
+    """One image and what is true of it."""
+
+    name: str
+    """Path within the dataset without its suffix; unique."""
+    image: np.ndarray
+    """(H, W, 3) uint8 RGB."""
+    mask: np.ndarray
+    """(H, W) uint8 or uint16: index of the class of each pixel, or `ignore`."""
+    ignore: int
+    """Mask value of the pixels that count for nothing: 255 in an 8-bit mask, 65535 in a 16-bit one."""
+
+
+def read_image_and_mask(image_uri: str, mask_uri: str) -> tuple[np.ndarray, np.ndarray]:
+    """An image, (H, W, 3) uint8 RGB, and the values of its mask, (H, W) uint8 or uint16.
+
+    Raises:
+        DataError: a file that cannot be decoded, or a mask of another size than its image.
+        StorageError: a file that cannot be read.
+    """
+    try:
+        image = decode_image(storage.read_bytes(image_uri))
+    except DataError as error:
+        raise DataError(f"image {image_uri}: {error}") from error
+    height, width = image.shape[:2]
+    return image, _decode_mask(storage.read_bytes(mask_uri), mask_uri, width, height)
+
+
+def values_of(mask: np.ndarray) -> np.ndarray:
+    """The values that occur in a mask, rising."""
+    return np.flatnonzero(np.bincount(mask.ravel()))
+
+
+def _decode_mask(data: bytes, uri: str, width: int, height: int) -> np.ndarray:
+    """Class ids of a PNG mask: (H, W) uint8 or uint16, by its bit depth."""
+    try:
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as picture:
+            # Bit depth and colour type as in the header (PNG, section 11.2.1): Pillow itself stretches grey of less
+            # than 8 bit to 0..255, which would turn class 1 into class 85.
+            depth, colour = data[24], data[25]
+            if (colour, depth) not in {(0, 8), (0, 16)} and colour != 3:
+                raise DataError(f"mask {uri} is neither a grey PNG of 8 or 16 bit nor one with a palette: convert it")
+            # Before the pixels are unpacked: a mask as large as its image is as harmless as the image was.
+            if picture.size != (width, height):
+                raise DataError(
+                    f"mask {uri} is {picture.width} x {picture.height} pixels but its image is {width} x {height}: "
+                    "make them equal"
+                )
+            return np.array(picture, dtype=np.uint16 if depth == 16 else np.uint8)
+    except UnidentifiedImageError as error:
+        raise DataError(f"mask {uri} is no PNG: write it anew as one") from error
+    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for damaged files
+        raise DataError(f"mask {uri} is damaged, write it anew: {error}") from error
