@@ -17,6 +17,9 @@ Both papers know CLIP alone. Where a block scales what it adds (DINOv2's layer s
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -26,6 +29,9 @@ from torch import Tensor, nn
 
 _DEVIATION = 5.0
 """s above, in patches (NACLIP, `gaussian_std`; the same for all its data sets)."""
+
+_caught: ContextVar[list[Tensor] | None] = ContextVar("caught", default=None)
+"""Where what goes into the block is put in the pass under way, of this thread alone."""
 
 
 class _Names(NamedTuple):
@@ -56,6 +62,7 @@ _KNOWN = {
 class LastBlock:
     """The parts of a transformers model that the last hidden state comes out of."""
 
+    layer: nn.Module
     norm: Any
     attention: Any
     out: Any
@@ -78,6 +85,7 @@ class LastBlock:
                 getattr(attention, needed)
             out = attention.out_proj if hasattr(attention, "out_proj") else attention.o_proj
             return cls(
+                layer=layer,
                 norm=getattr(layer, names.norm),
                 attention=attention,
                 out=out,
@@ -89,6 +97,19 @@ class LastBlock:
             )
         except (AttributeError, IndexError):  # another version of transformers, or a model without blocks
             return None
+
+    @contextmanager
+    def watched(self) -> Iterator[list[Tensor]]:
+        """A list that gets what goes into the block, where the model runs within the ``with``. Shape: (B, L, F)."""
+        # transformers would keep the input of every block, and leaves hooks that cannot be pickled.
+        if _catch not in self.layer._forward_pre_hooks.values():
+            self.layer.register_forward_pre_hook(_catch, with_kwargs=True)
+        found: list[Tensor] = []
+        token = _caught.set(found)
+        try:
+            yield found
+        finally:
+            _caught.reset(token)
 
     def __call__(self, tokens_BLF: Tensor, grid: tuple[int, int], attention: Literal["sclip", "naclip"]) -> Tensor:
         """The model's last hidden state with another attention.
@@ -117,6 +138,12 @@ class LastBlock:
             return self.last_norm(added_BLF)
         tokens_BLF = tokens_BLF + added_BLF
         return self.last_norm(tokens_BLF + self.scale_after(self.mlp(self.norm_after(tokens_BLF))))
+
+
+def _catch(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    found = _caught.get()
+    if found is not None:
+        found.append(args[0] if args else kwargs["hidden_states"])
 
 
 def neighbourhood(tokens: int, grid: tuple[int, int], device: torch.device) -> Tensor:

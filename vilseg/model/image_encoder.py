@@ -220,17 +220,17 @@ class HuggingFaceImageEncoder(nn.Module):
         """
         block = LastBlock.of(self.model)
         assert block is not None, "ask can_correlate first"
-        output, grid = self._run(images_B3HW, output_hidden_states=True)
+        with block.watched() as entering:
+            output, grid = self._run(images_B3HW)
         features = self._features(output.last_hidden_state, output, grid)
-        tokens = block(output.hidden_states[-2], grid, attention)  # the last but one is what goes into the last block
-        return features, self._features(tokens, output, grid).patches
+        return features, self._features(block(entering[0], grid, attention), output, grid).patches
 
-    def _run(self, images_B3HW: Tensor, **options: bool) -> tuple[Any, tuple[int, int]]:
+    def _run(self, images_B3HW: Tensor) -> tuple[Any, tuple[int, int]]:
         """What the model makes of images, and the patch grid."""
         pixels = (images_B3HW - self.mean) / self.std
         grid = (images_B3HW.shape[2] // self.patch_size, images_B3HW.shape[3] // self.patch_size)
         seen = _as_patches(pixels, grid, self.patch_size) if self._takes_patches else {"pixel_values": pixels}
-        return self.model(**seen, **self._options, **options), grid
+        return self.model(**seen, **self._options), grid
 
     def _features(self, tokens: Tensor, output: Any, grid: tuple[int, int]) -> ImageFeatures:
         """Features that a last hidden state holds; ``output`` has the image as a whole where the tokens do not."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from vilseg.errors import ConfigError
 from vilseg.model import ImageFeatures, ViLSeg
 from vilseg.model.image_encoder import IMAGENET_MEAN, IMAGENET_STD, build_image_encoder
 from vilseg.model.pretrained import read_settings
+from vilseg.model.shared import put_together, take_apart
 
 Make = Callable[..., ViLSeg]
 ATTENTIONS = ("sclip", "naclip")
@@ -230,6 +232,30 @@ def test_a_segmenter_names_the_patches_that_the_settings_ask_for(
     np.testing.assert_allclose(
         clusters[0], expected, atol=1e-6, err_msg="the head knows patches of the plain attention"
     )
+
+
+def test_a_segmenter_that_was_used_can_be_sent_to_others(tmp_path: Path) -> None:
+    checkpoints.contrastive("clip", tmp_path)
+    segmenter = Segmenter(ViLSeg.from_pretrained(str(tmp_path)), classes=["dog", "cat"], device="cpu")
+    picture = np.random.default_rng(0).integers(0, 256, (40, 56, 3), dtype=np.uint8)
+    expected = segmenter(picture)
+    for again in (put_together(take_apart(segmenter)), segmenter):
+        np.testing.assert_array_equal(again(picture).scores, expected.scores)
+
+
+def test_threads_that_share_a_model_do_not_meet(tmp_path: Path) -> None:
+    checkpoints.contrastive("clip", tmp_path)
+    model = ViLSeg.from_pretrained(str(tmp_path))
+    images = [pictures(8 * rows, 48) for rows in range(2, 10)]
+
+    def patches(one: Tensor) -> Tensor:
+        with torch.inference_mode():
+            return model.dense_features(one, "naclip")[1]
+
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(patches, images))
+    for one, found in zip(images, together, strict=True):
+        np.testing.assert_allclose(found, patches(one), atol=1e-6)
 
 
 @pytest.mark.parametrize(("kind", "attention"), [("clip", "naclip"), ("siglip", "plain"), ("siglip2", "plain")])
