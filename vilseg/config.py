@@ -308,6 +308,10 @@ class SegmentationConfig(Part):
 
     input_size: PositiveInt = 224
     """Shorter side in pixels that images are resized to before encoding."""
+    attention: Literal["plain", "sclip", "naclip"] = "plain"
+    """Attention of the image encoder's last block where patches are named: its own, or one of two under which a patch looks at
+    those like itself (SCLIP, Wang et al. 2023; NACLIP, Hajimiri et al. 2024; see ``vilseg.model.correlated``). Clusters, the
+    image as a whole and what training recorded are of the plain one always."""
     max_aspect: Positive = 4.0
     """Longer pictures are squeezed to this ratio of sides, so that one strip cannot exhaust the memory."""
     region_weight: Share = 1.0

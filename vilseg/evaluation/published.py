@@ -1,20 +1,20 @@
 """The published datasets with masks, read as their publishers lay them out: VOC, Context, COCO-Stuff, ADE20K.
 
-Only the part that figures are reported on is read, which is the validation part of each. Class names are lists in
-`classes/`, a name a line in the order of the class ids, and as published but for words that VOC and Context run together
-("pottedplant"): a text encoder is to read them.
+Only the part that figures are reported on is read, which is the validation part of each. Class names are those of the built-in
+vocabularies, without their synonyms: as published but for words that VOC and Context run together ("pottedplant"), since a
+text encoder is to read them.
 """
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.resources import files
 
 import numpy as np
 
 from vilseg import storage
 from vilseg.errors import DataError
 from vilseg.evaluation.masks import MaskedImage, read_image_and_mask, values_of
+from vilseg.text.vocabulary import Vocabulary
 
 _IGNORE = 255
 _NO_CLASS = 256
@@ -27,7 +27,7 @@ class Layout:
     title: str
     """What its publishers call it, with the year where there are several."""
     kind: str
-    """Name in `KIND:URI`, and of its list of classes."""
+    """Name in `KIND:URI`, and of its built-in vocabulary."""
     within: tuple[str, ...]
     """Folders that its archives unpack into: the URI may name the dataset's own folder, or one that holds these."""
     images: str
@@ -49,8 +49,7 @@ class Layout:
     @cached_property
     def classes(self) -> tuple[str, ...]:
         """Class names, in the order of their ids."""
-        text = files(__package__).joinpath("classes", f"{self.kind}.txt").read_text(encoding="utf-8")
-        return tuple(text.splitlines())
+        return Vocabulary.built_in(self.kind).classes
 
     @property
     def expected(self) -> str:

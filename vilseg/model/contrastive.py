@@ -47,9 +47,15 @@ def is_contrastive(tree: Any) -> bool:
 
 
 def settings_of(tree: dict[str, Any]) -> SegmentationConfig:
-    """Inference settings for the model: patches named by themselves, at the size that it was trained on."""
+    """Inference settings for the model: patches named by themselves, at the size that it was trained on.
+
+    CLIP's look at those like themselves (``attention`` naclip): patches of its own last block were never asked for, and the
+    papers measured the gain on it. SigLIP's stay as they are, as neither paper measured it.
+    """
     size = tree.get("vision_config", {}).get("image_size")
     known: dict[str, Any] = {"input_size": size} if isinstance(size, int) else {}
+    if tree.get("model_type") == "clip":
+        known["attention"] = "naclip"
     return SegmentationConfig(region_weight=0.0, **known)
 
 

@@ -2,7 +2,8 @@
 
 Every encoder is a module with ``num_features: int`` and ``forward(images_B3HW) -> ImageFeatures``, its input RGB in 0..1;
 normalisation is its own affair. That is also the contract of a ``factory``, which may have a method ``checkpoint_activations()``
-beside: see :meth:`vilseg.model.ViLSeg.checkpoint_activations`.
+beside, see :meth:`vilseg.model.ViLSeg.checkpoint_activations`, and where it has ``can_correlate = True`` has a method
+``correlated()`` as :meth:`HuggingFaceImageEncoder.correlated`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModel
 from vilseg import storage
 from vilseg.config import ImageEncoderConfig
 from vilseg.errors import ConfigError, ModelError
+from vilseg.model.correlated import LastBlock
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -198,11 +200,40 @@ class HuggingFaceImageEncoder(nn.Module):
 
     def forward(self, images_B3HW: Tensor) -> ImageFeatures:
         """Shape: (B, 3, H, W) in 0..1 -> patches (B, N, F); position embeddings are interpolated to the image's size."""
+        output, grid = self._run(images_B3HW)
+        return self._features(output.last_hidden_state, output, grid)
+
+    @property
+    def can_correlate(self) -> bool:
+        """Whether the last block is of a form that :meth:`correlated` knows."""
+        return LastBlock.of(self.model) is not None
+
+    def correlated(self, images_B3HW: Tensor, attention: Literal["sclip", "naclip"]) -> tuple[ImageFeatures, Tensor]:
+        """Features as `forward` gives them, and from the same pass patches with another attention in the last block.
+
+        Args:
+            images_B3HW: RGB in 0..1. Shape: (B, 3, H, W).
+            attention: see ``vilseg.model.correlated``.
+
+        Returns:
+            The features, and patches of the same shape.
+        """
+        block = LastBlock.of(self.model)
+        assert block is not None, "ask can_correlate first"
+        with block.watched() as entering:
+            output, grid = self._run(images_B3HW)
+        features = self._features(output.last_hidden_state, output, grid)
+        return features, self._features(block(entering[0], grid, attention), output, grid).patches
+
+    def _run(self, images_B3HW: Tensor) -> tuple[Any, tuple[int, int]]:
+        """What the model makes of images, and the patch grid."""
         pixels = (images_B3HW - self.mean) / self.std
         grid = (images_B3HW.shape[2] // self.patch_size, images_B3HW.shape[3] // self.patch_size)
         seen = _as_patches(pixels, grid, self.patch_size) if self._takes_patches else {"pixel_values": pixels}
-        output = self.model(**seen, **self._options)
-        tokens = output.last_hidden_state
+        return self.model(**seen, **self._options), grid
+
+    def _features(self, tokens: Tensor, output: Any, grid: tuple[int, int]) -> ImageFeatures:
+        """Features that a last hidden state holds; ``output`` has the image as a whole where the tokens do not."""
         if tokens.ndim == 4:
             return ImageFeatures(tokens.flatten(2).transpose(1, 2), None, (tokens.shape[2], tokens.shape[3]))
         if self._pooling:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -80,6 +80,7 @@ class ViLSeg(nn.Module):
             image_encoder.requires_grad_(False)
         if config.text_encoder.frozen:
             text_encoder.requires_grad_(False)
+        self.check_attention()
 
     @classmethod
     def from_config(
@@ -116,7 +117,8 @@ class ViLSeg(nn.Module):
         """Load a model folder: a path, an ``s3://`` URI or a hub id. Safetensors only; nothing is unpickled.
 
         Folders of CLIP, SigLIP and SigLIP 2 (Hugging Face) are taken too. Their clustering head is untrained, so their
-        settings name every patch by itself (``region_weight`` 0); train with ``model.init`` to get regions.
+        settings name every patch by itself (``region_weight`` 0), CLIP's with a last block in which patches look at those
+        like themselves (``attention`` naclip); train with ``model.init`` to get regions.
 
         A model with a ``factory`` has that function imported and called with options of the folder's choice, so load
         only folders that you trust.
@@ -180,6 +182,37 @@ class ViLSeg(nn.Module):
         """Features of the image encoder. Shape: (B, 3, H, W) RGB in 0..1 -> patches (B, N, F)."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.image_encoder.frozen):
             return self.image_encoder(images)
+
+    def check_attention(self) -> None:
+        """Raise ConfigError where the settings want an attention that the image encoder's last block cannot have."""
+        attention = self.segmentation.attention
+        if attention == "plain" or getattr(self.image_encoder, "can_correlate", False):
+            return
+        part = self.config.image_encoder
+        kind = getattr(self.image_encoder, "hf_config", {}).get("model_type") or part.factory or part.architecture
+        raise ConfigError(
+            f"segmentation.attention is '{attention}', but the image encoder ({kind}) has no last block that it could be put "
+            "into; CLIP, SigLIP, SigLIP 2, DINOv2 and ViT have one, for all others set segmentation.attention=plain"
+        )
+
+    def dense_features(
+        self, images: Tensor, attention: Literal["plain", "sclip", "naclip"]
+    ) -> tuple[ImageFeatures, Tensor]:
+        """Features of the image encoder as it was trained, and the patches that are to be named; one pass.
+
+        Args:
+            images: RGB in 0..1. Shape: (B, 3, H, W).
+            attention: of the last block, for the patches to be named; with ``plain`` they are those of the features.
+                Another needs a model that `check_attention` lets pass.
+
+        Returns:
+            The features, whose patches the clustering head knows, and patches (B, N, F).
+        """
+        if attention == "plain":
+            features = self.image_features(images)
+            return features, features.patches
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.image_encoder.frozen):
+            return self.image_encoder.correlated(images, attention)  # type: ignore[operator]  # checked before
 
     def embed(self, features: ImageFeatures) -> ImageEmbeddings:
         """Bring features into the text space."""

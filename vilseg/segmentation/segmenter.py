@@ -65,6 +65,7 @@ class Segmenter:
         keep_clusters: fill `Segmentation.clusters`, which takes about as long as the labels.
 
     Raises:
+        ConfigError: the model's settings want an attention that its image encoder cannot have.
         DataError: the class list is empty, repeats a name or is too long.
     """
 
@@ -80,6 +81,7 @@ class Segmenter:
         self.vocabulary = Vocabulary.of(classes)
         self.device = torch.device(device) if device else best_device()
         self.model = model.to(self.device).eval()
+        model.check_attention()
         self.config = model.segmentation
         self._texts = class_texts(model, self.vocabulary, self.config)
 
@@ -210,11 +212,9 @@ class Segmenter:
         images = pixels_B3HW.float().div_(255)
         # Matrix units of recent CPUs and GPUs are several times faster in bfloat16; the comparison itself is not.
         with torch.autocast(self.device.type, torch.bfloat16, enabled=has_bfloat16_units(self.device)):
-            features = self.model.image_features(images)
-        features = features._replace(
-            patches=features.patches.float(), pooled=None if features.pooled is None else features.pooled.float()
-        )
-        patches_BND = self.model.embed(features).patches
+            features, named_BNF = self.model.dense_features(images, self.config.attention)
+        features = features._replace(patches=features.patches.float(), pooled=None)
+        patches_BND = self.model.embed_patches(features._replace(patches=named_BNF.float()))
         assignments_BNK = self.model.cluster_logits(features).softmax(-1)
         parts = zip(pixels_B3HW, patches_BND, assignments_BNK, strict=True)
         return [Look(pixels, patches, assignments, features.grid) for pixels, patches, assignments in parts]

@@ -156,7 +156,7 @@ class Vocabulary:
                 return cls._from_yaml(text, spec)
             return cls.of(line for line in text.splitlines() if line.strip())
         if spec in built_in():  # a folder of that name holds the data set
-            return cls._from_yaml(built_in()[spec].read_text(encoding="utf-8"), spec)
+            return cls.built_in(spec)
         if folder:
             raise DataError(
                 f"{spec} is a folder; give a text or YAML file with one class name a line, or names as 'cat,sofa'"
@@ -167,6 +167,11 @@ class Vocabulary:
                 f"or one of {', '.join(built_in())}"
             )
         return cls.of(name for name in spec.split(",") if name.strip())
+
+    @classmethod
+    def built_in(cls, name: str) -> Vocabulary:
+        """``voc``, ``context``, ``coco-stuff`` or ``ade20k``, in the order of their class ids, with synonyms."""
+        return cls._from_yaml(built_in()[name].read_text(encoding="utf-8"), name)
 
     @classmethod
     def _from_yaml(cls, text: str, place: str) -> Vocabulary:

@@ -134,7 +134,7 @@ def test_a_picture_takes_the_same_way_through_both_preparations(
     whole, patches = images_of_original(kind, original, dict(processor(images=picture, return_tensors="pt")))
 
     model = ViLSeg.from_pretrained(str(tmp_path))
-    model.segmentation.input_size = SIDE
+    model.segmentation.input_size, model.segmentation.attention = SIDE, "plain"
     resized = torch.from_numpy(square(np.asarray(picture), SIDE).copy()).permute(2, 0, 1)[None]
     with torch.no_grad():
         np.testing.assert_allclose(model.encode_image(resized / 255).pooled, whole, atol=1e-5)

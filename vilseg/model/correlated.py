@@ -1,0 +1,164 @@
+"""Patches taken through the last block of a vision transformer once more, each looking at those like itself.
+
+A tower that was trained on images as wholes gathers in its last block what the image is about, and puts it into every
+patch. Two attentions in its place let a patch stay what it is, without any training. With the block's input x, the
+queries, keys and values q, k, v of one head of width d after the first norm, and places p on the patch grid:
+
+    sclip     a = (softmax(q q^T / sqrt d) + softmax(k k^T / sqrt d)) v W_o    y = x + a    out = y + MLP(norm(y))
+    naclip    a = softmax(k k^T / sqrt d + G) v W_o                            out = a
+              G_ij = exp(-|p_i - p_j|^2 / (2 s^2)) between patches, 0 from and to class and register tokens; s = 5
+
+sclip: correlative self-attention (SCLIP, Wang et al. 2023, arXiv 2312.01597, section on the method; `custom_attn` with
+`csa` in wangf3014/SCLIP, clip/model.py): the two soft-maxes are added, a row then sums to 2, and the residual and the MLP
+stay. naclip: neighbourhood bias on the similarity of keys, and the block without residual and MLP (NACLIP, Hajimiri et al.
+2024, arXiv 2404.08181, section on the method; `custom_attn` with `naclip` and `reduced` in sinahmr/NACLIP, clip/model.py).
+Both papers know CLIP alone. Where a block scales what it adds (DINOv2's layer scale), a and the MLP are scaled as there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_DEVIATION = 5.0
+"""s above, in patches (NACLIP, `gaussian_std`; the same for all its data sets)."""
+
+_caught: ContextVar[list[Tensor] | None] = ContextVar("caught", default=None)
+"""Where what goes into the block is put in the pass under way, of this thread alone."""
+
+
+class _Names(NamedTuple):
+    """Where transformers keeps the parts of a block."""
+
+    layers: str
+    norm: str
+    attention: str
+    norm_after: str
+    last_norm: str | None
+    """Norm that the model itself applies to what the last block gives."""
+
+
+_CLIP = _Names("encoder.layers", "layer_norm1", "self_attn", "layer_norm2", None)
+_SIGLIP = _CLIP._replace(last_norm="post_layernorm")
+_DINOV2 = _Names("encoder.layer", "norm1", "attention", "norm2", "layernorm")
+_KNOWN = {
+    "clip_vision_model": _CLIP,
+    "siglip_vision_model": _SIGLIP,
+    "siglip2_vision_model": _SIGLIP,
+    "dinov2": _DINOV2,
+    "dinov2_with_registers": _DINOV2,
+    "vit": _Names("layers", "layernorm_before", "attention", "layernorm_after", "layernorm"),
+}
+
+
+@dataclass(frozen=True)
+class LastBlock:
+    """The parts of a transformers model that the last hidden state comes out of."""
+
+    layer: nn.Module
+    norm: Any
+    attention: Any
+    out: Any
+    norm_after: Any
+    mlp: Any
+    scale: Any
+    scale_after: Any
+    last_norm: Any
+
+    @classmethod
+    def of(cls, model: nn.Module) -> LastBlock | None:
+        """That of ``model``; None where it has none of a known form."""
+        names = _KNOWN.get(str(getattr(getattr(model, "config", None), "model_type", None)))
+        if names is None:
+            return None
+        try:
+            layer: Any = model.get_submodule(names.layers)[-1]  # type: ignore[index]  # a ModuleList
+            attention = getattr(layer, names.attention)
+            for needed in ("q_proj", "k_proj", "v_proj", "head_dim"):
+                getattr(attention, needed)
+            out = attention.out_proj if hasattr(attention, "out_proj") else attention.o_proj
+            return cls(
+                layer=layer,
+                norm=getattr(layer, names.norm),
+                attention=attention,
+                out=out,
+                norm_after=getattr(layer, names.norm_after),
+                mlp=layer.mlp,
+                scale=getattr(layer, "layer_scale1", _as_it_is),
+                scale_after=getattr(layer, "layer_scale2", _as_it_is),
+                last_norm=getattr(model, names.last_norm) if names.last_norm else _as_it_is,
+            )
+        except (AttributeError, IndexError):  # another version of transformers, or a model without blocks
+            return None
+
+    @contextmanager
+    def watched(self) -> Iterator[list[Tensor]]:
+        """A list that gets what goes into the block, where the model runs within the ``with``. Shape: (B, L, F)."""
+        # transformers would keep the input of every block, and leaves hooks that cannot be pickled.
+        if _catch not in self.layer._forward_pre_hooks.values():
+            self.layer.register_forward_pre_hook(_catch, with_kwargs=True)
+        found: list[Tensor] = []
+        token = _caught.set(found)
+        try:
+            yield found
+        finally:
+            _caught.reset(token)
+
+    def __call__(self, tokens_BLF: Tensor, grid: tuple[int, int], attention: Literal["sclip", "naclip"]) -> Tensor:
+        """The model's last hidden state with another attention.
+
+        Args:
+            tokens_BLF: what goes into the block: L tokens, the last h x w of them patches. Shape: (B, L, F).
+            grid: (h, w).
+            attention: see the module.
+
+        Returns:
+            Shape: (B, L, F).
+        """
+        seen_BLF = self.norm(tokens_BLF)
+        projections = (self.attention.q_proj, self.attention.k_proj, self.attention.v_proj)
+        q, k, v = (
+            project(seen_BLF).unflatten(-1, (-1, self.attention.head_dim)).transpose(1, 2) for project in projections
+        )
+        # The rows of weights never stand in memory at once.
+        if attention == "sclip":
+            mixed = F.scaled_dot_product_attention(q, q, v) + F.scaled_dot_product_attention(k, k, v)
+        else:
+            bias_LL = neighbourhood(tokens_BLF.shape[1], grid, tokens_BLF.device).to(k.dtype)
+            mixed = F.scaled_dot_product_attention(k, k, v, attn_mask=bias_LL)
+        added_BLF = self.scale(self.out(mixed.transpose(1, 2).flatten(2)))
+        if attention == "naclip":
+            return self.last_norm(added_BLF)
+        tokens_BLF = tokens_BLF + added_BLF
+        return self.last_norm(tokens_BLF + self.scale_after(self.mlp(self.norm_after(tokens_BLF))))
+
+
+def _catch(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    found = _caught.get()
+    if found is not None:
+        found.append(args[0] if args else kwargs["hidden_states"])
+
+
+def neighbourhood(tokens: int, grid: tuple[int, int], device: torch.device) -> Tensor:
+    """G of the module: how near patches are, 0 for the tokens that come before them. Shape: -> (L, L), float32."""
+    h, w = grid
+    near_hh, near_ww = (_gaussian(side, device) for side in grid)
+    near_NN = torch.einsum("ik,jl->ijkl", near_hh, near_ww).reshape(h * w, h * w)
+    prefix = tokens - h * w
+    return F.pad(near_NN, (prefix, 0, prefix, 0))
+
+
+def _gaussian(side: int, device: torch.device) -> Tensor:
+    place = torch.arange(side, device=device, dtype=torch.float32)
+    return torch.exp(-((place[:, None] - place[None]) ** 2) / (2 * _DEVIATION**2))
+
+
+def _as_it_is(tokens: Tensor) -> Tensor:
+    return tokens
