@@ -15,6 +15,7 @@ from typing import Annotated, TextIO
 import typer
 
 from jobs.cluster_cli import cluster_app
+from jobs.export_cli import export
 from jobs.options import Address, Json, Overrides, Overwrite, Resume, quiet_stdout
 from jobs.overrides import columns_of, segmentation_overrides, split_overrides
 from jobs.store_cli import store_app
@@ -31,6 +32,7 @@ app.add_typer(store_app, name="store")
 app.add_typer(submit_app, name="submit")
 app.add_typer(cluster_app, name="cluster")
 app.command()(tune)
+app.command()(export)
 
 
 def main() -> None:
