@@ -56,8 +56,8 @@ _ANOTHER_SIZE = 8
 _IMAGE_INPUT = ("batch", 3, "height", "width")
 _WORDS = ("dog", "two cats on a sofa", "")
 _NAMING = (
-    "texts: for every class name (tv_monitor is 'tv monitor'), synonym and background word the mean of its text_embedding over the prompts; minus "
-    "caption_mean if center_text; scaled to unit length: t_c",
+    "texts: for every class name (tv_monitor is 'tv monitor'), synonym and background word the mean of its text_embedding "
+    "over the prompts; minus caption_mean if center_text; scaled to unit length: t_c",
     "regions: r_k = unit(sum_n a_nk p_n) with patch_embeddings p_n and assignments a_nk; g = unit(mean_n p_n); with "
     "m = image_mix, r'_k = unit((1 - m) r_k + m g) and p'_n = unit((1 - m) p_n + m g)",
     "scores: s_nc = w sum_k a_nk <r'_k, t_c> + (1 - w) <p'_n, t_c> with w = region_weight",
@@ -189,10 +189,8 @@ def _write_image_tower(model: ViLSeg, path: Path) -> tuple[tuple[int, int] | Non
             with _one_size(model.image_encoder):
                 _write(tower, torch.rand(2, 3, *example, generator=made), axes, {"images": _IMAGE_INPUT}, outputs, path)
             return fixed_size, _largest_difference(tower, batches, path)
-        except OSError:
-            raise
         except Exception as error:  # noqa: BLE001  (exporter and runtime refuse in many ways, all for the same reason)
-            failure = error
+            failure = _of_the_model(error)
     assert failure is not None
     raise _refused("image", failure) from failure
 
@@ -213,10 +211,15 @@ def _write_text_tower(model: ViLSeg, path: Path) -> float:
         outputs = {"text_embedding": ("batch", model.embedding_dim)}
         _write(tower, example, axes, {"tokens": ("batch", length)}, outputs, path)
         return _largest_difference(tower, batches, path)
-    except OSError:
-        raise
     except Exception as error:
-        raise _refused("text", error) from error
+        raise _refused("text", _of_the_model(error)) from error
+
+
+def _of_the_model(error: Exception) -> Exception:
+    """``error``, unless it is one of the disk's, which goes on its way."""
+    if isinstance(error, OSError) and error.errno is not None:
+        raise error
+    return error
 
 
 def _refused(tower: str, error: BaseException) -> ModelError:
