@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import sys
 import tempfile
 import traceback
@@ -15,7 +14,9 @@ from typing import Annotated, TextIO
 import typer
 
 from jobs.cluster_cli import cluster_app
-from jobs.options import Address, Json, Overrides, Overwrite, Resume, quiet_stdout
+from jobs.evaluate_cli import evaluate
+from jobs.export_cli import export
+from jobs.options import CLASSES, Address, Json, Overrides, Overwrite, Resume, quiet_stdout
 from jobs.overrides import columns_of, segmentation_overrides, split_overrides
 from jobs.store_cli import store_app
 from jobs.submit_cli import submit_app
@@ -24,11 +25,6 @@ from vilseg import storage
 from vilseg.config import RunConfig
 from vilseg.errors import ConfigError, UserError
 
-_CLASSES = (
-    'text file with a name a line, YAML, "a,b|synonym,c", or a built-in voc, context, coco-stuff, ade20k '
-    "(a file of that name goes before)"
-)
-
 app = typer.Typer(
     help="Open-vocabulary segmentation trained from image-caption pairs.", no_args_is_help=True, add_completion=False
 )
@@ -36,6 +32,8 @@ app.add_typer(store_app, name="store")
 app.add_typer(submit_app, name="submit")
 app.add_typer(cluster_app, name="cluster")
 app.command()(tune)
+app.command()(evaluate)
+app.command()(export)
 
 
 def main() -> None:
@@ -200,57 +198,6 @@ def train(
 
 
 @app.command()
-def evaluate(
-    model: Annotated[str, typer.Option(help="URI of a model folder.")],
-    dataset: Annotated[
-        str, typer.Option(help="KIND:URI with KIND folder, voc, context, coco-stuff or ade20k, as folder:data/val.")
-    ],
-    overrides: Overrides = None,
-    classes: Annotated[
-        str | None, typer.Option(help=f"Other names for the dataset's classes, in its order: {_CLASSES}.")
-    ] = None,
-    protocol: Annotated[
-        str, typer.Option(help="Classes asked for and measured: all, no-background, or unseen (means over these only).")
-    ] = "all",
-    boundary_width: Annotated[
-        float, typer.Option(help="Band along contours for boundary IoU, as a share of the diagonal.")
-    ] = 0.02,
-    out: Annotated[str | None, typer.Option(help="Folder for report.html and evaluation.json.")] = None,
-    overwrite: Overwrite = False,
-    json: Json = False,
-) -> None:
-    """Measure mIoU on images with masks.
-
-    Example: vilseg evaluate --model runs/first/model --dataset folder:data/val --out runs/first/val
-    """
-    from jobs import console
-    from jobs import evaluate as job
-    from vilseg.text.vocabulary import Vocabulary
-
-    with console.CountProgress("evaluate", "images") as progress:
-        done = job.main(
-            model,
-            dataset,
-            classes=Vocabulary.parse(classes) if classes else None,
-            protocol=protocol,
-            boundary_width=boundary_width,
-            out=out,
-            overwrite=overwrite,
-            settings=segmentation_overrides(overrides),
-            progress=progress,
-            command=shlex.join(["vilseg", *sys.argv[1:]]),
-        )
-    per_class = "\n".join(f"  {name:24} {value:.3f}" for name, value in done.per_class.items())
-    figures = (
-        f"mIoU {done.miou:.4f}  vocabulary {done.vocabulary}  boundary IoU {done.boundary_iou:.4f}  "
-        f"pixel accuracy {done.pixel_accuracy:.4f}  images {done.images}"
-    )
-    if len(done.measured_classes) < len(done.per_class):
-        figures += f"\nover {', '.join(done.measured_classes)}"
-    console.result(done.to_dict(), as_json=json, text=f"{figures}\n{per_class}")
-
-
-@app.command()
 def segment(
     inputs: Annotated[
         list[str],
@@ -260,7 +207,7 @@ def segment(
         ),
     ],
     model: Annotated[str, typer.Option(help="URI of a model folder.")],
-    classes: Annotated[str, typer.Option(help=f"What to look for: {_CLASSES}.")],
+    classes: Annotated[str, typer.Option(help=f"What to look for: {CLASSES}.")],
     out: Annotated[str, typer.Option(help="Folder or s3:// URI for the results.")],
     format: Annotated[
         str, typer.Option(help="What to write, with commas: png, coco, parquet, overlay, gallery, geotiff.")

@@ -18,3 +18,10 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is th
 def quiet_stdout() -> redirect_stdout[TextIO]:
     """Keeps stdout for the result: what Ray prints of workers that died goes to stderr."""
     return redirect_stdout(sys.stderr)
+
+
+CLASSES = (
+    'text file with a name a line, YAML, "a,b|synonym,c", or a built-in voc, context, coco-stuff, ade20k '
+    "(a file of that name goes before)"
+)
+"""What may be said where classes are asked for."""

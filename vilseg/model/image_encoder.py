@@ -258,7 +258,7 @@ class HuggingFaceImageEncoder(nn.Module):
 
 def _as_patches(pixels_B3HW: Tensor, grid: tuple[int, int], patch: int) -> dict[str, Tensor]:
     """Pixels as SigLIP 2 takes them, patch by patch with their grid; channels are the fastest. Shape: -> (B, N, patch² 3)."""
-    (h, w), count = grid, len(pixels_B3HW)
+    (h, w), count = grid, pixels_B3HW.shape[0]  # an export traces shapes, and not len
     cut = pixels_B3HW[:, :, : h * patch, : w * patch].unflatten(3, (w, patch)).unflatten(2, (h, patch))
     patches_BNF = cut.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
     return {

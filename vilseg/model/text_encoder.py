@@ -52,6 +52,11 @@ class TextEncoder(nn.Module):
         """What rebuilds the architecture without its checkpoint."""
         return self.model.config.to_dict()
 
+    @property
+    def fixed_length(self) -> bool:
+        """Whether rows must be ``max_tokens`` long, padding and all, because the padding counts."""
+        return self._pools_padding
+
     def tokenize(self, texts: Sequence[str]) -> Tensor:
         """Token ids, padded to ``max_tokens``. Shape: texts (B) -> (B, T) int64."""
         return torch.from_numpy(self.fixed_tokenizer()(texts)).long()

@@ -1,0 +1,62 @@
+"""``vilseg evaluate``: mIoU on images with masks."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from typing import Annotated
+
+import typer
+
+from jobs.options import CLASSES, Json, Overrides, Overwrite
+from jobs.overrides import segmentation_overrides
+
+
+def evaluate(
+    model: Annotated[str, typer.Option(help="URI of a model folder.")],
+    dataset: Annotated[
+        str, typer.Option(help="KIND:URI with KIND folder, voc, context, coco-stuff or ade20k, as folder:data/val.")
+    ],
+    overrides: Overrides = None,
+    classes: Annotated[
+        str | None, typer.Option(help=f"Other names for the dataset's classes, in its order: {CLASSES}.")
+    ] = None,
+    protocol: Annotated[
+        str, typer.Option(help="Classes asked for and measured: all, no-background, or unseen (means over these only).")
+    ] = "all",
+    boundary_width: Annotated[
+        float, typer.Option(help="Band along contours for boundary IoU, as a share of the diagonal.")
+    ] = 0.02,
+    out: Annotated[str | None, typer.Option(help="Folder for report.html and evaluation.json.")] = None,
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Measure mIoU on images with masks.
+
+    Example: vilseg evaluate --model runs/first/model --dataset folder:data/val --out runs/first/val
+    """
+    from jobs import console
+    from jobs import evaluate as job
+    from vilseg.text.vocabulary import Vocabulary
+
+    with console.CountProgress("evaluate", "images") as progress:
+        done = job.main(
+            model,
+            dataset,
+            classes=Vocabulary.parse(classes) if classes else None,
+            protocol=protocol,
+            boundary_width=boundary_width,
+            out=out,
+            overwrite=overwrite,
+            settings=segmentation_overrides(overrides),
+            progress=progress,
+            command=shlex.join(["vilseg", *sys.argv[1:]]),
+        )
+    per_class = "\n".join(f"  {name:24} {value:.3f}" for name, value in done.per_class.items())
+    figures = (
+        f"mIoU {done.miou:.4f}  vocabulary {done.vocabulary}  boundary IoU {done.boundary_iou:.4f}  "
+        f"pixel accuracy {done.pixel_accuracy:.4f}  images {done.images}"
+    )
+    if len(done.measured_classes) < len(done.per_class):
+        figures += f"\nover {', '.join(done.measured_classes)}"
+    console.result(done.to_dict(), as_json=json, text=f"{figures}\n{per_class}")

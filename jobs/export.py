@@ -1,0 +1,41 @@
+"""Write a model as ONNX: image tower with clustering head, text tower, tokenizer, and a description."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from vilseg import storage
+from vilseg.config import SegmentationConfig
+from vilseg.export import Exported, export_model, require_packages
+from vilseg.export_folder import check_target
+from vilseg.model import ViLSeg
+
+
+def main(
+    model: str,
+    out: str,
+    *,
+    overwrite: bool = False,
+    settings: Callable[[SegmentationConfig], SegmentationConfig] = lambda settings: settings,
+    say: Callable[[str], None] = lambda text: None,
+) -> Exported:
+    """Export ``model`` to ``out``.
+
+    Args:
+        model: URI of a model folder.
+        out: folder or URI for the files.
+        overwrite: replace the export that is at ``out``.
+        settings: changes the inference settings that the model carries.
+        say: told what is being done.
+
+    Raises:
+        ModelError: no model folder, or one that ONNX cannot express to 1e-4.
+        StorageError: a URI cannot be reached, or ``out`` exists.
+        UserError: a package of the extra ``export`` is missing.
+    """
+    require_packages()
+    storage.require_bucket(model)
+    check_target(out, overwrite=overwrite)
+    loaded = ViLSeg.from_pretrained(model)
+    loaded.segmentation = settings(loaded.segmentation)
+    return export_model(loaded, out, name=model, overwrite=overwrite, say=say)
