@@ -81,7 +81,13 @@ VARIANTS = (
     ),
     Variant("captions as much as nouns", ("loss.cross_modal.weight=1",), "contrast"),
     Variant("with half of it on patches by soft-max", ("loss.cross_modal.patch_share=0.5",), "contrast"),
-    Variant("sigmoid in the place of InfoNCE", ("loss.cross_modal.form=sigmoid",), "contrast"),
+    Variant("temperature from 0.07 on, as CLIP", ("loss.cross_modal.temperature=0.07",), "contrast"),
+    Variant("temperature from 0.15 on", ("loss.cross_modal.temperature=0.15",), "contrast"),
+    Variant(
+        "sigmoid in the place of InfoNCE",
+        ("loss.cross_modal.form=sigmoid", "loss.cross_modal.temperature=0.1"),
+        "contrast",
+    ),
     Variant("nouns alone", ("loss.cross_modal.weight=0",), "nouns"),
     Variant("without nouns", ("loss.nouns.weight=0", "loss.cross_modal.weight=1"), "nouns"),
     Variant("nouns by corpus statistics", ("loss.nouns.finder=statistics",), "nouns"),
@@ -133,7 +139,8 @@ def main(out: Path) -> dict[str, Any]:
         Job("default, long", first, (), _LONG_STEPS, _LONG_EVALUATIONS),
         Job("captions alone, long", first, VARIANTS[1].overrides, _LONG_STEPS, _LONG_EVALUATIONS),
     ]
-    found = _run(out, [*_variants(first), *tuning, *long])
+    found = _run(out, [*_variants(first), *tuning])
+    found |= _run(out, long)
     jobs = [
         max((job for job in tuning if job.name == name), key=lambda job: found[job]["miou"]) for name in peers.PEERS
     ]

@@ -4,6 +4,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -61,6 +62,8 @@ def test_life_of_a_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
         storage.write_bytes("s3://vilseg/late", b"written just before the end")
         os.kill(second.pid, signal.SIGKILL)
+        while ObjectStore.attach(folder) is not None:  # it takes a moment to be gone
+            time.sleep(0.05)
         with socket.create_server((HOST, 0)) as other:
             taken = other.getsockname()[1]
             with pytest.raises(StorageError, match=f"port {taken} on {HOST} cannot be used"):
