@@ -97,11 +97,9 @@ class ImageTower(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Global embedding, patch embeddings, soft cluster assignments."""
-        features = self.model.image_encoder(images)
-        patches_BND, assignments_BNK = (
-            self.model.embed_patches(features),
-            self.model.cluster_logits(features).softmax(-1),
-        )
+        features, named_BNF = self.model.dense_features(images, self.model.segmentation.attention)
+        patches_BND = self.model.embed_patches(features._replace(patches=named_BNF))
+        assignments_BNK = self.model.cluster_logits(features).softmax(-1)
         maps = (values.transpose(1, 2).unflatten(2, features.grid) for values in (patches_BND, assignments_BNK))
         return self.model.embed_pooled(features), *maps
 

