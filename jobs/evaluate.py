@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import pickle
+from collections.abc import Callable, Iterator
+from typing import Any
 
+import numpy as np
+
+from jobs.session import Session
 from vilseg import storage
 from vilseg.config import SegmentationConfig
-from vilseg.errors import ConfigError, DataError, StorageError
+from vilseg.errors import ConfigError, DataError, StorageError, UserError
 from vilseg.evaluation.boundary import WIDTH
 from vilseg.evaluation.datasets import open_dataset
-from vilseg.evaluation.evaluate import Evaluation, evaluate
+from vilseg.evaluation.evaluate import BATCH, Evaluation, evaluate, merged
 from vilseg.evaluation.protocols import EvaluationProtocol, under
 from vilseg.evaluation.report import render_evaluation
 from vilseg.model import ViLSeg
@@ -19,6 +24,8 @@ from vilseg.text.vocabulary import Vocabulary
 
 _EXAMPLES, _WORST = 24, 12
 _FIGURES, _PAGE = "evaluation.json", "report.html"
+_PART = 4 * BATCH
+"""Images of a task. Whole batches, so that every image is segmented among the same others as in one process."""
 
 
 def main(
@@ -33,6 +40,7 @@ def main(
     settings: Callable[[SegmentationConfig], SegmentationConfig] = lambda settings: settings,
     progress: Callable[[int, int], None] | None = None,
     command: str = "",
+    session: Session | None = None,
 ) -> Evaluation:
     """Measure ``model`` on ``dataset``.
 
@@ -47,6 +55,7 @@ def main(
         settings: changes the inference settings that the model carries.
         progress: told (done, total).
         command: shown in the report.
+        session: the cluster whose machines share the images; this process alone where None. The figures are the same.
 
     Raises:
         ConfigError: ``protocol`` or ``boundary_width`` is wrong.
@@ -75,18 +84,92 @@ def main(
         )
     loaded = ViLSeg.from_pretrained(model)
     loaded.segmentation = settings(loaded.segmentation)
-    result = evaluate(
-        Segmenter(loaded, classes or asked),
-        data,
-        progress=progress,
-        keep=_EXAMPLES if out else 0,
-        keep_worst=_WORST if out else 0,
-        protocol=protocol,
-        names=classes.classes if classes is not None else None,
-        boundary_width=boundary_width,
-    )
+    options: dict[str, Any] = {
+        "keep": _EXAMPLES if out else 0,
+        "keep_worst": _WORST if out else 0,
+        "protocol": protocol,
+        "names": classes.classes if classes is not None else None,
+        "boundary_width": boundary_width,
+    }
+    vocabulary = classes or Vocabulary.of(asked)
+    if session is None:
+        result = evaluate(Segmenter(loaded, vocabulary), data, progress=progress, **options)
+    else:
+        told = progress or (lambda done, total: None)
+        parts = _on_cluster(session, len(data), told, (model, loaded.segmentation, vocabulary, dataset, options))
+        result = merged(parts, keep=options["keep"], keep_worst=options["keep_worst"])
     if out:
         page = render_evaluation(result, f"{storage.name(model)} on {storage.name(uri)}", [command] if command else [])
         storage.write_text(storage.join(out, _PAGE), page)
         storage.write_text(storage.join(out, _FIGURES), json.dumps(result.to_dict(), indent=2))
     return result
+
+
+class _Part:
+    """Evaluates parts of the dataset, in a process of its own.
+
+    Args:
+        threads: of torch.
+        model: URI of the model folder.
+        segmentation: inference settings.
+        vocabulary: what to choose from.
+        dataset: ``KIND:URI``.
+        options: of :func:`evaluate`.
+    """
+
+    def __init__(
+        self,
+        threads: int,
+        model: str,
+        segmentation: SegmentationConfig,
+        vocabulary: Vocabulary,
+        dataset: str,
+        options: dict[str, Any],
+    ) -> None:
+        import torch
+
+        torch.set_num_threads(threads)
+        loaded = ViLSeg.from_pretrained(model)
+        loaded.segmentation = segmentation
+        self._segmenter = Segmenter(loaded, vocabulary)
+        self._dataset = open_dataset(dataset)
+        self._options = options
+
+    def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        start = int(rows["start"][0])
+        options = {**self._options, "keep": max(0, self._options["keep"] - start)}
+        found: Evaluation | UserError
+        try:
+            found = evaluate(self._segmenter, self._dataset.part(start, start + _PART), **options)
+        except UserError as error:  # Ray's wrapper would leave nothing of it but a traceback
+            found = error
+        return {"found": np.array([pickle.dumps(found)], dtype=object)}
+
+
+def _on_cluster(
+    session: Session, images: int, progress: Callable[[int, int], None], arguments: tuple[Any, ...]
+) -> Iterator[Evaluation]:
+    """The evaluations of the dataset's parts, in their order, by a pool of actors."""
+    import ray.data
+
+    starts = [{"start": start} for start in range(0, images, _PART)]
+    actors = max(1, min(len(starts), session.gpus or session.cpus))
+    places = ray.data.from_items(starts, override_num_blocks=len(starts))
+    places.context.execution_options.preserve_order = True
+    parts = places.map_batches(
+        _Part,
+        fn_constructor_args=(max(1, session.cpus // actors), *arguments),
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(size=actors),
+        num_cpus=0.9 * session.cpus_per_actor(actors),
+        num_gpus=1 if session.gpus else 0,
+    )
+    done = 0
+    progress(done, images)
+    for row in parts.iter_rows():
+        found: Evaluation | UserError = pickle.loads(row["found"])
+        if isinstance(found, UserError):
+            raise found
+        done += found.images
+        progress(done, images)
+        yield found

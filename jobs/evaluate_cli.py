@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import shlex
 import sys
+from contextlib import nullcontext
 from typing import Annotated
 
 import typer
 
-from jobs.options import CLASSES, Json, Overrides, Overwrite
+from jobs.options import CLASSES, Json, Overrides, Overwrite, quiet_stdout
 from jobs.overrides import segmentation_overrides
 
 
@@ -27,6 +28,9 @@ def evaluate(
     boundary_width: Annotated[
         float, typer.Option(help="Band along contours for boundary IoU, as a share of the diagonal.")
     ] = 0.02,
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster whose machines share the images: auto or ray://…; none without it.")
+    ] = None,
     out: Annotated[str | None, typer.Option(help="Folder for report.html and evaluation.json.")] = None,
     overwrite: Overwrite = False,
     json: Json = False,
@@ -37,9 +41,11 @@ def evaluate(
     """
     from jobs import console
     from jobs import evaluate as job
+    from jobs.session import ray_session
     from vilseg.text.vocabulary import Vocabulary
 
-    with console.CountProgress("evaluate", "images") as progress:
+    cluster = nullcontext() if address is None else ray_session(address)
+    with quiet_stdout(), cluster as session, console.CountProgress("evaluate", "images") as progress:
         done = job.main(
             model,
             dataset,
@@ -51,6 +57,7 @@ def evaluate(
             settings=segmentation_overrides(overrides),
             progress=progress,
             command=shlex.join(["vilseg", *sys.argv[1:]]),
+            session=session,
         )
     per_class = "\n".join(f"  {name:24} {value:.3f}" for name, value in done.per_class.items())
     figures = (

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterator
+from copy import copy
 from functools import partial
 from typing import Protocol
 
@@ -65,6 +66,12 @@ class FolderDataset:
     def __len__(self) -> int:
         return len(self._files)
 
+    def part(self, start: int, stop: int) -> "FolderDataset":
+        """Images ``start`` up to, not including, ``stop``."""
+        part = copy(self)
+        part._files = self._files[start:stop]
+        return part
+
     def __iter__(self) -> Iterator[MaskedImage]:
         for name, image_uri, mask_uri in self._files:
             image, mask = read_image_and_mask(image_uri, mask_uri)
@@ -113,13 +120,13 @@ def _read_classes(uri: str) -> tuple[str, ...]:
     return names
 
 
-_KINDS: dict[str, Callable[[str], MaskedDataset]] = {
+_KINDS: dict[str, Callable[[str], FolderDataset | PublishedDataset]] = {
     "folder": FolderDataset,
     **{layout.kind: partial(PublishedDataset, layout=layout) for layout in LAYOUTS},
 }
 
 
-def open_dataset(spec: str) -> MaskedDataset:
+def open_dataset(spec: str) -> FolderDataset | PublishedDataset:
     """Open `KIND:URI`, such as `folder:s3://bucket/scenes` or `voc:data/VOCdevkit/VOC2012`.
 
     Raises:

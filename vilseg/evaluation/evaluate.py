@@ -3,8 +3,8 @@
 import heapq
 import itertools
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,6 +17,9 @@ from vilseg.evaluation.masks import MaskedImage
 from vilseg.evaluation.protocols import EvaluationProtocol, under
 from vilseg.segmentation.result import Segmentation
 from vilseg.text.vocabulary import Vocabulary
+
+BATCH = 8
+"""Images given to the segmenter at once."""
 
 
 class BatchSegmenter(Protocol):
@@ -113,6 +116,31 @@ class Evaluation:
         }
 
 
+def merged(parts: Iterable[Evaluation], *, keep: int = 0, keep_worst: int = 0) -> Evaluation:
+    """The evaluation of a dataset from those of its parts, in their order; counts are integers, so it is the same to the last
+    digit.
+
+    Args:
+        parts: at least one, all with the same classes and protocol; which pictures they kept is what there is to choose from.
+        keep: as for :func:`evaluate`.
+        keep_worst: as for :func:`evaluate`.
+    """
+    parts = iter(parts)
+    first = next(parts)
+    examples, worst, images = list(first.examples), _Worst(keep_worst), first.images
+    for example in first.worst:
+        worst.add(example)
+    for part in parts:
+        first.confusion.merge(part.confusion)
+        if first.boundary is not None and part.boundary is not None:
+            first.boundary.merge(part.boundary)
+        images += part.images
+        examples += part.examples[: max(0, keep - len(examples))]
+        for example in part.worst:
+            worst.add(example)
+    return replace(first, images=images, examples=tuple(examples), worst=worst.examples)
+
+
 def _none_if_nan(value: float) -> float | None:
     return None if math.isnan(value) else value
 
@@ -122,7 +150,7 @@ def evaluate(
     dataset: MaskedDataset,
     *,
     progress: Callable[[int, int], None] | None = None,
-    batch_size: int = 8,
+    batch_size: int = BATCH,
     keep: int = 0,
     keep_worst: int = 0,
     protocol: EvaluationProtocol = EvaluationProtocol.ALL,

@@ -6,6 +6,7 @@ text encoder is to read them.
 """
 
 from collections.abc import Iterator, Mapping
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -141,6 +142,12 @@ class PublishedDataset:
 
     def __len__(self) -> int:
         return len(self._files)
+
+    def part(self, start: int, stop: int) -> "PublishedDataset":
+        """Images ``start`` up to, not including, ``stop``."""
+        part = copy(self)
+        part._files = self._files[start:stop]
+        return part
 
     def __iter__(self) -> Iterator[MaskedImage]:
         for name, image_uri, mask_uri, suffix in self._files:

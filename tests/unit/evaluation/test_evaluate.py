@@ -1,5 +1,7 @@
+import itertools
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -7,7 +9,7 @@ import pytest
 from vilseg.errors import DataError
 from vilseg.evaluation.confusion import ConfusionMatrix
 from vilseg.evaluation.datasets import MaskedImage
-from vilseg.evaluation.evaluate import evaluate
+from vilseg.evaluation.evaluate import evaluate, merged
 from vilseg.segmentation.result import Segmentation
 from vilseg.text.vocabulary import Vocabulary
 
@@ -112,6 +114,33 @@ def test_the_worst_images_are_kept_the_worst_first() -> None:
 def test_of_equally_bad_images_the_first_are_kept() -> None:
     evaluation = evaluate(RedChannel(shift=1), Scenes(5), keep_worst=2)
     assert [example.truth.name for example in evaluation.worst] == ["0", "1"]
+
+
+@pytest.mark.parametrize("cuts", [(0, 7), (0, 3, 7), (0, 1, 2, 3, 4, 5, 6, 7)])
+def test_parts_of_a_dataset_make_the_whole(cuts: tuple[int, ...]) -> None:
+    class Part(Scenes):
+        def __init__(self, start: int, stop: int) -> None:
+            super().__init__(7)
+            self.first, self.masks = start, self.masks[start:stop]
+
+        def __iter__(self) -> Iterator[MaskedImage]:
+            for number, item in enumerate(super().__iter__(), self.first):
+                yield replace(item, name=f"{number}")
+
+    class Half(RedChannel):  # right in some columns of every picture, so that pictures differ
+        def batch(self, images: list[np.ndarray]) -> list[Segmentation]:
+            found = super().batch(images)
+            for segmentation in found:
+                segmentation.labels[:, :3] = 1
+            return found
+
+    kept = {"keep": 4, "keep_worst": 3}
+    whole = evaluate(Half(), Scenes(7), **kept)
+    parts = merged((evaluate(Half(), Part(a, b), **kept) for a, b in itertools.pairwise(cuts)), **kept)
+    assert parts.to_dict() == whole.to_dict()
+    assert 0 < whole.miou < 1
+    for mine, theirs in ((parts.examples, whole.examples), (parts.worst, whole.worst)):
+        assert [example.truth.name for example in mine] == [example.truth.name for example in theirs]
 
 
 def test_classes_by_other_names() -> None:
