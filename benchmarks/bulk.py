@@ -27,8 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from benchmarks.shared import shared_data
-from cluster.store import ObjectStore
+from benchmarks.shared import embedded_store, shared_data
 from jobs import console
 from vilseg import storage
 from vilseg.archive.rows import SCHEMA
@@ -54,9 +53,7 @@ def main(out: Path) -> dict[str, Any]:
         ``ratio`` (photos/s of `vilseg segment` over those of the bare loop, medians of the rounds) and the rates of all.
     """
     shutil.rmtree(out, ignore_errors=True)
-    store = ObjectStore.start(out.absolute() / "store")
-    try:
-        os.environ.update(store.environment())
+    with embedded_store(out.absolute() / "store"):
         os.environ["OMP_NUM_THREADS"] = "1"
         names = _upload()
         save_model(_MODEL)
@@ -77,8 +74,6 @@ def main(out: Path) -> dict[str, Any]:
                 rates[way].append(round(steady(finished), 2))
                 console.say(f"{way}: {rates[way][-1]} photos/s, {whole[way][-1]} s with its start")
                 _check(place, names)
-    finally:
-        store.stop()
     rate = {way: median(found) for way, found in rates.items()}
     return {
         "benchmark": "bulk",

@@ -7,8 +7,6 @@ embedded object store, which runs on the same machine, as does the thread that w
 from __future__ import annotations
 
 import itertools
-import os
-import shutil
 import time
 from pathlib import Path
 from statistics import median
@@ -16,7 +14,7 @@ from typing import Any
 
 import torch
 
-from cluster.store import ObjectStore
+from benchmarks.shared import embedded_store
 from jobs import console
 from jobs.feed import batch_reader, pair_order
 from vilseg.config import RunConfig
@@ -43,16 +41,12 @@ def main(out: Path) -> dict[str, Any]:
     Returns:
         ``ratio`` (images/s with checkpoints over those without, median of the rounds) and the raw figures.
     """
-    out = out.absolute()
-    shutil.rmtree(out, ignore_errors=True)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    store = ObjectStore.start(out / "store")
     try:
-        os.environ.update(store.environment())
-        return _measure()
+        with embedded_store(out.absolute() / "store"):
+            return _measure()
     finally:
-        store.stop()
         torch.set_num_threads(threads)
 
 

@@ -12,7 +12,6 @@ import io
 import json
 import logging
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -27,8 +26,7 @@ import torch
 import webdataset as wds
 from PIL import Image
 
-from benchmarks.shared import shared_data
-from cluster.store import ObjectStore
+from benchmarks.shared import embedded_store, shared_data
 from jobs import console
 from jobs.feed import count_in_parallel, execution_options, pairs_of_steps, worker_batches
 from jobs.monitor import Monitor
@@ -60,11 +58,7 @@ def main(out: Path) -> dict[str, Any]:
         DataError: the photos are not there.
     """
     photos = shared_data("flickr8k_224/shards") / "flickr8k_224" / "shards"
-    out = out.absolute()
-    shutil.rmtree(out, ignore_errors=True)
-    store = ObjectStore.start(out / "store")
-    try:
-        os.environ.update(store.environment())
+    with embedded_store(out.absolute() / "store"):
         shards = sorted(photos.glob("train-*.tar"))
         for shard in shards:
             _client().upload_file(str(shard), _BUCKET, f"{_PREFIX}/{shard.name}")
@@ -74,8 +68,6 @@ def main(out: Path) -> dict[str, Any]:
             return _measure([shard.name for shard in shards])
         finally:
             ray.shutdown()
-    finally:
-        store.stop()
 
 
 def _client() -> Any:

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.encoders import minilm_folder
-from benchmarks.shared import shared_data
-from cluster.store import ObjectStore
+from benchmarks.shared import embedded_store, shared_data
 from jobs import console
 from jobs.session import Session, ray_session
 from vilseg import storage
@@ -45,12 +44,9 @@ def main(out: Path) -> dict[str, Any]:
     out = out.absolute()
     started = time.perf_counter()
     seconds: dict[str, float] = {}
-    for left in ("store", "coco"):
-        shutil.rmtree(out / left, ignore_errors=True)
+    shutil.rmtree(out / "coco", ignore_errors=True)
     datasets = _link_datasets(data / "coco_mini_dev", out / "coco")
-    store = ObjectStore.start(out / "store")
-    try:
-        os.environ.update(store.environment())
+    with embedded_store(out / "store"):
         with console.stage("upload", seconds):
             _upload(data)
         with ray_session() as session:
@@ -60,8 +56,6 @@ def main(out: Path) -> dict[str, Any]:
         # Ray is gone by now: evaluation has the cores for itself.
         with console.stage("evaluate", seconds):
             figures = _evaluate({"trained": trained, "untrained": initial}, datasets)
-    finally:
-        store.stop()
     seconds["total"] = time.perf_counter() - started
     return {
         "benchmark": "real_photos",

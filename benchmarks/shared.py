@@ -1,10 +1,14 @@
-"""The photos that some benchmarks need."""
+"""What several benchmarks need: the photos, and an object store of their own."""
 
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from cluster.store import ObjectStore
 from vilseg.errors import DataError
 
 DATA_VARIABLE = "VILSEG_SHARED_DATA"
@@ -23,3 +27,15 @@ def shared_data(*needed: str) -> Path:
         if not (Path(folder) / name).is_dir():
             raise DataError(f"there is no {name} in {folder}, which {DATA_VARIABLE} names")
     return Path(folder)
+
+
+@contextmanager
+def embedded_store(folder: Path) -> Iterator[None]:
+    """An empty object store in ``folder``, whatever an earlier run left there; the ``AWS_*`` variables lead to it."""
+    shutil.rmtree(folder, ignore_errors=True)
+    store = ObjectStore.start(folder)
+    try:
+        os.environ.update(store.environment())
+        yield
+    finally:
+        store.stop()

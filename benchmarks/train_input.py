@@ -8,8 +8,6 @@ the steps in memory are timed, and none of the reading for a fed block escapes i
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -22,7 +20,7 @@ import torch
 from ray.train import DataConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
-from cluster.store import ObjectStore
+from benchmarks.shared import embedded_store
 from jobs import console, ingest_scenes
 from jobs.feed import count_in_parallel, execution_options, pairs_of_steps, worker_batches
 from jobs.monitor import Monitor
@@ -53,15 +51,8 @@ def main(out: Path) -> dict[str, Any]:
     Returns:
         ``ratio`` (images/s fed over images/s from memory, medians over blocks) and the raw figures.
     """
-    out = out.absolute()
-    shutil.rmtree(out / "store", ignore_errors=True)
-    store = ObjectStore.start(out / "store")
-    try:
-        os.environ.update(store.environment())
-        with ray_session() as session:
-            return _measure(session)
-    finally:
-        store.stop()
+    with embedded_store(out.absolute() / "store"), ray_session() as session:
+        return _measure(session)
 
 
 def _measure(session: Session) -> dict[str, Any]:

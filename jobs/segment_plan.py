@@ -330,9 +330,8 @@ def _require_same(job: Job, before: dict[str, Any]) -> None:
     said |= {"limit": "another --limit", "sample": "another --sample", "deduplicate": "another --deduplicate"}
     said |= {"vocabulary": "other prompts, background or negative words"}
     now = job.to_dict()
-    if (
-        before["classes"] != now["classes"] or "vocabulary" not in before
-    ):  # said already, or written by an older version
+    # Said by the classes already, or not known to the version that wrote it.
+    if before["classes"] != now["classes"] or "vocabulary" not in before:
         del now["vocabulary"]
     other = [said.get(key, f"other {key}") for key, value in now.items() if before[key] != value]
     if other:

@@ -284,4 +284,5 @@ def test_what_no_export_wrote_is_never_replaced(tmp_path: Path, make: Callable[[
 
 def test_an_empty_folder_is_taken(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    check_target(str(tmp_path / "out"))
+    check_target(str(tmp_path / "out"))  # raises nothing
+    assert (tmp_path / "out").is_dir()

@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Callable, Iterator
-from copy import copy
 from functools import partial
 from typing import Protocol
 
@@ -10,7 +9,7 @@ import numpy as np
 
 from vilseg import storage
 from vilseg.errors import DataError
-from vilseg.evaluation.masks import MaskedImage, read_image_and_mask, values_of
+from vilseg.evaluation.masks import ImageFiles, MaskedImage, read_image_and_mask, values_of
 from vilseg.evaluation.published import LAYOUTS, PublishedDataset
 
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -28,7 +27,7 @@ class MaskedDataset(Protocol):
     def __iter__(self) -> Iterator[MaskedImage]: ...
 
 
-class FolderDataset:
+class FolderDataset(ImageFiles):
     """`images/NAME.jpg` (or png, webp), `masks/NAME.png`, `classes.txt` below one folder or S3 prefix.
 
     Masks are grey PNGs of 8 or 16 bit, or PNGs with a palette; the pixel value is the class id, 255 (16 bit: 65535) is
@@ -53,7 +52,7 @@ class FolderDataset:
         masks = {
             entry.relative: entry.uri for entry in storage.list_files(storage.join(uri, "masks"), suffixes=(".png",))
         }
-        self._files: list[tuple[str, str, str]] = []
+        files: list[tuple[str, ...]] = []
         for entry in sorted(images, key=lambda entry: entry.relative):
             name = entry.relative.rsplit(".", 1)[0]
             if f"{name}.png" not in masks:
@@ -61,16 +60,8 @@ class FolderDataset:
                     f"image {entry.uri} has no mask: write one to {storage.join(uri, 'masks', name + '.png')} "
                     "or take the image away"
                 )
-            self._files.append((name, entry.uri, masks[f"{name}.png"]))
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-    def part(self, start: int, stop: int) -> "FolderDataset":
-        """Images ``start`` up to, not including, ``stop``."""
-        part = copy(self)
-        part._files = self._files[start:stop]
-        return part
+            files.append((name, entry.uri, masks[f"{name}.png"]))
+        self._files = files
 
     def __iter__(self) -> Iterator[MaskedImage]:
         for name, image_uri, mask_uri in self._files:

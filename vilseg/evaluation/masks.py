@@ -1,7 +1,10 @@
 """One image and its mask, as the datasets read them."""
 
 import io
+from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -23,6 +26,21 @@ class MaskedImage:
     """(H, W) uint8 or uint16: index of the class of each pixel, or `ignore`."""
     ignore: int
     """Mask value of the pixels that count for nothing: 255 in an 8-bit mask, 65535 in a 16-bit one."""
+
+
+class ImageFiles:
+    """Images that are read one by one from a list of their files."""
+
+    _files: Sequence[tuple[str, ...]]
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def part(self, start: int, stop: int) -> Self:
+        """Those from ``start`` up to, not including, ``stop``."""
+        part = copy(self)
+        part._files = self._files[start:stop]
+        return part
 
 
 def read_image_and_mask(image_uri: str, mask_uri: str) -> tuple[np.ndarray, np.ndarray]:

@@ -6,7 +6,6 @@ text encoder is to read them.
 """
 
 from collections.abc import Iterator, Mapping
-from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,7 +13,7 @@ import numpy as np
 
 from vilseg import storage
 from vilseg.errors import DataError
-from vilseg.evaluation.masks import MaskedImage, read_image_and_mask, values_of
+from vilseg.evaluation.masks import ImageFiles, MaskedImage, read_image_and_mask, values_of
 from vilseg.text.vocabulary import Vocabulary
 
 _IGNORE = 255
@@ -119,7 +118,7 @@ LAYOUTS = (
 )
 
 
-class PublishedDataset:
+class PublishedDataset(ImageFiles):
     """The validation part of a published dataset below a folder or S3 prefix.
 
     Args:
@@ -140,22 +139,13 @@ class PublishedDataset:
         self._root = _find_root(uri, layout)
         self._files = self._list()
 
-    def __len__(self) -> int:
-        return len(self._files)
-
-    def part(self, start: int, stop: int) -> "PublishedDataset":
-        """Images ``start`` up to, not including, ``stop``."""
-        part = copy(self)
-        part._files = self._files[start:stop]
-        return part
-
     def __iter__(self) -> Iterator[MaskedImage]:
         for name, image_uri, mask_uri, suffix in self._files:
             image, values = read_image_and_mask(image_uri, mask_uri)
             mask = self._to_classes(values, mask_uri, suffix)
             yield MaskedImage(name=name, image=image, mask=mask, ignore=_IGNORE)
 
-    def _list(self) -> list[tuple[str, str, str, str]]:
+    def _list(self) -> list[tuple[str, ...]]:
         """Name, image, mask and the mask's ending of every picture to evaluate on."""
         layout = self.layout
         folders = [storage.join(self._root, layout.images), storage.join(self._root, layout.masks)]
@@ -167,7 +157,7 @@ class PublishedDataset:
             names = [line.strip() for line in text.splitlines() if line.strip()]
         if not names:
             raise DataError(f"{self._root} has no image of {layout.title}: there must be {layout.expected}")
-        found = []
+        found: list[tuple[str, ...]] = []
         for name in names:
             suffix = next((suffix for suffix in layout.suffixes if f"{name}{suffix}" in masks), None)
             if f"{name}.jpg" not in images:
