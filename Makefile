@@ -9,13 +9,15 @@ export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 
 setup: $(VENV)/.installed
 
+# Bytecode is written at once, as pip does: else the first start of everything, or every start where Python is told to write
+# none, compiles torch, Ray and transformers anew, in each of their many processes.
 $(VENV)/.installed: requirements.lock pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "Python 3.11 is needed; name it by make PYTHON=..."; exit 1; }
 	@echo "making $(VENV) from requirements.lock (about 3 GB; a minute or two the first time)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv || echo "uv cannot be installed; pip does the work"
 	@if test -x $(BIN)/uv; then \
-		$(BIN)/uv pip install --quiet --python $(BIN)/python -r requirements.lock && \
+		$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -r requirements.lock && \
 		$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -e .; \
 	else \
 		$(BIN)/python -m pip install --quiet -r requirements.lock && \
@@ -28,10 +30,10 @@ demo: setup
 
 # Unit tests share the cores; the others start clusters that want all of them.
 test: setup unit
-	$(BIN)/python -m pytest -m "not unit and not slow"
+	$(BIN)/python -m pytest tests/integration tests/e2e
 
 unit: setup
-	$(BIN)/python -m pytest -n 2 -m "unit and not slow"
+	$(BIN)/python -m pytest -n 2 tests/unit
 
 slow: setup
 	$(BIN)/python -m pytest -m slow

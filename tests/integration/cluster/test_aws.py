@@ -12,8 +12,6 @@ import yaml
 from tests.integration.cluster.conftest import KUBERNETES, Render
 from tests.integration.cluster.rules import secrets
 
-pytestmark = pytest.mark.unit
-
 
 @pytest.fixture
 def tree() -> dict[str, Any]:

@@ -17,8 +17,6 @@ import yaml
 from tests.integration.cluster import commands
 from tests.integration.cluster.conftest import KUBERNETES, program
 
-pytestmark = pytest.mark.unit
-
 ROOT = KUBERNETES.parents[1]
 DOCKERFILE = ROOT / "cluster" / "Dockerfile"
 

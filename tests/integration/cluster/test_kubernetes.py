@@ -14,8 +14,6 @@ from tests.integration.cluster import commands, rules
 from tests.integration.cluster.conftest import KUBERNETES, Render
 from tests.integration.cluster.rules import Object, cluster_of
 
-pytestmark = pytest.mark.unit
-
 KINDS = {"cluster": "RayCluster", "train": "RayJob", "tune": "RayJob", "segment": "RayJob", "serve": "RayService"}
 PLACES = [f"{size}/{purpose}" for size in ("gpu", "small") for purpose in KINDS]
 

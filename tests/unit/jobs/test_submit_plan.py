@@ -91,8 +91,8 @@ def test_on_this_machine_paths_stay_and_the_job_runs_in_the_user_s_folder(folder
 def test_an_address_of_the_user_s_own_is_kept_and_verbs_without_one_get_none() -> None:
     ingest = ["ingest", "s3://a/b", "s3://a/c", "--address", "ray://other:10001"]
     assert sent(remote(*ingest)) == ingest
-    evaluate = ["evaluate", "--model", "s3://a/m", "--dataset", "folder:s3://a/val"]
-    assert sent(remote(*evaluate)) == evaluate
+    export = ["export", "--model", "s3://a/m", "--out", "s3://a/onnx"]
+    assert sent(remote(*export)) == export
 
 
 def test_named_files_travel(folder: Path) -> None:
