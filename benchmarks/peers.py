@@ -23,6 +23,7 @@ from torch import Tensor
 from jobs.feed import read_here
 from vilseg.config import RunConfig
 from vilseg.data.views import make_views
+from vilseg.device import has_bfloat16_units
 from vilseg.evaluation.datasets import FolderDataset
 from vilseg.evaluation.evaluate import evaluate
 from vilseg.segmentation.refinement import refine
@@ -54,12 +55,14 @@ def train(name: str, config: RunConfig, dataset: FolderDataset, rate: float) -> 
         views = make_views(images, seeds, config.views, global_crops=1, local_crops=0)
         tokens = _with_end(torch.tensor(batch.tokens).long(), words.pad_id)
         optimizer.zero_grad(set_to_none=True)
-        loss = model(
-            input_ids=tokens,
-            attention_mask=tokens != words.pad_id,
-            pixel_values=_normalised(views.global_GB3HW[0]),
-            return_loss=True,
-        ).loss
+        # As in vilseg's own training: the matrix units of recent CPUs are several times faster in bfloat16.
+        with torch.autocast("cpu", torch.bfloat16, enabled=has_bfloat16_units(images.device)):
+            loss = model(
+                input_ids=tokens,
+                attention_mask=tokens != words.pad_id,
+                pixel_values=_normalised(views.global_GB3HW[0]),
+                return_loss=True,
+            ).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.gradient_clip)
         optimizer.step()

@@ -18,8 +18,9 @@ from vilseg import ViLSeg
 from vilseg.data.decode import decode_image
 from vilseg.device import best_device
 from vilseg.errors import DataError, TooLargeError
+from vilseg.segmentation.look import Look
 from vilseg.segmentation.result import Segmentation
-from vilseg.segmentation.segmenter import Look, Segmenter
+from vilseg.segmentation.segmenter import Segmenter
 from vilseg.text.vocabulary import Vocabulary
 
 

@@ -308,6 +308,11 @@ class SegmentationConfig(Part):
 
     input_size: PositiveInt = 224
     """Shorter side in pixels that images are resized to before encoding."""
+    window: PositiveInt | None = None
+    """Side in pixels of the windows through which a picture that is larger after resizing is seen, where the encoder was trained
+    on pictures of that size or has no memory for larger ones; null sees it in one pass. See ``vilseg.segmentation.look``."""
+    overlap: Annotated[int, Field(ge=0)] | None = None
+    """Pixels that neighbouring windows share, at most half a window; null is a quarter."""
     attention: Literal["plain", "sclip", "naclip"] = "plain"
     """Attention of the image encoder's last block where patches are named: its own, or one of two under which a patch looks at
     those like itself (SCLIP, Wang et al. 2023; NACLIP, Hajimiri et al. 2024; see ``vilseg.model.correlated``). Clusters, the
@@ -342,6 +347,14 @@ class SegmentationConfig(Part):
     which are never seen as a whole, are not gated."""
     threshold: Share = 0.0
     """Pixels of lower scores are no class, or ``background`` where there is such a class: the answer "unknown"."""
+
+    @model_validator(mode="after")
+    def _overlap_fits(self) -> Self:
+        if self.window is not None and self.overlap is not None and 2 * self.overlap > self.window:
+            raise ValueError(
+                f"windows of {self.window} pixels cannot overlap by {self.overlap}; at most {self.window // 2}"
+            )
+        return self
 
     @field_validator("prompts", mode="before")
     @classmethod

@@ -41,6 +41,7 @@ from vilseg.export_folder import (
 )
 from vilseg.model import ViLSeg
 from vilseg.model.image_encoder import first_line
+from vilseg.segmentation.look import patch_size
 
 FORMAT = 1
 OPSET = 18
@@ -167,7 +168,7 @@ def export_model(
 
 def _write_image_tower(model: ViLSeg, path: Path) -> tuple[tuple[int, int] | None, float]:
     """The size that it is bound to, or None, and the largest difference from torch."""
-    patch = _patch_size(model)
+    patch = patch_size(model)
     side = max(1, round(model.segmentation.input_size / patch)) * patch
     tower = ImageTower(model).eval()
     clusters = model.config.clusters
@@ -361,7 +362,7 @@ def _describe(model: ViLSeg, name: str, done: Exported) -> dict[str, Any]:
                 "range": [0, 1],
             },
             "input_size": settings.input_size,
-            "multiple_of": _patch_size(model),
+            "multiple_of": patch_size(model),
             "max_aspect": settings.max_aspect,
             "fixed_size": size,
             "resize": "bicubic with antialias; shorter side input_size, longer side at most max_aspect times that, both "
@@ -386,7 +387,3 @@ def _describe(model: ViLSeg, name: str, done: Exported) -> dict[str, Any]:
         "segmentation": settings.model_dump(mode="json"),
         "naming": list(_NAMING),
     }
-
-
-def _patch_size(model: ViLSeg) -> int:
-    return int(getattr(model.image_encoder, "patch_size", 32))

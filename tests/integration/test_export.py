@@ -153,7 +153,7 @@ def test_the_description_and_the_files_say_the_same(case: Case) -> None:
 def test_the_documented_program_names_pixels_as_the_segmenter_does(
     case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vilseg.segmentation.segmenter.has_bfloat16_units", lambda device: False)
+    monkeypatch.setattr("vilseg.segmentation.look.has_bfloat16_units", lambda device: False)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "onnx").symlink_to(case.folder)
     noise = np.random.default_rng(3).integers(0, 256, (6, 9, 3), np.uint8)

@@ -16,31 +16,21 @@ from torch import Tensor
 
 from vilseg import storage
 from vilseg.data.decode import decode_image, to_rgb
-from vilseg.device import best_device, has_bfloat16_units
+from vilseg.device import best_device
 from vilseg.errors import DataError
 from vilseg.model import ImageEmbeddings, ViLSeg
 from vilseg.segmentation.class_texts import class_texts
+from vilseg.segmentation.look import Look, look_at, patch_size
 from vilseg.segmentation.refinement import refine, winners
 from vilseg.segmentation.regions import class_similarities, gate
 from vilseg.segmentation.result import Segmentation, label_dtype, to_labels
 from vilseg.text.vocabulary import Vocabulary
 
-_STRIP_VALUES = 1 << 24
-"""Class scores held at full resolution at once; bounds the memory for large pictures and many classes (64 MB)."""
+_STRIP_VALUES = 1 << 22
+"""Class scores held at full resolution at once; bounds the memory for large pictures and many classes (16 MB), and stays
+in the cache, which makes it quicker than more would be."""
 
 ImageLike = Image.Image | np.ndarray | str | Path
-
-
-class Look(NamedTuple):
-    """What the encoder and the clustering head made of one picture: all that naming its pixels takes, whatever the classes."""
-
-    pixels_3HW: Tensor
-    """(3, H, W) uint8, the picture at the size that the model saw."""
-    patches_ND: Tensor
-    """(N, D) float32 unit length, row by row over the grid."""
-    assignments_NK: Tensor
-    """(N, K) float32, summing to 1 over K."""
-    grid: tuple[int, int]
 
 
 class _Contenders(NamedTuple):
@@ -63,6 +53,7 @@ class Segmenter:
         classes: names in index order, or a :class:`Vocabulary`.
         device: where to compute; a GPU where there is one.
         keep_clusters: fill `Segmentation.clusters`, which takes about as long as the labels.
+        max_pixels: largest width x height that a path or URI may announce; 100 million where None.
 
     Raises:
         ConfigError: the model's settings want an attention that its image encoder cannot have.
@@ -76,8 +67,10 @@ class Segmenter:
         *,
         device: str | torch.device | None = None,
         keep_clusters: bool = True,
+        max_pixels: int | None = None,
     ) -> None:
         self._keep_clusters = keep_clusters
+        self._max_pixels = max_pixels
         self.vocabulary = Vocabulary.of(classes)
         self.device = torch.device(device) if device else best_device()
         self.model = model.to(self.device).eval()
@@ -123,7 +116,7 @@ class Segmenter:
 
     def batch(self, images: Sequence[ImageLike]) -> list[Segmentation]:
         """Segment pictures of any sizes together; those that come to one size share a pass through the model."""
-        arrays = [_to_array(image) for image in images]
+        arrays = [to_array(image, self._max_pixels) for image in images]
         return [self.name(look, array) for look, array in zip(self.look(arrays), arrays, strict=True)]
 
     @torch.inference_mode()
@@ -139,8 +132,7 @@ class Segmenter:
         looks: dict[int, Look] = {}
         for size, members in groups.items():
             pixels_B3HW = torch.stack([_resize(images[index], size) for index in members]).to(self.device)
-            found = self._encode(pixels_B3HW)
-            looks.update(zip(members, found, strict=True))
+            looks.update(zip(members, look_at(self.model, pixels_B3HW, self.config), strict=True))
         return [looks[index] for index in range(len(images))]
 
     @torch.inference_mode()
@@ -184,7 +176,7 @@ class Segmenter:
         Raises:
             DataError, StorageError: as `__call__`.
         """
-        array = _to_array(image)
+        array = to_array(image, self._max_pixels)
         [look] = self.look([array])
         similarity_Chw = self._similarity(look)
         if not self.config.refinement.iterations:
@@ -208,17 +200,6 @@ class Segmenter:
         contenders = self._contest(scores_Rhw, rows_R, best_W, scores_Rhw[best_W] if refined else scores_Rhw)
         return self._paint(image, contenders, None)
 
-    def _encode(self, pixels_B3HW: Tensor) -> list[Look]:
-        images = pixels_B3HW.float().div_(255)
-        # Matrix units of recent CPUs and GPUs are several times faster in bfloat16; the comparison itself is not.
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=has_bfloat16_units(self.device)):
-            features, named_BNF = self.model.dense_features(images, self.config.attention)
-        features = features._replace(patches=features.patches.float(), pooled=None)
-        patches_BND = self.model.embed_patches(features._replace(patches=named_BNF.float()))
-        assignments_BNK = self.model.cluster_logits(features).softmax(-1)
-        parts = zip(pixels_B3HW, patches_BND, assignments_BNK, strict=True)
-        return [Look(pixels, patches, assignments, features.grid) for pixels, patches, assignments in parts]
-
     def _similarity(self, look: Look, background_bias: float | None = None) -> Tensor:
         """Shape: -> (C, h, w)."""
         # Of the image as a whole only the mean of its patches counts.
@@ -229,7 +210,7 @@ class Segmenter:
     def _model_size(self, image: np.ndarray) -> tuple[int, int]:
         """(H, W) that the model sees: shorter side ``input_size``, both multiples of the patch, the longer side bounded."""
         height, width = image.shape[:2]
-        patch = int(getattr(self.model.image_encoder, "patch_size", 32))
+        patch = patch_size(self.model)
         factor = self.config.input_size / min(height, width)
         longest = self.config.max_aspect * self.config.input_size
         rows, columns = (max(1, round(min(side * factor, longest) / patch)) * patch for side in (height, width))
@@ -262,7 +243,7 @@ class Segmenter:
         logits_Whw, classes_W, others_1hw, other_count = contenders
         labels = np.empty((height, width), label_dtype(len(self.classes)))
         scores = np.empty((height, width), np.float32)
-        clusters = None if clusters_Khw is None else np.empty((height, width), np.int16)
+        clusters = None if clusters_Khw is None else np.empty((height, width), label_dtype(len(clusters_Khw)))
         maps = max(len(classes_W), 0 if clusters_Khw is None else len(clusters_Khw))
         rows = max(1, _STRIP_VALUES // (width * maps))
         for top in range(0, height, rows):
@@ -305,9 +286,14 @@ def _resize(image: np.ndarray, size: tuple[int, int]) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
 
 
-def _to_array(image: ImageLike) -> np.ndarray:
+def to_array(image: ImageLike, max_pixels: int | None = None) -> np.ndarray:
+    """A picture in memory or elsewhere as upright RGB. Shape: -> (H, W, 3), uint8.
+
+    Raises:
+        DataError, StorageError: as `Segmenter.__call__`.
+    """
     if isinstance(image, (str, Path)):
-        return decode_image(storage.read_bytes(str(image)))
+        return decode_image(storage.read_bytes(str(image)), max_pixels=max_pixels)
     if isinstance(image, Image.Image):
         return np.asarray(to_rgb(image))
     right = isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3

@@ -25,7 +25,7 @@ from vilseg.segmentation import propagation
 from vilseg.segmentation.propagation import Carried
 from vilseg.segmentation.refinement import winners
 from vilseg.segmentation.result import Segmentation
-from vilseg.segmentation.segmenter import Segmenter, _to_array
+from vilseg.segmentation.segmenter import Segmenter, to_array
 from vilseg.segmentation.video_files import Frame, read_frames, write_video
 
 __all__ = ["Frame", "VideoResult", "read_frames", "segment_file", "segment_video", "write_video"]
@@ -77,7 +77,7 @@ def _segment(
 ) -> Iterator[Segmentation]:
     scene: _Scene | None = None
     for frame in frames:
-        image = _to_array(frame)
+        image = to_array(frame)
         if scene is None or not scene.add(image):
             if scene is not None:
                 yield from scene.finish()

@@ -213,7 +213,7 @@ def test_half_precision_only_rounds(tmp_path: Path, attention: Any) -> None:
 def test_a_segmenter_names_the_patches_that_the_settings_ask_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vilseg.segmentation.segmenter.has_bfloat16_units", lambda device: False)
+    monkeypatch.setattr("vilseg.segmentation.look.has_bfloat16_units", lambda device: False)
     original: Any = checkpoints.contrastive("clip", tmp_path)
     model = ViLSeg.from_pretrained(str(tmp_path))
     picture = np.random.default_rng(0).integers(0, 256, (SIDE, 48, 3), dtype=np.uint8)

@@ -21,7 +21,6 @@ from vilseg.config import RefinementConfig, SegmentationConfig
 from vilseg.errors import ConfigError, DataError, StorageError, UserError
 from vilseg.model import ViLSeg
 from vilseg.segmentation import geotiff
-from vilseg.segmentation import segmenter as segmenter_module
 from vilseg.segmentation.drawing import class_colours
 from vilseg.segmentation.geotiff import GeoMask, is_georeferenced, segment_geotiff
 from vilseg.segmentation.segmenter import Segmenter
@@ -38,7 +37,7 @@ RGB = (ColorInterp.red, ColorInterp.green, ColorInterp.blue)
 @pytest.fixture(autouse=True)
 def _exact(monkeypatch: pytest.MonkeyPatch) -> None:
     # bfloat16, where the machine has units for it, rounds differently for every size.
-    monkeypatch.setattr(segmenter_module, "has_bfloat16_units", lambda device: False)
+    monkeypatch.setattr("vilseg.segmentation.look.has_bfloat16_units", lambda device: False)
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ CLASSES = ["dog", "cat", "sofa by the sea", "grass"]
 @pytest.fixture(autouse=True)
 def _exact(monkeypatch: pytest.MonkeyPatch) -> None:
     # bfloat16, where the machine has units for it, rounds differently for every batch size.
-    monkeypatch.setattr(module, "has_bfloat16_units", lambda device: False)
+    monkeypatch.setattr("vilseg.segmentation.look.has_bfloat16_units", lambda device: False)
 
 
 @pytest.fixture

@@ -19,7 +19,6 @@ from vilseg.data import scenes
 from vilseg.data.moving_scenes import MovingScene, render_moving_scene
 from vilseg.errors import ConfigError, DataError, StorageError, UserError
 from vilseg.model import ViLSeg
-from vilseg.segmentation import segmenter as segmenter_module
 from vilseg.segmentation import video_files
 from vilseg.segmentation.segmenter import Segmenter
 from vilseg.segmentation.video import Frame, read_frames, segment_file, segment_video, write_video
@@ -35,7 +34,7 @@ SIZE = 64
 
 @pytest.fixture(autouse=True)
 def _exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(segmenter_module, "has_bfloat16_units", lambda device: False)
+    monkeypatch.setattr("vilseg.segmentation.look.has_bfloat16_units", lambda device: False)
 
 
 class Oracle(Segmenter):

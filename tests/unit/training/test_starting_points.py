@@ -126,7 +126,7 @@ def test_embeddings_are_those_of_the_original(tmp_path: Path, kind: str, size: t
 def test_a_picture_takes_the_same_way_through_both_preparations(
     tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vilseg.segmentation.segmenter.has_bfloat16_units", lambda device: False)
+    monkeypatch.setattr("vilseg.segmentation.look.has_bfloat16_units", lambda device: False)
     original = checkpoints.contrastive(kind, tmp_path)
     coarse = np.random.default_rng(0).integers(0, 256, (5, 5, 3), dtype=np.uint8)
     picture = Image.fromarray(coarse).resize((48, 48), Image.Resampling.BICUBIC)
