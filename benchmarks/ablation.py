@@ -14,7 +14,7 @@ import multiprocessing
 import os
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from statistics import fmean, stdev
@@ -46,6 +46,8 @@ _SEEDS = (0, 1, 2)
 _LONG_STEPS = 7_500
 """Five times the demo's."""
 _LONG_EVALUATIONS = 10
+_REQUIRED = ("data.source=pairs", "trainer.storage=runs")
+"""Places, which make no difference to what is learnt."""
 
 CAPTIONS_ALONE = ("loss.nouns.weight=0", "loss.mutual_information.weight=0", "loss.cross_modal.weight=1")
 
@@ -80,7 +82,7 @@ VARIANTS = (
         "contrast",
     ),
     Variant("captions as much as nouns", ("loss.cross_modal.weight=1",), "contrast"),
-    Variant("with half of it on patches by soft-max", ("loss.cross_modal.patch_share=0.5",), "contrast"),
+    Variant("half of it on patches by soft-max", ("loss.cross_modal.patch_share=0.5",), "contrast"),
     Variant("temperature from 0.07 on, as CLIP", ("loss.cross_modal.temperature=0.07",), "contrast"),
     Variant("temperature from 0.15 on", ("loss.cross_modal.temperature=0.15",), "contrast"),
     Variant(
@@ -118,10 +120,11 @@ class Job:
 
     @property
     def key(self) -> str:
-        """Another when anything of its configuration is another."""
-        settings = CONFIG.read_text() + json.dumps(asdict(self))
-        digest = hashlib.sha256(settings.encode()).hexdigest()[:8]
-        return f"{self.name.replace(' ', '-').replace(',', '')}-{self.seed}-{digest}"
+        """The same for what is trained in the same way, under whatever name: a row that becomes the default is kept."""
+        config = RunConfig.load(str(CONFIG), [*_REQUIRED, *self.overrides]).model_dump(mode="json")
+        settings = json.dumps([config, self.steps, self.seed, self.evaluations, self.rate], sort_keys=True)
+        kind = self.name if self.rate is not None else "vilseg"
+        return f"{kind}-{self.steps}-{self.seed}-{hashlib.sha256(settings.encode()).hexdigest()[:12]}"
 
 
 def main(out: Path) -> dict[str, Any]:
@@ -201,7 +204,7 @@ def _config(out: Path, *overrides: str) -> RunConfig:
 def _run(out: Path, jobs: list[Job]) -> dict[Job, dict[str, Any]]:
     """Figures of every job, from where an earlier run left them or anew."""
     known: dict[str, Any] = json.loads(FIGURES.read_text()) if FIGURES.exists() else {}
-    found = {job: known[job.key] for job in jobs if job.key in known}
+    found = {job: known[job.key] for job in jobs if _asked(job) <= known.get(job.key, {}).keys()}
     left = [job for job in jobs if job not in found]
     started = time.monotonic()
     context = multiprocessing.get_context("spawn")
@@ -216,6 +219,11 @@ def _run(out: Path, jobs: list[Job]) -> dict[Job, dict[str, Any]]:
                 f"{number}/{len(left)} {job.name}, seed {job.seed}: mIoU {found[job]['miou']:.4f} ({minutes:.0f} min)"
             )
     return found
+
+
+def _asked(job: Job) -> set[str]:
+    """Which figures a job must have."""
+    return {"miou", *(READINGS if job.name == VARIANTS[0].name else ())}
 
 
 def _train(out: Path, job: Job) -> dict[str, Any]:

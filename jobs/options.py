@@ -21,7 +21,7 @@ def quiet_stdout() -> redirect_stdout[TextIO]:
 
 
 CLASSES = (
-    'text file with a name a line, YAML, "a,b|synonym,c", or a built-in voc, context, coco-stuff, ade20k '
-    "(a file of that name goes before)"
+    'text file with a name a line, YAML, "a,b|synonym,c", or a built-in voc, context, coco, coco-panoptic, '
+    "coco-stuff, ade20k (a file of that name goes before)"
 )
 """What may be said where classes are asked for."""

@@ -285,18 +285,22 @@ class TrainerConfig(Part):
 
 
 class RefinementConfig(Part):
-    """Scores brought along the picture's edges (PAMR, Araslanov & Roth 2020, section 3.3); see
-    ``vilseg.segmentation.refinement``."""
+    """Scores brought along the picture's edges; see ``vilseg.segmentation.refinement``."""
 
+    method: Literal["pamr", "guided"] = "pamr"
+    """Means of like neighbours (PAMR, Araslanov & Roth 2020, section 3.3), or a guided filter (He, Sun & Tang 2013)."""
     iterations: Annotated[int, Field(ge=0)] = 0
-    """0 switches it off, as ViL-Seg has none; the authors of PAMR use 10."""
+    """0 switches it off, as ViL-Seg has none; the authors of PAMR use 10, those of the guided filter 1."""
     dilations: Annotated[list[PositiveInt], Field(min_length=1)] = [1, 2, 4, 8]
     """Distances of the neighbours in pixels of the enlarged patch grid (PAMR, six up to 24, on pixels of the picture)."""
+    radius: PositiveInt = 4
+    """Of the guided filter's windows, in pixels of the enlarged patch grid."""
     upscale: PositiveInt = 4
     """Pixels a side that every patch becomes, as long as the picture has as many; more cost more and gain little."""
     tolerance: Positive = 0.1
-    """Colour difference, in local standard deviations, that weakens a neighbour by a factor e (0.1 in the authors'
-    implementation); larger values forgive noise and leave fewer specks."""
+    """Colour difference, in local standard deviations, that weakens a neighbour by a factor e (0.1 in the implementation of
+    PAMR's authors); of the guided filter, contrast in standard deviations of the whole picture that is no edge. Larger values
+    forgive noise and leave fewer specks."""
 
 
 class SegmentationConfig(Part):

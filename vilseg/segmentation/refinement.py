@@ -1,13 +1,15 @@
-"""Class scores that follow the edges of the picture: pixel-adaptive mask refinement (Araslanov & Roth 2020, section 3.3).
+"""Class scores that follow the edges of the picture, by one of two methods.
 
-Patches are coarse and see past the outline of what they show. So each pixel's scores become, some times over, the mean of
-its neighbours' scores, weighted by how much these look like it:
+Patches are coarse and see past the outline of what they show. So under pixel-adaptive mask refinement (Araslanov & Roth 2020,
+section 3.3) each pixel's scores become, some times over, the mean of its neighbours' scores, weighted by how much these look
+like it:
 
     s_x <- sum_n w_xn s_n,    w_xn = softmax_n( -mean_c |I_xc - I_nc| / (tolerance sigma_xc) )
 
 over the eight neighbours n at every dilation, with sigma_xc the standard deviation of colour channel c over x and its
-neighbours. This happens on an enlarged patch grid rather than on the picture's own pixels, and for the classes alone that
-are best at some patch: of thousands asked for, a picture holds a few.
+neighbours. The other method is a guided filter, see :mod:`vilseg.segmentation.guided`. Either happens on an enlarged patch
+grid rather than on the picture's own pixels, and for the classes alone that are best at some patch: of thousands asked for, a
+picture holds a few.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vilseg.config import RefinementConfig
+from vilseg.segmentation.guided import GuidedFilter
 
 _EPS = 1e-8
 
@@ -45,14 +48,21 @@ def refine(scores_Chw: Tensor, image_3HW: Tensor, config: RefinementConfig) -> R
     Args:
         scores_Chw: one score for each class and patch. Shape: (C, h, w).
         image_3HW: the picture, floats of any range. Shape: (3, H, W).
-        config: iterations, dilations, upscale and tolerance.
+        config: method, iterations and what the method takes.
     """
     classes_W = winners(scores_Chw)
     patches, pixels = scores_Chw.shape[1:], image_3HW.shape[1:]
     size = tuple(min(config.upscale * p, pixel) for p, pixel in zip(patches, pixels, strict=True))
     scores_Whw = _resize(scores_Chw[classes_W], size, "bilinear")
-    if len(classes_W) > 1:  # one class alone is best whatever its scores
-        weights_Nhw = _weights(_resize(image_3HW, size, "area"), config)
+    if len(classes_W) == 1 or not config.iterations:  # one class alone is best whatever its scores
+        return RefinedScores(classes_W, scores_Whw)
+    image_3hw = _resize(image_3HW, size, "area")
+    if config.method == "guided":
+        guided = GuidedFilter(image_3hw, config.radius, config.tolerance)
+        for _ in range(config.iterations):
+            scores_Whw = guided(scores_Whw)
+    else:
+        weights_Nhw = _weights(image_3hw, config)
         for _ in range(config.iterations):
             total_Whw = torch.zeros_like(scores_Whw)
             for weight_hw, neighbour_Whw in zip(weights_Nhw, _neighbours(scores_Whw, config.dilations), strict=True):

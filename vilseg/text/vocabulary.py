@@ -139,8 +139,8 @@ class Vocabulary:
         """Read ``"cat,sofa|couch"``, the URI of a file, or the name of a built-in vocabulary.
 
         A text file has one class a line (its lines may hold commas), a file that ends in ``.yaml`` or ``.yml`` is as
-        :mod:`vilseg.text.vocabulary_file` says. ``voc``, ``context``, ``coco-stuff`` and ``ade20k`` come with the package; a
-        file of that name goes before. Synonyms follow the name of a class after ``|``.
+        :mod:`vilseg.text.vocabulary_file` says. ``voc``, ``context``, ``coco``, ``coco-panoptic``, ``coco-stuff`` and
+        ``ade20k`` come with the package; a file of that name goes before. Synonyms follow the name of a class after ``|``.
 
         Raises:
             DataError: not a class list; see the class for what is checked.
@@ -170,7 +170,7 @@ class Vocabulary:
 
     @classmethod
     def built_in(cls, name: str) -> Vocabulary:
-        """``voc``, ``context``, ``coco-stuff`` or ``ade20k``, in the order of their class ids, with synonyms."""
+        """One of those that come with the package, in the order of their class ids, with synonyms."""
         return cls._from_yaml(built_in()[name].read_text(encoding="utf-8"), name)
 
     @classmethod

@@ -31,7 +31,8 @@ _CLASS_KEYS = ("name", "synonyms", "prompts", "negatives")
 
 @cache
 def built_in() -> dict[str, Path]:
-    """The vocabularies that come with the package, by name: ``ade20k``, ``coco-stuff``, ``context``, ``voc``."""
+    """The vocabularies that come with the package, by name: ``ade20k``, ``coco``, ``coco-panoptic``, ``coco-stuff``,
+    ``context``, ``voc``."""
     return {path.stem: path for path in sorted(_BUILT_IN.glob("*.yaml"))}
 
 

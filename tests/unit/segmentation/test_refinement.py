@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -64,10 +65,14 @@ def two_halves() -> tuple[Tensor, Tensor]:
     return image, coarse
 
 
-def test_boundaries_move_to_the_edges_of_the_picture() -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [{"iterations": 10, "dilations": [1, 2, 4]}, {"method": "guided", "iterations": 1, "radius": 6, "tolerance": 0.2}],
+)
+def test_boundaries_move_to_the_edges_of_the_picture(settings: dict[str, Any]) -> None:
     image, coarse = two_halves()
     before = refine(coarse, image, RefinementConfig(iterations=0, upscale=8))
-    after = refine(coarse, image, RefinementConfig(iterations=10, dilations=[1, 2, 4], upscale=8))
+    after = refine(coarse, image, RefinementConfig.model_validate({"upscale": 8, **settings}))
     truth = torch.where(torch.arange(32) < 20, 1, 3).expand(32, 32)
 
     def right(result_classes: Tensor, scores: Tensor) -> float:

@@ -64,4 +64,4 @@ def test_data_files_are_in_the_wheel() -> None:
     listed = {path for glob in settings["package-data"]["vilseg.text"] for path in (PACKAGE / "text").glob(glob)}
     there = {path for path in (PACKAGE / "text").rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
     assert listed == there
-    assert len(there) == 6
+    assert len(there) == 8

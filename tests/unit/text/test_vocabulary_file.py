@@ -115,6 +115,8 @@ def test_the_digest_knows_every_part_and_the_order(parse: Callable[[str], Vocabu
     [
         ("voc", 21, {0: "background", 1: "aeroplane", 15: "person", 20: "tv monitor"}),
         ("context", 60, {0: "background", 1: "aeroplane", 11: "building", 59: "wood"}),
+        ("coco", 80, {0: "person", 79: "toothbrush"}),
+        ("coco-panoptic", 133, {0: "person", 80: "banner", 132: "rug-merged"}),
         ("coco-stuff", 171, {0: "person", 79: "toothbrush", 80: "banner", 170: "wood"}),
         ("ade20k", 150, {0: "wall", 12: "person", 23: "sofa", 149: "flag"}),
     ],
