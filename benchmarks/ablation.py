@@ -22,24 +22,18 @@ from typing import Any
 
 import torch
 
-from benchmarks import peers
+from benchmarks import peers, scene_runs
 from benchmarks.tables import replace_section
 from jobs import console
-from jobs.feed import read_here
 from vilseg import storage
 from vilseg.config import RunConfig
-from vilseg.data import scenes
-from vilseg.data.pairs import write_index, write_tar
 from vilseg.evaluation.datasets import FolderDataset
 from vilseg.evaluation.evaluate import evaluate
+from vilseg.model import ViLSeg
 from vilseg.segmentation.segmenter import Segmenter
-from vilseg.training import run
 
-CONFIG = Path(__file__).parent.parent / "configs" / "demo.yaml"
 FIGURES = Path(__file__).parent / "ablation.json"
 """Of every training, by :attr:`Job.key`; take this file away to measure everything anew."""
-_PAIRS, _SHARD = 24_000, 2_000
-_UNSEEN = 200
 _STEPS = 400
 """Of 32 pairs, as in the demo, which makes nearly four times as many."""
 _SEEDS = (0, 1, 2)
@@ -120,8 +114,13 @@ class Job:
 
     @property
     def key(self) -> str:
-        """The same for what is trained in the same way, under whatever name: a row that becomes the default is kept."""
-        config = RunConfig.load(str(CONFIG), [*_REQUIRED, *self.overrides]).model_dump(mode="json")
+        """The same for what is trained in the same way, under whatever name: a row that becomes the default is kept.
+
+        It knows the configuration where that is not vilseg's default, so that a new key makes no figure old.
+        """
+        config = RunConfig.load(str(scene_runs.CONFIG), [*_REQUIRED, *self.overrides]).model_dump(
+            mode="json", exclude_defaults=True
+        )
         settings = json.dumps([config, self.steps, self.seed, self.evaluations, self.rate], sort_keys=True)
         kind = self.name if self.rate is not None else "vilseg"
         return f"{kind}-{self.steps}-{self.seed}-{hashlib.sha256(settings.encode()).hexdigest()[:12]}"
@@ -135,7 +134,7 @@ def main(out: Path) -> dict[str, Any]:
         the curves of a run five times as long as the demo's, with and without the noun contrast.
     """
     out = out.absolute()
-    _draw(out)
+    scene_runs.draw(out)
     first, *seeds = _SEEDS
     tuning = [Job(name, first, (), _STEPS, rate=rate) for name in peers.PEERS for rate in peers.RATES]
     long = [
@@ -158,7 +157,7 @@ def main(out: Path) -> dict[str, Any]:
     best_peer = max(row["miou"] for row in rows if row["part"] == "peer")
     figure = Path(__file__).parent / "ablation.png"
     _draw_figure(rows, curves, figure)
-    samples = _STEPS * _config(out).trainer.batch_size
+    samples = _STEPS * scene_runs.config(out).trainer.batch_size
     replace_section(Path(__file__).parent / "RESULTS.md", "ablation", _table(rows, curves, samples))
     return {
         "benchmark": "ablation",
@@ -178,27 +177,6 @@ def _variants(seed: int) -> list[Job]:
 
 def _names() -> list[tuple[str, str]]:
     return [(variant.name, variant.part) for variant in VARIANTS] + [(name, "peer") for name in peers.PEERS]
-
-
-def _draw(out: Path) -> None:
-    """Write the pairs and the unseen scenes, unless an earlier run did."""
-    size = _config(out).data.canvas
-    if (out / "unseen" / "classes.txt").exists():
-        return
-    console.say("[scenes]")
-    shards = []
-    for start in range(0, _PAIRS, _SHARD):
-        drawn = scenes.pairs(_SHARD, 0, size, start=start)
-        members = ((pair.key, pair.image, "jpg", {"captions": list(pair.captions)}) for pair in drawn)
-        name = f"{start // _SHARD:02d}.tar"
-        shards.append((name, write_tar(f"{out}/pairs/{name}", members)))
-    write_index(f"{out}/pairs", shards)
-    scenes.write_masked_dataset(f"{out}/unseen", _UNSEEN, 0, size)
-
-
-def _config(out: Path, *overrides: str) -> RunConfig:
-    fixed = [f"data.source={out}/pairs", f"trainer.storage={out}/runs", "trainer.workers=1"]
-    return RunConfig.load(str(CONFIG), [*fixed, *overrides])
 
 
 def _run(out: Path, jobs: list[Job]) -> dict[Job, dict[str, Any]]:
@@ -231,7 +209,7 @@ def _train(out: Path, job: Job) -> dict[str, Any]:
     dataset = _unseen(f"{out}/unseen")
     started = time.perf_counter()
     if job.rate is not None:
-        config = _config(out, f"trainer.steps={job.steps}", f"trainer.seed={job.seed}")
+        config = scene_runs.config(out, f"trainer.steps={job.steps}", f"trainer.seed={job.seed}")
         miou = peers.train(job.name, config, dataset, job.rate)
         return {
             "miou": miou,
@@ -239,29 +217,24 @@ def _train(out: Path, job: Job) -> dict[str, Any]:
             "seconds": time.perf_counter() - started,
         }
     name = job.key
-    config = _config(out, f"trainer.steps={job.steps}", f"trainer.seed={job.seed}", f"name={name}", *job.overrides)
+    config = scene_runs.config(
+        out, f"trainer.steps={job.steps}", f"trainer.seed={job.seed}", f"name={name}", *job.overrides
+    )
     config.trainer.checkpoint_every = job.steps // job.evaluations
-    storage.delete(f"{config.trainer.storage}/{name}")  # what was left of it when the benchmark was interrupted
-    folder = run.open_folder(config, resume=False)
-    prepared = run.prepare(config, folder)
-    trainer = run.make_trainer(config, folder, prepared, torch.device("cpu"))
     curve: list[list[float]] = []
-    model = trainer.objective.model
 
-    def miou() -> float:
+    def miou(model: ViLSeg) -> float:
         return round(evaluate(Segmenter(model, dataset.classes, device="cpu"), dataset).miou, 4)
 
-    def measure() -> None:
-        curve.append([trainer.step * config.trainer.batch_size, miou()])
-        model.train()
+    def measure(model: ViLSeg, step: int) -> None:
+        curve.append([step * config.trainer.batch_size, miou(model)])
 
-    trainer.train(read_here(config, prepared), on_report=lambda metrics: None, on_checkpoint=measure)
+    model = scene_runs.train(config, measure)
     found = {"miou": curve[-1][1], "curve": curve, "seconds": round(time.perf_counter() - started, 1)}
     if job.name == VARIANTS[0].name:
         for name, weight in READINGS.items():
             model.segmentation = model.segmentation.model_copy(update={"region_weight": weight})
-            found[name] = miou()
-    storage.delete(folder.uri)
+            found[name] = miou(model)
     return found
 
 
@@ -284,8 +257,8 @@ def _row(name: str, part: str, found: list[dict[str, Any]]) -> dict[str, Any]:
 def _table(rows: list[dict[str, Any]], curves: dict[str, list[list[float]]], samples: int) -> str:
     default = rows[0]["miou"]
     lines = [
-        f"{samples:,} samples, {len(_SEEDS)} seeds, {_UNSEEN} unseen scenes; ± is the standard deviation over the seeds. "
-        f"The peers learn at the best of the rates {', '.join(f'{rate:g}' for rate in peers.RATES)} (seed {_SEEDS[0]}).",
+        f"{samples:,} samples, {len(_SEEDS)} seeds, {scene_runs.UNSEEN} unseen scenes; ± is the standard deviation over the "
+        f"seeds. The peers learn at the best of the rates {', '.join(f'{rate:g}' for rate in peers.RATES)} (seed {_SEEDS[0]}).",
         "",
         "| part | variant | mIoU | to the default |",
         "|---|---|---|---|",

@@ -1,0 +1,66 @@
+"""Trainings of the demo's model on synthetic scenes in this process, for benchmarks that need many, or none of Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from jobs import console
+from jobs.feed import read_here
+from vilseg import storage
+from vilseg.config import RunConfig
+from vilseg.data import scenes
+from vilseg.data.pairs import write_index, write_tar
+from vilseg.model import ViLSeg
+from vilseg.training import run
+
+CONFIG = Path(__file__).parent.parent / "configs" / "demo.yaml"
+UNSEEN = 200
+"""Scenes with masks, none of which is among the pairs."""
+_PAIRS, _SHARD = 24_000, 2_000
+
+
+def draw(out: Path) -> None:
+    """Write pairs and unseen scenes into ``out``, unless an earlier run did."""
+    size = config(out).data.canvas
+    if (out / "unseen" / "classes.txt").exists():
+        return
+    console.say("[scenes]")
+    shards = []
+    for start in range(0, _PAIRS, _SHARD):
+        drawn = scenes.pairs(_SHARD, 0, size, start=start)
+        members = ((pair.key, pair.image, "jpg", {"captions": list(pair.captions)}) for pair in drawn)
+        name = f"{start // _SHARD:02d}.tar"
+        shards.append((name, write_tar(f"{out}/pairs/{name}", members)))
+    write_index(f"{out}/pairs", shards)
+    scenes.write_masked_dataset(f"{out}/unseen", UNSEEN, 0, size)
+
+
+def config(out: Path, *overrides: str) -> RunConfig:
+    """The demo's configuration, on the pairs in ``out`` and with one worker."""
+    fixed = [f"data.source={out}/pairs", f"trainer.storage={out}/runs", "trainer.workers=1"]
+    return RunConfig.load(str(CONFIG), [*fixed, *overrides])
+
+
+def train(config: RunConfig, on_checkpoint: Callable[[ViLSeg, int], None] = lambda model, step: None) -> ViLSeg:
+    """A trained model; of the run itself nothing is kept.
+
+    Args:
+        config: with a name.
+        on_checkpoint: told the model, which it may put into evaluation mode, and the steps made, whenever a checkpoint is due.
+    """
+    storage.delete(f"{config.trainer.storage}/{config.name}")  # what was left of it when the benchmark was interrupted
+    folder = run.open_folder(config, resume=False)
+    prepared = run.prepare(config, folder)
+    trainer = run.make_trainer(config, folder, prepared, torch.device("cpu"))
+    model = trainer.objective.model
+
+    def measure() -> None:
+        on_checkpoint(model, trainer.step)
+        model.train()
+
+    trainer.train(read_here(config, prepared), on_report=lambda metrics: None, on_checkpoint=measure)
+    storage.delete(folder.uri)
+    return model
