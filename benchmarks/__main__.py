@@ -20,6 +20,7 @@ _NAMES = {
     "data_memory": "three epochs of pairs through the reader: memory of the first over that of the last",
     "input_path": "pairs from S3 by Ray Data against a DataLoader with webdataset: photos/s",
     "losses": "each training loss against a naive version, forward and backward: seconds",
+    "quality": "what modes, refinement, synonyms, background and size are worth: mIoU, boundary IoU, ms a picture",
     "real_photos": "train on Flickr8k captions, measure on COCO masks",
     "scaling": "bulk segmentation and training on two single-core nodes against one: images/s",
     "serve": "vilseg serve against the bare segmenter and LitServe: requests/s, latency, overload",

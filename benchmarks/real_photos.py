@@ -15,7 +15,9 @@ from typing import Any
 from benchmarks.encoders import minilm_folder
 from benchmarks.shared import embedded_store, shared_data
 from jobs import console
+from jobs import train as train_job
 from jobs.session import Session, ray_session
+from jobs.watch import Outcome
 from vilseg import storage
 from vilseg.config import RunConfig
 from vilseg.evaluation.confusion import ConfusionMatrix
@@ -45,17 +47,24 @@ def main(out: Path) -> dict[str, Any]:
     started = time.perf_counter()
     seconds: dict[str, float] = {}
     shutil.rmtree(out / "coco", ignore_errors=True)
-    datasets = _link_datasets(data / "coco_mini_dev", out / "coco")
+    datasets = link_datasets(data / "coco_mini_dev", out / "coco")
     with embedded_store(out / "store"):
         with console.stage("upload", seconds):
-            _upload(data)
+            upload(data)
         with ray_session() as session:
-            initial, trained, rates = _train(session, seconds)
+            outcome = train(session, seconds)
+            uncached = _train_uncached(session, seconds)
+            trained = outcome.folder.model
             with console.stage("segment", seconds):
                 bulk = _segment(session, trained, data)
         # Ray is gone by now: evaluation has the cores for itself.
         with console.stage("evaluate", seconds):
-            figures = _evaluate({"trained": trained, "untrained": initial}, datasets)
+            figures = _evaluate({"trained": trained, "untrained": outcome.folder.initial}, datasets)
+        # The last report: by then everything runs.
+        rates = {
+            name: round(read_metrics(run.folder)[-1]["images_per_second"], 1)
+            for name, run in (("cached", outcome), ("not cached", uncached))
+        }
     seconds["total"] = time.perf_counter() - started
     return {
         "benchmark": "real_photos",
@@ -70,7 +79,7 @@ def main(out: Path) -> dict[str, Any]:
     }
 
 
-def _link_datasets(coco: Path, target: Path) -> dict[str, str]:
+def link_datasets(coco: Path, target: Path) -> dict[str, str]:
     """Every task in the ``folder`` layout: masks, classes, and the common images that belong to the masks."""
     folders = {task: target / task for task in TASKS}
     for task, folder in folders.items():
@@ -83,37 +92,35 @@ def _link_datasets(coco: Path, target: Path) -> dict[str, str]:
     return {task: str(folder) for task, folder in folders.items()}
 
 
-def _upload(data: Path) -> None:
+def upload(data: Path) -> None:
     """Put the training pairs and the archive to segment on the store."""
     for shard in sorted((data / "flickr8k_224" / "shards").glob("train-*.tar")):
         storage.write_bytes(storage.join(_ROOT, "pairs", shard.name), shard.read_bytes())
     storage.upload_folder(data / "flickr8k_full" / "images", storage.join(_ROOT, "photos"))
 
 
-def _train(session: Session, seconds: dict[str, float]) -> tuple[str, str, dict[str, float]]:
-    """URIs of the model before and after training, and pairs/s with cached features and without."""
-    from jobs import cache_features, train
+def train(session: Session, seconds: dict[str, float]) -> Outcome:
+    """Train on the pairs that `upload` put on the store, with cached features."""
+    from jobs import cache_features
 
-    common = [
-        f"data.source={_ROOT}/pairs",
-        f"trainer.storage={_ROOT}/runs",
-        f"model.text_encoder.checkpoint={minilm_folder()}",
-    ]
-    config = RunConfig.load(str(CONFIG), [*common, "name=flickr8k", f"data.feature_cache={_ROOT}/features"])
+    config = _config("flickr8k", f"data.feature_cache={_ROOT}/features")
     with console.stage("cache", seconds):  # training would do it by itself; apart, its time is seen
-        cache_features.main(config, session, progress=train.say_cached)
+        cache_features.main(config, session, progress=train_job.say_cached)
     with console.stage("train", seconds), console.TrainingProgress(config.trainer.steps) as shown:
-        outcome = train.main(config, session, progress=shown)
-    steps = ["trainer.steps=24", "trainer.checkpoint_every=24", "trainer.log_every=12"]
-    plain = RunConfig.load(str(CONFIG), [*common, "name=uncached", *steps])
+        return train_job.main(config, session, progress=shown)
+
+
+def _train_uncached(session: Session, seconds: dict[str, float]) -> Outcome:
+    """A few steps without the cache, to see what it saves."""
+    config = _config("uncached", "trainer.steps=24", "trainer.checkpoint_every=24", "trainer.log_every=12")
     with console.stage("train without cache", seconds):
-        uncached = train.main(plain, session)
-    # The last report: by then everything runs.
-    rates = {
-        name: round(read_metrics(run.folder)[-1]["images_per_second"], 1)
-        for name, run in (("cached", outcome), ("not cached", uncached))
-    }
-    return outcome.folder.initial, outcome.folder.model, rates
+        return train_job.main(config, session)
+
+
+def _config(name: str, *overrides: str) -> RunConfig:
+    places = [f"data.source={_ROOT}/pairs", f"trainer.storage={_ROOT}/runs"]
+    encoder = f"model.text_encoder.checkpoint={minilm_folder()}"
+    return RunConfig.load(str(CONFIG), [*places, encoder, f"name={name}", *overrides])
 
 
 def _segment(session: Session, model: str, data: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from vilseg import storage
 from vilseg.config import SegmentationConfig
 from vilseg.errors import ConfigError, DataError, StorageError, UserError
 from vilseg.evaluation.boundary import WIDTH
+from vilseg.evaluation.calibration import fit_temperature
 from vilseg.evaluation.datasets import open_dataset
 from vilseg.evaluation.evaluate import BATCH, Evaluation, evaluate, merged
 from vilseg.evaluation.protocols import EvaluationProtocol, under
@@ -35,6 +37,7 @@ def main(
     classes: Vocabulary | None = None,
     protocol: str = EvaluationProtocol.ALL,
     boundary_width: float = WIDTH,
+    fit: bool = False,
     out: str | None = None,
     overwrite: bool = False,
     settings: Callable[[SegmentationConfig], SegmentationConfig] = lambda settings: settings,
@@ -50,6 +53,7 @@ def main(
         classes: other names for the classes that the protocol asks for, in the dataset's order.
         protocol: one of `EvaluationProtocol`: which classes are asked for and measured.
         boundary_width: of the band along contours for boundary IoU, as a share of the image's diagonal.
+        fit: find the temperature that fits the scores to the first 100 masks, too.
         out: folder or URI for ``evaluation.json`` and ``report.html``.
         overwrite: replace what is at ``out``.
         settings: changes the inference settings that the model carries.
@@ -98,6 +102,9 @@ def main(
         told = progress or (lambda done, total: None)
         parts = _on_cluster(session, len(data), told, (model, loaded.segmentation, vocabulary, dataset, options))
         result = merged(parts, keep=options["keep"], keep_worst=options["keep_worst"])
+    if fit:
+        asked_for = under(data, protocol)[0]
+        result = replace(result, temperature=fit_temperature(Segmenter(loaded, vocabulary), asked_for))
     if out:
         page = render_evaluation(result, f"{storage.name(model)} on {storage.name(uri)}", [command] if command else [])
         storage.write_text(storage.join(out, _PAGE), page)

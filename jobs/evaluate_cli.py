@@ -28,6 +28,9 @@ def evaluate(
     boundary_width: Annotated[
         float, typer.Option(help="Band along contours for boundary IoU, as a share of the diagonal.")
     ] = 0.02,
+    fit_temperature: Annotated[
+        bool, typer.Option(help="Also find the segmentation.temperature under which scores fit these masks best.")
+    ] = False,
     address: Annotated[
         str | None, typer.Option(help="Ray cluster whose machines share the images: auto or ray://…; none without it.")
     ] = None,
@@ -52,6 +55,7 @@ def evaluate(
             classes=Vocabulary.parse(classes) if classes else None,
             protocol=protocol,
             boundary_width=boundary_width,
+            fit=fit_temperature,
             out=out,
             overwrite=overwrite,
             settings=segmentation_overrides(overrides),
@@ -62,8 +66,10 @@ def evaluate(
     per_class = "\n".join(f"  {name:24} {value:.3f}" for name, value in done.per_class.items())
     figures = (
         f"mIoU {done.miou:.4f}  vocabulary {done.vocabulary}  boundary IoU {done.boundary_iou:.4f}  "
-        f"pixel accuracy {done.pixel_accuracy:.4f}  images {done.images}"
+        f"pixel accuracy {done.pixel_accuracy:.4f}  calibration error {done.calibration_error:.4f}  images {done.images}"
     )
+    if done.temperature is not None:
+        figures += f"\nscores fit these masks best with segmentation.temperature={done.temperature:.4g}"
     if len(done.measured_classes) < len(done.per_class):
         figures += f"\nover {', '.join(done.measured_classes)}"
     console.result(done.to_dict(), as_json=json, text=f"{figures}\n{per_class}")

@@ -293,8 +293,8 @@ class RefinementConfig(Part):
     """0 switches it off, as ViL-Seg has none; the authors of PAMR use 10, those of the guided filter 1."""
     dilations: Annotated[list[PositiveInt], Field(min_length=1)] = [1, 2, 4, 8]
     """Distances of the neighbours in pixels of the enlarged patch grid (PAMR, six up to 24, on pixels of the picture)."""
-    radius: PositiveInt = 4
-    """Of the guided filter's windows, in pixels of the enlarged patch grid."""
+    radius: PositiveInt = 2
+    """Of the guided filter's windows, in patches."""
     upscale: PositiveInt = 4
     """Pixels a side that every patch becomes, as long as the picture has as many; more cost more and gain little."""
     tolerance: Positive = 0.1

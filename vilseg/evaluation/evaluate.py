@@ -11,6 +11,7 @@ import numpy as np
 
 from vilseg.errors import DataError
 from vilseg.evaluation.boundary import WIDTH, BoundaryCounts
+from vilseg.evaluation.calibration import CalibrationCounts
 from vilseg.evaluation.confusion import ConfusionMatrix
 from vilseg.evaluation.datasets import MaskedDataset
 from vilseg.evaluation.masks import MaskedImage
@@ -54,6 +55,10 @@ class Evaluation:
     """`Vocabulary.digest` of what the segmenter chose from: figures of other vocabularies are not to be compared with these."""
     boundary: BoundaryCounts | None = None
     """Counts along contours; None where they were not taken."""
+    calibration: CalibrationCounts | None = None
+    """Counts by score; None where the segmenter gives none."""
+    temperature: float | None = None
+    """From `vilseg.evaluation.calibration.fit_temperature`, where it was asked for."""
     measured: tuple[int, ...] | None = None
     """Indices of the classes that the means are over; all where None."""
     protocol: EvaluationProtocol = EvaluationProtocol.ALL
@@ -76,6 +81,11 @@ class Evaluation:
     def pixel_accuracy(self) -> float:
         """Share of the pixels of measured classes that were given the right class, in 0..1."""
         return self.confusion.accuracy(self.measured)
+
+    @property
+    def calibration_error(self) -> float:
+        """Expected calibration error of the scores over all classes' pixels, in 0..1; nan where there are no scores."""
+        return math.nan if self.calibration is None else self.calibration.error
 
     @property
     def measured_classes(self) -> tuple[str, ...]:
@@ -105,6 +115,8 @@ class Evaluation:
             "miou": _none_if_nan(self.miou),
             "boundary_iou": _none_if_nan(self.boundary_iou),
             "pixel_accuracy": _none_if_nan(self.pixel_accuracy),
+            "calibration_error": _none_if_nan(self.calibration_error),
+            "fitted_temperature": self.temperature,
             "images": self.images,
             "vocabulary": self.vocabulary,
             "protocol": str(self.protocol),
@@ -134,6 +146,8 @@ def merged(parts: Iterable[Evaluation], *, keep: int = 0, keep_worst: int = 0) -
         first.confusion.merge(part.confusion)
         if first.boundary is not None and part.boundary is not None:
             first.boundary.merge(part.boundary)
+        if first.calibration is not None and part.calibration is not None:
+            first.calibration.merge(part.calibration)
         images += part.images
         examples += part.examples[: max(0, keep - len(examples))]
         for example in part.worst:
@@ -180,6 +194,7 @@ def evaluate(
         raise DataError(f"there are {len(classes)} names for {len(dataset.classes)} classes of the dataset")
     _check_classes(segmenter.classes, classes)
     confusion, boundary = ConfusionMatrix(classes), BoundaryCounts(classes, width=boundary_width)
+    calibration: CalibrationCounts | None = None
     examples: list[Example] = []
     worst = _Worst(keep_worst)
     done = 0
@@ -190,6 +205,10 @@ def evaluate(
             own.update(segmentation.labels, item.mask, ignore=item.ignore)
             confusion.merge(own)
             boundary.update(segmentation.labels, item.mask, ignore=item.ignore)
+            scores = getattr(segmentation, "scores", None)  # what is no `Segmenter` of ours may have none
+            if scores is not None:
+                calibration = calibration or CalibrationCounts(len(classes))
+                calibration.update(segmentation.labels, scores, item.mask, ignore=item.ignore)
             example = Example(truth=item, segmentation=segmentation, miou=own.mean_iou(measured))
             if len(examples) < keep:
                 examples.append(example)
@@ -197,13 +216,13 @@ def evaluate(
         done += len(batch)
         if progress is not None:
             progress(done, len(dataset))
-    # What is no `Segmenter` of ours may have nothing but names.
     vocabulary = getattr(segmenter, "vocabulary", None) or Vocabulary(tuple(segmenter.classes))
     return Evaluation(
         confusion=confusion,
         images=done,
         vocabulary=vocabulary.digest,
         boundary=boundary,
+        calibration=calibration,
         measured=measured,
         protocol=protocol,
         examples=tuple(examples),

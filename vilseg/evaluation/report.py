@@ -81,6 +81,7 @@ def render_evaluation(evaluation: Evaluation, title: str, commands: Sequence[str
         ("mIoU", *_per_cent(evaluation.miou)),
         ("boundary IoU", *_per_cent(evaluation.boundary_iou)),
         ("pixel accuracy", *_per_cent(evaluation.pixel_accuracy)),
+        ("calibration error", *_per_cent(evaluation.calibration_error)),
         ("images measured", f"{evaluation.images:,}", ""),
         ("classes measured", str(len(evaluation.measured_classes)), ""),
     ]

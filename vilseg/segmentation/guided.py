@@ -10,6 +10,9 @@ with the mean mu_k and the covariance Sigma_k of the colours in w_k and the 3 x 
 window thus becomes an edge of the map. All means are box filters, so the time does not depend on r. Windows that reach over
 the border hold only what is inside. eps is (tolerance sigma)^2 with the standard deviation sigma of the whole picture's
 colours, so that neither range nor contrast of the picture matters.
+
+The fit may happen on a smaller picture than the one whose edges the map shall have (fast guided filter, He & Sun 2015): then
+mean(a) and mean(b) are enlarged, and a map of a few cells gets the edges of a large picture for little more than eq. 16.
 """
 
 from __future__ import annotations
@@ -19,42 +22,42 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-class GuidedFilter:
-    """What a picture says of its edges, to be laid on any maps of its size.
+def guided_filter(maps_Chw: Tensor, small_3hw: Tensor, image_3HW: Tensor, radius: int, tolerance: float) -> Tensor:
+    """Maps at the size of ``image_3HW``, with its edges.
 
     Args:
-        image_3HW: floats of any range. Shape: (3, H, W).
-        radius: of the windows in pixels.
+        maps_Chw: what is to be filtered. Shape: (C, h, w).
+        small_3hw: the picture at the size of the maps, floats of any range. Shape: (3, h, w).
+        image_3HW: the picture, in the same range. Shape: (3, H, W).
+        radius: of the windows, in cells of the maps.
         tolerance: contrast, in standard deviations of the whole picture, below which an edge is smoothed away.
+
+    Returns:
+        Shape: (C, H, W).
     """
+    # Covariances of large and nearly equal numbers lose their digits.
+    centre_311 = small_3hw.mean((1, 2), keepdim=True)
+    small_3hw = small_3hw - centre_311
+    size_1hw = _box_sum(torch.ones_like(small_3hw[:1]), radius)
 
-    def __init__(self, image_3HW: Tensor, radius: int, tolerance: float) -> None:
-        # Covariances of large and nearly equal numbers lose their digits.
-        self._image_3HW = image_3HW - image_3HW.mean((1, 2), keepdim=True)
-        self._radius = radius
-        self._size_1HW = _box_sum(torch.ones_like(image_3HW[:1]), radius)
-        self._mean_3HW = self._mean(self._image_3HW)
-        image, mean = self._image_3HW, self._mean_3HW
-        pairs_9HW = (image.unsqueeze(1) * image.unsqueeze(0)).flatten(0, 1)
-        covariance_33HW = (self._mean(pairs_9HW) - (mean.unsqueeze(1) * mean.unsqueeze(0)).flatten(0, 1)).unflatten(
-            0, (3, 3)
-        )
-        variance = image.square().mean().clamp(min=1e-9)  # a picture of one colour has no edges, and no nan either
-        self._inverse_33HW = _inverse(covariance_33HW, tolerance**2 * variance)
+    def mean(one_Xhw: Tensor) -> Tensor:
+        return _box_sum(one_Xhw, radius) / size_1hw
 
-    def __call__(self, maps_CHW: Tensor) -> Tensor:
-        """Filtered maps. Shape: (C, H, W) -> (C, H, W)."""
-        mean_CHW = self._mean(maps_CHW)
-        products_C3HW = maps_CHW.unsqueeze(1) * self._image_3HW
-        covariance_C3HW = self._mean(products_C3HW.flatten(0, 1)).unflatten(0, (-1, 3))
-        covariance_C3HW = covariance_C3HW - mean_CHW.unsqueeze(1) * self._mean_3HW
-        slopes_C3HW = torch.einsum("ijhw,cjhw->cihw", self._inverse_33HW, covariance_C3HW)
-        offset_CHW = mean_CHW - (slopes_C3HW * self._mean_3HW).sum(1)
-        mean_slopes_C3HW = self._mean(slopes_C3HW.flatten(0, 1)).unflatten(0, (-1, 3))
-        return (mean_slopes_C3HW * self._image_3HW).sum(1) + self._mean(offset_CHW)
-
-    def _mean(self, maps_CHW: Tensor) -> Tensor:
-        return _box_sum(maps_CHW, self._radius) / self._size_1HW
+    mean_3hw, mean_Chw = mean(small_3hw), mean(maps_Chw)
+    pairs_33hw = mean((small_3hw.unsqueeze(1) * small_3hw).flatten(0, 1)).unflatten(0, (3, 3))
+    variance = small_3hw.square().mean().clamp(min=1e-9)  # a picture of one colour has no edges, and no nan either
+    inverse_33hw = _inverse(pairs_33hw - mean_3hw.unsqueeze(1) * mean_3hw, tolerance**2 * variance)
+    products_C3hw = mean((maps_Chw.unsqueeze(1) * small_3hw).flatten(0, 1)).unflatten(0, (-1, 3))
+    covariance_C3hw = products_C3hw - mean_Chw.unsqueeze(1) * mean_3hw
+    slopes_C3hw = (inverse_33hw * covariance_C3hw.unsqueeze(1)).sum(2)
+    offset_Chw = mean_Chw - (slopes_C3hw * mean_3hw).sum(1)
+    fit_C4hw = mean(torch.cat([slopes_C3hw, offset_Chw.unsqueeze(1)], 1).flatten(0, 1)).unflatten(0, (-1, 4))
+    if image_3HW.shape[1:] != small_3hw.shape[1:]:
+        fit_C4hw = F.interpolate(fit_C4hw, image_3HW.shape[1:], mode="bilinear", align_corners=False)
+    result_CHW = fit_C4hw[:, 3]
+    for channel, colour_HW in enumerate(image_3HW - centre_311):
+        result_CHW = torch.addcmul(result_CHW, fit_C4hw[:, channel], colour_HW)
+    return result_CHW
 
 
 def _box_sum(maps_CHW: Tensor, radius: int) -> Tensor:

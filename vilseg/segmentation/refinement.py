@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vilseg.config import RefinementConfig
-from vilseg.segmentation.guided import GuidedFilter
+from vilseg.segmentation.guided import guided_filter
 
 _EPS = 1e-8
 
@@ -53,15 +53,17 @@ def refine(scores_Chw: Tensor, image_3HW: Tensor, config: RefinementConfig) -> R
     classes_W = winners(scores_Chw)
     patches, pixels = scores_Chw.shape[1:], image_3HW.shape[1:]
     size = tuple(min(config.upscale * p, pixel) for p, pixel in zip(patches, pixels, strict=True))
-    scores_Whw = _resize(scores_Chw[classes_W], size, "bilinear")
+    few_Whw = scores_Chw[classes_W]
     if len(classes_W) == 1 or not config.iterations:  # one class alone is best whatever its scores
-        return RefinedScores(classes_W, scores_Whw)
+        return RefinedScores(classes_W, _resize(few_Whw, size, "bilinear"))
     image_3hw = _resize(image_3HW, size, "area")
     if config.method == "guided":
-        guided = GuidedFilter(image_3hw, config.radius, config.tolerance)
-        for _ in range(config.iterations):
-            scores_Whw = guided(scores_Whw)
+        small_3hw = _resize(image_3HW, patches, "area")
+        for _ in range(config.iterations - 1):
+            few_Whw = guided_filter(few_Whw, small_3hw, small_3hw, config.radius, config.tolerance)
+        scores_Whw = guided_filter(few_Whw, small_3hw, image_3hw, config.radius, config.tolerance)
     else:
+        scores_Whw = _resize(few_Whw, size, "bilinear")
         weights_Nhw = _weights(image_3hw, config)
         for _ in range(config.iterations):
             total_Whw = torch.zeros_like(scores_Whw)

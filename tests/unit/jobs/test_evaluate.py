@@ -50,6 +50,22 @@ def test_text_names_the_classes_of_the_mean(place: Path, capsys: pytest.CaptureF
     assert lines[1] == "over potted plant, sheep, sofa, train, tv monitor"
 
 
+def test_a_fitted_temperature_lowers_the_calibration_error(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def figures(*options: str) -> dict[str, float]:
+        assert evaluate(place, f"voc:{place}", "--json", *options) == 0
+        return json.loads(capsys.readouterr().out)
+
+    before = figures("--fit-temperature", "segmentation.temperature=0.0001")
+    after = figures(f"segmentation.temperature={before['fitted_temperature']}")
+    assert after["fitted_temperature"] is None
+    assert 0 <= after["calibration_error"] < before["calibration_error"] <= 1
+    assert after["miou"] == before["miou"]
+    assert evaluate(place, f"voc:{place}", "--fit-temperature") == 0
+    said = capsys.readouterr().out
+    assert "calibration error 0." in said
+    assert "best with segmentation.temperature=" in said
+
+
 def test_other_names_follow_the_protocol(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = [f"name {number}" for number in range(20)]
     (tmp_path / "names.txt").write_text("\n".join(names))
