@@ -58,7 +58,7 @@ _NONE, _PAMR = (
     "segmentation.refinement.iterations=0",
     "segmentation.refinement={method: pamr, iterations: 10, tolerance: 0.2}",
 )
-_GUIDED = "segmentation.refinement={method: guided, iterations: 1, radius: 2, tolerance: 0.1}"
+_GUIDED = "segmentation.refinement={method: guided, iterations: 1, radius: 3, tolerance: 0.1, upscale: 2}"
 _MODES = {"region": ("segmentation.region_weight=1",), "patch": ("segmentation.region_weight=0",), "blend": ()}
 _REFINEMENTS = {"none": (_NONE,), "PAMR": (_PAMR,), "guided": (_GUIDED,)}
 ROWS = (

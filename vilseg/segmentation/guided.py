@@ -63,13 +63,31 @@ def guided_filter(maps_Chw: Tensor, small_3hw: Tensor, image_3HW: Tensor, radius
 def _box_sum(maps_CHW: Tensor, radius: int) -> Tensor:
     """Sums over the windows around every pixel, one side after the other. Shape: (C, H, W) -> (C, H, W)."""
     for dim in (1, 2):
-        length = maps_CHW.shape[dim]
-        reach = min(radius, length)  # beyond, every window holds everything
-        before = (reach + 1, reach) if dim == 2 else (0, 0, reach + 1, reach)
-        # Doubles: a difference of two sums of thousands of float32 has no digit left for a small window.
-        sums = F.pad(maps_CHW, before).cumsum(dim, dtype=torch.float64)
-        maps_CHW = (sums.narrow(dim, 2 * reach + 1, length) - sums.narrow(dim, 0, length)).to(maps_CHW.dtype)
+        reach = min(radius, maps_CHW.shape[dim])  # beyond, every window holds everything
+        padded = F.pad(maps_CHW, (reach, reach) if dim == 2 else (0, 0, reach, reach))
+        maps_CHW = _run_sum(padded, 2 * reach + 1, dim)
     return maps_CHW
+
+
+def _run_sum(maps_CHW: Tensor, count: int, dim: int) -> Tensor:
+    """Sums of ``count`` neighbours along one side, from those of 1, 2, 4 … of them.
+
+    As quick as a difference of cumulative sums for windows that are small, and no digit is lost.
+    """
+    length = maps_CHW.shape[dim] - count + 1
+    total: Tensor | None = None
+    start, run, sums = 0, 1, maps_CHW
+    while True:
+        if count & run:
+            part = sums.narrow(dim, start, length)
+            total = part if total is None else total + part
+            start += run
+        if 2 * run > count:
+            assert total is not None, "count is positive"
+            return total
+        rest = sums.shape[dim] - run
+        sums = sums.narrow(dim, 0, rest) + sums.narrow(dim, run, rest)
+        run *= 2
 
 
 def _inverse(symmetric_33HW: Tensor, added: Tensor) -> Tensor:
