@@ -7,6 +7,7 @@ naming of the pixels.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from vilseg.data import scenes
 from vilseg.evaluation.datasets import FolderDataset
 from vilseg.evaluation.evaluate import evaluate
 from vilseg.model import ViLSeg
+from vilseg.segmentation.drawing import class_colours
 from vilseg.segmentation.look import Look
 from vilseg.segmentation.result import Segmentation
 from vilseg.segmentation.segmenter import Segmenter
@@ -35,6 +37,7 @@ PHOTOS = ("things", "things_background", "panoptic")
 _LARGE = 512
 """Side of the pictures that refinement is timed on."""
 _ROUNDS = 9
+_DRAWN = 5
 
 Change = Callable[[Vocabulary], Vocabulary]
 
@@ -102,6 +105,7 @@ def main(out: Path) -> dict[str, Any]:
         rows += _measure(name, dataset, vocabulary, model)
     shares = _time_large(models["scenes"], out)
     boundary = {row["name"]: row["boundary_iou"] for row in rows if row["dataset"] == "scenes"}
+    _draw(models["scenes"], out, Path(__file__).parent / "quality.png")
     replace_section(Path(__file__).parent / "RESULTS.md", "quality", _table(rows, shares))
     return {
         "benchmark": "quality",
@@ -214,6 +218,36 @@ def _time_large(uri: str, out: Path) -> dict[str, float]:
         for name in ("PAMR", "guided"):
             shares[f"{name}, seen at {size or 'the model size'}"] = round(1 - middle["none"] / middle[name], 3)
     return shares
+
+
+def _draw(uri: str, out: Path, path: Path) -> None:
+    """Scenes with what each mode and each refinement makes of them, and the truth."""
+    from matplotlib.figure import Figure
+
+    dataset = FolderDataset(str(out / "scenes" / "unseen"))
+    vocabulary = Vocabulary(dataset.classes)
+    shown = {
+        "regions": (*_MODES["region"], _NONE),
+        "patches": (*_MODES["patch"], _NONE),
+        "both": (*_MODES["blend"], _NONE),
+        "both, guided filter": (_GUIDED,),
+        "both, PAMR": (_PAMR,),
+    }
+    items = list(itertools.islice(dataset, 0, 5 * _DRAWN, 5))
+    figure = Figure(figsize=(2 * (len(shown) + 2), 2.05 * len(items)), layout="constrained")
+    axes = figure.subplots(len(items), len(shown) + 2)
+    colours = np.vstack([class_colours(dataset.classes), np.zeros((1, 3), np.uint8)])
+    columns: dict[str, list[np.ndarray]] = {"picture": [item.image for item in items]}
+    for name, overrides in shown.items():
+        found = _segmenter(uri, vocabulary, overrides).batch([item.image for item in items])
+        columns[name] = [colours[one.labels] for one in found]
+    columns["truth"] = [colours[np.minimum(item.mask, len(dataset.classes))] for item in items]
+    for column, (name, pictures) in enumerate(columns.items()):
+        axes[0, column].set_title(name)
+        for row, picture in enumerate(pictures):
+            axes[row, column].imshow(picture, interpolation="nearest")
+            axes[row, column].axis("off")
+    figure.savefig(path, dpi=80)
 
 
 def _table(rows: Sequence[dict[str, Any]], shares: dict[str, float]) -> str:
