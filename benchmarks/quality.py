@@ -8,6 +8,7 @@ naming of the pixels.
 from __future__ import annotations
 
 import itertools
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -137,6 +138,7 @@ def _photo_model(out: Path, data: Path) -> str:
 def _datasets(out: Path, data: Path) -> list[tuple[str, FolderDataset, Vocabulary]]:
     scenes_of = FolderDataset(str(out / "scenes" / "unseen"))
     found = [("scenes", scenes_of, Vocabulary(scenes_of.classes))]
+    shutil.rmtree(out / "coco", ignore_errors=True)
     folders = real_photos.link_datasets(data / "coco_mini_dev", out / "coco")
     things, panoptic = Vocabulary.built_in("coco"), Vocabulary.built_in("coco-panoptic")
     behind = Vocabulary((BACKGROUND, *things.classes), ((), *things.synonyms))
