@@ -72,11 +72,6 @@ ROWS = (
         for mode, mode_keys in _MODES.items()
         for refinement, keys in _REFINEMENTS.items()
     ),
-    Row("size", "half", ("segmentation.input_size=224",), PHOTOS),
-    Row("size", "half more", ("segmentation.input_size=672",), PHOTOS),
-    Row("size", "half more, windows of 448", ("segmentation.input_size=672", "segmentation.window=448"), PHOTOS),
-    Row("size", "double", ("segmentation.input_size=128",), SCENES),
-    Row("size", "double, windows of 64", ("segmentation.input_size=128", "segmentation.window=64"), SCENES),
     Row("synonyms", "names alone", (), PHOTOS, _without_synonyms),
     Row("synonyms", "mean", ("segmentation.synonyms=mean",), PHOTOS),
     Row("synonyms", "logsumexp", ("segmentation.synonyms=logsumexp",), PHOTOS),
@@ -84,6 +79,11 @@ ROWS = (
     Row("background", "its name alone", ("segmentation.background_words=[]",), ("things_background",)),
     Row("background", "its words, no bias", ("segmentation.background_bias=0",), ("things_background",)),
     Row("background", "by threshold 0.3", ("segmentation.threshold=0.3",), ("things_background",)),
+    Row("size", "half", ("segmentation.input_size=224",), PHOTOS),
+    Row("size", "half more", ("segmentation.input_size=672",), PHOTOS),
+    Row("size", "half more, windows of 448", ("segmentation.input_size=672", "segmentation.window=448"), PHOTOS),
+    Row("size", "double", ("segmentation.input_size=128",), SCENES),
+    Row("size", "double, windows of 64", ("segmentation.input_size=128", "segmentation.window=64"), SCENES),
 )
 
 
@@ -172,7 +172,7 @@ def _measure(name: str, dataset: FolderDataset, vocabulary: Vocabulary, uri: str
         settings = segmenter.config
         seen = (settings.input_size, settings.window, settings.overlap, settings.attention)
         if seen not in looks:
-            looks.clear()  # rows that see alike stand together, but for the default
+            looks.clear()  # rows that see alike stand together
             begun = time.perf_counter()
             looks[seen] = [segmenter.look([item.image])[0] for item in dataset], time.perf_counter() - begun
         kept = _Kept(segmenter, looks[seen][0])

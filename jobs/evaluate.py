@@ -80,7 +80,8 @@ def main(
             if storage.exists(storage.join(out, name)):
                 raise StorageError(f"{out} holds {name} already; replace it by --overwrite or choose another --out")
     data = open_dataset(dataset)
-    asked = under(data, protocol)[0].classes
+    asked_for = under(data, protocol)[0]
+    asked = asked_for.classes
     if classes is not None and len(classes.classes) != len(asked):
         raise DataError(
             f"--classes has {len(classes.classes)} names, but the protocol {protocol} asks for {len(asked)} classes of "
@@ -103,7 +104,6 @@ def main(
         parts = _on_cluster(session, len(data), told, (model, loaded.segmentation, vocabulary, dataset, options))
         result = merged(parts, keep=options["keep"], keep_worst=options["keep_worst"])
     if fit:
-        asked_for = under(data, protocol)[0]
         result = replace(result, temperature=fit_temperature(Segmenter(loaded, vocabulary), asked_for))
     if out:
         page = render_evaluation(result, f"{storage.name(model)} on {storage.name(uri)}", [command] if command else [])

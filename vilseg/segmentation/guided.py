@@ -7,7 +7,7 @@ windows it lies in:
     q_i = mean_i(a)^T I_i + mean_i(b)                                                               (eq. 16)
 
 with the mean mu_k and the covariance Sigma_k of the colours in w_k and the 3 x 3 identity U. An edge of the picture inside a
-window thus becomes an edge of the map. All means are box filters, so the time does not depend on r. Windows that reach over
+window thus becomes an edge of the map. All means are box filters, so the time hardly depends on r. Windows that reach over
 the border hold only what is inside. eps is (tolerance sigma)^2 with the standard deviation sigma of the whole picture's
 colours, so that neither range nor contrast of the picture matters.
 
