@@ -6,6 +6,7 @@ step and the loss are the same.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 
@@ -39,13 +40,13 @@ def wait_for_workers(trainer: TrainerConfig, say: Callable[[str], None]) -> tupl
     while time.monotonic() < deadline:
         session = look()
         workers = workers_that_fit(trainer, session)
-        # A machine that has just been lost is counted for some seconds more; that there is room shows only by taking it.
-        if workers >= trainer.fewest_workers and _is_free(session.worker_resources(workers), workers):
+        if workers >= trainer.fewest_workers and _is_free(session, workers):
             return workers, session
         if not told:
             told = True
             say(
-                f"waiting for room for {trainer.fewest_workers} workers; there are {session.cpus} CPUs, {session.gpus} GPUs"
+                f"waiting for room for {max(workers, trainer.fewest_workers)} workers; there are {session.cpus} CPUs, "
+                f"{session.gpus} GPUs"
             )
         time.sleep(1)
     raise ConfigError(
@@ -69,8 +70,15 @@ class Growth:
         return workers_that_fit(self._trainer, look()) > self._workers
 
 
-def _is_free(resources: dict[str, float], workers: int) -> bool:
-    group = placement_group([resources] * workers)
+def _is_free(session: Session, workers: int) -> bool:
+    """Whether there is room for ``workers``, which shows only by taking it: a lost machine is counted for up to a minute more."""
+    each, places, strategy = session.worker_resources(workers), workers, "PACK"
+    if "GPU" not in each:
+        # Shares of CPUs are so small that the other machines may have room for those of a lost one too, and would be
+        # crowded; so every machine is asked for its part.
+        places, strategy = min(session.nodes, workers), "STRICT_SPREAD"
+        each = {name: amount * math.ceil(workers / places) for name, amount in each.items()}
+    group = placement_group([each] * places, strategy=strategy)
     try:
         return group.wait(_FREE_WITHIN_S)
     finally:

@@ -329,7 +329,7 @@ def training(folder: Path, *overrides: str) -> list[str]:
 def test_elastic_training_follows_the_nodes(
     cluster: LocalCluster, hosts: Sequence[Host], start: Start, tmp_path: Path
 ) -> None:
-    long = ["trainer.steps=1000000", "trainer.checkpoint_every=20", "trainer.log_every=5"]
+    long = ["trainer.steps=20000", "trainer.checkpoint_every=20", "trainer.log_every=5"]
     verb = start(*training(tmp_path, "trainer.workers=[1, 2]", *long))
     folder = RunFolder(str(tmp_path / "run"))
 

@@ -87,15 +87,22 @@ class NounPhrases:
             tokens = words(caption)
             covered = len(tokens)  # everything from here on belongs to a compound found
             for end in range(len(tokens), 0, -1):
+                # Most words end no phrase, and this is asked of every word of every caption.
+                if end > covered or tokens[end - 1] not in self._last_words:
+                    continue
                 heads = [
                     self.forms.get(" ".join(tokens[start:end])) for start in range(max(0, end - self._longest), end)
                 ]
                 longest = next((i for i, phrase in enumerate(heads) if phrase is not None), None)
-                if longest is None or end > covered:
+                if longest is None:
                     continue
                 found.update(phrase for phrase in heads if phrase is not None)
                 covered = end - (len(heads) - longest)
         return sorted(found)
+
+    @cached_property
+    def _last_words(self) -> frozenset[str]:
+        return frozenset(form.rpartition(" ")[2] for form in self.forms)
 
     @cached_property
     def _longest(self) -> int:
