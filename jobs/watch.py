@@ -22,6 +22,8 @@ from vilseg.patience import patiently
 from vilseg.training.folder import RunFolder
 
 _POLL_SECONDS = 0.3
+_END_S = 30.0
+"""How long a trainer may take to end once its run is over: its workers are started anew and find nothing to do."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -87,22 +89,27 @@ class Watch:
         ended = threading.Event()
         threading.Thread(target=fit, name="vilseg-train", daemon=True).start()
         stopping = False
-        with interrupts() as noted:
-            while True:
-                over = ended.wait(_POLL_SECONDS)
-                self._look()
-                if over:
-                    break
-                if len(noted) > 1:
-                    raise KeyboardInterrupt
-                if stopping:
-                    continue
-                self.asked_to_stop = bool(noted) or self._should_stop()
-                if noted:
-                    console.say("stopping after the next report with a checkpoint; Ctrl-C again stops without one")
-                stopping = self.asked_to_stop or pause()
-                if stopping:
-                    self._monitor.stop.remote()
+        try:
+            with interrupts() as noted:
+                while True:
+                    over = ended.wait(_POLL_SECONDS)
+                    self._look()
+                    if over:
+                        break
+                    if len(noted) > 1:
+                        raise KeyboardInterrupt
+                    if stopping:
+                        continue
+                    self.asked_to_stop = bool(noted) or self._should_stop()
+                    if noted:
+                        console.say("stopping after the next report with a checkpoint; Ctrl-C again stops without one")
+                    stopping = self.asked_to_stop or pause()
+                    if stopping:
+                        self._monitor.stop.remote()
+        except BaseException:
+            # Ray is shut down next; a thread that is inside one of its calls then may take the process with it.
+            ended.wait(_END_S)
+            raise
         if failure:
             raise user_error_in(failure[0]) or failure[0]
         return Outcome(self._folder, self._last, stopping and self._last.get("step", 0) < self._steps)
