@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
-import pickle
-import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -26,77 +22,41 @@ from vilseg.data.texts import TextRules
 from vilseg.errors import DataError
 from vilseg.training.folder import Prepared, RunFolder
 
-_ROW_PAIRS = 128
-"""Pairs that a row holds at least, where batches are smaller."""
-READ_CPUS, _ORDER_CPUS = 0.45, 0.05
-"""Reading waits for storage half of its time. Two tasks that read and one that orders chunks share a CPU."""
-_AHEAD = 4
-"""Chunks that are ordered for each task that can read, before the first of them has been read."""
-_PATIENCE_S, _POLL_S = 15.0, 0.2
-"""How long the order is held back while nothing is read, and how often that is looked at."""
+_ROW_PAIRS, _ROW_BYTES = 512, 64 << 20
+"""Batches of successive steps share a row up to so many pairs and bytes of images."""
+READ_CPUS, _NUMBERING_CPUS = 0.45, 0.05
+"""Reading waits for storage half of its time. Two tasks that read and one that numbers chunks share a CPU."""
 
 
-def stream_batches(
-    order: PairOrder, reader: BatchReader, first_step: int, last_step: int, pairs_read: Callable[[], int]
-) -> ray.data.Dataset:
+def stream_batches(order: PairOrder, reader: BatchReader, first_step: int, last_step: int) -> ray.data.Dataset:
     """A dataset whose rows are batches of one worker, one after the other for every worker, in the order of steps.
 
     Every row is a block of its own, so that splitting the dataset over W workers deals them out like cards: worker w gets
     rows w, w + W, … Small batches of successive steps share a row, because every block costs Ray some milliseconds.
-    Nothing is held but the chunks being read, those that come next, and the rows waiting for their worker.
-
-    Args:
-        order: of all pairs.
-        reader: of a chunk.
-        first_step: of the dataset.
-        last_step: the first that is not in it.
-        pairs_read: how many pairs readers have told of; only what comes from now on counts.
+    Nothing is held but the chunks being read and the rows waiting for their worker.
     """
-    before = pairs_read()
+    chunks = list(order.chunks(first_step, last_step))
 
     # The dashboard shows the names of both.
-    def order_chunks(_: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
+    def number_chunks(_: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
         # By one task as they are wanted: a source of so many blocks would be made whole before the first is read.
-        # Nor does Ray hold back what is made of so few bytes: it would take the order of a long run whole at its start, at a
-        # millisecond of a core a chunk, and keep it.
-        most = math.ceil(_AHEAD * ray.cluster_resources().get("CPU", 1) / READ_CPUS)
-        ends: deque[int] = deque()  # pairs up to the end of each of the last chunks
-        given, hold = before, True
-        for chunk in order.chunks(first_step, last_step):
-            if len(ends) == most:
-                wanted = ends.popleft()
-                # Machines of one CPU have less than a whole one for Ray Data, which then begins to read when this has ended.
-                hold = hold and _comes_to(wanted, pairs_read)
-            yield {"chunk": np.array([pickle.dumps(chunk)], dtype=object)}
-            given += (chunk.steps - chunk.skip) * order.batch_size
-            ends.append(given)
+        for chunk in range(len(chunks)):
+            yield {"id": np.array([chunk])}
 
     def read_pairs(rows: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
-        steps = max(1, _ROW_PAIRS * reader.workers // reader.batch_size)
-        yield from _rows(reader.read(pickle.loads(rows["chunk"][0])), reader.workers, steps)
+        yield from _rows(reader.read(chunks[rows["id"][0]]), reader.workers)
 
-    dataset = ray.data.from_items([{"run": 0}], override_num_blocks=1)
+    dataset = ray.data.from_items([{"id": 0}], override_num_blocks=1)
     dataset.context.target_max_block_size = 1  # byte: a block is closed after every row
-    ordered = dataset.map_batches(order_chunks, num_cpus=_ORDER_CPUS)
-    return ordered.map_batches(read_pairs, batch_size=1, num_cpus=READ_CPUS)
+    numbered = dataset.map_batches(number_chunks, num_cpus=_NUMBERING_CPUS)
+    return numbered.map_batches(read_pairs, batch_size=1, num_cpus=READ_CPUS)
 
 
-def _comes_to(wanted: int, count: Callable[[], int]) -> bool:
-    """Wait until a growing count is at ``wanted``; False if it stood still for too long."""
-    last, since = count(), time.monotonic()
-    while last < wanted:
-        if time.monotonic() - since > _PATIENCE_S:
-            return False
-        time.sleep(_POLL_S)
-        before, last = last, count()
-        if last != before:
-            since = time.monotonic()
-    return True
-
-
-def _rows(batches: Iterator[WorkerBatch], workers: int, steps: int) -> Iterator[dict[str, np.ndarray]]:
-    """Rows of ``steps`` steps each (the last ones may have fewer), worker by worker."""
-    while group := list(itertools.islice(batches, steps * workers)):
+def _rows(batches: Iterator[WorkerBatch], workers: int) -> Iterator[dict[str, np.ndarray]]:
+    """Rows of as many steps each (the last ones may have fewer), worker by worker."""
+    for first in batches:
+        steps = max(1, min(_ROW_PAIRS // len(first.keys), _ROW_BYTES // first.images.nbytes))
+        group = [first, *itertools.islice(batches, steps * workers - 1)]
         for worker in range(workers):
             yield pack(group[worker::workers])
 
@@ -114,10 +74,7 @@ def pairs_from_last_checkpoint(
 
 def pairs_of_steps(config: RunConfig, prepared: Prepared, monitor: Any, first: int, last: int) -> ray.data.Dataset:
     """The batches of steps ``first`` up to, not including, ``last``."""
-    reader = batch_reader(config, prepared, reporter(monitor))
-    return stream_batches(
-        pair_order(config, prepared), reader, first, last, lambda: ray.get(monitor.pairs_read.remote())
-    )
+    return stream_batches(pair_order(config, prepared), batch_reader(config, prepared, reporter(monitor)), first, last)
 
 
 def pair_order(config: RunConfig, prepared: Prepared) -> PairOrder:

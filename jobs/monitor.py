@@ -72,10 +72,6 @@ class Monitor:
                 self._new.bad.append((key, reason))
         return self._pairs.add(read, bad)
 
-    def pairs_read(self) -> int:
-        """How many pairs were read, by all tasks of the run."""
-        return self._pairs.read
-
     def report(self, metrics: dict[str, float]) -> Answer:
         """Pass on a report of rank 0."""
         counts = {"bad_pairs": float(self._pairs.bad), "filtered_pairs": float(self._filtered)}
