@@ -89,27 +89,22 @@ class Watch:
         ended = threading.Event()
         threading.Thread(target=fit, name="vilseg-train", daemon=True).start()
         stopping = False
-        try:
-            with interrupts() as noted:
-                while True:
-                    over = ended.wait(_POLL_SECONDS)
-                    self._look()
-                    if over:
-                        break
-                    if len(noted) > 1:
-                        raise KeyboardInterrupt
-                    if stopping:
-                        continue
-                    self.asked_to_stop = bool(noted) or self._should_stop()
-                    if noted:
-                        console.say("stopping after the next report with a checkpoint; Ctrl-C again stops without one")
-                    stopping = self.asked_to_stop or pause()
-                    if stopping:
-                        self._monitor.stop.remote()
-        except BaseException:
-            # Ray is shut down next; a thread that is inside one of its calls then may take the process with it.
-            ended.wait(_END_S)
-            raise
+        with _ended_before_errors(ended), interrupts() as noted:
+            while True:
+                over = ended.wait(_POLL_SECONDS)
+                self._look()
+                if over:
+                    break
+                if len(noted) > 1:
+                    raise KeyboardInterrupt
+                if stopping:
+                    continue
+                self.asked_to_stop = bool(noted) or self._should_stop()
+                if noted:
+                    console.say("stopping after the next report with a checkpoint; Ctrl-C again stops without one")
+                stopping = self.asked_to_stop or pause()
+                if stopping:
+                    self._monitor.stop.remote()
         if failure:
             raise user_error_in(failure[0]) or failure[0]
         return Outcome(self._folder, self._last, stopping and self._last.get("step", 0) < self._steps)
@@ -120,6 +115,17 @@ class Watch:
         self._progress(snapshot)
         if snapshot.failure:
             raise snapshot.failure  # the trainer goes on restarting its workers, which find nothing to do
+
+
+@contextmanager
+def _ended_before_errors(ended: threading.Event) -> Iterator[None]:
+    """Errors go on once a trainer has ended, or seems not to: Ray is shut down after them, and a thread that is inside one of
+    its calls then may take the process with it."""
+    try:
+        yield
+    except BaseException:
+        ended.wait(_END_S)
+        raise
 
 
 @contextmanager

@@ -52,14 +52,10 @@ _ARRAYS = ("images", "tokens", "phrases", "seeds")
 def pack(batches: Sequence[WorkerBatch]) -> dict[str, np.ndarray]:
     """One row of a table from a worker's batches of successive steps: every array with a leading axis of 1."""
     keys = [[key.replace("\n", " ") for key in batch.keys] for batch in batches]
-    row = {name: _joined([getattr(batch, name) for batch in batches])[None] for name in _ARRAYS}
+    row = {name: np.concatenate([getattr(batch, name) for batch in batches])[None] for name in _ARRAYS}
     row["steps"] = np.array([len(batches)])
     row["keys"] = np.array(["\n".join(itertools.chain.from_iterable(keys))], dtype=object)
     return row
-
-
-def _joined(arrays: list[np.ndarray]) -> np.ndarray:
-    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)  # which would copy a single one too
 
 
 def unpack(row: dict[str, np.ndarray]) -> Iterator[WorkerBatch]:
