@@ -62,16 +62,33 @@ def _owned(array: np.ndarray, *, pinned: bool) -> Tensor:
 
 
 class Seen(NamedTuple):
-    """Float32 features of a batch's views."""
+    """Float32 features of a batch's views; cached features stay as they were cached, the same for all views."""
 
     global_: list[ImageFeatures]
+    """Before feature dropout."""
     local: list[ImageFeatures]
     geometry_GB23: Tensor | None
     """Of the global views; None with cached features, whose views are the whole picture."""
     pixels_GB3HW: Tensor | None
     """The global views themselves."""
-    undropped: ImageFeatures
-    """The first view before feature dropout."""
+    factors_GBF: Tensor | None
+    """What feature dropout multiplies the channels of every global view with; None without it."""
+    cached: bool
+    """The global views are one, but for feature dropout."""
+
+    def view(self, number: int) -> ImageFeatures:
+        """A global view with its dropout, in float32."""
+        features = as_float32(self.global_[number])
+        if self.factors_GBF is None:
+            return features
+        factors_BF = self.factors_GBF[number]
+        pooled = None if features.pooled is None else features.pooled * factors_BF
+        return features._replace(patches=features.patches * factors_BF.unsqueeze(1), pooled=pooled)
+
+    def pooled(self, number: int) -> Tensor:
+        """A global view as a whole, with its dropout. Shape: -> (B, F)."""
+        pooled_BF = pooled_features(self.global_[number])
+        return pooled_BF if self.factors_GBF is None else pooled_BF * self.factors_GBF[number]
 
 
 def see(
@@ -90,31 +107,31 @@ def see(
     """
     share = views.feature_dropout if drop else 0.0
     if batch.images.dtype != torch.uint8:
-        features = cached_features(batch.images)
-        return Seen([_drop(features, batch.seeds, n, share) for n in range(global_)], [], None, None, features)
+        shared = [cached_features(batch.images)] * global_
+        return Seen(shared, [], None, None, _factors(shared, batch.seeds, share), cached=True)
     made = make_views(batch.images, batch.seeds, views, global_crops=global_, local_crops=local)
     seen = []
     for number, view in enumerate(made.global_GB3HW):
         with torch.set_grad_enabled(torch.is_grad_enabled() and (number == 0 or second_learns)):
             seen.append(as_float32(model.image_features(view)))
-    dropped = [_drop(features, batch.seeds, number, share) for number, features in enumerate(seen)]
     locals_ = [as_float32(model.image_features(view)) for view in made.local_LB3HW]
-    return Seen(dropped, locals_, made.geometry_GB23, made.global_GB3HW, seen[0])
+    factors_GBF = _factors(seen, batch.seeds, share)
+    return Seen(seen, locals_, made.geometry_GB23, made.global_GB3HW, factors_GBF, cached=False)
 
 
-def _drop(features: ImageFeatures, seeds_B: Tensor, number: int, share: float) -> ImageFeatures:
-    """Feature dropout: the same channels of an image's every patch, chosen by the pair's seed."""
+def _factors(views: list[ImageFeatures], seeds_B: Tensor, share: float) -> Tensor | None:
+    """Feature dropout: the same channels of an image's every patch, chosen by the pair's seed. Shape: -> (G, B, F)."""
     if not share:
-        return features
-    random_BF = uniform(seeds_B, _DROPOUT_DRAW + number, features.patches.shape[2])
-    keep_BF = (random_BF >= share).to(features.patches.dtype) / (1 - share)
-    pooled = None if features.pooled is None else features.pooled * keep_BF
-    return features._replace(patches=features.patches * keep_BF.unsqueeze(1), pooled=pooled)
+        return None
+    random_GBF = torch.stack(
+        [uniform(seeds_B, _DROPOUT_DRAW + number, view.patches.shape[2]) for number, view in enumerate(views)]
+    )
+    return (random_GBF >= share).to(torch.float32) / (1 - share)
 
 
 def pooled_features(features: ImageFeatures) -> Tensor:
     """The image as a whole. Shape: -> (B, F)."""
-    return features.patches.mean(1) if features.pooled is None else features.pooled
+    return features.patches.mean(1, dtype=torch.float32) if features.pooled is None else features.pooled
 
 
 def as_float32(features: ImageFeatures) -> ImageFeatures:
@@ -124,6 +141,6 @@ def as_float32(features: ImageFeatures) -> ImageFeatures:
 
 
 def cached_features(patches_BNF: Tensor) -> ImageFeatures:
-    """Features of a feature cache as an encoder would give them."""
+    """Features of a feature cache as an encoder would give them, in the dtype of the cache."""
     side = math.isqrt(patches_BNF.shape[1])  # pictures are cached from a square canvas
-    return ImageFeatures(patches_BNF.float(), None, (side, patches_BNF.shape[1] // side))
+    return ImageFeatures(patches_BNF, None, (side, patches_BNF.shape[1] // side))

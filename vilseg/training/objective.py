@@ -29,7 +29,8 @@ from vilseg.losses import (
     vision_info_nce,
 )
 from vilseg.model import ImageFeatures, ViLSeg
-from vilseg.training.batch import Seen, TensorBatch, as_float32, cached_features, pooled_features, see
+from vilseg.training.batch import Seen, TensorBatch, as_float32, pooled_features, see
+from vilseg.training.dropped_views import dropped_logits
 from vilseg.training.teacher import ProjectionHead, Teacher
 
 _MEMORY = 100
@@ -57,7 +58,7 @@ class Objective(nn.Module):
 
     teacher: Teacher | None
     logit_bias: nn.Parameter | None
-    overclustering_head: nn.Module | None
+    overclustering_head: nn.Sequential | None
     _phrase_tokens_PT: Tensor
 
     def __init__(
@@ -201,12 +202,12 @@ class Objective(nn.Module):
                 second_learns=config.vision.weight > 0 or config.mutual_information.train_encoder,
                 drop=self.training,
             )
-        found: Representations = {"recorded_RF": _sample(seen.undropped, batch.seeds, pairs)}
+        found: Representations = {"recorded_RF": _sample(seen.global_[0], batch.seeds, pairs)}
         if config.cross_modal.weight:
-            found["images_BD"] = model.embed_pooled(seen.global_[0])
+            found["images_BD"] = F.normalize(model.image_projection(seen.pooled(0)), dim=-1)
         on_patches = config.cross_modal.weight and config.cross_modal.patch_share
         if on_patches or config.nouns.weight:  # embeddings of patches are most of the work
-            patches_BND = model.embed_patches(seen.global_[0])
+            patches_BND = model.embed_patches(seen.view(0))
         if on_patches and config.cross_modal.patch_pooling == "mean":
             found["patch_means_BD"] = F.normalize(patches_BND.mean(1), dim=-1)
         elif on_patches:
@@ -221,14 +222,21 @@ class Objective(nn.Module):
         return found
 
     def _joint_sums(self, seen: Seen) -> Representations:
-        config = self.config.mutual_information
-        views = seen.global_[:2]
-        if not config.train_encoder:
+        heads = {"joints_1SKK": self.model.clustering_head, "over_joints_1SKK": self.overclustering_head}
+        views = [] if seen.cached else [seen.view(number) for number in range(2)]
+        if not self.config.mutual_information.train_encoder:
             views = [view._replace(patches=view.patches.detach()) for view in views]
-        found = {"joints_1SKK": self._joints(seen, [self.model.cluster_logits(view) for view in views])}
-        if self.overclustering_head is not None:
-            logits = [self.overclustering_head(view.patches) for view in views]
-            found["over_joints_1SKK"] = self._joints(seen, logits)
+        found = {}
+        for name, head in heads.items():
+            if head is None:
+                continue
+            if seen.cached and seen.factors_GBF is not None:
+                logits = list(dropped_logits(head, seen.global_[0].patches, seen.factors_GBF[:2]))
+            elif seen.cached:
+                logits = [head(seen.global_[0].patches.float())] * 2
+            else:
+                logits = [head(view.patches) for view in views]
+            found[name] = self._joints(seen, logits)
         return found
 
     def _joints(self, seen: Seen, logits: list[Tensor]) -> Tensor:
@@ -242,7 +250,12 @@ class Objective(nn.Module):
         return joint_sums(first, second, valid, radius=self.config.mutual_information.radius).unsqueeze(0)
 
     def _vision_representations(self, batch: TensorBatch, seen: Seen) -> Representations:
-        student_VBK = torch.stack([self.vision_head(pooled_features(view)) for view in [*seen.global_, *seen.local]])
+        student_VBK = torch.stack(
+            [
+                *(self.vision_head(seen.pooled(number)) for number in range(len(seen.global_))),
+                *(self.vision_head(pooled_features(view)) for view in seen.local),
+            ]
+        )
         teacher_GBK = self._ask_teacher(batch, seen)
         if self.config.vision.form == "infonce":
             return {"student_BVD": student_VBK.transpose(0, 1), "teacher_BGD": teacher_GBK.transpose(0, 1)}
@@ -256,9 +269,7 @@ class Objective(nn.Module):
     def _ask_teacher(self, batch: TensorBatch, seen: Seen) -> Tensor:
         assert self.teacher is not None
         views = seen.global_
-        if batch.images.dtype != torch.uint8:
-            views = [cached_features(batch.images)] * 2
-        elif self._trained_encoder is not None:
+        if self._trained_encoder is not None and not seen.cached:
             assert seen.pixels_GB3HW is not None
             with self._autocast():
                 views = [as_float32(self.teacher["encoder"](pixels)) for pixels in seen.pixels_GB3HW]
@@ -364,4 +375,4 @@ def _sample(features: ImageFeatures, seeds_B: Tensor, pairs: int) -> Tensor:
     wanted = min(count, -(-_RECORDED_PATCHES // (pairs * world_size())))
     places = torch.arange(wanted, device=seeds_B.device) * (count // wanted)
     places_BM = (seeds_B.unsqueeze(1) + places) % count
-    return patches_BNF.gather(1, places_BM.unsqueeze(2).expand(-1, -1, patches_BNF.shape[2])).flatten(0, 1)
+    return patches_BNF.gather(1, places_BM.unsqueeze(2).expand(-1, -1, patches_BNF.shape[2])).flatten(0, 1).float()

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from vilseg.config import LossConfig, ViewsConfig
 from vilseg.data.views import make_views
+from vilseg.losses import mutual_information_loss
 from vilseg.model import ViLSeg
-from vilseg.training.batch import TensorBatch
+from vilseg.training.batch import TensorBatch, see
 from vilseg.training.objective import Objective
 
 Make = Callable[..., ViLSeg]
@@ -258,12 +259,13 @@ def test_cached_half_precision_features_train_all_losses(make_model: Make) -> No
 def test_dropout_takes_whole_channels_of_a_pair_and_is_what_makes_two_views(make_model: Make) -> None:
     model = make_model(image_encoder=FROZEN)
     objective = Objective(model, loss_config(*LOSSES), VIEWS.model_copy(update={"feature_dropout": 0.25}), PHRASES)
-    seen: list[Tensor] = []
-    cluster_logits = model.cluster_logits
-    model.cluster_logits = lambda features: (seen.append(features.patches), cluster_logits(features))[1]  # type: ignore[method-assign]
     batch = batch_for(model, features=True)
-    objective.train()(batch)
-    first, second = seen
+
+    def views(*, drop: bool) -> list[Tensor]:
+        seen = see(model, batch, objective.views, global_=2, local=0, second_learns=False, drop=drop)
+        return [seen.view(number).patches for number in range(2)]
+
+    first, second = views(drop=True)
     original = batch.images.float()
     for view in (first, second):
         kept = (view != 0).any(1)  # (B, F)
@@ -271,13 +273,29 @@ def test_dropout_takes_whole_channels_of_a_pair_and_is_what_makes_two_views(make
         np.testing.assert_allclose(view, expected, rtol=1e-6)
         assert 0.5 < kept.float().mean() < 0.95
     assert not torch.equal(first != 0, second != 0)
-    seen.clear()
-    objective.train()(batch)
-    np.testing.assert_array_equal(seen[0], first)
-    seen.clear()
-    objective.eval()(batch)
-    np.testing.assert_array_equal(seen[0], original)
-    np.testing.assert_array_equal(seen[1], original)
+    for again, before in zip(views(drop=True), (first, second), strict=True):
+        np.testing.assert_array_equal(again, before)
+    for plain in views(drop=False):
+        np.testing.assert_array_equal(plain, original)
+
+
+def test_cached_views_meet_the_head_as_if_each_had_been_made(make_model: Make) -> None:
+    model = make_model(image_encoder=FROZEN)
+    dropout = VIEWS.model_copy(update={"feature_dropout": 0.5})
+    objective = Objective(model, loss_config("mutual_information"), dropout).train()
+    batch = batch_for(model, features=True)
+    losses = objective(batch)
+    found = torch.autograd.grad(losses["loss"], list(model.clustering_head.parameters()))
+    seen = see(model, batch, dropout, global_=2, local=0, second_learns=False, drop=True)
+    first, second = (
+        model.cluster_logits(seen.view(number)).softmax(-1).transpose(1, 2).unflatten(2, (3, 3)) for number in range(2)
+    )
+    config = objective.config.mutual_information
+    loss = mutual_information_loss(first, second, radius=config.radius, entropy_weight=config.entropy_weight)
+    wanted = torch.autograd.grad(0.5 * loss, list(model.clustering_head.parameters()))
+    assert losses["loss/mutual_information"].item() == pytest.approx(loss.item(), abs=1e-6)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
 
 
 def test_frozen_towers_train_with_pictures_too(make_model: Make) -> None:
