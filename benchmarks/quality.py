@@ -31,10 +31,10 @@ from vilseg.segmentation.drawing import class_colours
 from vilseg.segmentation.look import Look
 from vilseg.segmentation.result import Segmentation
 from vilseg.segmentation.segmenter import Segmenter
-from vilseg.text.vocabulary import BACKGROUND, Vocabulary
+from vilseg.text.vocabulary import Vocabulary
 
 SCENES = ("scenes",)
-PHOTOS = ("things", "things_background", "panoptic")
+PHOTOS = real_photos.TASKS
 _LARGE = 512
 """Side of the pictures that refinement is timed on."""
 _ROUNDS = 9
@@ -75,9 +75,17 @@ ROWS = (
     Row("synonyms", "names alone", (), PHOTOS, _without_synonyms),
     Row("synonyms", "mean", ("segmentation.synonyms=mean",), PHOTOS),
     Row("synonyms", "logsumexp", ("segmentation.synonyms=logsumexp",), PHOTOS),
-    *(Row("gate", f"{count} classes", (f"segmentation.gate={count}",)) for count in (5, 10, 20)),
+    Row("gate", "none", ("segmentation.gate=null",)),
+    *(Row("gate", f"{count} classes", (f"segmentation.gate={count}",)) for count in (5, 8, 20)),
     Row("background", "its name alone", ("segmentation.background_words=[]",), ("things_background",)),
     Row("background", "its words, no bias", ("segmentation.background_bias=0",), ("things_background",)),
+    Row("background", "its words, no objectness", ("segmentation.objectness=0",), ("things_background",)),
+    Row(
+        "background",
+        "its words, no bias, no objectness",
+        ("segmentation.background_bias=0", "segmentation.objectness=0"),
+        ("things_background",),
+    ),
     Row("background", "by threshold 0.3", ("segmentation.threshold=0.3",), ("things_background",)),
     Row("size", "half", ("segmentation.input_size=224",), PHOTOS),
     Row("size", "half more", ("segmentation.input_size=672",), PHOTOS),
@@ -140,9 +148,7 @@ def _datasets(out: Path, data: Path) -> list[tuple[str, FolderDataset, Vocabular
     found = [("scenes", scenes_of, Vocabulary(scenes_of.classes))]
     shutil.rmtree(out / "coco", ignore_errors=True)
     folders = real_photos.link_datasets(data / "coco_mini_dev", out / "coco")
-    things, panoptic = Vocabulary.built_in("coco"), Vocabulary.built_in("coco-panoptic")
-    behind = Vocabulary((BACKGROUND, *things.classes), ((), *things.synonyms))
-    for task, vocabulary in zip(PHOTOS, (things, behind, panoptic), strict=True):
+    for task, vocabulary in real_photos.vocabularies().items():
         found.append((task, FolderDataset(folders[task]), vocabulary))
     return found
 

@@ -21,7 +21,7 @@ from jobs.watch import Outcome
 from vilseg import storage
 from vilseg.config import RunConfig
 from vilseg.evaluation.confusion import ConfusionMatrix
-from vilseg.text.vocabulary import Vocabulary
+from vilseg.text.vocabulary import BACKGROUND, Vocabulary
 from vilseg.training.metrics import read_metrics
 
 CONFIG = Path(__file__).parent.parent / "configs" / "real_photos.yaml"
@@ -92,6 +92,13 @@ def link_datasets(coco: Path, target: Path) -> dict[str, str]:
     return {task: str(folder) for task, folder in folders.items()}
 
 
+def vocabularies() -> dict[str, Vocabulary]:
+    """The built-in names of COCO's classes by task, with their synonyms, in the order of the masks."""
+    things, panoptic = Vocabulary.built_in("coco"), Vocabulary.built_in("coco-panoptic")
+    behind = Vocabulary((BACKGROUND, *things.classes), ((), *things.synonyms))
+    return dict(zip(TASKS, (things, behind, panoptic), strict=True))
+
+
 def upload(data: Path) -> None:
     """Put the training pairs and the archive to segment on the store."""
     for shard in sorted((data / "flickr8k_224" / "shards").glob("train-*.tar")):
@@ -112,7 +119,8 @@ def train(session: Session, seconds: dict[str, float]) -> Outcome:
 
 def _train_uncached(session: Session, seconds: dict[str, float]) -> Outcome:
     """A few steps without the cache, to see what it saves."""
-    config = _config("uncached", "trainer.steps=24", "trainer.checkpoint_every=24", "trainer.log_every=12")
+    steps = ("trainer.steps=16", "trainer.checkpoint_every=16", "trainer.log_every=8")
+    config = _config("uncached", "trainer.batch_size=128", *steps)
     with console.stage("train without cache", seconds):
         return train_job.main(config, session)
 
@@ -137,9 +145,10 @@ def _evaluate(models: dict[str, str], datasets: dict[str, str]) -> dict[str, dic
     from jobs import evaluate
 
     counted: dict[tuple[str, str], ConfusionMatrix] = {}
+    classes = vocabularies()
     for task, folder in datasets.items():
         for name, uri in models.items():
-            found = evaluate.main(uri, f"folder:{folder}")
+            found = evaluate.main(uri, f"folder:{folder}", classes=classes[task])
             counted[name, task] = found.confusion
             console.say(f"{name}, {task}, {found.images} images: mIoU {found.miou:.4f}")
         counted["largest_class", task] = _largest_class(counted["trained", task])

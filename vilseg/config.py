@@ -345,6 +345,9 @@ class SegmentationConfig(Part):
     word background itself is compared. Words that are class names are left out. Used only if there is such a class."""
     background_bias: float = 0.0
     """Added to the cosine of the class ``background``."""
+    objectness: NonNegative = 0.0
+    """Added to it where a region runs along the picture's border, and subtracted where it keeps away from it, as objects do. Not
+    of GeoTIFFs, which are never seen as a whole."""
     gate: PositiveInt | None = None
     """Only so many classes are kept in a picture, ``background`` not counted: those with the highest scores at their best place.
     Hundreds of classes then do not sprinkle a picture that shows five. Frames of films are pictures by themselves; GeoTIFFs,

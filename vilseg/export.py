@@ -67,6 +67,8 @@ _NAMING = (
     "classes: the scores of a class's names become one by synonyms (max, mean, or logsumexp = temperature log mean exp(s / "
     "temperature)); background has the best of the background words (of its own name where there are none) plus "
     "background_bias, and of the negative words, which are no class where there is no background",
+    "objectness: to the best of the background words is added objectness (1 - 2 sum_k a_nk exp(-c_k^2 / 2)) with c_k = "
+    "sum_{n on the border} a_nk / sqrt(sum_n a_nk)",
     "gate: where set, only so many classes stay, those of the highest score anywhere in the picture",
     "pixels: scores enlarged bilinearly to the picture's size; label = arg max, its probability by soft-max of "
     "scores / temperature; below threshold it is background or no class",

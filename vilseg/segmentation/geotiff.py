@@ -139,7 +139,9 @@ def segment_geotiff(
             scores_at = BlendedScores(
                 Axis.cover(dataset.height, tile, overlap),
                 Axis.cover(dataset.width, tile, overlap),
-                lambda *window: segmenter.class_scores(raster.image(*window)) / segmenter.config.temperature,
+                lambda *window: (
+                    segmenter.class_scores(raster.image(*window), whole=False) / segmenter.config.temperature
+                ),
             )
             with _failure_told(target):
                 done = _write_mask(raster, segmenter.classes, segmenter.config.threshold, scores_at, mask, progress)

@@ -13,7 +13,13 @@ has over the patches of the training pictures, and mean_c' runs over all texts. 
 ("person"), some near nothing; q = 1 judges each by what is usual for it, q = 0 takes the cosines as they are. The class
 ``background`` is what other words name better:
 
-    s'_background = max_b s'_nb + bias   over the background words b, or over the word background where there are none.
+    s'_background = max_b s'_nb + bias + o (1 - 2 sum_k a_nk e_k)
+
+over the background words b, or over the word background where there are none. e_k is the objectness of a region, o its
+weight: what surrounds the objects runs out of the picture, and objects mostly do not. With the boundary connectivity of Zhu et
+al. 2014 (Saliency optimization from robust background detection, sections 3 and 4, sigma 1), of soft regions,
+
+    e_k = exp(-c_k^2 / 2),   c_k = sum_{n on the border} a_nk / sqrt(sum_n a_nk).
 
 A class with several names s has one of these scores, by ``synonyms`` of the settings (t is their ``temperature``):
 
@@ -21,8 +27,8 @@ A class with several names s has one of these scores, by ``synonyms`` of the set
     mean        mean_s s'_ns
     logsumexp   t log mean_s exp(s'_ns / t), between the two: a class gains nothing by having many names
 
-What a negative word names best is ``background`` (without the bias), or no class where there is no such class. The gate
-leaves a picture the k classes that have the highest score at their best place.
+What a negative word names best is ``background`` (without bias and objectness), or no class where there is no such class. The
+gate leaves a picture the k classes that have the highest score at their best place.
 """
 
 from __future__ import annotations
@@ -113,7 +119,7 @@ def class_similarities(
         embeddings: of B images, unit length.
         assignments_BNK: soft assignments, summing to 1 over K. Shape: (B, N, K).
         texts: classes and the words beside them.
-        config: region_weight, image_mix, synonyms and background_bias.
+        config: region_weight, image_mix, synonyms, background_bias and objectness.
         background_bias: takes the place of the one in ``config``.
 
     Returns:
@@ -139,6 +145,8 @@ def class_similarities(
     if texts.background is not None:
         best_BN = words_BNb.amax(2) if words_BNb.shape[2] else similarity_BNC[:, :, texts.background]
         best_BN = best_BN + (config.background_bias if background_bias is None else background_bias)
+        if config.objectness:
+            best_BN = best_BN + config.objectness * (1 - 2 * objectness(assignments_BNK, embeddings.grid))
         if texts.negatives:
             best_BN = best_BN.maximum(negatives_BNg.amax(2))
         similarity_BNC = similarity_BNC.clone()
@@ -146,6 +154,23 @@ def class_similarities(
     elif texts.negatives:
         similarity_BNC = torch.cat([similarity_BNC, negatives_BNg.amax(2, keepdim=True)], dim=2)
     return similarity_BNC.transpose(1, 2).unflatten(2, embeddings.grid)
+
+
+def objectness(assignments_BNK: Tensor, grid: tuple[int, int]) -> Tensor:
+    """How far the regions that patches belong to keep away from the border of their picture; see the module.
+
+    Args:
+        assignments_BNK: soft assignments, summing to 1 over K. Shape: (B, N, K).
+        grid: (h, w) with h x w = N.
+
+    Returns:
+        In 0..1, small for what runs along the border. Shape: (B, N).
+    """
+    border_hw = assignments_BNK.new_ones(grid)
+    border_hw[1:-1, 1:-1] = 0
+    size_BK = assignments_BNK.sum(1).clamp(min=_EPS)
+    connectivity_BK = torch.einsum("n,bnk->bk", border_hw.flatten(), assignments_BNK) / size_BK.sqrt()
+    return torch.einsum("bnk,bk->bn", assignments_BNK, (-connectivity_BK.square() / 2).exp())
 
 
 def gate(scores_Chw: Tensor, most: int | None, background: int | None, classes: int) -> Tensor:

@@ -163,8 +163,12 @@ class Segmenter:
         return self._paint(image, contenders, clusters_Khw)
 
     @torch.inference_mode()
-    def class_scores(self, image: ImageLike) -> Tensor:
+    def class_scores(self, image: ImageLike, *, whole: bool = True) -> Tensor:
         """Cosine of every class at every place of one picture, before the best one is taken; `paint` does that.
+
+        Args:
+            image: as for `__call__`.
+            whole: False for a part of a larger picture, whose border tells nothing of objects.
 
         Where the model's scores are refined, these are too, on the enlarged patch grid; there a class that was not
         refined, as it is best at no patch, has the score of its patch or that of the best class, whichever is lower.
@@ -178,7 +182,7 @@ class Segmenter:
         """
         array = to_array(image, self._max_pixels)
         [look] = self.look([array])
-        similarity_Chw = self._similarity(look)
+        similarity_Chw = self._similarity(look, whole=whole)
         if not self.config.refinement.iterations:
             return similarity_Chw
         classes_W, scores_Whw = refine(similarity_Chw, look.pixels_3HW.float(), self.config.refinement)
@@ -200,12 +204,13 @@ class Segmenter:
         contenders = self._contest(scores_Rhw, rows_R, best_W, scores_Rhw[best_W] if refined else scores_Rhw)
         return self._paint(image, contenders, None)
 
-    def _similarity(self, look: Look, background_bias: float | None = None) -> Tensor:
+    def _similarity(self, look: Look, background_bias: float | None = None, *, whole: bool = True) -> Tensor:
         """Shape: -> (C, h, w)."""
+        config = self.config if whole else self.config.model_copy(update={"objectness": 0.0})
         # Of the image as a whole only the mean of its patches counts.
         embeddings = ImageEmbeddings(look.patches_ND.mean(0, keepdim=True), look.patches_ND.unsqueeze(0), look.grid)
         assignments_1NK = look.assignments_NK.unsqueeze(0)
-        return class_similarities(embeddings, assignments_1NK, self._texts, self.config, background_bias)[0]
+        return class_similarities(embeddings, assignments_1NK, self._texts, config, background_bias)[0]
 
     def _model_size(self, image: np.ndarray) -> tuple[int, int]:
         """(H, W) that the model sees: shorter side ``input_size``, both multiples of the patch, the longer side bounded."""

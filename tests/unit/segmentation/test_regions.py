@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from vilseg.config import SegmentationConfig
 from vilseg.model import ImageEmbeddings
 from vilseg.segmentation.class_texts import spoken
-from vilseg.segmentation.regions import calibrate, class_similarities, gate
+from vilseg.segmentation.regions import calibrate, class_similarities, gate, objectness
 
 B, GRID, D, K, C, WORDS = 2, (2, 3), 6, 4, 5, 3
 N = GRID[0] * GRID[1]
@@ -83,6 +83,42 @@ def test_background_without_words_is_the_word_itself_with_the_bias(scene: tuple)
     plain = class_similarities(embeddings, assignments, classes, SegmentationConfig())
     assert torch.allclose(biased[:, 0], plain[:, 0] + 0.1)
     assert torch.equal(biased[:, 1:], plain[:, 1:])
+
+
+def test_objectness_is_the_formula(scene: tuple) -> None:
+    _, assignments, *_ = scene
+    grid = (2, 3)
+    found = objectness(assignments, grid)
+    for image in range(B):
+        for patch in range(N):
+            wanted = 0.0
+            for k in range(K):
+                size = sum(float(assignments[image, n, k]) for n in range(N))
+                # All patches of a grid of two rows are on the border.
+                wanted += float(assignments[image, patch, k]) * math.exp(-((size / math.sqrt(size)) ** 2) / 2)
+            assert float(found[image, patch]) == pytest.approx(wanted, abs=1e-9)
+
+
+def test_a_region_within_the_picture_is_an_object_and_its_surroundings_are_not() -> None:
+    inside = torch.zeros(8, 8, dtype=torch.float64)
+    inside[2:6, 3:6] = 1
+    found = objectness(torch.stack([inside, 1 - inside], dim=-1).flatten(0, 1).unsqueeze(0), (8, 8)).view(8, 8)
+    assert torch.equal(found[inside == 1], torch.ones(12, dtype=torch.float64))
+    # 28 patches of the border among 52.
+    assert torch.allclose(found[inside == 0], torch.tensor(math.exp(-(28**2) / 52 / 2), dtype=torch.float64))
+
+
+def test_objectness_moves_the_background_alone(scene: tuple) -> None:
+    embeddings, assignments, texts, mean, covariance = scene
+    classes = calibrate(texts, mean, covariance, 0.0, classes=C, background=2)
+    plain, moved = (
+        class_similarities(embeddings, assignments, classes, SegmentationConfig(objectness=weight))
+        for weight in (0, 0.3)
+    )
+    change = (0.3 * (1 - 2 * objectness(assignments, GRID))).unflatten(1, GRID)
+    assert torch.allclose(moved[:, 2], plain[:, 2] + change)
+    others = [index for index in range(C) if index != 2]
+    assert torch.equal(moved[:, others], plain[:, others])
 
 
 def test_full_calibration_gives_all_classes_one_mean_and_spread_over_the_pictures_it_was_measured_on() -> None:
