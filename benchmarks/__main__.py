@@ -23,6 +23,7 @@ _NAMES = {
     "quality": "what modes, refinement, synonyms, background and size are worth: mIoU, boundary IoU, ms a picture",
     "real_photos": "train on Flickr8k captions, measure on COCO masks",
     "scaling": "bulk segmentation and training on two single-core nodes against one: images/s",
+    "self_training": "a stage with the model's own labels against the same stage without: mIoU",
     "serve": "vilseg serve against the bare segmenter and LitServe: requests/s, latency, overload",
     "train_input": "training steps fed by Ray Data against the same steps on batches in memory",
     "tune": "sweeps: overhead of a trial, and the time that early stopping saves",

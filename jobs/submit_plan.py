@@ -45,7 +45,7 @@ _PLACE_KEYS = {
     "examples",
     "videos.storage",
 }
-_MODEL_KEYS = ("model.init", "model.image_encoder.checkpoint", "model.text_encoder.checkpoint", "models.")
+_MODEL_KEYS = ("init", "model.init", "model.image_encoder.checkpoint", "model.text_encoder.checkpoint", "models.")
 
 PACKAGES = ("vilseg", "jobs", "serve", "tune", "cluster")
 _LEFT_OUT = (

@@ -172,13 +172,23 @@ class MutualInformationConfig(Part):
         return overclusters
 
 
+class SelfTrainingConfig(Part):
+    """Cross-entropy with labels that the model itself gave to patches; of ``stage: self-train`` alone. See
+    ``vilseg.training.pseudo_labels``."""
+
+    weight: NonNegative = 1.0
+    confidence: float = 2.0
+    """A patch has a label where its score is so many standard deviations above what is usual for the phrase."""
+
+
 class LossConfig(Part):
-    """The four losses; weight 0 switches one off and saves its work."""
+    """The four losses, and that of self-training; weight 0 switches one off and saves its work."""
 
     cross_modal: CrossModalConfig = CrossModalConfig()
     nouns: NounsConfig = NounsConfig()
     vision: VisionConfig = VisionConfig()
     mutual_information: MutualInformationConfig = MutualInformationConfig()
+    self_training: SelfTrainingConfig = SelfTrainingConfig()
 
     @model_validator(mode="after")
     def _some_loss(self) -> Self:
@@ -379,6 +389,10 @@ class RunConfig(Tree):
 
     name: str | None = None
     """Name of the run's folder; made from the date where absent."""
+    stage: Literal["contrast", "self-train"] = "contrast"
+    """``self-train`` goes on from the model of ``init`` with its own sure labels beside the other losses."""
+    init: str | None = None
+    """A run's folder or a model folder of vilseg that this run begins with, under the same keys of ``model``."""
     data: DataConfig = DataConfig()
     views: ViewsConfig = ViewsConfig()
     model: ModelConfig = ModelConfig()
@@ -386,3 +400,11 @@ class RunConfig(Tree):
     optimizer: OptimizerConfig = OptimizerConfig()
     trainer: TrainerConfig = TrainerConfig()
     segmentation: SegmentationConfig = SegmentationConfig()
+
+    @model_validator(mode="after")
+    def _stage_has_its_beginning(self) -> Self:
+        if self.stage == "self-train" and not self.init:
+            raise ValueError("stage self-train needs init, the folder of a trained run or model")
+        if self.init and self.model.init:
+            raise ValueError("give either 'init' or 'model.init', not both")
+        return self

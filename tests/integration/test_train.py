@@ -97,6 +97,17 @@ def test_resumed_run_goes_on_as_if_it_had_not_stopped(ray_cluster: Session, pair
     assert storage.exists(folder.model)
 
 
+def test_self_training_goes_on_from_a_run(ray_cluster: Session, pairs: str, whole: train.Outcome) -> None:
+    stage = ("stage=self-train", f"init={whole.folder.uri}", "loss.self_training.confidence=0", "trainer.steps=3")
+    done = train.main(eight_steps(pairs, "self-trained", *stage), ray_cluster)
+    begun, ended = ViLSeg.from_pretrained(done.folder.initial), ViLSeg.from_pretrained(whole.folder.model)
+    for name, value in ended.state_dict().items():
+        assert torch.equal(begun.state_dict()[name], value), name
+    lines = read_metrics(done.folder)
+    assert all(line["loss/self_training"] > 0 for line in lines)
+    assert set(ViLSeg.from_pretrained(done.folder.model).state_dict()) == set(ended.state_dict())
+
+
 def test_run_folder_holds_what_the_documentation_names(pairs: str, whole: train.Outcome) -> None:
     folder = whole.folder
     assert folder.checkpoint_steps() == [4, 8]

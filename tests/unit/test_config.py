@@ -81,6 +81,11 @@ def test_a_value_that_is_no_yaml_is_told() -> None:
     assert "views.global_scale" in sentence("views.global_scale=[0.2, 1")
 
 
+def test_a_stage_without_its_beginning_is_told() -> None:
+    assert "stage self-train needs init" in sentence("stage=self-train")
+    assert "either 'init' or 'model.init'" in sentence("init=runs/first", "model.init=some/clip")
+
+
 def test_keys_below_a_value_are_told() -> None:
     assert "'name' holds a value" in sentence("name=x", "name.sub=1")
 

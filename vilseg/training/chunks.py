@@ -44,7 +44,9 @@ def backward_by_chunks(objective: Objective, batch: TensorBatch, size: int) -> d
     captions_BD, phrases_PD = captions.joined()[""], phrases.joined()[""]
     compared_QD = objective.compared_with_patches(captions.joined()[""])
     texts = [phrases_PD.detach().requires_grad_(), compared_QD.detach().requires_grad_()]
-    represent = partial(objective.represent, phrases_PD=texts[0], compared_QD=texts[1], pairs=len(batch))
+    represent = partial(
+        objective.represent, phrases_PD=texts[0], compared_QD=texts[1], present_P=present_P, pairs=len(batch)
+    )
     pictures = _Replayed(represent, batch.split(size), device)
     seen = pictures.joined()
     losses = objective.losses(seen, captions_BD, objective.positives(batch, present_P))

@@ -31,6 +31,7 @@ from vilseg.losses import (
 from vilseg.model import ImageFeatures, ViLSeg
 from vilseg.training.batch import Seen, TensorBatch, as_float32, pooled_features, see
 from vilseg.training.dropped_views import dropped_logits
+from vilseg.training.pseudo_labels import PseudoLabels, label_losses
 from vilseg.training.teacher import ProjectionHead, Teacher
 
 _MEMORY = 100
@@ -54,6 +55,7 @@ class Objective(nn.Module):
         views: augmentation.
         phrases: noun phrases of the corpus that batches refer to by index.
         autocast: dtype that the networks run in; float32 for none.
+        self_training: let the model, as it is now, label patches for itself.
     """
 
     teacher: Teacher | None
@@ -69,6 +71,7 @@ class Objective(nn.Module):
         phrases: tuple[str, ...] = (),
         *,
         autocast: torch.dtype = torch.float32,
+        self_training: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
@@ -78,6 +81,9 @@ class Objective(nn.Module):
         tokens = model.text_encoder.tokenize(phrases)
         self.register_buffer("_phrase_tokens_PT", tokens, persistent=False)
         self._frozen_phrases_PF: Tensor | None = None
+        self._labels: PseudoLabels | None = None
+        if self_training and loss.self_training.weight:
+            self._labels = PseudoLabels(model, tokens, loss.self_training.confidence)
         features = model.image_projection.in_features
         self.teacher = None
         if loss.vision.weight:
@@ -110,7 +116,7 @@ class Objective(nn.Module):
         present_P = self.present_phrases(batch)
         captions_BD, phrases_PD = self.embed_captions(batch.tokens), self.embed_phrases(present_P)
         compared_QD = self.compared_with_patches(captions_BD)
-        seen = self.represent(batch, compared_QD, phrases_PD, pairs=len(batch))
+        seen = self.represent(batch, compared_QD, phrases_PD, present_P, pairs=len(batch))
         losses = self.losses(seen, captions_BD, self.positives(batch, present_P))
         if self.training:
             self.update_statistics(seen, captions_BD)
@@ -144,7 +150,7 @@ class Objective(nn.Module):
 
     def present_phrases(self, batch: TensorBatch) -> Tensor:
         """Indices of the phrases that the captions of all workers hold, ascending; none without a loss on them."""
-        if not self.config.nouns.weight:
+        if not self.config.nouns.weight and self._labels is None:
             return batch.phrases.new_empty(0)
         present = gather_rows(batch.phrases).unique()
         return present[present >= 0]
@@ -181,13 +187,16 @@ class Objective(nn.Module):
 
     # ------------------------------------------------------------------------------------------------- representations
 
-    def represent(self, batch: TensorBatch, compared_QD: Tensor, phrases_PD: Tensor, *, pairs: int) -> Representations:
+    def represent(
+        self, batch: TensorBatch, compared_QD: Tensor, phrases_PD: Tensor, present_P: Tensor, *, pairs: int
+    ) -> Representations:
         """What the losses need of some of the step's pictures.
 
         Args:
             batch: the pictures.
             compared_QD: see :meth:`compared_with_patches`.
             phrases_PD: embeddings of the phrases of the whole batch.
+            present_P: their indices.
             pairs: of this worker's step, of which ``batch`` is a part.
         """
         config, model = self.config, self.model
@@ -206,7 +215,7 @@ class Objective(nn.Module):
         if config.cross_modal.weight:
             found["images_BD"] = F.normalize(model.image_projection(seen.pooled(0)), dim=-1)
         on_patches = config.cross_modal.weight and config.cross_modal.patch_share
-        if on_patches or config.nouns.weight:  # embeddings of patches are most of the work
+        if on_patches or config.nouns.weight or self._labels is not None:  # embeddings of patches are most of the work
             patches_BND = model.embed_patches(seen.view(0))
         if on_patches and config.cross_modal.patch_pooling == "mean":
             found["patch_means_BD"] = F.normalize(patches_BND.mean(1), dim=-1)
@@ -215,11 +224,24 @@ class Objective(nn.Module):
             found["caption_scores_BQ"] = patch_scores(patches_BND, compared_QD, temperature)
         if config.nouns.weight:
             found["noun_scores_BP"] = noun_scores(patches_BND, phrases_PD, config.nouns.top_patches)
+        if self._labels is not None:
+            own_BP = self.positives(batch, present_P)
+            labels_BN = self._labels(self._labelled_features(seen), present_P, own_BP)
+            found["label_losses_B2"] = label_losses(patches_BND, phrases_PD, labels_BN, model.scale)
         if config.mutual_information.weight:
             found |= self._joint_sums(seen)
         if config.vision.weight:
             found |= self._vision_representations(batch, seen)
         return found
+
+    def _labelled_features(self, seen: Seen) -> ImageFeatures:
+        """What the labelling model sees in the first view."""
+        assert self._labels is not None
+        if self._trained_encoder is None or seen.cached:
+            return as_float32(seen.global_[0])
+        assert seen.pixels_GB3HW is not None
+        with torch.no_grad(), self._autocast():
+            return as_float32(self._labels.features(seen.pixels_GB3HW[0]))
 
     def _joint_sums(self, seen: Seen) -> Representations:
         heads = {"joints_1SKK": self.model.clustering_head, "over_joints_1SKK": self.overclustering_head}
@@ -292,6 +314,10 @@ class Objective(nn.Module):
         if config.nouns.weight:
             nouns = noun_contrast_of_scores(seen["noun_scores_BP"], positives_BP, self.model.scale)
             terms["nouns"] = config.nouns.weight, nouns
+        if "label_losses_B2" in seen:
+            # Over all workers: one may have no label at all.
+            loss, labelled = mean_over_workers(seen["label_losses_B2"].sum(0))
+            terms["self_training"] = config.self_training.weight, loss / labelled.clamp(min=1 / world_size())
         if config.mutual_information.weight:
             information = config.mutual_information
             for name, joints in (("mutual_information", "joints_1SKK"), ("overclustering", "over_joints_1SKK")):

@@ -122,7 +122,7 @@ def prepare(
     pairs = _sample(config, shards, cached=cache is not None)
     captions = [caption for pair in pairs for caption in pair.captions]
     nouns = NounPhrases()
-    if config.loss.nouns.weight:
+    if config.loss.nouns.weight or config.stage == "self-train":
         settings = config.loss.nouns
         nouns = NounPhrases.from_captions(
             captions[:: math.ceil(len(captions) / _SAMPLE_PAIRS)],
@@ -132,7 +132,7 @@ def prepare(
         )
     torch.manual_seed(config.trainer.seed)
     model = ViLSeg.from_config(
-        config.model,
+        config.model.model_copy(update={"init": _model_folder(config.init)}) if config.init else config.model,
         captions,
         segmentation=config.segmentation,
         temperature=config.loss.cross_modal.temperature,
@@ -142,6 +142,12 @@ def prepare(
     storage.write_text(folder.prepared, prepared.to_json())
     storage.write_text(folder.config, config.to_yaml())
     return prepared
+
+
+def _model_folder(init: str) -> str:
+    """Of a run, its model; else the folder itself."""
+    model = RunFolder(storage.absolute(init)).model
+    return model if storage.exists(storage.join(model, "config.json")) else init
 
 
 def _check_temperature(config: RunConfig) -> None:
@@ -214,6 +220,7 @@ def make_trainer(
         config.views,
         prepared.nouns.phrases,
         autocast=precision_dtype(config.trainer.precision, device),
+        self_training=config.stage == "self-train",
     ).to(device)
     return Trainer(objective, config.optimizer, config.trainer, device, wrap=wrap)
 

@@ -38,6 +38,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "head alone": {"mutual_information": {"weight": 0.5, "train_encoder": False}},
     "dino": {"vision": VISION},
     "vision infonce": {"vision": {**VISION, "form": "infonce"}},
+    "self-training": {"cross_modal": {"weight": 0.5}, "self_training": {"weight": 1.0, "confidence": 0.0}},
     "all": {
         "cross_modal": {"weight": 1.0, "form": "sigmoid"},
         "nouns": {"weight": 1.0, "top_patches": 3},
@@ -57,7 +58,8 @@ def objective_of(make_model: Make, form: str, **parts: Any) -> Objective:
     off = {name: {"weight": 0.0} for name in ("cross_modal", "nouns", "vision", "mutual_information")}
     model = make_model(**parts)
     torch.manual_seed(5)
-    return Objective(model, LossConfig.model_validate({**off, **FORMS[form]}), VIEWS, PHRASES).train()
+    loss = LossConfig.model_validate({**off, **FORMS[form]})
+    return Objective(model, loss, VIEWS, PHRASES, self_training="self_training" in FORMS[form]).train()
 
 
 def batch_for(objective: Objective, *, features: bool = False) -> TensorBatch:
@@ -150,7 +152,7 @@ def chunks_with_their_graph(objective: Objective, batch: TensorBatch) -> dict[st
     captions = torch.cat([objective.embed_captions(tokens) for tokens in batch.tokens.split(SIZE)])
     phrases = torch.cat([objective.embed_phrases(part) for part in present.split(SIZE)])
     compared = objective.compared_with_patches(captions)
-    parts = [objective.represent(part, compared, phrases, pairs=len(batch)) for part in batch.split(SIZE)]
+    parts = [objective.represent(part, compared, phrases, present, pairs=len(batch)) for part in batch.split(SIZE)]
     seen = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     losses = objective.losses(seen, captions, objective.positives(batch, present))
     losses["loss"].backward()

@@ -1,0 +1,101 @@
+"""Self-training: a trained model names the patches of its pictures, and learns from what it is sure of.
+
+The labels of a picture are the noun phrases of its own captions, so the captions, not a class list, say what may be there. With
+the calibrated score z_np of patch n and phrase p, by patch and by region as in ``vilseg.segmentation.regions`` and in standard
+deviations of what is usual for the phrase, a patch is labelled
+
+    y_n = argmax_{p in caption} z_np   where that z is at least ``confidence``,
+
+and the student learns the labels against all phrases of the batch, with its patch embeddings p_n, phrases t_p and scale s:
+
+    L = mean over pictures of mean_{n labelled} -log softmax_p(s <p_n, t_p>)[y_n].
+
+(Pseudo labels, Lee 2013; for masks as in the second row of figures of ViL-Seg, section 4.)
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vilseg.model import ImageEmbeddings, ImageFeatures, ViLSeg
+from vilseg.segmentation.regions import calibrate, class_similarities
+
+UNSURE = -1
+
+
+class PseudoLabels:
+    """The model as it was when the stage began. It is no part of what is trained or saved.
+
+    Args:
+        model: copied.
+        tokens_PT: of all phrases of the corpus.
+        confidence: standard deviations above the usual from which on a patch is labelled.
+    """
+
+    def __init__(self, model: ViLSeg, tokens_PT: Tensor, confidence: float) -> None:
+        self._model = copy.deepcopy(model).requires_grad_(False).eval()
+        self._tokens_PT = tokens_PT
+        self._confidence = confidence
+        self._phrases_PD: Tensor | None = None
+
+    def features(self, pixels_B3HW: Tensor) -> ImageFeatures:
+        """What its own image encoder sees, where that of the student is another by now."""
+        self._model.to(pixels_B3HW.device)
+        return self._model.image_features(pixels_B3HW)
+
+    @torch.no_grad()
+    def __call__(self, features: ImageFeatures, present_P: Tensor, own_BP: Tensor) -> Tensor:
+        """Label patches.
+
+        Args:
+            features: float32, of its own encoder.
+            present_P: indices of the phrases of the batch.
+            own_BP: which of them each picture's captions hold. Shape: (B, P), bool.
+
+        Returns:
+            Places in ``present_P``, or ``UNSURE``. Shape: (B, N).
+        """
+        if not len(present_P):
+            return torch.full(features.patches.shape[:2], UNSURE, device=features.patches.device)
+        model, settings = self._model.to(present_P.device), self._model.segmentation
+        if self._phrases_PD is None:
+            chunks = self._tokens_PT.to(present_P.device).split(256)
+            phrases_PD = torch.cat([model.embed_text(model.text_features(tokens).float()) for tokens in chunks])
+            centre = model.caption_mean if settings.center_text else 0.0
+            self._phrases_PD = F.normalize(phrases_PD - centre, dim=-1)
+        # Fully calibrated scores of all texts have one standard deviation, that of the mean over the texts.
+        texts_PD = self._phrases_PD[present_P]
+        texts = calibrate(
+            texts_PD, model.patch_mean, model.patch_covariance, 1.0, classes=len(texts_PD), background=None
+        )
+        deviation = ((texts_PD @ model.patch_covariance) * texts_PD).sum(1).clamp(min=0).sqrt().mean()
+        patches_BND = model.embed_patches(features)
+        embeddings = ImageEmbeddings(patches_BND.mean(1), patches_BND, features.grid)
+        scores_BPhw = class_similarities(embeddings, model.cluster_logits(features).softmax(-1), texts, settings)
+        scores_BPN = scores_BPhw.flatten(2).masked_fill(~own_BP.unsqueeze(2), -torch.inf)
+        best_BN, labels_BN = scores_BPN.max(1)
+        return labels_BN.masked_fill(best_BN < self._confidence * deviation, UNSURE)
+
+
+def label_losses(patches_BND: Tensor, phrases_PD: Tensor, labels_BN: Tensor, scale: Tensor) -> Tensor:
+    """The loss of every picture, and whether it has a label.
+
+    Args:
+        patches_BND: of the student, unit length.
+        phrases_PD: of the student, unit length.
+        labels_BN: from :class:`PseudoLabels`.
+        scale: inverse temperature, which does not learn from it: sharper would always be better.
+
+    Returns:
+        Mean over its labelled patches, 0 where there are none, and 1 where there are some. Shape: (B, 2).
+    """
+    if not len(phrases_PD):
+        return patches_BND.new_zeros(len(patches_BND), 2)
+    logits_BPN = (scale.detach() * patches_BND @ phrases_PD.T).transpose(1, 2)
+    loss_BN = F.cross_entropy(logits_BPN, labels_BN, ignore_index=UNSURE, reduction="none")
+    count_B = (labels_BN != UNSURE).sum(1)
+    return torch.stack([loss_BN.sum(1) / count_B.clamp(min=1), (count_B > 0).to(loss_BN.dtype)], dim=1)
