@@ -134,7 +134,7 @@ def _scene_model(out: Path) -> str:
 
 
 def _photo_model(out: Path, data: Path) -> str:
-    place = out / "photos_model"
+    place = out.parent / "real_photos" / real_photos.MODEL
     if not (place / "config.json").exists():
         with embedded_store(out / "store"), ray_session() as session:
             real_photos.upload(data)

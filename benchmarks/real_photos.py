@@ -21,11 +21,14 @@ from jobs.watch import Outcome
 from vilseg import storage
 from vilseg.config import RunConfig
 from vilseg.evaluation.confusion import ConfusionMatrix
+from vilseg.model import ViLSeg
 from vilseg.text.vocabulary import BACKGROUND, Vocabulary
 from vilseg.training.metrics import read_metrics
 
 CONFIG = Path(__file__).parent.parent / "configs" / "real_photos.yaml"
 TASKS = ("things", "things_background", "panoptic")
+MODEL = "model"
+"""Folder in ``out`` that keeps the trained model, for ``benchmarks quality`` too."""
 _ROOT = "s3://vilseg/real_photos"
 
 
@@ -47,6 +50,7 @@ def main(out: Path) -> dict[str, Any]:
     started = time.perf_counter()
     seconds: dict[str, float] = {}
     shutil.rmtree(out / "coco", ignore_errors=True)
+    shutil.rmtree(out / MODEL, ignore_errors=True)
     datasets = link_datasets(data / "coco_mini_dev", out / "coco")
     with embedded_store(out / "store"):
         with console.stage("upload", seconds):
@@ -55,6 +59,7 @@ def main(out: Path) -> dict[str, Any]:
             outcome = train(session, seconds)
             uncached = _train_uncached(session, seconds)
             trained = outcome.folder.model
+            ViLSeg.from_pretrained(trained).save_pretrained(str(out / MODEL))
             with console.stage("segment", seconds):
                 bulk = _segment(session, trained, data)
         # Ray is gone by now: evaluation has the cores for itself.
