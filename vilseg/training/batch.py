@@ -14,6 +14,7 @@ from vilseg.config import ViewsConfig
 from vilseg.data.stream import WorkerBatch
 from vilseg.data.views import make_views, uniform
 from vilseg.model import ImageFeatures, ViLSeg
+from vilseg.training.dropped_views import parts_in_cache
 
 _DROPOUT_DRAW = 1_000
 """Random numbers for feature dropout are drawn far from those of the views."""
@@ -131,7 +132,12 @@ def _factors(views: list[ImageFeatures], seeds_B: Tensor, share: float) -> Tenso
 
 def pooled_features(features: ImageFeatures) -> Tensor:
     """The image as a whole. Shape: -> (B, F)."""
-    return features.patches.mean(1, dtype=torch.float32) if features.pooled is None else features.pooled
+    if features.pooled is not None:
+        return features.pooled
+    patches_BNF = features.patches
+    if patches_BNF.dtype == torch.float32:
+        return patches_BNF.mean(1)
+    return torch.cat([patches_BNF[part].float().mean(1) for part in parts_in_cache(patches_BNF)])
 
 
 def as_float32(features: ImageFeatures) -> ImageFeatures:
