@@ -21,8 +21,9 @@ _STEPS = 500
 STAGES: dict[str, tuple[str, ...]] = {
     "the same losses, no labels": ("stage=contrast",),
     **{
-        f"labels from {confidence} deviations on": (
+        f"labels from {confidence} deviations on, weight 1": (
             "stage=self-train",
+            "loss.self_training.weight=1",
             f"loss.self_training.confidence={confidence}",
         )
         for confidence in (1, 2, 3)

@@ -176,7 +176,7 @@ class SelfTrainingConfig(Part):
     """Cross-entropy with labels that the model itself gave to patches; of ``stage: self-train`` alone. See
     ``vilseg.training.pseudo_labels``."""
 
-    weight: NonNegative = 1.0
+    weight: NonNegative = 0.3
     confidence: float = 2.0
     """A patch has a label where its score is so many standard deviations above what is usual for the phrase."""
 
