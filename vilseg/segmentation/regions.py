@@ -98,12 +98,17 @@ def calibrate(
         synonym_of_S: classes that the synonyms stand for, where there are any. Shape: (S,).
         negatives: how many of the texts are negative words.
     """
-    deviation_T = ((embeddings_TD @ covariance_DD) * embeddings_TD).sum(1).clamp(min=0).sqrt().clamp(min=_EPS)
+    deviation_T = deviations(embeddings_TD, covariance_DD)
     gain_T = (deviation_T.mean() / deviation_T) ** strength
     if synonym_of_S is None:
         synonym_of_S = torch.empty(0, dtype=torch.long, device=embeddings_TD.device)
     offset_T = strength * (embeddings_TD @ mean_D)
     return ClassTexts(embeddings_TD, classes, synonym_of_S, negatives, background, offset_T, gain_T)
+
+
+def deviations(embeddings_TD: Tensor, covariance_DD: Tensor) -> Tensor:
+    """sigma_c of the module: how far the cosine with each text spreads over the patches. Shape: -> (T,), above 0."""
+    return ((embeddings_TD @ covariance_DD) * embeddings_TD).sum(1).clamp(min=0).sqrt().clamp(min=_EPS)
 
 
 def class_similarities(

@@ -74,8 +74,11 @@ class Seen(NamedTuple):
     """The global views themselves."""
     factors_GBF: Tensor | None
     """What feature dropout multiplies the channels of every global view with; None without it."""
-    cached: bool
-    """The global views are one, but for feature dropout."""
+
+    @property
+    def cached(self) -> bool:
+        """The global views are one, but for feature dropout."""
+        return self.pixels_GB3HW is None
 
     def view(self, number: int) -> ImageFeatures:
         """A global view with its dropout, in float32."""
@@ -109,7 +112,7 @@ def see(
     share = views.feature_dropout if drop else 0.0
     if batch.images.dtype != torch.uint8:
         shared = [cached_features(batch.images)] * global_
-        return Seen(shared, [], None, None, _factors(shared, batch.seeds, share), cached=True)
+        return Seen(shared, [], None, None, _factors(shared, batch.seeds, share))
     made = make_views(batch.images, batch.seeds, views, global_crops=global_, local_crops=local)
     seen = []
     for number, view in enumerate(made.global_GB3HW):
@@ -117,7 +120,7 @@ def see(
             seen.append(as_float32(model.image_features(view)))
     locals_ = [as_float32(model.image_features(view)) for view in made.local_LB3HW]
     factors_GBF = _factors(seen, batch.seeds, share)
-    return Seen(seen, locals_, made.geometry_GB23, made.global_GB3HW, factors_GBF, cached=False)
+    return Seen(seen, locals_, made.geometry_GB23, made.global_GB3HW, factors_GBF)
 
 
 def _factors(views: list[ImageFeatures], seeds_B: Tensor, share: float) -> Tensor | None:

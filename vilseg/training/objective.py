@@ -213,7 +213,7 @@ class Objective(nn.Module):
             )
         found: Representations = {"recorded_RF": _sample(seen.global_[0], batch.seeds, pairs)}
         if config.cross_modal.weight:
-            found["images_BD"] = F.normalize(model.image_projection(seen.pooled(0)), dim=-1)
+            found["images_BD"] = model.embed_pooled(seen.global_[0]._replace(pooled=seen.pooled(0)))
         on_patches = config.cross_modal.weight and config.cross_modal.patch_share
         if on_patches or config.nouns.weight or self._labels is not None:  # embeddings of patches are most of the work
             patches_BND = model.embed_patches(seen.view(0))

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vilseg.model import ImageEmbeddings, ImageFeatures, ViLSeg
-from vilseg.segmentation.regions import calibrate, class_similarities
+from vilseg.segmentation.regions import calibrate, class_similarities, deviations
 
 UNSURE = -1
 
@@ -72,7 +72,7 @@ class PseudoLabels:
         texts = calibrate(
             texts_PD, model.patch_mean, model.patch_covariance, 1.0, classes=len(texts_PD), background=None
         )
-        deviation = ((texts_PD @ model.patch_covariance) * texts_PD).sum(1).clamp(min=0).sqrt().mean()
+        deviation = deviations(texts_PD, model.patch_covariance).mean()
         patches_BND = model.embed_patches(features)
         embeddings = ImageEmbeddings(patches_BND.mean(1), patches_BND, features.grid)
         scores_BPhw = class_similarities(embeddings, model.cluster_logits(features).softmax(-1), texts, settings)
