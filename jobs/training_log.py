@@ -17,7 +17,7 @@ from vilseg.data.stream import WorkerBatch
 from vilseg.evaluation.mask_free import HeldOut, measure
 from vilseg.segmentation.drawing import palette
 from vilseg.training import run
-from vilseg.training.checkpoints import CheckpointWriter
+from vilseg.training.checkpoints import CheckpointWriter, require_figure
 from vilseg.training.folder import RunFolder
 from vilseg.training.loop import Trainer
 from vilseg.training.metrics import MetricsFile, read_metrics
@@ -81,6 +81,8 @@ class TrainingLog:
         if alone and self._config.data.held_out and self._is_kept(step):
             found = measure(self._trainer.objective.model, self._held_out)
             metrics |= {f"held_out/{name}": value for name, value in found.items()}
+        if self._is_kept(step):
+            require_figure(self._config.trainer.best_by, metrics)
         answer = ray.get(self._monitor.report.remote(metrics))
         metrics |= answer.counts
         self._metrics.add(metrics)

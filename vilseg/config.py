@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from vilseg.config_data import DataConfig
-from vilseg.config_tree import NonNegative, Part, Positive, PositiveInt, Range, Share, Tree
+from vilseg.config_tree import NonNegative, Part, Positive, PositiveInt, Share, Shares, Tree
 from vilseg.errors import ConfigError
 from vilseg.text.templates import templates
 
@@ -20,10 +20,10 @@ class ViewsConfig(Part):
     """Augmented views of an image. Crop scales are shares of the area (DINO, Caron et al. 2021, section 3.2)."""
 
     global_size: PositiveInt = 224
-    global_scale: Range = (0.4, 1.0)
+    global_scale: Shares = (0.4, 1.0)
     local_size: PositiveInt = 96
     local_crops: Annotated[int, Field(ge=0)] = 2
-    local_scale: Range = (0.05, 0.4)
+    local_scale: Shares = (0.05, 0.4)
     flip: Share = 0.5
     brightness: Share = 0.3
     contrast: Share = 0.3
@@ -197,12 +197,15 @@ class LossConfig(Part):
         return self
 
 
+_Momentum = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimizerConfig(Part):
     """AdamW with linear warm-up and linear decay to zero (Bergsma et al. 2025)."""
 
     learning_rate: Positive = 5e-4
     weight_decay: NonNegative = 0.05
-    betas: tuple[Share, Share] = (0.9, 0.98)
+    betas: tuple[_Momentum, _Momentum] = (0.9, 0.98)
     """As CLIP for vision transformers (Radford et al. 2021, table 20)."""
     warmup_steps: Annotated[int, Field(ge=0)] = 100
     gradient_clip: NonNegative = 1.0
@@ -241,7 +244,7 @@ class TrainerConfig(Part):
     log_every: PositiveInt = 20
     max_failures: Annotated[int, Field(ge=0)] = 2
     """A worker that dies is replaced this often before the run fails."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     storage: str = "runs"
     """URI under which the run's folder is made."""
     examples_every: Annotated[int, Field(ge=0)] = 500

@@ -150,23 +150,21 @@ class BatchReader:
 
     def _read_window(self, window: Window, skip: int, streams: _Streams) -> Iterator[WorkerBatch]:
         pool, bad = self._load(window, streams)
+        self._report(len(pool), bad)  # all at once, or the bad ones of a window would be counted before its good ones
+        told = len(bad)
         order = np.random.default_rng((self.seed, window.first_step)).permutation(len(pool)).tolist()
         share = self.batch_size // self.workers
-        read = 0
         for start in range(skip * self.batch_size, window.steps * self.batch_size, share):
             good = []
             for position in range(start, start + share):
                 sample = self._sample_at(pool, order, position, bad)
                 if sample is None:
-                    self._report(len(pool), bad)
+                    self._report(0, bad[told:])
                     raise DataError(_why_none(window, bad))
                 good.append(sample)
-            read += share
-            if bad:
-                self._report(read, bad)
-                read, bad = 0, []
+            self._report(0, bad[told:])
+            told = len(bad)
             yield self._collate(good)
-        self._report(read, bad)
 
     def _load(self, window: Window, streams: _Streams) -> tuple[list[tuple[Pair, int] | None], list[BadPair]]:
         """Every pair of the window with its epoch, None for those that cannot be read."""
@@ -298,7 +296,7 @@ def index_shards(
 def sample_pairs(
     shards: Sequence[Shard], columns: ColumnsConfig, limit: int, rules: TextRules | None = None
 ) -> tuple[list[Pair], list[BadPair]]:
-    """Up to ``limit`` readable pairs of the set, and the bad ones met on the way.
+    """Up to ``limit`` readable pairs of the set, without their pictures, and the bad ones met on the way.
 
     Few shards are read, but those lie all over the set, which may be sorted by topic.
     """
@@ -316,7 +314,7 @@ def sample_pairs(
             if isinstance(pair, BadPair):
                 bad.append(pair)
             else:
-                good.append(pair)
+                good.append(replace(pair, image=b""))  # thousands of photos would be gigabytes
             if len(good) == wanted:
                 break
     return good, bad

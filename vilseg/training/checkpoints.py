@@ -7,6 +7,7 @@ many bytes the state has: without it, or with another size, the checkpoint does 
 
 from __future__ import annotations
 
+import difflib
 import io
 import math
 from collections.abc import Callable, Mapping
@@ -19,6 +20,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from vilseg import storage
+from vilseg.errors import ConfigError
 from vilseg.patience import patiently
 from vilseg.training.folder import Manifest, RunFolder
 
@@ -123,6 +125,19 @@ def delete_checkpoint(folder: RunFolder, step: int) -> None:
     """Delete a checkpoint; cut off in the middle it no longer counts."""
     storage.delete(folder.manifest(step))
     storage.delete(folder.checkpoint(step))
+
+
+def require_figure(name: str, metrics: Mapping[str, float]) -> None:
+    """Whether the best checkpoint can be told by ``name``.
+
+    Raises:
+        ConfigError: the report of a checkpoint has no such figure; the nearest is named.
+    """
+    if name in metrics:
+        return
+    near = difflib.get_close_matches(name, metrics, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(metrics))}"
+    raise ConfigError(f"trainer.best_by={name} is no figure of this run's reports; {hint}")
 
 
 def best_step(kept: Mapping[int, Manifest], *, lower_is_better: bool) -> int | None:

@@ -117,14 +117,15 @@ class Trainer:
 
         Args:
             batches: from the present step on.
-            on_report: told of losses (mean over the steps since the last report), learning rate, images/s, share of time
-                spent waiting for data, every ``log_every`` steps and before every checkpoint.
+            on_report: told of losses and the gradient's norm before it is clipped (means over the steps since the last
+                report), learning rate, images/s, share of time spent waiting for data, every ``log_every`` steps and before
+                every checkpoint.
             on_checkpoint: called every ``checkpoint_every`` steps and at the end.
             should_stop: asked after every step; a stop leaves a checkpoint.
 
         Raises:
             DataError: the batches end too early.
-            NonFiniteLossError: the loss is not finite.
+            NonFiniteLossError: the loss or its gradient is not finite.
         """
         self._module.train()
         if self.trainer.chunk_size is not None:
@@ -155,11 +156,10 @@ class Trainer:
             group["lr"] = learning_rate(self.optimizer, self.step, self.trainer.steps)
         self._adamw.zero_grad(set_to_none=True)
         losses = self._backward(batch)
-        if self.optimizer.gradient_clip:
-            clip_gradient(self.objective.parameters(), self.optimizer.gradient_clip)
+        norm = clip_gradient(self.objective.parameters(), self.optimizer.gradient_clip or math.inf)
         self._adamw.step()
         self.objective.update_teacher(self.step / self.trainer.steps)
-        return {name: value.detach() for name, value in losses.items()}
+        return {name: value.detach() for name, value in losses.items()} | {"gradient_norm": norm.detach()}
 
     def _backward(self, batch: TensorBatch) -> dict[str, Tensor]:
         """Losses, with their gradient in the parameters."""
@@ -172,14 +172,18 @@ class Trainer:
 
     def _metrics(self, meter: _Meter) -> dict[str, float]:
         metrics, steps = meter.read()
-        if not math.isfinite(metrics["loss"]):
-            number = next(i for i, step in enumerate(steps) if not math.isfinite(step.losses["loss"]))
+        # A finite loss may have a gradient that is not, and the weights are lost by that already.
+        watched = {"loss": "the loss", "gradient_norm": "the gradient's norm"}
+        if not all(math.isfinite(metrics[name]) for name in watched):
+            number, name = next(
+                (i, name) for i, step in enumerate(steps) for name in watched if not math.isfinite(step.losses[name])
+            )
             keys = [key for share in gather_objects(steps[number].keys) for key in share]
             at = self.step - len(steps) + number + 1
             # JSON has no numbers for those that are none.
-            losses = {name: x if math.isfinite(x) else str(x) for name, x in steps[number].losses.items()}
+            losses = {key: x if math.isfinite(x) else str(x) for key, x in steps[number].losses.items()}
             raise NonFiniteLossError(
-                f"the loss is {steps[number].losses['loss']} at step {at} (pairs {', '.join(keys[:4])}, ...); "
+                f"{watched[name]} is {steps[number].losses[name]} at step {at} (pairs {', '.join(keys[:4])}, ...); "
                 "a lower optimizer.learning_rate or trainer.precision=float32 may help",
                 {"step": at, "losses": losses, "keys": keys},
             )

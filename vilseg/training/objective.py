@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vilseg.config import LossConfig, ViewsConfig
 from vilseg.data.views import align
 from vilseg.distributed import gather_rows, mean_over_workers, world_size
+from vilseg.errors import ConfigError
 from vilseg.losses import (
     VisionContrast,
     cluster_figures,
@@ -263,13 +264,19 @@ class Objective(nn.Module):
 
     def _joints(self, seen: Seen, logits: list[Tensor]) -> Tensor:
         grids = [view.grid for view in seen.global_[:2]]
+        radius = self.config.mutual_information.radius
+        if radius >= min(grids[0]):
+            raise ConfigError(
+                f"loss.mutual_information.radius={radius} does not fit the {grids[0][0]} x {grids[0][1]} patches of a view; give "
+                "a smaller one"
+            )
         first, second = (
             x.softmax(-1).transpose(1, 2).unflatten(2, grid) for x, grid in zip(logits, grids, strict=True)
         )
         valid = None
         if seen.geometry_GB23 is not None:
             second, valid = align(second, seen.geometry_GB23[1], seen.geometry_GB23[0], grids[0])
-        return joint_sums(first, second, valid, radius=self.config.mutual_information.radius).unsqueeze(0)
+        return joint_sums(first, second, valid, radius=radius).unsqueeze(0)
 
     def _vision_representations(self, batch: TensorBatch, seen: Seen) -> Representations:
         student_VBK = torch.stack(

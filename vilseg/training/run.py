@@ -152,7 +152,8 @@ def _model_folder(init: str) -> str:
 
 def _check_temperature(config: RunConfig) -> None:
     temperature = config.loss.cross_modal.temperature
-    if config.model.init and temperature != CrossModalConfig().temperature:
+    usual = CrossModalConfig(form=config.loss.cross_modal.form).temperature
+    if config.model.init and temperature != usual:
         raise ConfigError(
             f"loss.cross_modal.temperature is {temperature}, but model.init brings its own; leave the key away"
         )

@@ -97,16 +97,16 @@ def cut_like(value: Tensor, pattern: Tensor) -> Tensor:
     return distribute_tensor(here, pattern.device_mesh, pattern.placements, src_data_rank=None)
 
 
-def clip_gradient(parameters: Iterable[Tensor], largest: float) -> None:
-    """``torch.nn.utils.clip_grad_norm_`` where some gradients are cut and some are not."""
+def clip_gradient(parameters: Iterable[Tensor], largest: float) -> Tensor:
+    """``torch.nn.utils.clip_grad_norm_`` where some gradients are cut and some are not; the norm before, shape ()."""
     parameters = list(parameters)
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not any(_is_cut(gradient) for gradient in gradients):
-        torch.nn.utils.clip_grad_norm_(parameters, largest)
-        return
+        return torch.nn.utils.clip_grad_norm_(parameters, largest)
     square = torch.nn.utils.get_total_norm([part_of(g) for g in gradients if _is_cut(g)]).square()
     dist.all_reduce(square)
     kept = torch.nn.utils.get_total_norm([g for g in gradients if not _is_cut(g)])
     norm = (square + kept.to(square.device).square()).sqrt()
     factor = (largest / (norm + 1e-6)).clamp(max=1.0)  # the summand is torch's
     torch._foreach_mul_([part_of(gradient) for gradient in gradients], factor)
+    return norm

@@ -212,6 +212,20 @@ def test_bad_pairs_are_replaced_and_reported(tmp_path: Path) -> None:
     assert sum(read for read, _ in told) == 16
 
 
+def test_bad_pairs_are_never_ahead_of_the_good_ones_read_with_them(tmp_path: Path) -> None:
+    write_tar(
+        f"{tmp_path}/0.tar",
+        ((str(i), bytes([i]), "jpg", {"caption": "" if i in (3, 9) else "a dog"}) for i in range(32)),
+    )
+    shards = index_shards(str(tmp_path))
+    told: list[tuple[int, list[BadPair]]] = []
+    steps_of(reader(8, report=reports(told)), list(PairOrder(shards, 8, 0).chunks(0, 4)))
+    read = bad = 0
+    for more, worse in told:
+        read, bad = read + more, bad + len(worse)
+        assert bad <= read * 2 / 32
+
+
 def test_a_shard_that_has_shrunk_is_reported_and_made_up_for(tmp_path: Path) -> None:
     (shard,) = write_shards(tmp_path, [6])
     told: list[tuple[int, list[BadPair]]] = []

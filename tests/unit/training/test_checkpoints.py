@@ -9,8 +9,14 @@ import pytest
 import torch
 
 from vilseg import storage
-from vilseg.errors import StorageError
-from vilseg.training.checkpoints import CheckpointWriter, best_step, read_checkpoint, write_checkpoint
+from vilseg.errors import ConfigError, StorageError
+from vilseg.training.checkpoints import (
+    CheckpointWriter,
+    best_step,
+    read_checkpoint,
+    require_figure,
+    write_checkpoint,
+)
 from vilseg.training.folder import RunFolder
 
 
@@ -30,6 +36,15 @@ def test_what_was_written_is_read(folder: RunFolder) -> None:
     assert found["step"] == 7
     assert torch.equal(found["objective"]["weight"], torch.full((3, 2), 7.0))
     assert folder.manifests()[7].figure == 1.5
+
+
+def test_a_figure_that_no_report_has_is_told() -> None:
+    metrics = {"loss": 1.0, "held_out/retrieval": 0.5}
+    require_figure("held_out/retrieval", metrics)
+    with pytest.raises(ConfigError, match=r"^trainer.best_by=held_out/retreival is .*mean 'held_out/retrieval'\?$"):
+        require_figure("held_out/retreival", metrics)
+    with pytest.raises(ConfigError, match="there are held_out/retrieval, loss$"):
+        require_figure("accuracy", metrics)
 
 
 def test_training_may_change_its_tensors_as_soon_as_writing_has_begun(

@@ -244,6 +244,27 @@ def test_the_step_that_lost_the_number_is_found_between_two_reports(
     assert caught.value.found["losses"]["loss"] in ("nan", "inf")
 
 
+def test_a_gradient_that_is_no_number_ends_the_run_before_a_checkpoint_has_it(
+    tmp_path: Path, make_model: Callable[..., ViLSeg]
+) -> None:
+    folder = write_run(tmp_path, make_model)
+    trainer = make_trainer(folder, 4)
+    trainer.trainer.checkpoint_every = 2
+    projection = trainer.objective.model.image_projection.weight
+
+    def spoiled() -> Iterator[WorkerBatch]:
+        for number, batch in enumerate(batches(folder, 0, 4)):
+            if number == 3:
+                projection.register_hook(lambda gradient: gradient * math.inf)
+            yield batch
+
+    written: list[int] = []
+    with pytest.raises(NonFiniteLossError, match=r"the gradient's norm is (nan|inf) at step 4") as caught:
+        trainer.train(spoiled(), on_report=lambda _: None, on_checkpoint=lambda: written.append(trainer.step))
+    assert written == [2]
+    assert math.isfinite(caught.value.found["losses"]["loss"])
+
+
 def test_the_gradient_is_clipped(tmp_path: Path, make_model: Callable[..., ViLSeg]) -> None:
     folder = write_run(tmp_path, make_model)
     norms = []

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vilseg.config import LossConfig, ViewsConfig
 from vilseg.data.views import make_views
+from vilseg.errors import ConfigError
 from vilseg.losses import mutual_information_loss
 from vilseg.model import ViLSeg
 from vilseg.training.batch import TensorBatch, see
@@ -296,6 +297,13 @@ def test_cached_views_meet_the_head_as_if_each_had_been_made(make_model: Make) -
     assert losses["loss/mutual_information"].item() == pytest.approx(loss.item(), abs=1e-6)
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
+
+
+def test_a_radius_beyond_the_patches_is_told(make_model: Make) -> None:
+    model = make_model()
+    objective = Objective(model, loss_config("mutual_information", mutual_information={"radius": 9}), VIEWS)
+    with pytest.raises(ConfigError, match=r"loss.mutual_information.radius=9 does not fit the \d+ x \d+ patches"):
+        objective(batch_for(model))
 
 
 def test_frozen_towers_train_with_pictures_too(make_model: Make) -> None:

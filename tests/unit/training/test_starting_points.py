@@ -456,6 +456,16 @@ def test_a_runs_first_model_is_the_start_itself(tmp_path: Path) -> None:
     assert RunConfig.load(folder.config) == config
 
 
+def test_a_sigmoid_start_keeps_the_sigmoid_loss(tmp_path: Path) -> None:
+    write_scenes(tmp_path)
+    original = checkpoints.contrastive("siglip", tmp_path / "start")
+    config = run_config(tmp_path, f"model.init={tmp_path}/start", "loss.cross_modal.form=sigmoid")
+    folder = run.open_folder(config, resume=False)
+    run.prepare(config, folder)
+    initial = ViLSeg.from_pretrained(folder.initial)
+    assert initial.scale.item() == pytest.approx(original.logit_scale.exp().item(), rel=1e-5)
+
+
 def test_a_temperature_beside_a_start_is_told(tmp_path: Path, make_model: Make) -> None:
     write_scenes(tmp_path)
     config = run_config(tmp_path, *starting_point("ours", tmp_path, make_model), "loss.cross_modal.temperature=0.2")
