@@ -411,3 +411,14 @@ class RunConfig(Tree):
         if self.init and self.model.init:
             raise ValueError("give either 'init' or 'model.init', not both")
         return self
+
+    @model_validator(mode="after")
+    def _best_is_measured(self) -> Self:
+        if self.trainer.best_by.startswith("held_out/"):
+            if not self.data.held_out:
+                raise ValueError(f"trainer.best_by={self.trainer.best_by} needs data.held_out, the pairs to measure it on")
+            if self.trainer.sharding == "fsdp":
+                raise ValueError(
+                    f"trainer.best_by={self.trainer.best_by} is not measured with trainer.sharding=fsdp; name a loss"
+                )
+        return self

@@ -86,6 +86,13 @@ def test_a_stage_without_its_beginning_is_told() -> None:
     assert "either 'init' or 'model.init'" in sentence("init=runs/first", "model.init=some/clip")
 
 
+def test_a_best_checkpoint_by_what_is_not_measured_is_told() -> None:
+    best = "trainer.best_by=held_out/retrieval"
+    assert "needs data.held_out" in sentence(best)
+    assert "trainer.sharding=fsdp; name a loss" in sentence(best, "data.held_out=pairs", "trainer.sharding=fsdp")
+    assert RunConfig.load(None, [best, "data.held_out=pairs"]).trainer.best_by == "held_out/retrieval"
+
+
 def test_keys_below_a_value_are_told() -> None:
     assert "'name' holds a value" in sentence("name=x", "name.sub=1")
 

@@ -43,7 +43,7 @@ def test_a_figure_that_no_report_has_is_told() -> None:
     require_figure("held_out/retrieval", metrics)
     with pytest.raises(ConfigError, match=r"^trainer.best_by=held_out/retreival is .*mean 'held_out/retrieval'\?$"):
         require_figure("held_out/retreival", metrics)
-    with pytest.raises(ConfigError, match="there are held_out/retrieval, loss$"):
+    with pytest.raises(ConfigError, match=r"there are held_out/retrieval, loss$"):
         require_figure("accuracy", metrics)
 
 
