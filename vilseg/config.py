@@ -416,7 +416,9 @@ class RunConfig(Tree):
     def _best_is_measured(self) -> Self:
         if self.trainer.best_by.startswith("held_out/"):
             if not self.data.held_out:
-                raise ValueError(f"trainer.best_by={self.trainer.best_by} needs data.held_out, the pairs to measure it on")
+                raise ValueError(
+                    f"trainer.best_by={self.trainer.best_by} needs data.held_out, the pairs to measure it on"
+                )
             if self.trainer.sharding == "fsdp":
                 raise ValueError(
                     f"trainer.best_by={self.trainer.best_by} is not measured with trainer.sharding=fsdp; name a loss"
