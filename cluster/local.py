@@ -42,6 +42,7 @@ START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 10.0
 _TRIES = 3
 """A port that was free may be taken when Ray comes to it; and on a busy machine Ray's own patience may end."""
+_LAST_LINES = 30
 _PORTS = range(20_000, 32_000)
 """Below those that systems give to outgoing connections, which come and go."""
 _STORE_SHARE, _STORE_LEAST, _STORE_MOST = 0.1, 100 << 20, 1 << 30
@@ -285,11 +286,21 @@ class LocalCluster:
         deadline = time.monotonic() + START_TIMEOUT_S
         while not (found := ready()):
             if not self.is_alive(index):
+                self._keep_last_words(index, log)
                 raise ClusterError(f"{what} of the cluster in {self.directory} ended while it started; see {log}")
             if time.monotonic() > deadline:
                 raise ClusterError(f"{what} is not ready after {START_TIMEOUT_S:.0f} s; see {log}")
             time.sleep(0.2)
         return found
+
+    def _keep_last_words(self, index: int, log: Path) -> None:
+        """What Ray's own processes said at the end goes into the node's log: their files go with the cluster."""
+        logs = sorted((Path(self._state["folder"]) / str(index)).glob("session_2*/logs"))
+        names = ("ray_process_exit.log", "raylet.out", "raylet.err", "dashboard_agent.log")
+        with log.open("a") as file:
+            for path in (path for name in names for path in logs[-1:] if (path := path / name).exists()):
+                lines = path.read_text(errors="replace").splitlines()[-_LAST_LINES:]
+                file.write("\n".join([f"--- {path.name}", *lines, ""]))
 
     def _listed(self) -> list[dict[str, Any]]:
         answer = self._asked("/api/v0/nodes?detail=1&limit=1000")
