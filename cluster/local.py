@@ -298,7 +298,9 @@ class LocalCluster:
         logs = sorted((Path(self._state["folder"]) / str(index)).glob("session_2*/logs"))
         names = ("ray_process_exit.log", "raylet.out", "raylet.err", "dashboard_agent.log")
         with log.open("a") as file:
-            for path in (path for name in names for path in logs[-1:] if (path := path / name).exists()):
+            for path in (folder / name for name in names for folder in logs[-1:]):
+                if not path.exists():
+                    continue
                 lines = path.read_text(errors="replace").splitlines()[-_LAST_LINES:]
                 file.write("\n".join([f"--- {path.name}", *lines, ""]))
 
