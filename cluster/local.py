@@ -40,8 +40,9 @@ from vilseg.errors import ClusterError
 LOOPBACK = "127.0.0.1"
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 10.0
-_TRIES = 3
-"""A port that was free may be taken when Ray comes to it; and on a busy machine Ray's own patience may end."""
+_TRIES = 5
+"""A port that was free may be taken when Ray comes to it; and on a busy machine Ray's own patience may end: a node's agents have
+15 s to start, whatever else goes on."""
 _LAST_LINES = 30
 _PORTS = range(20_000, 32_000)
 """Below those that systems give to outgoing connections, which come and go."""

@@ -103,8 +103,9 @@ def folder(hosts: Sequence[Host], tmp_path_factory: pytest.TempPathFactory) -> I
 @pytest.fixture
 def cluster(folder: Path, hosts: Sequence[Host], monkeypatch: pytest.MonkeyPatch) -> LocalCluster:
     """Two nodes of one CPU; one that an earlier test killed is replaced."""
-    # Beside what else this machine does, Ray's workers would come last.
-    monkeypatch.setenv("RAY_worker_niceness", "0")
+    # By Ray's 15 its workers would come last beside what else this machine does; by 0 they would keep a node from coming up,
+    # whose agents have 15 s to start.
+    monkeypatch.setenv("RAY_worker_niceness", "5")
     return LocalCluster.start(folder, nodes=2, cpus=1, hosts=hosts)
 
 
