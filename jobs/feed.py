@@ -20,6 +20,7 @@ from vilseg.data.pairs import MANIFEST, BadPair, count_pairs
 from vilseg.data.stream import BatchReader, WorkerBatch, decode_features, decode_to_canvas, pack, unpack
 from vilseg.data.texts import TextRules
 from vilseg.errors import DataError
+from vilseg.patience import patiently
 from vilseg.training.folder import Prepared, RunFolder
 
 _ROW_PAIRS, _ROW_BYTES = 512, 64 << 20
@@ -118,7 +119,8 @@ def _decoder(config: RunConfig, prepared: Prepared) -> Callable[[bytes, int], np
     if not config.data.feature_cache:
         data = config.data
         return partial(decode_to_canvas, canvas=data.canvas, max_pixels=data.max_pixels, filters=data.filters)
-    manifest = json.loads(storage.read_text(storage.join(storage.parent(prepared.shards[0].uri), MANIFEST)))
+    uri = storage.join(storage.parent(prepared.shards[0].uri), MANIFEST)
+    manifest = json.loads(patiently(partial(storage.read_text, uri)))
     return partial(decode_features, patches=manifest["patches"], features=manifest["features"])
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -15,6 +15,7 @@ from vilseg.config import RunConfig
 from vilseg.data.order import PairOrder
 from vilseg.data.stream import WorkerBatch
 from vilseg.evaluation.mask_free import HeldOut, measure
+from vilseg.patience import patiently
 from vilseg.segmentation.drawing import palette
 from vilseg.training import run
 from vilseg.training.checkpoints import CheckpointWriter, require_figure
@@ -107,7 +108,8 @@ class TrainingLog:
     def _held_out(self) -> HeldOut:
         assert self._config.data.held_out is not None
         side, columns = self._config.segmentation.input_size, self._config.data.columns
-        return HeldOut.load(self._config.data.held_out, side=side, columns=columns, limit=_HELD_OUT_PAIRS)
+        load = partial(HeldOut.load, self._config.data.held_out, side=side, columns=columns, limit=_HELD_OUT_PAIRS)
+        return patiently(load)
 
     @torch.no_grad()
     def _show_examples(self, step: int) -> None:

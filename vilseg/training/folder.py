@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 
 from vilseg import storage
 from vilseg.data.pairs import Shard
+from vilseg.patience import patiently
 from vilseg.text.nouns import NounPhrases
 from vilseg.text.tokenizer import FixedTokenizer
 
@@ -111,8 +112,8 @@ class RunFolder:
 
     @property
     def last_step(self) -> int:
-        """Step of the last whole checkpoint, where a resumed run goes on; 0 where there is none."""
-        return max(self.checkpoint_steps(), default=0)
+        """Step of the last whole checkpoint, where a resumed run goes on; 0 where there is none. Waits for a store that does not answer."""
+        return max(patiently(self.checkpoint_steps), default=0)
 
     def manifest(self, step: int) -> str:
         """The file that makes the checkpoint at ``step`` whole."""

@@ -42,9 +42,8 @@ class MetricsFile:
         self._events = SummaryWriter(self._local.name, purge_step=from_step)
         self._mlflow = _Mlflow(folder, config) if config.trainer.tracking == "mlflow" else None
         self._lines: list[str] = []
-        if from_step and storage.exists(folder.metrics):
-            lines = storage.read_text(folder.metrics).splitlines()
-            self._lines = [line for line in lines if json.loads(line)["step"] <= from_step]
+        if from_step:
+            self._lines = [line for line in _lines(folder) or [] if json.loads(line)["step"] <= from_step]
 
     def add(self, metrics: dict[str, float]) -> None:
         """Note one report."""
@@ -73,14 +72,20 @@ class MetricsFile:
 
 
 def read_metrics(folder: RunFolder) -> list[dict[str, float]]:
-    """The reports of a run, oldest first.
+    """The reports of a run, oldest first; waits for a store that does not answer.
 
     Raises:
         UserError: there are none.
     """
-    if not storage.exists(folder.metrics):
+    lines = _lines(folder)
+    if lines is None:
         raise UserError(f"the run {folder.uri} has no metrics yet")
-    return [json.loads(line) for line in storage.read_text(folder.metrics).splitlines()]
+    return [json.loads(line) for line in lines]
+
+
+def _lines(folder: RunFolder) -> list[str] | None:
+    """Of ``metrics.jsonl``; None where there is no such file. Workers that are begun anew read it, so it waits for the store."""
+    return patiently(lambda: storage.read_text(folder.metrics).splitlines() if storage.exists(folder.metrics) else None)
 
 
 class _Mlflow:

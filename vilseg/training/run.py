@@ -216,7 +216,7 @@ def make_trainer(
     """
     torch.manual_seed(config.trainer.seed)
     objective = Objective(
-        ViLSeg.from_pretrained(folder.initial),
+        patiently(lambda: ViLSeg.from_pretrained(folder.initial)),  # every worker that is begun anew reads it
         config.loss,
         config.views,
         prepared.nouns.phrases,

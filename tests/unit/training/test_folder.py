@@ -5,14 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from vilseg import storage
+from vilseg import patience, storage
 from vilseg.config import RunConfig
 from vilseg.data.pairs import Shard
-from vilseg.errors import ConfigError
+from vilseg.errors import ConfigError, StoreUnavailable
 from vilseg.text.nouns import NounPhrases
 from vilseg.text.tokenizer import FixedTokenizer, train_tokenizer
 from vilseg.training.checkpoints import write_checkpoint
 from vilseg.training.folder import Prepared, RunFolder, checkpoint_name
+from vilseg.training.metrics import read_metrics
 from vilseg.training.run import resume
 
 
@@ -30,6 +31,28 @@ def test_checkpoints_are_listed_by_step(tmp_path: Path) -> None:
     assert folder.checkpoint_steps() == [20, 300], "one that was cut off does not count"
     assert folder.last_step == 300
     assert folder.checkpoint(20).endswith("run/checkpoints/step-00000020")
+
+
+def test_a_store_that_is_away_is_waited_for_where_a_worker_begins_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(patience, "_PAUSES_S", (0.01, 0.01))
+    folder = RunFolder(str(tmp_path / "run"))
+    write_checkpoint(folder, {"step": 20})
+    storage.write_text(folder.metrics, '{"step": 20}\n')
+    away, exists = [True], storage.exists
+
+    def away_once(uri: str) -> bool:
+        if away:
+            away.pop()
+            raise StoreUnavailable("away")
+        return exists(uri)
+
+    monkeypatch.setattr(storage, "exists", away_once)
+    assert folder.last_step == 20
+    away.append(True)
+    assert read_metrics(folder) == [{"step": 20}]
+    assert not away
 
 
 def test_what_a_run_is_begun_with_survives_json() -> None:
