@@ -22,7 +22,7 @@ from jobs.monitor import Monitor, Snapshot
 from jobs.process_group import NodesTorchConfig
 from jobs.session import Session, beside_driver, check_workers, cpus_here, user_error_in
 from jobs.training_log import TrainingLog
-from jobs.watch import Outcome, Quarantine, Watch
+from jobs.watch import Outcome, Quarantine, Watch, sigterm_as_ctrl_c
 from vilseg import distributed, storage
 from vilseg.config import RunConfig
 from vilseg.training import run
@@ -32,6 +32,7 @@ from vilseg.training.loop import NonFiniteLossError, Trainer
 from vilseg.training.sharding import shard
 
 
+@sigterm_as_ctrl_c()  # while pairs are counted, features cached and machines waited for, too
 def main(
     config: RunConfig,
     session: Session,

@@ -88,7 +88,7 @@ class Watch:
         # Not Thread.join: interrupted by Ctrl-C, it takes a thread that still runs for one that has ended (Python 3.11).
         ended = threading.Event()
         threading.Thread(target=fit, name="vilseg-train", daemon=True).start()
-        stopping = False
+        stopping = told = False
         with _ended_before_errors(ended), interrupts() as noted:
             while True:
                 over = ended.wait(_POLL_SECONDS)
@@ -97,14 +97,15 @@ class Watch:
                     break
                 if len(noted) > 1:
                     raise KeyboardInterrupt
-                if stopping:
-                    continue
-                self.asked_to_stop = bool(noted) or self._should_stop()
-                if noted:
+                if noted and not told:
+                    told = True
                     console.say("stopping after the next report with a checkpoint; Ctrl-C again stops without one")
-                stopping = self.asked_to_stop or pause()
-                if stopping:
+                # Asked while it stops for other workers, too: no other trainer is to follow then.
+                self.asked_to_stop = self.asked_to_stop or bool(noted) or self._should_stop()
+                if not stopping and (self.asked_to_stop or pause()):
+                    stopping = True
                     self._monitor.stop.remote()
+            self.asked_to_stop = self.asked_to_stop or bool(noted)  # since the last look
         if failure:
             raise user_error_in(failure[0]) or failure[0]
         return Outcome(self._folder, self._last, stopping and self._last.get("step", 0) < self._steps)
@@ -141,6 +142,19 @@ def interrupts() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def sigterm_as_ctrl_c() -> Iterator[None]:
+    """A SIGTERM while this lasts raises KeyboardInterrupt as Ctrl-C does, but where :func:`interrupts` notes both."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class Quarantine:
