@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import tempfile
 import time
+import warnings
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,8 @@ from vilseg.training.folder import RunFolder
 
 _MLFLOW_RUN = "mlflow_run.txt"
 """In the run's folder: the id that a resumed run goes on with."""
+_MLFLOW_BATCH = 1000
+"""Metrics that its server takes at once."""
 
 
 class MetricsFile:
@@ -31,7 +35,7 @@ class MetricsFile:
         from_step: where training goes on; reports of later steps, which a broken run left, are dropped.
 
     Raises:
-        ConfigError: MLflow is wished for and not installed, or its server does not answer.
+        ConfigError: MLflow is wished for and not installed, or its server does not answer when the run begins.
     """
 
     def __init__(self, folder: RunFolder, config: RunConfig, from_step: int) -> None:
@@ -99,11 +103,13 @@ class _Mlflow:
                 "trainer.tracking is mlflow, which is not installed here; pip install 'vilseg[tracking]'"
             ) from error
         self._client = mlflow.MlflowClient()
+        self._unsent: list[Any] = []
+        self._warned = False
         known = storage.join(folder.uri, _MLFLOW_RUN)
         try:
-            if storage.exists(known):
-                self._run = storage.read_text(known).strip()
-                self._client.set_terminated(self._run, "RUNNING")
+            if patiently(lambda: storage.exists(known)):
+                self._run = patiently(lambda: storage.read_text(known)).strip()
+                self._tell(lambda: self._client.set_terminated(self._run, "RUNNING"))
                 return
             name = config.trainer.mlflow_experiment
             experiment = self._client.get_experiment_by_name(name)
@@ -123,8 +129,30 @@ class _Mlflow:
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        entries: list[Any] = [Metric(name, value, now, step) for name, value in metrics.items()]
-        self._client.log_batch(self._run, metrics=entries)
+        self._unsent += [Metric(name, value, now, step) for name, value in metrics.items()]
+        self._send()
 
     def end(self) -> None:
-        self._client.set_terminated(self._run)
+        self._send()
+        self._tell(lambda: self._client.set_terminated(self._run))
+
+    def _send(self) -> None:
+        while self._unsent:
+            some = self._unsent[:_MLFLOW_BATCH]
+            if not self._tell(partial(self._client.log_batch, self._run, metrics=some)):
+                return  # the next call tries again
+            del self._unsent[: len(some)]
+
+    def _tell(self, action: Callable[[], object]) -> bool:
+        """Whether MLflow was told; a training that has begun goes on without it."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            action()
+        except MlflowException as error:
+            if not self._warned:
+                self._warned = True
+                said = str(error).splitlines()[0]
+                warnings.warn(f"MLflow cannot be told of the run now, training goes on: {said}", stacklevel=2)
+            return False
+        return True

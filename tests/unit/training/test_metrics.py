@@ -1,6 +1,7 @@
 """What a run tells: metrics.jsonl, TensorBoard and MLflow, and that a resumed run goes on with them."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -59,3 +60,28 @@ def test_an_mlflow_server_that_does_not_answer_is_said(folder: RunFolder, monkey
     config = RunConfig.load(None, ["trainer.tracking=mlflow"])
     with pytest.raises(ConfigError, match="MLFLOW_TRACKING_URI"):
         MetricsFile(folder, config, 0)
+
+
+def test_what_mlflow_could_not_be_told_is_told_later(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    mlflow = pytest.importorskip("mlflow", reason="MLflow is not installed: pip install 'vilseg[tracking]'")
+    away, sent = [True], []
+
+    class Client:
+        def set_terminated(self, run: str, status: str = "FINISHED") -> None:
+            if away:
+                raise mlflow.MlflowException("away")
+
+        def log_batch(self, run: str, metrics: list[Any]) -> None:
+            self.set_terminated(run)
+            sent.extend((metric.key, metric.step) for metric in metrics)
+
+    monkeypatch.setattr(mlflow, "MlflowClient", Client)
+    Path(folder.uri, "mlflow_run.txt").write_text("7")
+    with pytest.warns(UserWarning, match="training goes on: away") as warned:
+        file = MetricsFile(folder, RunConfig.load(None, ["trainer.tracking=mlflow"]), 0)
+        file.add({"step": 1})
+        file.add({"step": 2})
+    assert len(warned) == 1 and not sent
+    away.clear()
+    file.add({"step": 3})
+    assert sent == [("step", 1), ("step", 2), ("step", 3)]
