@@ -10,7 +10,8 @@ import math
 import time
 from collections.abc import Callable
 
-from ray.util.placement_group import placement_group, remove_placement_group
+import ray
+from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 
 from jobs.session import Session, look
 from vilseg.config import TrainerConfig
@@ -20,6 +21,8 @@ _LOOK_EVERY_S = 30.0
 """Between two looks at the cluster for room for more workers: one that begins anew costs a run as much."""
 _FREE_WITHIN_S = 20.0
 """What a lost worker held is free again, or a lost machine known to be, after so long; tried again until it is."""
+_ALL_WITHIN_S = 60.0
+"""After so long without room for as many as the cluster has in all, others hold a part of it, and fewer will do."""
 _PATIENCE_S = 1800.0
 """Without room for the fewest workers so long, the run fails."""
 
@@ -32,20 +35,26 @@ def workers_that_fit(trainer: TrainerConfig, session: Session) -> int:
 def wait_for_workers(trainer: TrainerConfig, say: Callable[[str], None]) -> tuple[int, Session]:
     """The most workers that there is room for now, which must be free, and the cluster as it is.
 
+    As many as the cluster has in all are waited for a while, since a lost worker's room is not free at once; then fewer will do.
+
     Raises:
         ConfigError: for half an hour there was no room for the fewest.
     """
-    deadline = time.monotonic() + _PATIENCE_S
+    begun = time.monotonic()
     told = False
-    while time.monotonic() < deadline:
+    while time.monotonic() < begun + _PATIENCE_S:
         session = look()
-        workers = workers_that_fit(trainer, session)
-        if workers >= trainer.fewest_workers and _is_free(session, workers):
-            return workers, session
+        workers = most = workers_that_fit(trainer, session)
+        while workers >= trainer.fewest_workers:
+            if _is_free(session, workers):
+                return workers, session
+            if time.monotonic() < begun + _ALL_WITHIN_S:
+                break
+            workers = trainer.even_workers(workers - 1)
         if not told:
             told = True
             say(
-                f"waiting for room for {max(workers, trainer.fewest_workers)} workers; there are {session.cpus} CPUs, "
+                f"waiting for room for {max(most, trainer.fewest_workers)} workers; there are {session.cpus} CPUs, "
                 f"{session.gpus} GPUs"
             )
         time.sleep(1)
@@ -56,10 +65,17 @@ def wait_for_workers(trainer: TrainerConfig, say: Callable[[str], None]) -> tupl
 
 
 class Growth:
-    """Whether there has come room for more workers than a run has now; asked often, it looks seldom."""
+    """Whether there has come free room for more workers than a run has now; asked often, it looks seldom.
 
-    def __init__(self, trainer: TrainerConfig, workers: int) -> None:
+    Args:
+        trainer: its settings.
+        workers: that the run has.
+        session: the cluster when they were placed.
+    """
+
+    def __init__(self, trainer: TrainerConfig, workers: int, session: Session) -> None:
         self._trainer, self._workers = trainer, workers
+        self._held = _all_of(session, workers)
         self._next = time.monotonic() + _LOOK_EVERY_S
 
     def __call__(self) -> bool:
@@ -67,7 +83,27 @@ class Growth:
         if time.monotonic() < self._next:
             return False
         self._next = time.monotonic() + _LOOK_EVERY_S
-        return workers_that_fit(self._trainer, look()) > self._workers
+        session = look()
+        wanted = workers_that_fit(self._trainer, session)
+        free = _free() if wanted > self._workers else {}
+        while wanted > self._workers:
+            needed = _all_of(session, wanted)
+            if all(amount <= self._held.get(name, 0) + free[name] + 1e-6 for name, amount in needed.items()):
+                return True
+            wanted = self._trainer.even_workers(wanted - 1)
+        return False
+
+
+def _all_of(session: Session, workers: int) -> dict[str, float]:
+    return {name: amount * workers for name, amount in session.worker_resources(workers).items()}
+
+
+def _free() -> dict[str, float]:
+    """CPUs and GPUs that no one holds for long."""
+    # Reading, the run's own too, takes whatever CPUs are idle, for moments: what is held for good are groups of places.
+    groups = [group for group in placement_group_table().values() if group["state"] == "CREATED"]
+    held = sum(bundle.get("CPU", 0) for group in groups for bundle in group["bundles"].values())
+    return {"CPU": ray.cluster_resources().get("CPU", 0) - held, "GPU": ray.available_resources().get("GPU", 0)}
 
 
 def _is_free(session: Session, workers: int) -> bool:

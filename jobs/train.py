@@ -91,7 +91,7 @@ def _train_elastically(config: RunConfig, watch: Watch, folder: RunFolder, prepa
         console.say(f"training by {workers} workers")
         trainer = _trainer(config, workers, session, folder, prepared, monitor)
         try:
-            outcome = watch.until_end(trainer, Growth(config.trainer, workers))
+            outcome = watch.until_end(trainer, Growth(config.trainer, workers, session))
         except TrainingFailedError as error:
             failures += 1
             if user_error_in(error) or failures > config.trainer.max_failures:
