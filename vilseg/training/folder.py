@@ -112,7 +112,7 @@ class RunFolder:
 
     @property
     def last_step(self) -> int:
-        """Step of the last whole checkpoint, where a resumed run goes on; 0 where there is none. Waits for a store that does not answer."""
+        """Step of the last whole checkpoint, where a resumed run goes on; 0 where there is none. Waits for the store."""
         return max(patiently(self.checkpoint_steps), default=0)
 
     def manifest(self, step: int) -> str:

@@ -44,7 +44,8 @@ def test_a_signal_while_a_run_stops_for_more_workers_is_noted(monkeypatch: pytes
     trainer: Any = SimpleNamespace(fit=lambda: monitor.end.wait(10))
     watched = Watch(monitor, RunFolder("run"), 10, lambda snapshot: None, lambda: False)
     outcome = watched.until_end(trainer, pause=lambda: True)
-    assert outcome.stopped and watched.asked_to_stop
+    assert outcome.stopped
+    assert watched.asked_to_stop
     assert monitor.stopped == 1
 
 
