@@ -13,7 +13,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from jobs.session import Session, user_error_in
 from vilseg import storage
-from vilseg.config import RunConfig
+from vilseg.config import ModelConfig, RunConfig
 from vilseg.config_data import ColumnsConfig
 from vilseg.data.decode import decode_image, square
 from vilseg.data.pairs import (
@@ -43,7 +43,7 @@ from vilseg.errors import ConfigError, DataError
 from vilseg.model import ViLSeg
 from vilseg.model.image_encoder import build_image_encoder
 from vilseg.model.text_encoder import TextEncoder, build_text_encoder
-from vilseg.training.run import require_sources
+from vilseg.training.run import model_settings, require_sources
 
 _BATCH = 16
 _TEXTS = 64
@@ -94,21 +94,15 @@ def main(
     (source,) = (part.source for part in require_sources(config).values())  # a mix is refused with the configuration
     storage.require_bucket(config.data.feature_cache)
     shards = list_shards(storage.absolute(source), without=config.data.held_out)
-    torch.manual_seed(config.trainer.seed)
-    image_encoder, text_encoder = _encoders(config)
-    text = config.model.text_encoder
-    depends_on: list[Any] = [config.data.canvas, text.pooling, text.max_tokens, [(e.relative, e.size) for e in shards]]
-    # What the weights of the encoders alone do not tell.
-    depends_on += ["init"] if config.model.init else ["head"] if config.model.image_encoder.head else []
-    parts = [json.dumps(depends_on)]
-    folder = storage.join(storage.absolute(config.data.feature_cache), _key(parts, [image_encoder, text_encoder]))
+    encoders = make_encoders(config)
+    folder = storage.join(storage.absolute(config.data.feature_cache), cache_key(config, shards, encoders))
     if storage.exists(_manifest(folder)):
         return Manifest(**json.loads(storage.read_text(_manifest(folder))))
     names = [entry.relative.replace("/", "_") + PARQUET for entry in shards]
     rows = [
         {"source": entry.uri, "target": storage.join(folder, name)} for entry, name in zip(shards, names, strict=True)
     ]
-    done = _write_all(rows, image_encoder, text_encoder, config, session, progress)
+    done = _write_all(rows, encoders, config, session, progress)
     rejected = dict(pair for shard in done for pair in json.loads(shard["rejected"]))
     pairs = {storage.name(shard["target"]): int(shard["pairs"]) for shard in done}
     total = sum(pairs.values()) + len(rejected)
@@ -124,20 +118,37 @@ def main(
     return manifest
 
 
-def _encoders(config: RunConfig) -> tuple[nn.Module, TextEncoder | None]:
-    """The image encoder, and the text encoder where it is frozen and its weights are not made with the run."""
-    model, text = config.model, config.model.text_encoder
+class Encoders(NamedTuple):
+    """What features are made with."""
+
+    images: nn.Module
+    texts: TextEncoder | None
+    """Where it is frozen and its weights are not made with the run, else None."""
+    settings: ModelConfig
+    """Of both; with an ``init`` the keys of the model that it leads to."""
+
+
+def make_encoders(config: RunConfig) -> Encoders:
+    """The encoders of the model that a run of this configuration begins with, see ``vilseg.training.run.prepare``.
+
+    Raises:
+        ConfigError: ``config.model`` asks for something else than the model that the run begins with.
+        ModelError: it cannot be loaded.
+    """
+    torch.manual_seed(config.trainer.seed)
+    model = model_settings(config)
+    frozen_texts = model.text_encoder.frozen
     if model.init:
         start = ViLSeg.from_config(model).eval()
-        return start.image_encoder, start.text_encoder if text.frozen else None
-    image_encoder = build_image_encoder(model.image_encoder).eval()
-    return image_encoder, build_text_encoder(text).eval() if text.frozen and text.checkpoint else None
+        return Encoders(start.image_encoder, start.text_encoder if frozen_texts else None, start.config)
+    images = build_image_encoder(model.image_encoder).eval()
+    loaded = frozen_texts and model.text_encoder.checkpoint
+    return Encoders(images, build_text_encoder(model.text_encoder).eval() if loaded else None, model)
 
 
 def _write_all(
     rows: list[dict[str, str]],
-    image_encoder: nn.Module,
-    text_encoder: TextEncoder | None,
+    encoders: Encoders,
     config: RunConfig,
     session: Session,
     progress: Callable[[int, int], None],
@@ -145,10 +156,10 @@ def _write_all(
     """One output file for each input file, by a pool of actors."""
     actors = max(1, min(len(rows), session.gpus or session.cpus))
     settings = {"canvas": config.data.canvas, "max_pixels": config.data.max_pixels, "columns": config.data.columns}
-    encoders = ray.put((image_encoder, text_encoder))
+    shared = ray.put((encoders.images, encoders.texts))
     written = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         _Actor,
-        fn_constructor_args=([encoders], settings, max(1, session.cpus // actors)),
+        fn_constructor_args=([shared], settings, max(1, session.cpus // actors)),
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=actors),
         num_cpus=0.9 * session.cpus / actors,
@@ -276,10 +287,19 @@ class _Actor:
         return {name: np.array([value]) for name, value in summary.items()}
 
 
-def _key(parts: Iterable[str], modules: Iterable[nn.Module | None]) -> str:
-    """Hash of everything that the features depend on."""
-    digest = hashlib.sha256("\n".join(parts).encode())
-    for module in modules:
+def cache_key(config: RunConfig, shards: Sequence[storage.FileEntry], encoders: Encoders) -> str:
+    """Hash of everything that the features depend on: the name of their folder."""
+    data, model = config.data, encoders.settings
+    # What the weights of the encoders alone do not tell; where they were loaded from is no matter.
+    text = model.text_encoder.model_dump(mode="json", include={"architecture", "sizes", "pooling", "max_tokens"})
+    depends_on = [
+        data.canvas,
+        model.image_encoder.model_dump(mode="json", exclude={"checkpoint", "frozen"}),
+        None if encoders.texts is None else text,
+        [(entry.relative, entry.size) for entry in shards],
+    ]
+    digest = hashlib.sha256(json.dumps(depends_on).encode())
+    for module in (encoders.images, encoders.texts):
         for name, tensor in module.state_dict().items() if module is not None else ():
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

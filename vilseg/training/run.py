@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vilseg import storage
-from vilseg.config import CrossModalConfig, RunConfig
+from vilseg.config import CrossModalConfig, ModelConfig, RunConfig
 from vilseg.config_data import MixPart
 from vilseg.config_tree import flat
 from vilseg.data.order import PairOrder
@@ -132,7 +132,7 @@ def prepare(
         )
     torch.manual_seed(config.trainer.seed)
     model = ViLSeg.from_config(
-        config.model.model_copy(update={"init": _model_folder(config.init)}) if config.init else config.model,
+        model_settings(config),
         captions,
         segmentation=config.segmentation,
         temperature=config.loss.cross_modal.temperature,
@@ -144,10 +144,13 @@ def prepare(
     return prepared
 
 
-def _model_folder(init: str) -> str:
-    """Of a run, its model; else the folder itself."""
-    model = RunFolder(storage.absolute(init)).model
-    return model if storage.exists(storage.join(model, "config.json")) else init
+def model_settings(config: RunConfig) -> ModelConfig:
+    """``config.model``, where the run has an ``init`` with that run's model, or the folder itself, as its beginning."""
+    if not config.init:
+        return config.model
+    model = RunFolder(storage.absolute(config.init)).model
+    begun = model if storage.exists(storage.join(model, "config.json")) else config.init
+    return config.model.model_copy(update={"init": begun})
 
 
 def _check_temperature(config: RunConfig) -> None:

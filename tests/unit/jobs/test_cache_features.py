@@ -1,0 +1,108 @@
+"""The feature cache without a cluster: which encoders write it, and what its key depends on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from jobs.cache_features import cache_key, make_encoders
+from vilseg import ViLSeg, storage
+from vilseg.config import RunConfig
+from vilseg.data.pairs import list_shards, write_tar
+from vilseg.training import run
+from vilseg.training.folder import RunFolder
+
+ENCODERS = (
+    "model.image_encoder.frozen=true",
+    "model.image_encoder.sizes={width: 16, depth: 1}",
+    "model.text_encoder.sizes={hidden_size: 16, num_hidden_layers: 0, num_attention_heads: 1}",
+    *("model.embedding_dim=16", "model.clusters=4", "loss.nouns.weight=0"),
+)
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> str:
+    source = str(tmp_path / "pairs")
+    for name in ("a", "b"):
+        write(f"{source}/{name}.tar", ["a dog", "the grass"])
+    return source
+
+
+def write(uri: str, captions: list[str]) -> None:
+    write_tar(uri, ((f"k{number}", b"i", "jpg", {"caption": caption}) for number, caption in enumerate(captions)))
+
+
+def settings(source: str, *overrides: str) -> RunConfig:
+    return RunConfig.load(None, [*ENCODERS, f"data.source={source}", "data.feature_cache=/cache", *overrides])
+
+
+def key(config: RunConfig) -> str:
+    assert config.data.source is not None
+    return cache_key(config, list_shards(config.data.source), make_encoders(config))
+
+
+def same_weights(one: torch.nn.Module, other: torch.nn.Module) -> bool:
+    ours, theirs = one.state_dict(), other.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("begins", ["with a run", "with a folder", "with a model of others"])
+def test_features_are_of_the_encoders_that_the_run_begins_with(
+    begins: str, pairs: str, tmp_path: Path, save_tiny_model: Callable[[str, int], str]
+) -> None:
+    place = str(tmp_path / "first")
+    model = save_tiny_model(f"{place}/model", 32)
+    beginning = {"run": f"init={place}", "folder": f"init={model}", "others": f"model.init={model}"}[begins.split()[-1]]
+    # Another seed: encoders that are newly made have other weights than that model.
+    others = ("model.text_encoder.frozen=true", "trainer.seed=7", f"trainer.storage={tmp_path}/runs", "name=r")
+    config = settings(pairs, beginning, *others)
+    encoders = make_encoders(config)
+    folder = RunFolder(f"{tmp_path}/runs/r")
+    run.prepare(config, folder)
+    for start in (ViLSeg.from_pretrained(model), ViLSeg.from_pretrained(folder.initial)):
+        assert same_weights(encoders.images, start.image_encoder)
+        assert encoders.texts is not None
+        assert same_weights(encoders.texts, start.text_encoder)
+    assert not encoders.images.training
+
+
+def test_encoders_that_are_new_are_those_of_the_run(pairs: str, tmp_path: Path) -> None:
+    config = settings(pairs, f"trainer.storage={tmp_path}/runs", "name=r")
+    encoders = make_encoders(config)
+    folder = RunFolder(f"{tmp_path}/runs/r")
+    run.prepare(config, folder)
+    assert same_weights(encoders.images, ViLSeg.from_pretrained(folder.initial).image_encoder)
+    assert encoders.texts is None
+
+
+def test_the_key_depends_on_the_model_that_the_run_begins_with(
+    pairs: str, tmp_path: Path, save_tiny_model: Callable[[str, int], str]
+) -> None:
+    model = save_tiny_model(f"{tmp_path}/model", 32)
+    begun = key(settings(pairs, f"init={model}", "trainer.seed=7"))
+    assert begun != key(settings(pairs, "trainer.seed=7"))
+    with storage.local_copy(model) as folder:
+        storage.upload_folder(folder, f"{tmp_path}/copy/model")
+    assert begun == key(settings(pairs, f"init={tmp_path}/copy", "trainer.seed=8")), "the same weights elsewhere"
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("data.canvas=224", "data.canvas=96"),
+        # The weights of both are the same.
+        ("model.image_encoder.sizes.num_attention_heads=2", "model.image_encoder.sizes.num_attention_heads=4"),
+    ],
+)
+def test_the_key_depends_on_what_weights_do_not_tell(first: str, second: str, pairs: str) -> None:
+    vit = (
+        "model.image_encoder.architecture=vit",
+        "model.image_encoder.sizes={hidden_size: 16, num_hidden_layers: 1, intermediate_size: 16, image_size: 32}",
+    )
+    keys = [
+        key(settings(pairs, *vit, "model.image_encoder.sizes.num_attention_heads=2", last)) for last in (first, second)
+    ]
+    assert keys[0] != keys[1]
