@@ -3,8 +3,8 @@
 The cache is a folder of pair shards: one Parquet file for each shard of the source, in which ``image`` holds the
 patch features of the picture on the canvas, float16 (N, F), and ``caption_features`` one float16 row for each caption
 where the text encoder is frozen too. It lies in a folder named by a key, the hash of what the features depend on;
-another encoder, canvas or source has another key and leaves an earlier cache alone. ``manifest.json`` comes last: a
-folder without it is only begun, and the files that are there are not written again.
+another encoder, canvas or source, or a shard written anew, has another key and leaves an earlier cache alone.
+``manifest.json`` comes last: a folder without it is only begun, and the files that are there are not written again.
 """
 
 from __future__ import annotations
@@ -288,15 +288,22 @@ class _Actor:
 
 
 def cache_key(config: RunConfig, shards: Sequence[storage.FileEntry], encoders: Encoders) -> str:
-    """Hash of everything that the features depend on: the name of their folder."""
+    """Hash of everything that the features and captions depend on: the name of their folder.
+
+    Of a shard, its name, size and time of writing stand for its content: it may be large, and tars are padded, so that another
+    one may have the same size.
+    """
     data, model = config.data, encoders.settings
     # What the weights of the encoders alone do not tell; where they were loaded from is no matter.
     text = model.text_encoder.model_dump(mode="json", include={"architecture", "sizes", "pooling", "max_tokens"})
     depends_on = [
+        storage.absolute(str(data.source)),
+        [(entry.relative, entry.size, entry.modified_ns) for entry in shards],
+        data.columns.model_dump(),
         data.canvas,
+        data.max_pixels,  # pairs with more are left out
         model.image_encoder.model_dump(mode="json", exclude={"checkpoint", "frozen"}),
         None if encoders.texts is None else text,
-        [(entry.relative, entry.size) for entry in shards],
     ]
     digest = hashlib.sha256(json.dumps(depends_on).encode())
     for module in (encoders.images, encoders.texts):

@@ -43,6 +43,8 @@ class FileEntry:
     uri: str
     relative: str
     size: int
+    modified_ns: int | None = None
+    """When it was last written, in nanoseconds since 1970; None where the store does not say, and of `stream_files`."""
 
 
 # ---------------------------------------------------------------------------------------------------------- URIs
@@ -188,17 +190,19 @@ def _walk(uri: str) -> list[FileEntry]:
     fs, path = filesystem(uri)
     info = _info(uri)
     if info.type == FileType.File:
-        return [FileEntry(absolute(uri), name(uri), info.size)]
+        return [FileEntry(absolute(uri), name(uri), info.size, info.mtime_ns)]
     root = absolute(uri)
     start = len(path.rstrip("/")) + 1
     with _errors(uri, "list"):
         if info.type == FileType.NotFound:
             raise FileNotFoundError(errno.ENOENT, "no such file or folder", uri)
         found = fs.get_file_info(FileSelector(path, recursive=True))
-        files = [(entry.path[start:], entry.size) for entry in found if entry.type == FileType.File]
+        files = [(entry.path[start:], entry.size, entry.mtime_ns) for entry in found if entry.type == FileType.File]
         if not files and not is_local(uri) and "/" in path:
             raise FileNotFoundError(errno.ENOENT, "no object lies under this prefix", uri)
-    return [FileEntry(join(root, relative), relative, size) for relative, size in sorted(files)]
+    return [
+        FileEntry(join(root, relative), relative, size, modified_ns) for relative, size, modified_ns in sorted(files)
+    ]
 
 
 def list_files(uri: str, suffixes: Collection[str] | None = None) -> list[FileEntry]:

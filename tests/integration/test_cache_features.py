@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -125,4 +126,8 @@ def test_training_reads_the_cache_and_another_source_gets_another_one(ray_cluste
     assert cache_features.main(config, ray_cluster) == manifest
     assert storage.list_files(f"{root}/cache") == written
     write_pairs(f"{root}/pairs/c.tar", 6)
-    assert cache_features.main(config, ray_cluster).uri != manifest.uri
+    larger = cache_features.main(config, ray_cluster)
+    assert larger.uri != manifest.uri
+    time.sleep(1.1)  # the store tells the time of writing by the second
+    write_pairs(f"{root}/pairs/c.tar", 6)
+    assert cache_features.main(config, ray_cluster).uri != larger.uri, "a shard written anew, of the same size"

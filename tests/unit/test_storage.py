@@ -85,6 +85,8 @@ def test_files_are_listed_in_order_without_hidden_ones(tree: Path) -> None:
     assert [file.relative for file in files] == ["a b/ü%.jpg", "a/one.jpg", "a/two.png", "b.JPG"]
     assert all(storage.read_text(file.uri) == file.relative for file in files)
     assert [file.size for file in files] == [len(file.relative.encode()) for file in files]
+    assert [file.modified_ns for file in files] == [os.stat(file.uri).st_mtime_ns for file in files]
+    assert storage.list_files(files[1].uri)[0].modified_ns == files[1].modified_ns
     jpegs = storage.list_files(f"file://{tree}", {".jpg", ".jpeg"})
     assert [file.relative for file in jpegs] == ["a b/ü%.jpg", "a/one.jpg", "b.JPG"]
     (single,) = storage.list_files(str(tree / "a" / "two.png"), {".jpg"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -89,9 +90,31 @@ def test_the_key_depends_on_the_model_that_the_run_begins_with(
     assert begun == key(settings(pairs, f"init={tmp_path}/copy", "trainer.seed=8")), "the same weights elsewhere"
 
 
+def test_unchanged_shards_keep_the_key_and_one_written_anew_changes_it(pairs: str, tmp_path: Path) -> None:
+    before = key(settings(pairs))
+    assert key(settings(pairs)) == before
+    assert key(settings(os.path.relpath(pairs))) == before, "the same place by another name"
+    shard = tmp_path / "pairs" / "a.tar"
+    size = shard.stat().st_size
+    write(str(shard), ["a cat", "the water"])
+    assert shard.stat().st_size == size, "tars are padded"
+    assert key(settings(pairs)) != before
+
+
+def test_another_place_with_the_same_shards_has_another_key(pairs: str, tmp_path: Path) -> None:
+    other = str(tmp_path / "other")
+    storage.upload_folder(Path(pairs), other)
+    for entry in list_shards(pairs):
+        assert entry.modified_ns is not None
+        os.utime(f"{other}/{entry.relative}", ns=(entry.modified_ns, entry.modified_ns))
+    assert key(settings(other)) != key(settings(pairs))
+
+
 @pytest.mark.parametrize(
     ("first", "second"),
     [
+        ("data.columns.caption=caption", "data.columns.caption=alt"),
+        ("data.max_pixels=1000", "data.max_pixels=2000"),
         ("data.canvas=224", "data.canvas=96"),
         # The weights of both are the same.
         ("model.image_encoder.sizes.num_attention_heads=2", "model.image_encoder.sizes.num_attention_heads=4"),
