@@ -15,6 +15,7 @@ from ray.data import ExecutionOptions
 
 from vilseg import storage
 from vilseg.config import RunConfig
+from vilseg.config_data import ColumnsConfig
 from vilseg.data.order import PairOrder
 from vilseg.data.pairs import MANIFEST, BadPair, count_pairs
 from vilseg.data.stream import BatchReader, WorkerBatch, decode_features, decode_to_canvas, pack, unpack
@@ -100,7 +101,7 @@ def batch_reader(
         decode=_decoder(config, prepared),
         tokenize=prepared.tokenizer,
         nouns=prepared.nouns,
-        columns=config.data.columns,
+        columns=ColumnsConfig() if config.data.feature_cache else config.data.columns,  # of a cache, the names are ours
         rules=TextRules(config.data.text, config.data.filters),
         report=report,
     )

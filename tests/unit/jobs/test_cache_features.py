@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from jobs.cache_features import cache_key, make_encoders
+from jobs.feed import read_here
 from vilseg import ViLSeg, storage
 from vilseg.config import RunConfig
-from vilseg.data.pairs import list_shards, write_tar
+from vilseg.data.pairs import Shard, list_shards, write_tar
+from vilseg.text.nouns import NounPhrases
+from vilseg.text.tokenizer import FixedTokenizer, train_tokenizer
 from vilseg.training import run
-from vilseg.training.folder import RunFolder
+from vilseg.training.folder import Prepared, RunFolder
 
 ENCODERS = (
     "model.image_encoder.frozen=true",
@@ -43,6 +50,11 @@ def settings(source: str, *overrides: str) -> RunConfig:
 def key(config: RunConfig) -> str:
     assert config.data.source is not None
     return cache_key(config, list_shards(config.data.source), make_encoders(config))
+
+
+def begun_on(*shards: Shard) -> Prepared:
+    tokenizer = train_tokenizer(["a dog"], 64).backend_tokenizer.to_str()
+    return Prepared(shards, NounPhrases(), FixedTokenizer(tokenizer, 8, 0))
 
 
 def same_weights(one: torch.nn.Module, other: torch.nn.Module) -> bool:
@@ -108,6 +120,19 @@ def test_another_place_with_the_same_shards_has_another_key(pairs: str, tmp_path
         assert entry.modified_ns is not None
         os.utime(f"{other}/{entry.relative}", ns=(entry.modified_ns, entry.modified_ns))
     assert key(settings(other)) != key(settings(pairs))
+
+
+def test_a_cache_is_read_by_its_own_columns(pairs: str) -> None:
+    # It was written from columns of other names.
+    columns = ("data.columns.image=jpg", "data.columns.captions=texts")
+    config = settings(pairs, *columns, "trainer.batch_size=1", "trainer.steps=1")
+    cached = str(Path(pairs).parent / "cache")
+    row = {"key": ["k"], "captions": [["a dog"]], "image": [np.zeros((4, 2), np.float16).tobytes()]}
+    Path(cached).mkdir()
+    pq.write_table(pa.table(row), f"{cached}/a.parquet")
+    storage.write_text(f"{cached}/manifest.json", json.dumps({"patches": 4, "features": 2}))
+    (batch,) = read_here(config, begun_on(Shard(f"{cached}/a.parquet", 1)))
+    assert (batch.keys, batch.images.shape) == (("k",), (1, 4, 2))
 
 
 @pytest.mark.parametrize(
