@@ -36,7 +36,7 @@ Point = dict[str, Any]
 
 _NOT_SWEPT = ("name", "data.source", "data.mix", "data.held_out", "trainer.storage", "trainer.workers", "trainer.steps")
 """What all trials share."""
-_CACHED = ("data.", "model.init", "model.image_encoder.", "model.text_encoder.")
+_CACHED = ("init", "data.", "model.init", "model.image_encoder.", "model.text_encoder.")
 """What cached features depend on."""
 _TRIES = 1000
 """Draws until a random search gives up on finding another point."""

@@ -117,6 +117,9 @@ def test_cached_features_are_of_one_encoder() -> None:
     encoders.check(config())
     with pytest.raises(ConfigError, match=r"data\.canvas, but the features in data\.feature_cache"):
         encoders.check(config("data.feature_cache=/cache"))
+    beginnings = space({"init": {"choice": ["runs/a", "runs/b"]}}, dataset="folder:/val")
+    with pytest.raises(ConfigError, match=r"varies init, but the features in data\.feature_cache"):
+        beginnings.check(config("data.feature_cache=/cache"))
 
 
 def test_the_objective_follows_what_there_is() -> None:
