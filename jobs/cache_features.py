@@ -2,7 +2,8 @@
 
 The cache is a folder of pair shards: one Parquet file for each shard of the source, in which ``image`` holds the
 patch features of the picture on the canvas, float16 (N, F), and ``caption_features`` one float16 row for each caption
-where the text encoder is frozen too. It lies in a folder named by a key, the hash of what the features depend on;
+where the text encoder is frozen too. Where pictures have variants, there are further columns of these
+(``vilseg.data.variants``). The cache lies in a folder named by a key, the hash of what the features depend on;
 another encoder, canvas or source, or a shard written anew, has another key and leaves an earlier cache alone.
 ``manifest.json`` comes last: a folder without it is only begun, and the files that are there are not written again.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 
 from jobs.session import Session, user_error_in
 from vilseg import storage
-from vilseg.config import ModelConfig, RunConfig
+from vilseg.config import ModelConfig, RunConfig, ViewsConfig
 from vilseg.config_data import ColumnsConfig
 from vilseg.data.decode import decode_image, square
 from vilseg.data.pairs import (
@@ -38,6 +39,8 @@ from vilseg.data.pairs import (
     read_shard,
     write_index,
 )
+from vilseg.data.variants import VIEW_KEYS, column_name, column_of_variant, variant_seed
+from vilseg.data.views import make_views
 from vilseg.device import best_device, has_bfloat16_units
 from vilseg.errors import ConfigError, DataError
 from vilseg.model import ViLSeg
@@ -51,10 +54,11 @@ _SCHEMA = pa.schema(
     [
         ("key", pa.string()),
         ("captions", pa.list_(pa.string())),
-        ("image", pa.binary()),
+        (column_name(0), pa.binary()),
         (CAPTION_FEATURES, pa.binary()),
     ]
 )
+"""Of pictures without variants; their columns come after these."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +159,11 @@ def _write_all(
 ) -> list[dict[str, Any]]:
     """One output file for each input file, by a pool of actors."""
     actors = max(1, min(len(rows), session.gpus or session.cpus))
-    settings = {"canvas": config.data.canvas, "max_pixels": config.data.max_pixels, "columns": config.data.columns}
+    data = config.data
+    settings = {
+        **{"canvas": data.canvas, "max_pixels": data.max_pixels, "columns": data.columns},
+        **{"variants": data.cache_variants, "views": config.views},
+    }
     shared = ray.put((encoders.images, encoders.texts))
     written = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         _Actor,
@@ -185,6 +193,8 @@ class FeatureWriter:
         canvas: side of the square that pictures are brought to, the middle of the longer side.
         max_pixels: pictures with more are rejected.
         columns: names of the columns of Parquet shards.
+        variants: feature sets of a picture; the first is of its middle, the others of random views.
+        views: crops, flips and colours of these.
     """
 
     def __init__(
@@ -195,11 +205,15 @@ class FeatureWriter:
         canvas: int,
         max_pixels: int,
         columns: ColumnsConfig,
+        variants: int = 1,
+        views: ViewsConfig | None = None,
     ) -> None:
         self._device = best_device()
         self._images = image_encoder.to(self._device).eval().requires_grad_(False)
         self._texts = None if text_encoder is None else text_encoder.to(self._device).eval()
         self._canvas, self._max_pixels, self._columns = canvas, max_pixels, columns
+        # All variants are as large: the number of patches is one.
+        self._variants, self._views = variants, (views or ViewsConfig()).model_copy(update={"global_size": canvas})
 
     def write(self, source: str, target: str) -> dict[str, Any]:
         """Write the features of the shard ``source`` to ``target``, or look at what is there; counts and sizes."""
@@ -207,26 +221,20 @@ class FeatureWriter:
             with storage.open_input(target) as file:
                 return json.loads(pq.read_schema(file).metadata[b"vilseg"])
         good: list[Pair] = []
-        pictures: list[np.ndarray] = []
+        by_column: list[list[bytes]] = [[] for _ in range(self._variants)]
         rejected: list[tuple[str, str]] = []
-        for pair in read_shard(source, self._columns):
-            if isinstance(pair, BadPair):
-                rejected.append((pair.key, pair.reason))
-                continue
-            try:
-                image = decode_image(pair.image, max_pixels=self._max_pixels, min_side=self._canvas)
-            except DataError as error:
-                rejected.append((pair.key, str(error)))
-                continue
-            good.append(pair)
-            pictures.append(square(image, self._canvas))
+        for pairs, pictures in self._decoded(source, rejected):
+            good += pairs
+            for column, found in zip(by_column, self._image_features(pairs, pictures), strict=True):
+                column += found
         rows = {
             "key": [pair.key for pair in good],
             "captions": [list(pair.captions) for pair in good],
-            "image": [features.tobytes() for features in self._image_features(pictures)],
             CAPTION_FEATURES: self._caption_features([pair.captions for pair in good]),
+            **{column_name(number): column for number, column in enumerate(by_column)},
         }
-        patches, features = self._shape(pictures[:1])
+        blank = torch.zeros((1, 3, self._canvas, self._canvas), device=self._device)
+        patches, features = self._encode(blank).shape[1:]
         summary = {
             "target": target,
             "pairs": len(good),
@@ -234,28 +242,62 @@ class FeatureWriter:
             "features": features,
             "rejected": json.dumps(rejected),
         }
-        table = pa.Table.from_pydict(rows, schema=_SCHEMA.with_metadata({"vilseg": json.dumps(summary)}))
+        schema = _SCHEMA
+        for number in range(1, self._variants):
+            schema = schema.append(pa.field(column_name(number), pa.binary()))
+        table = pa.Table.from_pydict(rows, schema=schema.with_metadata({"vilseg": json.dumps(summary)}))
         with storage.open_atomic(target) as file:
             # Half floats of a network do not shrink; rows of a group are read together, so groups are kept small.
             pq.write_table(table, file, row_group_size=64, compression="none", use_dictionary=False)
         return summary
 
-    def _image_features(self, pictures: Sequence[np.ndarray]) -> Iterable[np.ndarray]:
-        """(N, F) float16 for each picture."""
-        for start in range(0, len(pictures), _BATCH):
-            yield from self._encode(pictures[start : start + _BATCH])
+    def _decoded(self, source: str, rejected: list[tuple[str, str]]) -> Iterator[tuple[list[Pair], list[np.ndarray]]]:
+        """The readable pairs of a shard with their pictures, some at a time; key and reason of others go to ``rejected``."""
+        pairs: list[Pair] = []
+        pictures: list[np.ndarray] = []
+        for pair in read_shard(source, self._columns):
+            if isinstance(pair, BadPair):
+                rejected.append((pair.key, pair.reason))
+                continue
+            try:
+                picture = decode_image(pair.image, max_pixels=self._max_pixels, min_side=self._canvas)
+            except DataError as error:
+                rejected.append((pair.key, str(error)))
+                continue
+            pairs.append(pair)
+            pictures.append(picture)
+            if len(pairs) == _BATCH:
+                yield pairs, pictures
+                pairs, pictures = [], []
+        if pairs:
+            yield pairs, pictures
+
+    def _image_features(self, pairs: Sequence[Pair], pictures: Sequence[np.ndarray]) -> list[list[bytes]]:
+        """float16 (N, F) of each picture, for each column."""
+        columns = [[b""] * len(pairs) for _ in range(self._variants)]
+        for variant in range(self._variants):
+            patches_BNF = self._encode(self._pixels(pairs, pictures, variant))
+            for row, (pair, features) in enumerate(zip(pairs, patches_BNF, strict=True)):
+                columns[column_of_variant(variant, pair.key, self._variants)][row] = features.tobytes()
+        return columns
+
+    def _pixels(self, pairs: Sequence[Pair], pictures: Sequence[np.ndarray], variant: int) -> Tensor:
+        """What a variant shows of each picture. Shape: -> (B, 3, canvas, canvas), float32 in 0..1."""
+        seeds = [variant_seed(pair.key, variant) for pair in pairs]
+        # As training without a cache places the canvas and the view on it.
+        positions = [(seed & 0xFFFF) / 0xFFFF if variant else 0.5 for seed in seeds]
+        squares = [square(image, self._canvas, at) for image, at in zip(pictures, positions, strict=True)]
+        images_BHW3 = torch.from_numpy(np.stack(squares)).to(self._device)
+        if not variant:
+            return images_BHW3.permute(0, 3, 1, 2).float().div_(255)
+        seeds_B = torch.tensor(seeds, device=self._device)
+        return make_views(images_BHW3, seeds_B, self._views, global_crops=1, local_crops=0).global_GB3HW[0]
 
     @torch.inference_mode()
-    def _encode(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
-        pixels = torch.from_numpy(np.stack(pictures)).to(self._device).permute(0, 3, 1, 2).float().div_(255)
+    def _encode(self, pixels_B3HW: Tensor) -> np.ndarray:
         with torch.autocast(self._device.type, torch.bfloat16, enabled=has_bfloat16_units(self._device)):
-            patches_BNF: Tensor = self._images(pixels).patches
+            patches_BNF: Tensor = self._images(pixels_B3HW).patches
         return patches_BNF.half().cpu().numpy()
-
-    def _shape(self, pictures: Sequence[np.ndarray]) -> tuple[int, int]:
-        blank = np.zeros((self._canvas, self._canvas, 3), np.uint8)
-        patches, features = self._encode(pictures or [blank]).shape[1:]
-        return patches, features
 
     @torch.inference_mode()
     def _caption_features(self, captions: Sequence[Sequence[str]]) -> list[bytes | None]:
@@ -302,6 +344,8 @@ def cache_key(config: RunConfig, shards: Sequence[storage.FileEntry], encoders: 
         data.columns.model_dump(),
         data.canvas,
         data.max_pixels,  # pairs with more are left out
+        data.cache_variants,
+        config.views.model_dump(include=set(VIEW_KEYS)) if data.cache_variants > 1 else None,
         model.image_encoder.model_dump(mode="json", exclude={"checkpoint", "frozen"}),
         None if encoders.texts is None else text,
     ]

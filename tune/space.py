@@ -25,6 +25,7 @@ from pydantic import Field, model_validator
 
 from vilseg.config import RunConfig
 from vilseg.config_tree import Part, PositiveInt, Tree
+from vilseg.data.variants import VIEW_KEYS
 from vilseg.errors import ConfigError, UserError
 from vilseg.evaluation.mask_free import MEASURES
 
@@ -38,6 +39,8 @@ _NOT_SWEPT = ("name", "data.source", "data.mix", "data.held_out", "trainer.stora
 """What all trials share."""
 _CACHED = ("init", "data.", "model.init", "model.image_encoder.", "model.text_encoder.")
 """What cached features depend on."""
+_CACHED_VIEWS = tuple(f"views.{key}" for key in VIEW_KEYS)
+"""What they depend on as well where pictures have variants."""
 _TRIES = 1000
 """Draws until a random search gives up on finding another point."""
 
@@ -170,10 +173,13 @@ class Space(Tree):
         Raises:
             ConfigError: a parameter is no key of the configuration, or may not vary; the objective lacks what it needs.
         """
+        cached: tuple[str, ...] = ()
+        if config.data.feature_cache:
+            cached = (*_CACHED, *(_CACHED_VIEWS if config.data.cache_variants > 1 else ()))
         for key, parameter in self.parameters.items():
             if key in _NOT_SWEPT:
                 raise ConfigError(f"the space varies {key}, but all trials of a sweep share it; leave it away")
-            if config.data.feature_cache and key.startswith(_CACHED):
+            if key.startswith(cached):
                 raise ConfigError(
                     f"the space varies {key}, but the features in data.feature_cache are made for one value"
                 )

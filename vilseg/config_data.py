@@ -83,6 +83,10 @@ class DataConfig(Part):
     filters: FiltersConfig = FiltersConfig()
     feature_cache: str | None = None
     """URI of patch features written once for a frozen image encoder; training then reads features, not pictures."""
+    cache_variants: PositiveInt = 1
+    """Feature sets of each picture in the feature cache, of which an epoch takes one: that of the picture's middle, and those of
+    random views by ``global_scale``, ``flip`` and the colours of ``views``, as large as the canvas. The encoding and the storage
+    are so many times as much; an epoch reads as much as with one."""
 
     @property
     def sources(self) -> dict[str, MixPart]:

@@ -21,6 +21,7 @@ from vilseg.data.decode import decode_image, image_size, square
 from vilseg.data.order import Chunk, Segment, Window, apportion
 from vilseg.data.pairs import BadPair, Pair, Shard, count_pairs, list_shards, read_index, read_shard
 from vilseg.data.texts import TextRules, choose
+from vilseg.data.variants import column_name, column_of_epoch
 from vilseg.errors import DataError, FilteredError
 from vilseg.patience import patiently
 from vilseg.text.nouns import NounPhrases
@@ -120,6 +121,7 @@ class BatchReader:
         nouns: phrases to look for in the captions.
         columns: names of the columns of Parquet shards.
         rules: which texts of a pair are used.
+        variants: of every picture in a feature cache, of which an epoch reads one.
         report: told of every chunk (pairs read, bad and filtered pairs); may raise to stop the run.
     """
 
@@ -131,6 +133,7 @@ class BatchReader:
     nouns: NounPhrases = field(default_factory=NounPhrases)
     columns: ColumnsConfig = field(default_factory=ColumnsConfig)
     rules: TextRules = field(default_factory=TextRules)
+    variants: int = 1
     report: Callable[[int, list[BadPair]], None] | None = None
 
     def read(self, chunk: Chunk) -> Iterator[WorkerBatch]:
@@ -141,12 +144,19 @@ class BatchReader:
         Raises:
             DataError: no pair of a window can be used, or ``report`` has had enough.
         """
-        streams = _Streams(lambda uri: read_shard(uri, self.columns, self.rules))
+        streams = _Streams(self._begin)
         wanted = chunk.first_step + chunk.skip
         for number, window in enumerate(chunk.windows):
             if window.first_step + window.steps > wanted:
                 yield from self._read_window(window, max(0, wanted - window.first_step), streams)
             streams.keep({_place(segment) for later in chunk.windows[number + 1 :] for segment in later.segments})
+
+    def _begin(self, segment: Segment) -> Iterator[Pair | BadPair]:
+        columns = self.columns
+        if self.variants > 1:
+            name = column_name(column_of_epoch(segment.epoch, self.seed, self.variants))
+            columns = columns.model_copy(update={"image": name})
+        return read_shard(segment.uri, columns, self.rules)
 
     def _read_window(self, window: Window, skip: int, streams: _Streams) -> Iterator[WorkerBatch]:
         pool, bad = self._load(window, streams)
@@ -232,7 +242,7 @@ class BatchReader:
 class _Streams:
     """Shards being read, each on from where it was."""
 
-    def __init__(self, begin: Callable[[str], Iterator[Pair | BadPair]]) -> None:
+    def __init__(self, begin: Callable[[Segment], Iterator[Pair | BadPair]]) -> None:
         self._begin = begin
         self._begun: dict[_Place, tuple[Iterator[Pair | BadPair], int]] = {}
 
@@ -244,7 +254,7 @@ class _Streams:
         # What fails is begun anew.
         pairs, position = self._begun.pop(_place(segment), (None, 0))
         if pairs is None or position > segment.start:
-            pairs, position = self._begin(segment.uri), 0
+            pairs, position = self._begin(segment), 0
         found = list(itertools.islice(pairs, segment.start - position, segment.stop - position))
         self._begun[_place(segment)] = pairs, segment.stop
         return found

@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 
-from jobs.cache_features import cache_key, make_encoders
+from jobs.cache_features import FeatureWriter, cache_key, make_encoders
 from jobs.feed import read_here
 from vilseg import ViLSeg, storage
-from vilseg.config import RunConfig
+from vilseg.config import RunConfig, ViewsConfig
+from vilseg.config_data import ColumnsConfig
 from vilseg.data.pairs import Shard, list_shards, write_tar
+from vilseg.data.variants import column_name, column_of_variant
+from vilseg.model.image_encoder import LocalConvEncoder
 from vilseg.text.nouns import NounPhrases
 from vilseg.text.tokenizer import FixedTokenizer, train_tokenizer
 from vilseg.training import run
 from vilseg.training.folder import Prepared, RunFolder
 
+SIDE = 32
 ENCODERS = (
     "model.image_encoder.frozen=true",
     "model.image_encoder.sizes={width: 16, depth: 1}",
@@ -55,6 +62,40 @@ def key(config: RunConfig) -> str:
 def begun_on(*shards: Shard) -> Prepared:
     tokenizer = train_tokenizer(["a dog"], 64).backend_tokenizer.to_str()
     return Prepared(shards, NounPhrases(), FixedTokenizer(tokenizer, 8, 0))
+
+
+def photo(seed: int) -> bytes:
+    # Not square: variants differ in what they show of it, too.
+    pixels = np.random.default_rng(seed).integers(0, 255, (SIDE, 2 * SIDE, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def write_photos(uri: str, count: int) -> None:
+    write_tar(uri, ((f"k{number}", photo(number), "png", {"caption": f"a dog {number}"}) for number in range(count)))
+
+
+def write_cache(source: str, cache: str, variants: int, **views: float) -> dict[str, Any]:
+    """Features of one shard, the encoder always the same."""
+    torch.manual_seed(0)
+    encoder = LocalConvEncoder(width=16, depth=1, patch_size=8).eval()
+    of_views = ViewsConfig.model_validate(views)
+    writer = FeatureWriter(
+        encoder, None, canvas=SIDE, max_pixels=10_000, columns=ColumnsConfig(), variants=variants, views=of_views
+    )
+    summary = writer.write(source, f"{cache}/a.parquet")
+    storage.write_text(f"{cache}/manifest.json", json.dumps({name: summary[name] for name in ("patches", "features")}))
+    return summary
+
+
+def variants_of(cache: str, variants: int) -> list[dict[str, bytes]]:
+    """The features of the pictures by key, variant by variant."""
+    rows = pq.read_table(f"{cache}/a.parquet").to_pylist()
+    return [
+        {row["key"]: row[column_name(column_of_variant(variant, row["key"], variants))] for row in rows}
+        for variant in range(variants)
+    ]
 
 
 def same_weights(one: torch.nn.Module, other: torch.nn.Module) -> bool:
@@ -140,6 +181,7 @@ def test_a_cache_is_read_by_its_own_columns(pairs: str) -> None:
     [
         ("data.columns.caption=caption", "data.columns.caption=alt"),
         ("data.max_pixels=1000", "data.max_pixels=2000"),
+        ("data.cache_variants=1", "data.cache_variants=2"),
         ("data.canvas=224", "data.canvas=96"),
         # The weights of both are the same.
         ("model.image_encoder.sizes.num_attention_heads=2", "model.image_encoder.sizes.num_attention_heads=4"),
@@ -154,3 +196,75 @@ def test_the_key_depends_on_what_weights_do_not_tell(first: str, second: str, pa
         key(settings(pairs, *vit, "model.image_encoder.sizes.num_attention_heads=2", last)) for last in (first, second)
     ]
     assert keys[0] != keys[1]
+
+
+def test_views_matter_to_the_key_where_pictures_have_variants(pairs: str) -> None:
+    alone, several = "data.cache_variants=1", "data.cache_variants=2"
+    assert key(settings(pairs, alone, "views.hue=0")) == key(settings(pairs, alone))
+    assert key(settings(pairs, several, "views.hue=0")) != key(settings(pairs, several))
+    # Of training, not of the cache.
+    assert key(settings(pairs, several, "views.feature_dropout=0.5")) == key(settings(pairs, several))
+
+
+def test_the_first_variant_is_the_picture_as_without_variants_and_the_others_are_views(tmp_path: Path) -> None:
+    source = f"{tmp_path}/pairs/a.tar"
+    write_photos(source, 20)  # more than are encoded at once
+    write_cache(source, f"{tmp_path}/one", 1)
+    assert pq.read_schema(f"{tmp_path}/one/a.parquet").names == ["key", "captions", "image", "caption_features"]
+    summary = write_cache(source, f"{tmp_path}/three", 3)
+    assert (summary["pairs"], summary["patches"], summary["features"]) == (20, 16, 16)
+    (alone,) = variants_of(f"{tmp_path}/one", 1)
+    middle, second, third = variants_of(f"{tmp_path}/three", 3)
+    assert middle == alone
+    for name in alone:
+        assert len({middle[name], second[name], third[name]}) == 3
+        assert len(second[name]) == len(middle[name])
+
+
+def test_variants_are_the_same_whichever_shard_a_pair_is_in(tmp_path: Path) -> None:
+    for count in (5, 7):
+        write_photos(f"{tmp_path}/{count}.tar", count)
+        write_cache(f"{tmp_path}/{count}.tar", f"{tmp_path}/{count}", 2)
+    fewer, more = (variants_of(f"{tmp_path}/{count}", 2)[1] for count in (5, 7))
+    for name, features in fewer.items():
+        ours, theirs = (np.frombuffer(one, np.float16).astype(np.float32) for one in (features, more[name]))
+        assert np.allclose(ours, theirs, atol=0.05), "but for how many are encoded at once"
+
+
+def test_variants_follow_the_settings_of_the_views(tmp_path: Path) -> None:
+    write_photos(f"{tmp_path}/a.tar", 4)
+    write_cache(f"{tmp_path}/a.tar", f"{tmp_path}/usual", 2)
+    write_cache(f"{tmp_path}/a.tar", f"{tmp_path}/plain", 2, brightness=0, contrast=0, saturation=0, hue=0)
+    usual, plain = (variants_of(f"{tmp_path}/{name}", 2) for name in ("usual", "plain"))
+    assert usual[0] == plain[0]
+    assert all(usual[1][name] != plain[1][name] for name in usual[1])
+
+
+def test_an_epoch_reads_one_variant_of_every_picture_and_in_the_end_all(tmp_path: Path) -> None:
+    write_photos(f"{tmp_path}/a.tar", 20)
+    write_cache(f"{tmp_path}/a.tar", f"{tmp_path}/cache", 3)
+    known = {
+        (name, features): variant
+        for variant, pictures in enumerate(variants_of(f"{tmp_path}/cache", 3))
+        for name, features in pictures.items()
+    }
+
+    def epochs(seed: int) -> list[dict[str, int]]:
+        """The variants read by key, epoch by epoch."""
+        sizes = ("trainer.batch_size=10", "trainer.steps=6", f"trainer.seed={seed}")
+        config = settings(f"{tmp_path}/a.tar", "data.cache_variants=3", *sizes)
+        batches = list(read_here(config, begun_on(Shard(f"{tmp_path}/cache/a.parquet", 20))))
+        return [
+            {
+                name: known[name, features.tobytes()]
+                for batch in batches[first : first + 2]
+                for name, features in zip(batch.keys, batch.images, strict=True)
+            }
+            for first in (0, 2, 4)
+        ]
+
+    found = epochs(0)
+    assert all(set(epoch.values()) == {0, 1, 2} for epoch in found), "an epoch has pictures of all variants"
+    assert all({epoch[name] for epoch in found} == {0, 1, 2} for name in found[0]), "and a picture each of its own"
+    assert epochs(0) == found
+    assert epochs(1)[0] == found[1], "another seed begins with another"

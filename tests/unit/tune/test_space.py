@@ -122,6 +122,16 @@ def test_cached_features_are_of_one_encoder() -> None:
         beginnings.check(config("data.feature_cache=/cache"))
 
 
+def test_variants_in_a_cache_are_of_one_augmentation() -> None:
+    flips = space({"views.flip": {"choice": [0, 0.5]}}, dataset="folder:/val")
+    dropped = space({"views.feature_dropout": {"choice": [0, 0.5]}}, dataset="folder:/val")
+    flips.check(config("data.feature_cache=/cache"))
+    variants = config("data.feature_cache=/cache", "data.cache_variants=2")
+    dropped.check(variants)
+    with pytest.raises(ConfigError, match=r"varies views\.flip, but the features in data\.feature_cache"):
+        flips.check(variants)
+
+
 def test_the_objective_follows_what_there_is() -> None:
     assert space({CLUSTERS: {"choice": [5]}}).counts == "nouns"
     assert space({CLUSTERS: {"choice": [5]}}, dataset="folder:/val").counts == "miou"
