@@ -1,11 +1,12 @@
 """Write the features of frozen encoders once, so that training reads them instead of pictures and texts.
 
 The cache is a folder of pair shards: one Parquet file for each shard of the source, in which ``image`` holds the
-patch features of the picture on the canvas, float16 (N, F), and ``caption_features`` one float16 row for each caption
-where the text encoder is frozen too. Where pictures have variants, there are further columns of these
-(``vilseg.data.variants``). The cache lies in a folder named by a key, the hash of what the features depend on;
-another encoder, canvas or source, or a shard written anew, has another key and leaves an earlier cache alone.
-``manifest.json`` comes last: a folder without it is only begun, and the files that are there are not written again.
+patch features of the picture on the canvas, float16 (N, F), with one row more for the image as a whole where the
+encoder has an embedding of its own for it, and ``caption_features`` one float16 row for each caption where the text
+encoder is frozen too. Where pictures have variants, there are further columns of these (``vilseg.data.variants``).
+The cache lies in a folder named by a key, the hash of what the features depend on; another encoder, canvas or source,
+or a shard written anew, has another key and leaves an earlier cache alone. ``manifest.json`` comes last: a folder
+without it is only begun, and the files that are there are not written again.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from vilseg.data.variants import VIEW_KEYS, column_name, column_of_variant, vari
 from vilseg.data.views import make_views
 from vilseg.device import best_device, has_bfloat16_units
 from vilseg.errors import ConfigError, DataError
-from vilseg.model import ViLSeg
+from vilseg.model import ImageFeatures, ViLSeg
 from vilseg.model.image_encoder import build_image_encoder
 from vilseg.model.text_encoder import TextEncoder, build_text_encoder
 from vilseg.training.run import model_settings, require_sources
@@ -68,6 +69,7 @@ class Manifest:
     uri: str
     """Its folder, below ``data.feature_cache``."""
     patches: int
+    """Rows of a picture: its patches, and one more where the encoder has an embedding of its own for the image as a whole."""
     features: int
     pairs: dict[str, int] = field(default_factory=dict)
     """By file name."""
@@ -273,12 +275,12 @@ class FeatureWriter:
             yield pairs, pictures
 
     def _image_features(self, pairs: Sequence[Pair], pictures: Sequence[np.ndarray]) -> list[list[bytes]]:
-        """float16 (N, F) of each picture, for each column."""
+        """The rows of each picture, float16, for each column."""
         columns = [[b""] * len(pairs) for _ in range(self._variants)]
         for variant in range(self._variants):
-            patches_BNF = self._encode(self._pixels(pairs, pictures, variant))
-            for row, (pair, features) in enumerate(zip(pairs, patches_BNF, strict=True)):
-                columns[column_of_variant(variant, pair.key, self._variants)][row] = features.tobytes()
+            rows_BRF = self._encode(self._pixels(pairs, pictures, variant))
+            for place, (pair, rows_RF) in enumerate(zip(pairs, rows_BRF, strict=True)):
+                columns[column_of_variant(variant, pair.key, self._variants)][place] = rows_RF.tobytes()
         return columns
 
     def _pixels(self, pairs: Sequence[Pair], pictures: Sequence[np.ndarray], variant: int) -> Tensor:
@@ -295,9 +297,18 @@ class FeatureWriter:
 
     @torch.inference_mode()
     def _encode(self, pixels_B3HW: Tensor) -> np.ndarray:
+        """Patches and, where the encoder has an embedding of its own for it, the whole. Shape: -> (B, R, F), float16."""
         with torch.autocast(self._device.type, torch.bfloat16, enabled=has_bfloat16_units(self._device)):
-            patches_BNF: Tensor = self._images(pixels_B3HW).patches
-        return patches_BNF.half().cpu().numpy()
+            found: ImageFeatures = self._images(pixels_B3HW)
+        h, w = found.grid
+        if h != w:  # whoever reads the cache knows the grid by the number of patches
+            raise ConfigError(
+                f"data.feature_cache needs an encoder with as many patches down as across a square canvas; this one has {h} x {w}"
+            )
+        rows_BRF = found.patches.half()
+        if found.pooled is not None:
+            rows_BRF = torch.cat([rows_BRF, found.pooled.half().unsqueeze(1)], 1)
+        return rows_BRF.cpu().numpy()
 
     @torch.inference_mode()
     def _caption_features(self, captions: Sequence[Sequence[str]]) -> list[bytes | None]:

@@ -37,7 +37,7 @@ class WorkerBatch:
     """What one worker is fed in one step, as numpy arrays, so that it travels without a copy."""
 
     images: np.ndarray
-    """(B, canvas, canvas, 3) uint8; with a feature cache (B, N, F) float16."""
+    """(B, canvas, canvas, 3) uint8; with a feature cache (B, N, F) float16, or (B, N + 1, F) with the image as a whole."""
     tokens: np.ndarray
     """(B, T) int32, padded to the longest caption that the model takes; with cached caption features (B, F) float16."""
     phrases: np.ndarray

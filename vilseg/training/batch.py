@@ -149,7 +149,14 @@ def as_float32(features: ImageFeatures) -> ImageFeatures:
     return features._replace(patches=features.patches.float(), pooled=pooled)
 
 
-def cached_features(patches_BNF: Tensor) -> ImageFeatures:
-    """Features of a feature cache as an encoder would give them, in the dtype of the cache."""
-    side = math.isqrt(patches_BNF.shape[1])  # pictures are cached from a square canvas
-    return ImageFeatures(patches_BNF, None, (side, patches_BNF.shape[1] // side))
+def cached_features(rows_BRF: Tensor) -> ImageFeatures:
+    """Features of a feature cache as an encoder would give them, the patches in the dtype of the cache.
+
+    Args:
+        rows_BRF: patches of pictures on a square canvas, a square number; one row more is the image as a whole. Shape: (B, R, F).
+    """
+    rows = rows_BRF.shape[1]
+    side = math.isqrt(rows)
+    if rows == side * side + 1:
+        return ImageFeatures(rows_BRF[:, :-1], rows_BRF[:, -1].float(), (side, side))
+    return ImageFeatures(rows_BRF, None, (side, rows // side))

@@ -19,14 +19,18 @@ from PIL import Image
 from jobs.cache_features import FeatureWriter, cache_key, make_encoders
 from jobs.feed import read_here
 from vilseg import ViLSeg, storage
-from vilseg.config import RunConfig, ViewsConfig
+from vilseg.config import ImageEncoderConfig, RunConfig, ViewsConfig
 from vilseg.config_data import ColumnsConfig
-from vilseg.data.pairs import Shard, list_shards, write_tar
+from vilseg.data.decode import decode_image, square
+from vilseg.data.pairs import Pair, Shard, list_shards, read_shard, write_tar
+from vilseg.data.stream import decode_features
 from vilseg.data.variants import column_name, column_of_variant
-from vilseg.model.image_encoder import LocalConvEncoder
+from vilseg.device import has_bfloat16_units
+from vilseg.model.image_encoder import LocalConvEncoder, build_image_encoder
 from vilseg.text.nouns import NounPhrases
 from vilseg.text.tokenizer import FixedTokenizer, train_tokenizer
 from vilseg.training import run
+from vilseg.training.batch import cached_features
 from vilseg.training.folder import Prepared, RunFolder
 
 SIDE = 32
@@ -268,3 +272,32 @@ def test_an_epoch_reads_one_variant_of_every_picture_and_in_the_end_all(tmp_path
     assert all({epoch[name] for epoch in found} == {0, 1, 2} for name in found[0]), "and a picture each of its own"
     assert epochs(0) == found
     assert epochs(1)[0] == found[1], "another seed begins with another"
+
+
+def test_the_encoders_own_embedding_of_the_whole_is_cached_too(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    torch.manual_seed(0)
+    vit = build_image_encoder(
+        ImageEncoderConfig(architecture="vit", sizes={**sizes, "image_size": SIDE, "patch_size": 8})
+    ).eval()
+    write_tar(f"{tmp_path}/a.tar", [("k", photo(1), "png", {"caption": "a dog"})])
+    writer = FeatureWriter(vit, None, canvas=SIDE, max_pixels=10_000, columns=ColumnsConfig())
+    summary = writer.write(f"{tmp_path}/a.tar", f"{tmp_path}/a.parquet")
+    assert (summary["patches"], summary["features"]) == (17, 16)
+    (pair,) = read_shard(f"{tmp_path}/a.parquet")
+    assert isinstance(pair, Pair)
+    rows = torch.tensor(decode_features(pair.image, 0, patches=17, features=16)).unsqueeze(0)
+    cached = cached_features(rows)
+    picture = square(decode_image(photo(1)), SIDE)
+    pixels = torch.tensor(picture).permute(2, 0, 1).unsqueeze(0) / 255
+    half = has_bfloat16_units(torch.device("cpu"))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=half):
+        wanted = vit(pixels)
+    assert cached.grid == wanted.grid == (4, 4)
+    assert wanted.pooled is not None
+    assert cached.pooled is not None
+    assert cached.pooled.dtype == torch.float32
+    torch.testing.assert_close(cached.pooled, wanted.pooled.float(), atol=0.01, rtol=0.01)
+    torch.testing.assert_close(cached.patches.float(), wanted.patches.float(), atol=0.01, rtol=0.01)
+    # Nothing else is: patches alone have a mean.
+    assert cached_features(rows[:, :-1]).pooled is None

@@ -1,6 +1,7 @@
 """The objective: every loss alone and all together, the teacher, and cached features."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -255,6 +256,23 @@ def test_cached_half_precision_features_train_all_losses(make_model: Make) -> No
         "vision_head.mlp",
         "vision_head.prototypes",
     }
+
+
+def test_the_cached_embedding_of_a_picture_as_a_whole_is_what_captions_meet(make_model: Make) -> None:
+    model = make_model(image_encoder=FROZEN)
+    objective = Objective(model, loss_config(*LOSSES), VIEWS.model_copy(update={"feature_dropout": 0.5}), PHRASES)
+    batch = batch_for(model, features=True)
+    whole = torch.randn(4, 16, generator=torch.Generator().manual_seed(5)).half()
+    batch = replace(batch, images=torch.cat([batch.images, whole.unsqueeze(1)], 1))
+    seen = see(model, batch, objective.views, global_=2, local=0, second_learns=False, drop=True)
+    assert seen.factors_GBF is not None
+    assert seen.global_[0].grid == (3, 3)
+    torch.testing.assert_close(seen.global_[0].patches, batch.images[:, :9])
+    for number, factors_BF in enumerate(seen.factors_GBF):
+        torch.testing.assert_close(seen.pooled(number), whole.float() * factors_BF)
+        torch.testing.assert_close(seen.view(number).pooled, whole.float() * factors_BF)
+    losses, _ = gradients(objective, batch)
+    assert all(value.isfinite() for value in losses.values())
 
 
 def test_dropout_takes_whole_channels_of_a_pair_and_is_what_makes_two_views(make_model: Make) -> None:
