@@ -115,7 +115,7 @@ def test_training_reads_the_cache_and_another_source_gets_another_one(ray_cluste
     root = "s3://vilseg/cached"
     for name in ("a", "b"):
         write_pairs(f"{root}/pairs/{name}.tar", 6)
-    config = settings(root)
+    config = settings(root, "data.cache_variants=2")
     outcome = train.main(config, ray_cluster)
     assert outcome.metrics["step"] == 3
     assert np.isfinite(outcome.metrics["loss/mutual_information"])
