@@ -103,7 +103,7 @@ def batch_reader(
         nouns=prepared.nouns,
         columns=ColumnsConfig() if config.data.feature_cache else config.data.columns,  # of a cache, the names are ours
         rules=TextRules(config.data.text, config.data.filters),
-        variants=config.data.cache_variants if config.data.feature_cache else 1,
+        variants=config.data.cache_variants,
         report=report,
     )
 

@@ -93,6 +93,10 @@ def test_a_best_checkpoint_by_what_is_not_measured_is_told() -> None:
     assert RunConfig.load(None, [best, "data.held_out=pairs"]).trainer.best_by == "held_out/retrieval"
 
 
+def test_variants_without_a_cache_are_told() -> None:
+    assert "cache_variants are those of a feature_cache" in sentence("data.cache_variants=2")
+
+
 def test_keys_below_a_value_are_told() -> None:
     assert "'name' holds a value" in sentence("name=x", "name.sub=1")
 
