@@ -117,7 +117,9 @@ class DataConfig(Part):
     @model_validator(mode="after")
     def _cached_as_it_is(self) -> Self:
         if self.cache_variants > 1 and not self.feature_cache:
-            raise ValueError("cache_variants are those of a feature_cache, and none is set; without one every view is new")
+            raise ValueError(
+                "cache_variants are those of a feature_cache, and none is set; without one every view is new"
+            )
         if self.feature_cache and (self.text != TextConfig() or self.filters != FiltersConfig()):
             raise ValueError(
                 "a feature_cache holds every pair with all its texts alike; leave text and filters out, or filter the pairs "
