@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from tests.unit.training.test_loop import BATCH, NAMES, batches, data_parallel, losses, write_run
-from vilseg.config import LossConfig, OptimizerConfig, TrainerConfig, ViewsConfig
+from vilseg.config import OptimizerConfig, TrainerConfig, ViewsConfig
+from vilseg.config_loss import LossConfig
 from vilseg.distributed import world_size
 from vilseg.model import ViLSeg
 from vilseg.training.loop import Trainer

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from vilseg.config import LossConfig, RunConfig, TrainerConfig
+from vilseg.config import RunConfig, TrainerConfig
+from vilseg.config_loss import LossConfig
 from vilseg.errors import ConfigError
 
 

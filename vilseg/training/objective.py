@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vilseg.config import LossConfig, ViewsConfig
+from vilseg.config import ViewsConfig
+from vilseg.config_loss import LossConfig
 from vilseg.data.views import align
 from vilseg.distributed import gather_rows, mean_over_workers, world_size
 from vilseg.errors import ConfigError

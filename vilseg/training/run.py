@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from vilseg import storage
-from vilseg.config import CrossModalConfig, ModelConfig, RunConfig
+from vilseg.config import ModelConfig, RunConfig
 from vilseg.config_data import MixPart
+from vilseg.config_loss import CrossModalConfig
 from vilseg.config_tree import flat
 from vilseg.data.order import PairOrder
 from vilseg.data.pairs import Pair, Shard, list_shards

@@ -14,7 +14,8 @@ import pytest
 ROOT = Path(__file__).parents[3]
 PROGRAM = """
 import json, sys, torch
-from vilseg.config import LossConfig, ModelConfig, OptimizerConfig, TrainerConfig, ViewsConfig
+from vilseg.config import ModelConfig, OptimizerConfig, TrainerConfig, ViewsConfig
+from vilseg.config_loss import LossConfig
 from vilseg.data.stream import WorkerBatch
 from vilseg.model import ViLSeg
 from vilseg.training.batch import TensorBatch

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from vilseg.config import LossConfig, ViewsConfig
+from vilseg.config import ViewsConfig
+from vilseg.config_loss import LossConfig
 from vilseg.distributed import rank, world_size
 from vilseg.errors import ConfigError
 from vilseg.model import ViLSeg

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import nn
 
-from vilseg.config import LossConfig, OptimizerConfig, TrainerConfig, ViewsConfig
+from vilseg.config import OptimizerConfig, TrainerConfig, ViewsConfig
+from vilseg.config_loss import LossConfig
 from vilseg.errors import ConfigError
 from vilseg.model import ImageFeatures, ViLSeg
 from vilseg.training.batch import TensorBatch

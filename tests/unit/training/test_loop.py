@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from vilseg.config import LossConfig, OptimizerConfig, TrainerConfig, ViewsConfig
+from vilseg.config import OptimizerConfig, TrainerConfig, ViewsConfig
+from vilseg.config_loss import LossConfig
 from vilseg.data.order import PairOrder
 from vilseg.data.pairs import write_tar
 from vilseg.data.stream import BatchReader, WorkerBatch, decode_to_canvas, index_shards

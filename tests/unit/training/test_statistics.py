@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vilseg.config import LossConfig, ViewsConfig
+from vilseg.config import ViewsConfig
+from vilseg.config_loss import LossConfig
 from vilseg.data.stream import WorkerBatch
 from vilseg.training.batch import TensorBatch
 from vilseg.training.objective import Objective
