@@ -150,7 +150,7 @@ def main(out: Path) -> dict[str, Any]:
     tuning = [Job(name, first, _READ, _STEPS, rate=rate) for name in peers.PEERS for rate in peers.RATES]
     long = [
         Job("default, long", first, (), _LONG_STEPS, _LONG_EVALUATIONS, readings=True),
-        Job("captions alone, long", first, VARIANTS[1].overrides, _LONG_STEPS, _LONG_EVALUATIONS),
+        Job("captions alone, long", first, (*_READ, *VARIANTS[1].overrides), _LONG_STEPS, _LONG_EVALUATIONS),
     ]
     found = _run(out, tuning)
     jobs = [
