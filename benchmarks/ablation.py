@@ -279,8 +279,8 @@ def _table(
     lines = [
         f"{samples:,} samples, {len(_SEEDS)} seeds, {scene_runs.UNSEEN} unseen scenes; ± is the standard deviation over the "
         "seeds. The difference to the default is taken seed by seed; its ± is the standard error. All are read with "
-        f"`{' '.join(_READ)}`, but for the part reading, which is the default's models read otherwise. The peers learn at the "
-        f"best of the rates {', '.join(f'{rate:g}' for rate in peers.RATES)} (seed {_SEEDS[0]}).",
+        f"`{' '.join(_READ)}`, but for captions alone, by patches, and the part reading, the default's models read otherwise. "
+        f"The peers learn at the best of the rates {', '.join(f'{rate:g}' for rate in peers.RATES)} (seed {_SEEDS[0]}).",
         "",
         "| part | variant | mIoU | to the default |",
         "|---|---|---|---|",
@@ -288,7 +288,11 @@ def _table(
     for row in rows:
         difference = f"{row['ahead']:+.3f} ± {row['ahead_error']:.3f}" if row["name"] != "default" else ""
         lines.append(f"| {row['part']} | {row['name']} | {row['miou']:.3f} ± {row['spread']:.3f} | {difference} |")
-    lines += ["", "mIoU over samples, five times the demo's:", ""]
+    lines += [
+        "",
+        "mIoU over samples, five times the demo's; the default is read as the demo is, captions alone as above:",
+        "",
+    ]
     for name, curve in curves.items():
         lines.append(f"- {name}: " + ", ".join(f"{miou:.3f} ({seen:,.0f})" for seen, miou in curve))
     ways = ", ".join(f"{name} {miou:.3f}" for name, miou in readings.items())
