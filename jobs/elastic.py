@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import ray
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
@@ -44,19 +44,15 @@ def wait_for_workers(trainer: TrainerConfig, say: Callable[[str], None]) -> tupl
     told = False
     while time.monotonic() < begun + _PATIENCE_S:
         session = look()
-        workers = most = workers_that_fit(trainer, session)
-        while workers >= trainer.fewest_workers:
+        for workers in _wished(trainer, session):
             if _is_free(session, workers):
                 return workers, session
             if time.monotonic() < begun + _ALL_WITHIN_S:
                 break
-            workers = trainer.even_workers(workers - 1)
         if not told:
             told = True
-            say(
-                f"waiting for room for {max(most, trainer.fewest_workers)} workers; there are {session.cpus} CPUs, "
-                f"{session.gpus} GPUs"
-            )
+            most = max(workers_that_fit(trainer, session), trainer.fewest_workers)
+            say(f"waiting for room for {most} workers; there are {session.cpus} CPUs, {session.gpus} GPUs")
         time.sleep(1)
     raise ConfigError(
         f"for {_PATIENCE_S / 60:.0f} minutes the cluster had no room for trainer.workers={trainer.fewest_workers}, the fewest; "
@@ -84,14 +80,22 @@ class Growth:
             return False
         self._next = time.monotonic() + _LOOK_EVERY_S
         session = look()
-        wanted = workers_that_fit(self._trainer, session)
-        free = _free() if wanted > self._workers else {}
-        while wanted > self._workers:
-            needed = _all_of(session, wanted)
-            if all(amount <= self._held.get(name, 0) + free[name] + 1e-6 for name, amount in needed.items()):
-                return True
-            wanted = self._trainer.even_workers(wanted - 1)
-        return False
+        wished = [workers for workers in _wished(self._trainer, session) if workers > self._workers]
+        free = _free() if wished else {}
+
+        def has_room(workers: int) -> bool:
+            needed = _all_of(session, workers)
+            return all(amount <= self._held.get(name, 0) + free[name] + 1e-6 for name, amount in needed.items())
+
+        return any(has_room(workers) for workers in wished)
+
+
+def _wished(trainer: TrainerConfig, session: Session) -> Iterator[int]:
+    """Numbers of workers that the cluster has room for in all, the most first."""
+    workers = workers_that_fit(trainer, session)
+    while workers >= trainer.fewest_workers:
+        yield workers
+        workers = trainer.even_workers(workers - 1)
 
 
 def _all_of(session: Session, workers: int) -> dict[str, float]:

@@ -12,7 +12,17 @@ from pydantic import Field, field_validator, model_validator
 
 from vilseg.config_data import DataConfig
 from vilseg.config_loss import LossConfig
-from vilseg.config_tree import NonNegative, Part, Positive, PositiveInt, Share, Shares, Tree
+from vilseg.config_tree import (
+    NonNegative,
+    NonNegativeInt,
+    Part,
+    Positive,
+    PositiveInt,
+    Share,
+    ShareBelowAll,
+    Shares,
+    Tree,
+)
 from vilseg.errors import ConfigError
 from vilseg.text.templates import templates
 
@@ -23,7 +33,7 @@ class ViewsConfig(Part):
     global_size: PositiveInt = 224
     global_scale: Shares = (0.4, 1.0)
     local_size: PositiveInt = 96
-    local_crops: Annotated[int, Field(ge=0)] = 2
+    local_crops: NonNegativeInt = 2
     local_scale: Shares = (0.05, 0.4)
     flip: Share = 0.5
     brightness: Share = 0.3
@@ -31,7 +41,7 @@ class ViewsConfig(Part):
     saturation: Share = 0.2
     hue: Annotated[float, Field(ge=0, le=0.5)] = 0.03
     """Largest photometric change, as a factor around 1 (hue: share of the circle)."""
-    feature_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    feature_dropout: ShareBelowAll = 0.0
     """Share of a frozen encoder's channels dropped for a whole view; with a feature cache it is what makes two views."""
 
 
@@ -94,17 +104,14 @@ class ModelConfig(Part):
     """Outputs of the clustering head; ViL-Seg compares 5 to 35."""
 
 
-_Momentum = Annotated[float, Field(ge=0, lt=1)]
-
-
 class OptimizerConfig(Part):
     """AdamW with linear warm-up and linear decay to zero (Bergsma et al. 2025)."""
 
     learning_rate: Positive = 5e-4
     weight_decay: NonNegative = 0.05
-    betas: tuple[_Momentum, _Momentum] = (0.9, 0.98)
+    betas: tuple[ShareBelowAll, ShareBelowAll] = (0.9, 0.98)
     """As CLIP for vision transformers (Radford et al. 2021, table 20)."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 100
+    warmup_steps: NonNegativeInt = 100
     gradient_clip: NonNegative = 1.0
     """Largest norm of the gradient; 0 leaves it alone."""
 
@@ -139,12 +146,12 @@ class TrainerConfig(Part):
     """Figure of the reports by which the best checkpoint is known: of names that begin with ``loss`` the lowest, of others the
     highest. With ``data.held_out`` there are ``held_out/retrieval``, ``held_out/nouns`` and more (docs/tuning.md)."""
     log_every: PositiveInt = 20
-    max_failures: Annotated[int, Field(ge=0)] = 2
+    max_failures: NonNegativeInt = 2
     """A worker that dies is replaced this often before the run fails."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: NonNegativeInt = 0
     storage: str = "runs"
     """URI under which the run's folder is made."""
-    examples_every: Annotated[int, Field(ge=0)] = 500
+    examples_every: NonNegativeInt = 500
     """Steps between pictures of the clusters in TensorBoard; 0 for none."""
     tracking: Literal["none", "mlflow"] = "none"
     """``mlflow`` tells the server at ``MLFLOW_TRACKING_URI`` of every report too."""
@@ -199,7 +206,7 @@ class RefinementConfig(Part):
 
     method: Literal["pamr", "guided"] = "pamr"
     """Means of like neighbours (PAMR, Araslanov & Roth 2020, section 3.3), or a guided filter (He, Sun & Tang 2013)."""
-    iterations: Annotated[int, Field(ge=0)] = 0
+    iterations: NonNegativeInt = 0
     """0 switches it off, as ViL-Seg has none; the authors of PAMR use 10, those of the guided filter 1."""
     dilations: Annotated[list[PositiveInt], Field(min_length=1)] = [1, 2, 4, 8]
     """Distances of the neighbours in pixels of the enlarged patch grid (PAMR, six up to 24, on pixels of the picture)."""
@@ -225,7 +232,7 @@ class SegmentationConfig(Part):
     window: PositiveInt | None = None
     """Side in pixels of the windows through which a picture that is larger after resizing is seen, where the encoder was trained
     on pictures of that size or has no memory for larger ones; null sees it in one pass. See ``vilseg.segmentation.look``."""
-    overlap: Annotated[int, Field(ge=0)] | None = None
+    overlap: NonNegativeInt | None = None
     """Pixels that neighbouring windows share, at most half a window; null is a quarter."""
     attention: Literal["plain", "sclip", "naclip"] = "plain"
     """Attention of the image encoder's last block where patches are named: its own, or one of two under which a patch looks at

@@ -7,7 +7,7 @@ from typing import Annotated, Self
 from pydantic import Field, model_validator
 
 from vilseg import storage
-from vilseg.config_tree import NonNegative, Part, Positive, PositiveInt, Share
+from vilseg.config_tree import NonNegative, NonNegativeInt, Part, Positive, PositiveInt, Share
 
 
 class ColumnsConfig(Part):
@@ -37,10 +37,10 @@ class TextConfig(Part):
 class FiltersConfig(Part):
     """Pairs to leave out; they are counted by themselves and are not bad pairs. Defaults leave none out."""
 
-    min_words: Annotated[int, Field(ge=0)] = 0
+    min_words: NonNegativeInt = 0
     """Texts with fewer are left out, and pairs without any other."""
     max_words: PositiveInt | None = None
-    min_characters: Annotated[int, Field(ge=0)] = 0
+    min_characters: NonNegativeInt = 0
     """As ``min_words``, for languages that do not part words by spaces, where a sentence is one word."""
     max_characters: PositiveInt | None = None
     junk: bool = False

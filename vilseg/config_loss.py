@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from vilseg.config_tree import NonNegative, Part, Positive, PositiveInt, Share
+from vilseg.config_tree import NonNegative, NonNegativeInt, Part, Positive, PositiveInt, Share
 
 
 class CrossModalConfig(Part):
@@ -72,7 +72,7 @@ class MutualInformationConfig(Part):
     weight: NonNegative = 0.1
     entropy_weight: Annotated[float, Field(ge=1)] = 1.5
     """Weight of the marginal entropies, 1 as in IIC up to 1.5 against collapse."""
-    radius: Annotated[int, Field(ge=0)] = 1
+    radius: NonNegativeInt = 1
     """Displacements of up to this many patches in each direction are averaged (IIC, section 3.3)."""
     train_encoder: bool = True
     """Let the gradient go on into the image encoder; otherwise the head alone learns from it."""

@@ -13,9 +13,12 @@ from vilseg import storage
 from vilseg.errors import ConfigError, UserError
 
 Share = Annotated[float, Field(ge=0, le=1)]
+ShareBelowAll = Annotated[float, Field(ge=0, lt=1)]
+ShareAboveNone = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
 
 
 def _in_order(ends: tuple[float, float]) -> tuple[float, float]:
@@ -24,9 +27,7 @@ def _in_order(ends: tuple[float, float]) -> tuple[float, float]:
     return ends
 
 
-Shares = Annotated[
-    tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0, le=1)]], AfterValidator(_in_order)
-]
+Shares = Annotated[tuple[ShareAboveNone, ShareAboveNone], AfterValidator(_in_order)]
 """From the least to the most of what is left of something."""
 
 

@@ -47,7 +47,8 @@ class MetricsFile:
         self._mlflow = _Mlflow(folder, config) if config.trainer.tracking == "mlflow" else None
         self._lines: list[str] = []
         if from_step:
-            self._lines = [line for line in _lines(folder) or [] if json.loads(line)["step"] <= from_step]
+            lines = (_text(folder.metrics) or "").splitlines()
+            self._lines = [line for line in lines if json.loads(line)["step"] <= from_step]
 
     def add(self, metrics: dict[str, float]) -> None:
         """Note one report."""
@@ -81,15 +82,15 @@ def read_metrics(folder: RunFolder) -> list[dict[str, float]]:
     Raises:
         UserError: there are none.
     """
-    lines = _lines(folder)
-    if lines is None:
+    text = _text(folder.metrics)
+    if text is None:
         raise UserError(f"the run {folder.uri} has no metrics yet")
-    return [json.loads(line) for line in lines]
+    return [json.loads(line) for line in text.splitlines()]
 
 
-def _lines(folder: RunFolder) -> list[str] | None:
-    """Of ``metrics.jsonl``; None where there is no such file. Workers that are begun anew read it, so it waits for the store."""
-    return patiently(lambda: storage.read_text(folder.metrics).splitlines() if storage.exists(folder.metrics) else None)
+def _text(uri: str) -> str | None:
+    """What a file says; None where there is none. Workers that are begun anew ask, so it waits for the store."""
+    return patiently(lambda: storage.read_text(uri) if storage.exists(uri) else None)
 
 
 class _Mlflow:
@@ -106,9 +107,10 @@ class _Mlflow:
         self._unsent: list[Any] = []
         self._warned = False
         known = storage.join(folder.uri, _MLFLOW_RUN)
+        begun = _text(known)
         try:
-            if patiently(lambda: storage.exists(known)):
-                self._run = patiently(lambda: storage.read_text(known)).strip()
+            if begun is not None:
+                self._run = begun.strip()
                 self._tell(lambda: self._client.set_terminated(self._run, "RUNNING"))
                 return
             name = config.trainer.mlflow_experiment

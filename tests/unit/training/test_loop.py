@@ -3,7 +3,7 @@
 import io
 import math
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -223,6 +223,14 @@ def test_a_loss_that_is_no_number_ends_the_run_with_a_sentence(
     assert again.found["keys"] == caught.value.found["keys"]
 
 
+def doing(action: Callable[[], None], steps: Iterable[WorkerBatch], *, before: int) -> Iterator[WorkerBatch]:
+    """The batches, with something done before one of them is trained on."""
+    for number, batch in enumerate(steps):
+        if number == before:
+            action()
+        yield batch
+
+
 def test_the_step_that_lost_the_number_is_found_between_two_reports(
     tmp_path: Path, make_model: Callable[..., ViLSeg]
 ) -> None:
@@ -230,15 +238,12 @@ def test_the_step_that_lost_the_number_is_found_between_two_reports(
     trainer = make_trainer(folder, 6)
     trainer.trainer.log_every = 6
 
-    def spoiled() -> Iterator[WorkerBatch]:
-        for number, batch in enumerate(batches(folder, 0, 6)):
-            if number == 3:
-                with torch.no_grad():
-                    trainer.objective.model.image_projection.weight[0, 0] = math.inf
-            yield batch
+    def spoil() -> None:
+        with torch.no_grad():
+            trainer.objective.model.image_projection.weight[0, 0] = math.inf
 
     with pytest.raises(NonFiniteLossError) as caught:
-        run(trainer, spoiled())
+        run(trainer, doing(spoil, batches(folder, 0, 6), before=3))
     expected = list(batches(folder, 0, 6))[3].keys
     assert caught.value.found["step"] == 4
     assert tuple(caught.value.found["keys"]) == expected
@@ -253,15 +258,13 @@ def test_a_gradient_that_is_no_number_ends_the_run_before_a_checkpoint_has_it(
     trainer.trainer.checkpoint_every = 2
     projection = trainer.objective.model.image_projection.weight
 
-    def spoiled() -> Iterator[WorkerBatch]:
-        for number, batch in enumerate(batches(folder, 0, 4)):
-            if number == 3:
-                projection.register_hook(lambda gradient: gradient * math.inf)
-            yield batch
+    def spoil() -> None:
+        projection.register_hook(lambda gradient: gradient * math.inf)
 
+    spoiled = doing(spoil, batches(folder, 0, 4), before=3)
     written: list[int] = []
     with pytest.raises(NonFiniteLossError, match=r"the gradient's norm is (nan|inf) at step 4") as caught:
-        trainer.train(spoiled(), on_report=lambda _: None, on_checkpoint=lambda: written.append(trainer.step))
+        trainer.train(spoiled, on_report=lambda _: None, on_checkpoint=lambda: written.append(trainer.step))
     assert written == [2]
     assert math.isfinite(caught.value.found["losses"]["loss"])
 

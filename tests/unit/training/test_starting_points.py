@@ -33,6 +33,7 @@ from vilseg.model.image_encoder import build_image_encoder
 from vilseg.model.pretrained import read_settings
 from vilseg.text.tokenizer import load_tokenizer
 from vilseg.training import run
+from vilseg.training.folder import RunFolder
 
 Make = Callable[..., ViLSeg]
 TEXTS = ["a dog", "Two cats, on a sofa!", "grass"]
@@ -441,13 +442,18 @@ def test_three_steps_of_training_from_each(tmp_path: Path, make_model: Make, kin
         np.testing.assert_array_equal(again.encode_text(TEXTS), trained.encode_text(TEXTS))
 
 
+def begin(config: RunConfig) -> tuple[RunFolder, ViLSeg]:
+    """A run's folder and the model that it begins with."""
+    folder = run.open_folder(config, resume=False)
+    run.prepare(config, folder)
+    return folder, ViLSeg.from_pretrained(folder.initial)
+
+
 def test_a_runs_first_model_is_the_start_itself(tmp_path: Path) -> None:
     write_scenes(tmp_path)
     original = checkpoints.contrastive("clip", tmp_path / "start")
     config = run_config(tmp_path, f"model.init={tmp_path}/start", "segmentation.input_size=64")
-    folder = run.open_folder(config, resume=False)
-    run.prepare(config, folder)
-    initial = ViLSeg.from_pretrained(folder.initial)
+    folder, initial = begin(config)
     whole, _ = images_of_original("clip", original, {"pixel_values": normalised("clip", pictures(SIDE, SIDE))})
     with torch.no_grad():
         np.testing.assert_allclose(initial.encode_image(pictures(SIDE, SIDE)).pooled, whole, atol=1e-5)
@@ -460,9 +466,7 @@ def test_a_sigmoid_start_keeps_the_sigmoid_loss(tmp_path: Path) -> None:
     write_scenes(tmp_path)
     original = checkpoints.contrastive("siglip", tmp_path / "start")
     config = run_config(tmp_path, f"model.init={tmp_path}/start", "loss.cross_modal.form=sigmoid")
-    folder = run.open_folder(config, resume=False)
-    run.prepare(config, folder)
-    initial = ViLSeg.from_pretrained(folder.initial)
+    _, initial = begin(config)
     assert initial.scale.item() == pytest.approx(original.logit_scale.exp().item(), rel=1e-5)
 
 
