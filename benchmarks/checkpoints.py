@@ -1,15 +1,18 @@
-"""Training with a checkpoint on S3 every 100 steps against the same steps without: images/s of one worker.
+"""What a checkpoint on S3 every 100 steps costs: images/s of one worker over those of the same steps without.
 
-The demo's model on batches in memory, one thread for its networks; blocks of both kinds alternate. The checkpoints go to the
-embedded object store, which runs on the same machine, as does the thread that writes them.
+The demo's model on batches in memory, one thread for its networks. The checkpoints go to the embedded object store, which runs
+on the same machine, as does the thread that writes them. A checkpoint costs seconds, whatever the steps around it are, and a
+machine's speed drifts by more than that within 100 steps: so short blocks with one and without one stand side by side, many
+times over, and the seconds that the former take longer are set against those of 100 steps.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from pathlib import Path
-from statistics import median
+from statistics import NormalDist, median, quantiles
 from typing import Any
 
 import torch
@@ -30,16 +33,18 @@ CONFIG = Path(__file__).parent.parent / "configs" / "demo.yaml"
 _ROOT = "s3://vilseg/checkpoints"
 _PAIRS = 2_000
 _EVERY = 100
-_STEPS = 200
-"""A block; two checkpoints fall into one that has any, and the block waits for the last of them."""
-_ROUNDS = 4
+_STEPS = 10
+"""A block; if it has a checkpoint, that is in its middle, and the block waits until it is written."""
+_ROUNDS = 64
+_SAID_EVERY = 16
 
 
 def main(out: Path) -> dict[str, Any]:
     """Run the measurement; ``out`` keeps the object store.
 
     Returns:
-        ``ratio`` (images/s with checkpoints over those without, median of the rounds) and the raw figures.
+        ``ratio`` (images/s with checkpoints over those without), ``error`` (its standard error), ``seconds_per_checkpoint``,
+        the median of the rounds, and the seconds of every block.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -51,9 +56,10 @@ def main(out: Path) -> dict[str, Any]:
 
 
 def _measure() -> dict[str, Any]:
-    steps = 2 * _ROUNDS * _STEPS + _EVERY
+    warm_up = _EVERY + _STEPS // 2  # so that the checkpoint of a block lies in its middle
     overrides = [f"data.source={_ROOT}/pairs", f"trainer.storage={_ROOT}/runs", "name=kept", "trainer.workers=1"]
-    config = RunConfig.load(str(CONFIG), [*overrides, f"trainer.steps={steps}", f"trainer.checkpoint_every={_EVERY}"])
+    lengths = [f"trainer.steps={warm_up + 2 * _ROUNDS * _STEPS + 1}", f"trainer.checkpoint_every={_STEPS}"]
+    config = RunConfig.load(str(CONFIG), [*overrides, *lengths])
     drawn = scenes.pairs(_PAIRS, 0, config.data.canvas)
     write_tar(f"{_ROOT}/pairs/0.tar", ((p.key, p.image, "jpg", {"captions": list(p.captions)}) for p in drawn))
     folder = run.open_folder(config, resume=False)
@@ -62,24 +68,40 @@ def _measure() -> dict[str, Any]:
     chunk = next(pair_order(config, prepared).chunks(0, _PAIRS // config.trainer.batch_size))
     batches = list(reader.read(chunk))
     trainer = run.make_trainer(config, folder, prepared, torch.device("cpu"))
-    _block(trainer, folder, batches, _EVERY, kept=False)  # warm-up
-    rates: dict[bool, list[float]] = {False: [], True: []}
-    for number, kept in itertools.product(range(_ROUNDS), (False, True)):
-        seconds = _block(trainer, folder, batches, _STEPS, kept=kept)
-        rates[kept].append(_STEPS * config.trainer.batch_size / seconds)
-        console.say(f"round {number}, {'with' if kept else 'without'} checkpoints: {rates[kept][-1]:.1f} images/s")
-    ratios = [with_ / without for without, with_ in zip(rates[False], rates[True], strict=True)]
+    _block(trainer, folder, batches, warm_up, kept=True)
+    seconds: dict[bool, list[float]] = {False: [], True: []}
+    for number in range(1, _ROUNDS + 1):
+        for kept in (False, True) if number % 2 else (True, False):  # a steady drift favours neither
+            seconds[kept].append(_block(trainer, folder, batches, _STEPS, kept=kept))
+        if number % _SAID_EVERY == 0:
+            console.say(f"round {number} of {_ROUNDS}: {_median(_longer(seconds))[0]:.3f} s a checkpoint")
+    cost, error = _median(_longer(seconds))
+    hundred = median(seconds[False]) * _EVERY / _STEPS
     return {
         "benchmark": "checkpoints",
-        "ratio": round(median(ratios), 4),
-        "ratios": [round(ratio, 4) for ratio in ratios],
-        "images_per_second": {
-            "with": [round(r, 1) for r in rates[True]],
-            "without": [round(r, 1) for r in rates[False]],
+        "ratio": round(hundred / (hundred + cost), 4),
+        "error": round(error / hundred, 4),
+        "seconds_per_checkpoint": round(cost, 4),
+        "seconds_per_100_steps": round(hundred, 2),
+        "seconds_of_blocks": {
+            "with": [round(s, 3) for s in seconds[True]],
+            "without": [round(s, 3) for s in seconds[False]],
         },
         "megabytes": round(folder.manifests()[folder.last_step].bytes / 1e6, 1),
         "every": _EVERY,
     }
+
+
+def _longer(seconds: dict[bool, list[float]]) -> list[float]:
+    """By how many seconds the block with a checkpoint took longer than the one beside it."""
+    return [with_ - without for without, with_ in zip(seconds[False], seconds[True], strict=True)]
+
+
+def _median(values: list[float]) -> tuple[float, float]:
+    """The median and its standard error, from the quartiles as if the values' middle were normal."""
+    low, middle, high = quantiles(values, n=4)
+    deviation = (high - low) / (2 * NormalDist().inv_cdf(0.75))
+    return middle, deviation * math.sqrt(math.pi / 2 / len(values))
 
 
 def _block(trainer: Trainer, folder: RunFolder, batches: list[WorkerBatch], steps: int, *, kept: bool) -> float:
