@@ -1,4 +1,4 @@
-"""Does reading pairs keep to its memory? Three epochs through the reader, in a process of its own.
+"""Does reading pairs keep to its memory? Epoch after epoch through the reader, in a process of its own.
 
 The process's memory is taken as the highest that its resident set was in each epoch, looked at every 10 ms, with shards read
 one by one and four side by side.
@@ -20,7 +20,7 @@ from vilseg.data.pairs import write_index, write_tar
 
 _SHARDS, _SHARD_PAIRS, _SIZE = 12, 400, 128
 _BATCH, _CANVAS = 64, 112
-EPOCHS = 3
+_EPOCHS = 3
 
 
 def main(out: Path) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def main(out: Path) -> dict[str, Any]:
         ``ratio`` (memory of the first epoch over that of the last, the smaller of both ways) and MB by epoch.
     """
     source = write(out.absolute() / "pairs", shards=_SHARDS, pairs=_SHARD_PAIRS)
-    megabytes = {mixed: measure(source, mixed=mixed) for mixed in (1, 4)}
+    megabytes = {mixed: measure(source, mixed=mixed, epochs=_EPOCHS) for mixed in (1, 4)}
     return {
         "benchmark": "data_memory",
         "ratio": round(min(epochs[0] / epochs[-1] for epochs in megabytes.values()), 4),
@@ -51,14 +51,14 @@ def write(folder: Path, *, shards: int, pairs: int) -> str:
     return str(folder)
 
 
-def measure(source: str, *, mixed: int) -> list[float]:
+def measure(source: str, *, mixed: int, epochs: int) -> list[float]:
     """MB at the highest of each epoch, by a child process."""
-    command = [sys.executable, "-m", "benchmarks.data_memory", source, str(mixed)]
+    command = [sys.executable, "-m", "benchmarks.data_memory", source, str(mixed), str(epochs)]
     done = subprocess.run(command, cwd=Path(__file__).parent.parent, stdout=subprocess.PIPE, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def read_epochs(source: str, mixed: int) -> list[float]:
+def read_epochs(source: str, mixed: int, epochs: int) -> list[float]:
     """Read them in this process; MB at the highest of each."""
     from functools import partial
 
@@ -79,18 +79,18 @@ def read_epochs(source: str, mixed: int) -> list[float]:
         tokenize=tokenize,
     )
     steps = order.pairs // _BATCH
-    highest = [0.0] * EPOCHS
+    highest = [0.0] * epochs
     done = [0]
 
     def look() -> None:
-        while done[0] < EPOCHS * steps:
+        while done[0] < epochs * steps:
             epoch = done[0] // steps
             highest[epoch] = max(highest[epoch], _resident_megabytes())
             time.sleep(0.01)
 
     watcher = threading.Thread(target=look, daemon=True)
     watcher.start()
-    for chunk in order.chunks(0, EPOCHS * steps):
+    for chunk in order.chunks(0, epochs * steps):
         for _ in reader.read(chunk):
             done[0] += 1
     watcher.join()
@@ -103,4 +103,4 @@ def _resident_megabytes() -> float:
 
 
 if __name__ == "__main__":
-    print(json.dumps(read_epochs(sys.argv[1], int(sys.argv[2]))))
+    print(json.dumps(read_epochs(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))))
