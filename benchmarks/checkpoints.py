@@ -74,8 +74,8 @@ def _measure() -> dict[str, Any]:
         for kept in (False, True) if number % 2 else (True, False):  # a steady drift favours neither
             seconds[kept].append(_block(trainer, folder, batches, _STEPS, kept=kept))
         if number % _SAID_EVERY == 0:
-            console.say(f"round {number} of {_ROUNDS}: {_median(_longer(seconds))[0]:.3f} s a checkpoint")
-    cost, error = _median(_longer(seconds))
+            console.say(f"round {number} of {_ROUNDS}: {_cost(seconds)[0]:.3f} s a checkpoint")
+    cost, error = _cost(seconds)
     hundred = median(seconds[False]) * _EVERY / _STEPS
     return {
         "benchmark": "checkpoints",
@@ -92,16 +92,13 @@ def _measure() -> dict[str, Any]:
     }
 
 
-def _longer(seconds: dict[bool, list[float]]) -> list[float]:
-    """By how many seconds the block with a checkpoint took longer than the one beside it."""
-    return [with_ - without for without, with_ in zip(seconds[False], seconds[True], strict=True)]
-
-
-def _median(values: list[float]) -> tuple[float, float]:
-    """The median and its standard error, from the quartiles as if the values' middle were normal."""
-    low, middle, high = quantiles(values, n=4)
+def _cost(seconds: dict[bool, list[float]]) -> tuple[float, float]:
+    """By how many seconds a block with a checkpoint takes longer than the one beside it: the median, and its standard error
+    from the quartiles, as if the middle of the differences were normal."""
+    longer = [with_ - without for without, with_ in zip(seconds[False], seconds[True], strict=True)]
+    low, middle, high = quantiles(longer, n=4)
     deviation = (high - low) / (2 * NormalDist().inv_cdf(0.75))
-    return middle, deviation * math.sqrt(math.pi / 2 / len(values))
+    return middle, deviation * math.sqrt(math.pi / 2 / len(longer))
 
 
 def _block(trainer: Trainer, folder: RunFolder, batches: list[WorkerBatch], steps: int, *, kept: bool) -> float:
