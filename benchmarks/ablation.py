@@ -25,7 +25,7 @@ import torch
 
 from benchmarks import peers, scene_runs
 from benchmarks.tables import replace_section
-from jobs import console
+from cli import console
 from vilseg import storage
 from vilseg.config import RunConfig
 from vilseg.evaluation.datasets import FolderDataset

@@ -28,12 +28,12 @@ import pyarrow.parquet as pq
 import torch
 
 from benchmarks.shared import embedded_store, shared_data
-from jobs import console
+from cli import console
 from vilseg import storage
-from vilseg.archive.rows import SCHEMA
+from vilseg.bulk.results_table import SCHEMA
 from vilseg.config import RunConfig
-from vilseg.data import scenes
 from vilseg.data.decode import decode_image
+from vilseg.data.synthetic import scenes
 from vilseg.model import ViLSeg
 from vilseg.segmentation.segmenter import Segmenter
 
@@ -138,19 +138,19 @@ def _vilseg(place: str, names: list[str]) -> list[float]:
 
 def run_vilseg(place: str) -> None:
     """Prints the moments."""
-    from jobs import segment
-    from jobs.segment_plan import plan
-    from jobs.session import ray_session
+    from cluster.ray_session import ray_session
+    from jobs.segment import segment_job
+    from jobs.segment.plan import plan
     from vilseg.text.vocabulary import Vocabulary
 
     moments: list[float] = []
 
-    def note(progress: segment.Progress) -> None:
+    def note(progress: segment_job.Progress) -> None:
         moments.extend([time.time()] * (progress.done - len(moments)))
 
     with ray_session() as session:
         job = plan([f"{_ROOT}/photos"], _MODEL, Vocabulary.of(CLASSES), place, formats=["png"])
-        segment.main(job, session, progress=note)
+        segment_job.main(job, session, progress=note)
     print(json.dumps(moments))
 
 

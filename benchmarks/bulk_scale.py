@@ -27,7 +27,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from jobs import console
+from cli import console
 from vilseg.config import ModelConfig, SegmentationConfig
 from vilseg.model import ViLSeg
 from vilseg.model.image_encoder import ImageFeatures
@@ -160,15 +160,15 @@ def _vilseg(archive: Path, model: str, out: Path) -> dict[str, float]:
 
 def run(archive: str, model: str, out: str) -> None:
     """One whole job in this process, the driver; prints the figures."""
-    from jobs import segment
-    from jobs.segment_plan import plan
-    from jobs.session import ray_session
+    from cluster.ray_session import ray_session
+    from jobs.segment import segment_job
+    from jobs.segment.plan import plan
     from vilseg.text.vocabulary import Vocabulary
 
     first: list[float] = []
     memory = [0.0]
 
-    def note(progress: segment.Progress) -> None:
+    def note(progress: segment_job.Progress) -> None:
         if not first:
             first.append(time.perf_counter())
 
@@ -181,7 +181,7 @@ def run(archive: str, model: str, out: str) -> None:
     with ray_session() as session:
         started = time.perf_counter()
         job = plan([archive], model, Vocabulary.of(_CLASSES), out, formats=["parquet"], overwrite=True)
-        segment.main(job, session, progress=note)
+        segment_job.main(job, session, progress=note)
         ended = time.perf_counter()
         over.set()
     peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))

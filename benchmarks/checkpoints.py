@@ -18,16 +18,16 @@ from typing import Any
 import torch
 
 from benchmarks.shared import embedded_store
-from jobs import console
-from jobs.feed import batch_reader, pair_order
+from cli import console
+from jobs.train.ray_data import batch_reader, pair_order
 from vilseg.config import RunConfig
-from vilseg.data import scenes
-from vilseg.data.pairs import write_tar
-from vilseg.data.stream import WorkerBatch
-from vilseg.training import run
+from vilseg.data.batch_reader import WorkerBatch
+from vilseg.data.shards import write_tar
+from vilseg.data.synthetic import scenes
+from vilseg.training import run_setup
 from vilseg.training.checkpoints import CheckpointWriter
-from vilseg.training.folder import RunFolder
 from vilseg.training.loop import Trainer
+from vilseg.training.run_dir import RunFolder
 
 CONFIG = Path(__file__).parent.parent / "configs" / "demo.yaml"
 _ROOT = "s3://vilseg/checkpoints"
@@ -62,12 +62,12 @@ def _measure() -> dict[str, Any]:
     config = RunConfig.load(str(CONFIG), [*overrides, *lengths])
     drawn = scenes.pairs(_PAIRS, 0, config.data.canvas)
     write_tar(f"{_ROOT}/pairs/0.tar", ((p.key, p.image, "jpg", {"captions": list(p.captions)}) for p in drawn))
-    folder = run.open_folder(config, resume=False)
-    prepared = run.prepare(config, folder)
+    folder = run_setup.open_folder(config, resume=False)
+    prepared = run_setup.prepare(config, folder)
     reader = batch_reader(config, prepared, lambda read, bad: None)
     chunk = next(pair_order(config, prepared).chunks(0, _PAIRS // config.trainer.batch_size))
     batches = list(reader.read(chunk))
-    trainer = run.make_trainer(config, folder, prepared, torch.device("cpu"))
+    trainer = run_setup.make_trainer(config, folder, prepared, torch.device("cpu"))
     _block(trainer, folder, batches, warm_up, kept=True)
     seconds: dict[bool, list[float]] = {False: [], True: []}
     for number in range(1, _ROUNDS + 1):

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vilseg.data import scenes
-from vilseg.data.pairs import write_index, write_tar
+from vilseg.data.shards import write_index, write_tar
+from vilseg.data.synthetic import scenes
 
 _SHARDS, _SHARD_PAIRS, _SIZE = 12, 400, 128
 _BATCH, _CANVAS = 64, 112
@@ -64,8 +64,8 @@ def read_epochs(source: str, mixed: int, epochs: int) -> list[float]:
 
     import numpy as np
 
-    from vilseg.data.order import PairOrder
-    from vilseg.data.stream import BatchReader, decode_to_canvas, index_shards
+    from vilseg.data.batch_reader import BatchReader, decode_to_canvas, index_shards
+    from vilseg.data.sampler import PairOrder
 
     def tokenize(texts: Sequence[str]) -> np.ndarray:
         return np.array([[len(text)] for text in texts], np.int32)

@@ -27,14 +27,14 @@ import webdataset as wds
 from PIL import Image
 
 from benchmarks.shared import embedded_store, shared_data
-from jobs import console
-from jobs.feed import count_in_parallel, execution_options, pairs_of_steps, worker_batches
-from jobs.monitor import Monitor
+from cli import console
+from jobs.train.monitor import Monitor
+from jobs.train.ray_data import count_in_parallel, execution_options, pairs_of_steps, worker_batches
 from vilseg.config import RunConfig
+from vilseg.data.batch_reader import MAX_PHRASES_PER_PAIR, decode_to_canvas
 from vilseg.data.decode import square
-from vilseg.data.stream import MAX_PHRASES_PER_PAIR, decode_to_canvas
-from vilseg.training import run
-from vilseg.training.folder import Prepared
+from vilseg.training import run_setup
+from vilseg.training.run_dir import Prepared
 
 CONFIG = Path(__file__).parent.parent / "configs" / "demo.yaml"
 _BUCKET, _PREFIX = "vilseg", "input_path/pairs"
@@ -62,7 +62,7 @@ def main(out: Path) -> dict[str, Any]:
         shards = sorted(photos.glob("train-*.tar"))
         for shard in shards:
             _client().upload_file(str(shard), _BUCKET, f"{_PREFIX}/{shard.name}")
-        # One CPU is room for two tasks that read, see jobs.feed.
+        # One CPU is room for two tasks that read, see jobs.train.ray_data.
         ray.init(address="local", num_cpus=_PROCESSES // 2, include_dashboard=False, logging_level=logging.ERROR)
         try:
             return _measure([shard.name for shard in shards])
@@ -86,7 +86,7 @@ def _measure(names: Sequence[str]) -> dict[str, Any]:
         "name=input",
     ]
     config = RunConfig.load(str(CONFIG), overrides)
-    prepared = run.prepare(config, run.open_folder(config, resume=False), count=count_in_parallel)
+    prepared = run_setup.prepare(config, run_setup.open_folder(config, resume=False), count=count_in_parallel)
     urls = [
         _client().generate_presigned_url("get_object", {"Bucket": _BUCKET, "Key": f"{_PREFIX}/{name}"})
         for name in names

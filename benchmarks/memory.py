@@ -212,7 +212,10 @@ def _losses(config: RunConfig, objective: Objective, pairs: int) -> int:
             noun_contrast(embeddings.patches, names, positives, scale, settings.nouns.top_patches),
         ]
 
-    with patch("vilseg.losses.cross_modal.gather_rows", gather), patch("vilseg.losses.nouns.gather_rows", gather):
+    with (
+        patch("vilseg.losses.contrastive_loss.gather_rows", gather),
+        patch("vilseg.losses.multi_label_loss.gather_rows", gather),
+    ):
         return _saved(forward)
 
 

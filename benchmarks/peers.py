@@ -20,15 +20,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jobs.feed import read_here
+from jobs.train.ray_data import read_here
 from vilseg.config import RunConfig
 from vilseg.data.views import make_views
 from vilseg.device import has_bfloat16_units
 from vilseg.evaluation.datasets import FolderDataset
 from vilseg.evaluation.evaluate import evaluate
 from vilseg.segmentation.refinement import refine
-from vilseg.training import run
-from vilseg.training.schedule import learning_rate, parameter_groups
+from vilseg.training import run_setup
+from vilseg.training.lr_schedule import learning_rate, parameter_groups
 
 GROUP_VIT, CLIP = "GroupViTModel, its groups", "CLIPModel, its patches"
 PEERS = (GROUP_VIT, CLIP)
@@ -42,7 +42,7 @@ def train(name: str, config: RunConfig, dataset: FolderDataset, rate: float) -> 
     """mIoU on ``dataset`` of a peer trained at ``rate``, with the pairs, steps, batch, views and seed of ``config``."""
     with tempfile.TemporaryDirectory() as left:
         config = config.with_overrides([f"trainer.storage={left}", "name=peer"])
-        prepared = run.prepare(config, run.open_folder(config, resume=False))
+        prepared = run_setup.prepare(config, run_setup.open_folder(config, resume=False))
     torch.manual_seed(config.trainer.seed)
     words = prepared.tokenizer
     model = _MODELS[name](config.data.canvas, words)

@@ -20,17 +20,17 @@ import numpy as np
 from benchmarks import real_photos, scene_runs
 from benchmarks.shared import embedded_store, shared_data
 from benchmarks.tables import replace_section
-from jobs import console
-from jobs.overrides import segmentation_overrides
-from jobs.session import ray_session
-from vilseg.data import scenes
+from cli import console
+from cli.overrides import segmentation_overrides
+from cluster.ray_session import ray_session
+from vilseg.data.synthetic import scenes
 from vilseg.evaluation.datasets import FolderDataset
 from vilseg.evaluation.evaluate import evaluate
 from vilseg.model import ViLSeg
-from vilseg.segmentation.drawing import class_colours
-from vilseg.segmentation.look import Look
+from vilseg.segmentation.dense_features import Look
 from vilseg.segmentation.result import Segmentation
 from vilseg.segmentation.segmenter import Segmenter
+from vilseg.segmentation.visualization import class_colours
 from vilseg.text.vocabulary import Vocabulary
 
 SCENES = ("scenes",)

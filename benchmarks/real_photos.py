@@ -14,16 +14,16 @@ from typing import Any
 
 from benchmarks.encoders import minilm_folder
 from benchmarks.shared import embedded_store, shared_data
-from jobs import console
-from jobs import train as train_job
-from jobs.session import Session, ray_session
-from jobs.watch import Outcome
+from cli import console
+from cluster.ray_session import Session, ray_session
+from jobs.train import train_job
+from jobs.train.supervisor import Outcome
 from vilseg import storage
 from vilseg.config import RunConfig
-from vilseg.evaluation.confusion import ConfusionMatrix
+from vilseg.evaluation.confusion_matrix import ConfusionMatrix
 from vilseg.model import ViLSeg
 from vilseg.text.vocabulary import BACKGROUND, Vocabulary
-from vilseg.training.metrics import read_metrics
+from vilseg.training.metrics_log import read_metrics
 
 CONFIG = Path(__file__).parent.parent / "configs" / "real_photos.yaml"
 TASKS = ("things", "things_background", "panoptic")
@@ -113,11 +113,11 @@ def upload(data: Path) -> None:
 
 def train(session: Session, seconds: dict[str, float]) -> Outcome:
     """Train on the pairs that `upload` put on the store, with cached features."""
-    from jobs import cache_features
+    from jobs.train import feature_cache
 
     config = _config("flickr8k", f"data.feature_cache={_ROOT}/features")
     with console.stage("cache", seconds):  # training would do it by itself; apart, its time is seen
-        cache_features.main(config, session, progress=train_job.say_cached)
+        feature_cache.main(config, session, progress=train_job.say_cached)
     with console.stage("train", seconds), console.TrainingProgress(config.trainer.steps) as shown:
         return train_job.main(config, session, progress=shown)
 
@@ -137,11 +137,11 @@ def _config(name: str, *overrides: str) -> RunConfig:
 
 
 def _segment(session: Session, model: str, data: Path) -> dict[str, Any]:
-    from jobs import segment
-    from jobs.segment_plan import plan
+    from jobs.segment import segment_job
+    from jobs.segment.plan import plan
 
     classes = Vocabulary.parse(str(data / "coco_mini_dev" / "things_background" / "classes.txt"))
-    done = segment.main(plan([f"{_ROOT}/photos"], model, classes, f"{_ROOT}/segmented"), session)
+    done = segment_job.main(plan([f"{_ROOT}/photos"], model, classes, f"{_ROOT}/segmented"), session)
     return {**done.to_dict(), "uri": done.uri}
 
 

@@ -20,14 +20,14 @@ from statistics import median
 from typing import Any
 
 from benchmarks.bulk import CLASSES, photo_files, save_model, steady
-from cluster.local import Host, LocalCluster
-from jobs import console
+from cli import console
+from cluster.local_cluster import Host, LocalCluster
 from vilseg import storage
 from vilseg.config import RunConfig
-from vilseg.data import scenes
-from vilseg.data.pairs import write_index, write_tar
+from vilseg.data.shards import write_index, write_tar
+from vilseg.data.synthetic import scenes
 from vilseg.errors import ClusterError
-from vilseg.training.metrics import read_metrics
+from vilseg.training.metrics_log import read_metrics
 
 CONFIG = Path(__file__).parent.parent / "configs" / "demo.yaml"
 _PHOTOS = 1200
@@ -99,33 +99,33 @@ def _driver(cluster: LocalCluster, host: Host, call: str) -> float:
 
 def run_bulk(out: str, place: str, nodes: int) -> None:
     """Segment the photos; prints photos/s."""
-    from jobs import segment
-    from jobs.segment_plan import plan
-    from jobs.session import ray_session
+    from cluster.ray_session import ray_session
+    from jobs.segment import segment_job
+    from jobs.segment.plan import plan
     from vilseg.text.vocabulary import Vocabulary
 
     moments: list[float] = []
 
-    def note(progress: segment.Progress) -> None:
+    def note(progress: segment_job.Progress) -> None:
         moments.extend([time.time()] * (progress.done - len(moments)))
 
     with ray_session("auto") as session:
         assert session.nodes == nodes
         job = plan([f"{out}/photos"], f"{out}/model", Vocabulary.of(CLASSES), place, formats=["png"])
-        assert segment.main(job, session, progress=note).ok == _PHOTOS
+        assert segment_job.main(job, session, progress=note).ok == _PHOTOS
     print(json.dumps(round(steady(moments), 2)))
 
 
 def run_training(out: str, place: str, nodes: int) -> None:
     """Train with a worker a node; prints images/s."""
-    from jobs import train
-    from jobs.session import ray_session
+    from cluster.ray_session import ray_session
+    from jobs.train import train_job
 
     settings = [f"data.source={out}/pairs", f"trainer.storage={storage.parent(place)}", f"name={storage.name(place)}"]
     settings += [f"trainer.workers={nodes}", f"trainer.batch_size={_BATCH}", f"trainer.steps={_STEPS}"]
     settings += [f"trainer.log_every={_LOG_EVERY}", f"trainer.checkpoint_every={_STEPS}"]
     with ray_session("auto") as session:
         assert session.nodes == nodes
-        done = train.main(RunConfig.load(str(CONFIG), settings), session)
+        done = train_job.main(RunConfig.load(str(CONFIG), settings), session)
     reports = [report["images_per_second"] for report in read_metrics(done.folder)]
     print(json.dumps(round(median(reports[len(reports) // 3 :]), 1)))

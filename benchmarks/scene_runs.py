@@ -7,14 +7,14 @@ from pathlib import Path
 
 import torch
 
-from jobs import console
-from jobs.feed import read_here
+from cli import console
+from jobs.train.ray_data import read_here
 from vilseg import storage
 from vilseg.config import RunConfig
-from vilseg.data import scenes
-from vilseg.data.pairs import write_index, write_tar
+from vilseg.data.shards import write_index, write_tar
+from vilseg.data.synthetic import scenes
 from vilseg.model import ViLSeg
-from vilseg.training import run
+from vilseg.training import run_setup
 
 CONFIG = Path(__file__).parent.parent / "configs" / "demo.yaml"
 UNSEEN = 200
@@ -52,9 +52,9 @@ def train(config: RunConfig, on_checkpoint: Callable[[ViLSeg, int], None] = lamb
         on_checkpoint: told the model, which it may put into evaluation mode, and the steps made, whenever a checkpoint is due.
     """
     storage.delete(f"{config.trainer.storage}/{config.name}")  # what was left of it when the benchmark was interrupted
-    folder = run.open_folder(config, resume=False)
-    prepared = run.prepare(config, folder)
-    trainer = run.make_trainer(config, folder, prepared, torch.device("cpu"))
+    folder = run_setup.open_folder(config, resume=False)
+    prepared = run_setup.prepare(config, folder)
+    trainer = run_setup.make_trainer(config, folder, prepared, torch.device("cpu"))
     model = trainer.objective.model
 
     def measure() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks import scene_runs
 from benchmarks.tables import replace_section
-from jobs import console
+from cli import console
 from vilseg.config import RunConfig
 from vilseg.evaluation.datasets import FolderDataset
 from vilseg.evaluation.evaluate import evaluate

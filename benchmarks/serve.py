@@ -25,7 +25,7 @@ from typing import Any
 
 from benchmarks.bulk import CLASSES, save_model
 from benchmarks.shared import shared_data
-from jobs import console
+from cli import console
 
 _PHOTOS = 64
 _CLIENTS = (1, 8, 32)
@@ -111,8 +111,8 @@ class OnePhoto:
         self._segmenter = Segmenter(ViLSeg.from_pretrained(model), CLASSES, keep_clusters=False)
 
     def __call__(self, photo: bytes) -> bytes:
-        from serve.answers import encode
-        from serve.question import Question
+        from serve.encoding import encode
+        from serve.request_types import Question
         from vilseg.data.decode import decode_image
 
         question = Question(request_id="0", model="default", image=photo, vocabulary=self._segmenter.vocabulary)
@@ -126,7 +126,7 @@ def _served(way: str, model: str) -> Iterator[int]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = {
-        "vilseg": ["-m", "jobs.cli", "serve", "--model", f"default={model}", "--port", str(port), "replicas.maximum=1"],
+        "vilseg": ["-m", "cli.app", "serve", "--model", f"default={model}", "--port", str(port), "replicas.maximum=1"],
         "litserve": ["-m", "benchmarks.serve_litserve", model, str(port)],
     }[way]
     server = subprocess.Popen(

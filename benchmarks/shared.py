@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from cluster.store import ObjectStore
+from cluster.object_store import ObjectStore
 from vilseg.errors import DataError
 
 DATA_VARIABLE = "VILSEG_SHARED_DATA"

@@ -21,16 +21,17 @@ from ray.train import DataConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from benchmarks.shared import embedded_store
-from jobs import console, ingest_scenes
-from jobs.feed import count_in_parallel, execution_options, pairs_of_steps, worker_batches
-from jobs.monitor import Monitor
-from jobs.session import Session, ray_session
-from jobs.train import make_trainer
+from cli import console
+from cluster.ray_session import Session, ray_session
+from jobs.ingest import synthetic_scenes
+from jobs.train.monitor import Monitor
+from jobs.train.ray_data import count_in_parallel, execution_options, pairs_of_steps, worker_batches
+from jobs.train.train_job import make_trainer
 from vilseg import storage
 from vilseg.config import RunConfig
-from vilseg.data.stream import WorkerBatch, pack, unpack
-from vilseg.training import run
-from vilseg.training.folder import Prepared, RunFolder
+from vilseg.data.batch_reader import WorkerBatch, pack, unpack
+from vilseg.training import run_setup
+from vilseg.training.run_dir import Prepared, RunFolder
 
 CONFIG = Path(__file__).parent.parent / "configs" / "demo.yaml"
 _ROOT = "s3://vilseg/train_input"
@@ -61,9 +62,9 @@ def _measure(session: Session) -> dict[str, Any]:
         str(CONFIG), [*overrides, f"trainer.steps={_WARM_UP + _ROUNDS * (_FED_STEPS + _MEMORY_STEPS) + 1}"]
     )
     console.say("[scenes]")
-    ingest_scenes.main(f"{_ROOT}/pairs", f"{_ROOT}/unseen", pairs=_PAIRS, unseen=1, size=config.data.canvas, seed=0)
-    folder = run.open_folder(config, resume=False)
-    prepared = run.prepare(config, folder, count=count_in_parallel)
+    synthetic_scenes.main(f"{_ROOT}/pairs", f"{_ROOT}/unseen", pairs=_PAIRS, unseen=1, size=config.data.canvas, seed=0)
+    folder = run_setup.open_folder(config, resume=False)
+    prepared = run_setup.prepare(config, folder, count=count_in_parallel)
     monitor = Monitor.remote(config.data.max_bad_share)
     console.say("[steps]")
     streams = {

@@ -15,20 +15,21 @@ from typing import Any
 
 import torch
 
-from jobs import console, ingest_scenes
-from jobs.feed import read_here
-from jobs.session import Session, ray_session
+from cli import console
+from cluster.ray_session import Session, ray_session
+from jobs.ingest import synthetic_scenes
+from jobs.train.ray_data import read_here
 from tune import sweep
-from tune.record import TrialRecord
 from tune.report import rank_correlations
-from tune.space import Space
+from tune.search_space import Space
+from tune.trial_records import TrialRecord
 from vilseg.config import RunConfig
 from vilseg.evaluation.datasets import FirstImages, FolderDataset
 from vilseg.evaluation.evaluate import evaluate
 from vilseg.segmentation.segmenter import Segmenter
-from vilseg.training import run
+from vilseg.training import run_setup
 from vilseg.training.checkpoints import write_checkpoint
-from vilseg.training.metrics import MetricsFile
+from vilseg.training.metrics_log import MetricsFile
 
 CONFIG = Path(__file__).parent.parent / "configs" / "demo.yaml"
 _PAIRS, _UNSEEN = 4_000, 60
@@ -56,7 +57,7 @@ def main(out: Path) -> dict[str, Any]:
     shutil.rmtree(out, ignore_errors=True)
     with ray_session() as session:
         console.say("[scenes]")
-        ingest_scenes.main(f"{out}/pairs", f"{out}/unseen", pairs=_PAIRS, unseen=_UNSEEN, size=64, seed=0)
+        synthetic_scenes.main(f"{out}/pairs", f"{out}/unseen", pairs=_PAIRS, unseen=_UNSEEN, size=64, seed=0)
         overhead = _overhead(out, session)
         searches = {scheduler: _search(out, session, scheduler) for scheduler in ("none", "asha")}
     best = max(score for _, score in [*searches["none"]["ended"], *searches["asha"]["ended"]])
@@ -135,9 +136,9 @@ def _alone(out: Path, config: RunConfig, number: int) -> float:
     started = time.perf_counter()
     config = config.with_overrides([f"trainer.seed={number}", f"name=alone-{number}", f"trainer.storage={out}/alone"])
     config.trainer.checkpoint_every = config.trainer.steps // _EVALUATIONS
-    folder = run.open_folder(config, resume=False)
-    prepared = run.prepare(config, folder)
-    trainer = run.make_trainer(config, folder, prepared, torch.device("cpu"))
+    folder = run_setup.open_folder(config, resume=False)
+    prepared = run_setup.prepare(config, folder)
+    trainer = run_setup.make_trainer(config, folder, prepared, torch.device("cpu"))
     dataset = FirstImages(FolderDataset(f"{out}/unseen"), _UNSEEN)
     metrics_file = MetricsFile(folder, config, 0)
 
@@ -149,7 +150,7 @@ def _alone(out: Path, config: RunConfig, number: int) -> float:
         model.train()
 
     trainer.train(read_here(config, prepared), on_report=metrics_file.add, on_checkpoint=on_checkpoint)
-    run.save_model(trainer.objective.model, config, folder, {})
+    run_setup.save_model(trainer.objective.model, config, folder, {})
     torch.set_num_threads(threads)
     return time.perf_counter() - started
 

@@ -21,17 +21,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from jobs.feed import read_here
+from jobs.train.ray_data import read_here
 from vilseg.config import ModelConfig, RunConfig, SegmentationConfig
-from vilseg.data import scenes
-from vilseg.data.moving_scenes import MovingScene, render_moving_scene
-from vilseg.data.pairs import write_tar
-from vilseg.evaluation.confusion import ConfusionMatrix
+from vilseg.data.shards import write_tar
+from vilseg.data.synthetic import scenes
+from vilseg.data.synthetic.videos import MovingScene, render_moving_scene
+from vilseg.evaluation.confusion_matrix import ConfusionMatrix
 from vilseg.model import ViLSeg
 from vilseg.segmentation.result import Segmentation
 from vilseg.segmentation.segmenter import Segmenter
 from vilseg.segmentation.video import segment_video
-from vilseg.training import run
+from vilseg.training import run_setup
 
 CONFIG = Path(__file__).parent.parent / "configs" / "demo.yaml"
 _PAIRS = 4_000
@@ -72,11 +72,11 @@ def _train(out: Path) -> ViLSeg:
     config = RunConfig.load(str(CONFIG), [*overrides, "trainer.workers=1", f"trainer.steps={_STEPS}"])
     drawn = scenes.pairs(_PAIRS, seed=0, size=config.data.canvas)
     write_tar(f"{out}/pairs/0.tar", ((pair.key, pair.image, "jpg", {"captions": pair.captions}) for pair in drawn))
-    folder = run.open_folder(config, resume=False)
-    prepared = run.prepare(config, folder)
-    trainer = run.make_trainer(config, folder, prepared, torch.device("cpu"))
+    folder = run_setup.open_folder(config, resume=False)
+    prepared = run_setup.prepare(config, folder)
+    trainer = run_setup.make_trainer(config, folder, prepared, torch.device("cpu"))
     trainer.train(read_here(config, prepared), on_report=lambda metrics: None, on_checkpoint=lambda: None)
-    run.save_model(trainer.objective.model, config, folder, {})
+    run_setup.save_model(trainer.objective.model, config, folder, {})
     return ViLSeg.from_pretrained(folder.model)
 
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from jobs.session import Session
+from cluster.ray_session import Session
 from vilseg import storage
 from vilseg.config import SegmentationConfig
 from vilseg.errors import ConfigError, DataError, StorageError, UserError
-from vilseg.evaluation.boundary import WIDTH
-from vilseg.evaluation.calibration import fit_temperature
+from vilseg.evaluation.boundary_iou import WIDTH
+from vilseg.evaluation.calibration_error import fit_temperature
 from vilseg.evaluation.datasets import open_dataset
 from vilseg.evaluation.evaluate import BATCH, Evaluation, evaluate, merged
 from vilseg.evaluation.protocols import EvaluationProtocol, under

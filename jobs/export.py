@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 from vilseg import storage
 from vilseg.config import SegmentationConfig
-from vilseg.export import Exported, export_model, require_packages
-from vilseg.export_folder import check_target
+from vilseg.export.onnx_export import Exported, export_model, require_packages
+from vilseg.export.output_directory import check_target
 from vilseg.model import ViLSeg
 
 

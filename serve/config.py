@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pydantic import field_validator
 
 from vilseg import storage
-from vilseg.config_tree import NonNegative, Part, Positive, PositiveInt, Tree
+from vilseg.config.tree import NonNegative, Part, Positive, PositiveInt, Tree
 from vilseg.errors import ConfigError
 
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")

@@ -11,14 +11,14 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
-from serve.answers import encode
 from serve.batching import Batcher
-from serve.question import Answer, Question, SeenPicture
+from serve.encoding import encode
+from serve.request_types import Answer, Question, SeenPicture
 from vilseg import ViLSeg
 from vilseg.data.decode import decode_image
 from vilseg.device import best_device
 from vilseg.errors import DataError, TooLargeError
-from vilseg.segmentation.look import Look
+from vilseg.segmentation.dense_features import Look
 from vilseg.segmentation.result import Segmentation
 from vilseg.segmentation.segmenter import Segmenter
 from vilseg.text.vocabulary import Vocabulary

@@ -12,9 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from tune.record import TrialRecord
-from tune.space import Parameter, Point
-from tune.watch import shown
+from tune.callbacks import shown
+from tune.search_space import Parameter, Point
+from tune.trial_records import TrialRecord
 from vilseg.evaluation.charts import COLOURS, STYLE, WIDTH, to_svg
 
 _BINS = 5

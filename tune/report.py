@@ -9,13 +9,13 @@ from collections.abc import Sequence
 import optuna
 
 from tune import charts
-from tune.record import Group, TrialRecord, trial_name
+from tune.callbacks import shown
 from tune.search import distribution, encoded
-from tune.space import SEED, Parameter, Space
-from tune.watch import shown
+from tune.search_space import SEED, Parameter, Space
+from tune.trial_records import Group, TrialRecord, trial_name
 from vilseg.config import RunConfig
-from vilseg.evaluation import page
-from vilseg.evaluation.mask_free import MEASURES
+from vilseg.evaluation import html_page
+from vilseg.evaluation.proxy_metrics import MEASURES
 
 _FEW = 6
 """Trials below which importance and rank correlation say nothing."""
@@ -37,25 +37,27 @@ def render(
     headline = [(f"best {objective}", f"{best.score:.4f}" if best else "–", "")]
     headline += [(label, str(sum(record.status == status for record in records)), "") for status, label in ended]
     parts = [
-        page.numbers(headline),
+        html_page.numbers(headline),
         _best(best),
         *_drawn(space, records, best),
         _correlations(records),
         _trials(records, objective),
-        page.section("Commands", "", *(page.code(command) for command in commands)) if commands else "",
-        page.folded("The space", page.code(space.to_yaml())),
-        page.folded("The configuration that it varies", page.code(config.to_yaml())),
+        html_page.section("Commands", "", *(html_page.code(command) for command in commands)) if commands else "",
+        html_page.folded("The space", html_page.code(space.to_yaml())),
+        html_page.folded("The configuration that it varies", html_page.code(config.to_yaml())),
     ]
-    return page.page(f"Sweep {name}", parts)
+    return html_page.page(f"Sweep {name}", parts)
 
 
 def _best(best: Group | None) -> str:
     if best is None:
-        return page.section("The best point", "No trial has a score.")
+        return html_page.section("The best point", "No trial has a score.")
     repeats = f"Mean of {len(best.trials)} trials that differ in their seed. " if len(best.trials) > 1 else ""
     trials = ", ".join(trial_name(trial.number) for trial in best.trials)
     note = f"{repeats}Trial {trials}. best.yaml holds the whole configuration: vilseg train --config best.yaml"
-    return page.section("The best point", note, page.card(page.facts({key: shown(v) for key, v in best.point.items()})))
+    return html_page.section(
+        "The best point", note, html_page.card(html_page.facts({key: shown(v) for key, v in best.point.items()}))
+    )
 
 
 def _drawn(space: Space, records: Sequence[TrialRecord], best: Group | None) -> list[str]:
@@ -83,10 +85,10 @@ def _drawn(space: Space, records: Sequence[TrialRecord], best: Group | None) -> 
         "Every trial is a line. One that was stopped on its way stands with the score it had, which is lower for that reason "
         "alone."
     )
-    cards = [page.card(chart, title=title) for chart, title in zip(drawn, titles, strict=True)]
+    cards = [html_page.card(chart, title=title) for chart, title in zip(drawn, titles, strict=True)]
     return [
-        page.section(
-            "All trials", note, page.card(charts.parallel_coordinates(parameters, lines, objective=objective))
+        html_page.section(
+            "All trials", note, html_page.card(charts.parallel_coordinates(parameters, lines, objective=objective))
         ),
         f'<div class="charts">{"".join(cards)}</div>',
     ]
@@ -166,7 +168,9 @@ def _correlations(records: Sequence[TrialRecord]) -> str:
         "puts them into the very same order, 0 where it knows nothing of it. It tells what to sweep by where there are no masks."
     )
     rows = [(name, f"{value:+.2f}") for name, value in sorted(found.items(), key=lambda item: -item[1])]
-    return page.section("Without masks", note, page.card(page.table(("measure", "rank correlation"), rows)))
+    return html_page.section(
+        "Without masks", note, html_page.card(html_page.table(("measure", "rank correlation"), rows))
+    )
 
 
 def _trials(records: Sequence[TrialRecord], objective: str) -> str:
@@ -177,7 +181,7 @@ def _trials(records: Sequence[TrialRecord], objective: str) -> str:
         values = [shown(record.point[key]) if key in record.point else "" for key in keys]
         score = record.score(objective)
         ended = record.error if record.status == "failed" else record.status
-        seconds = page.seconds_text(record.curve[-1]["seconds"]) if record.curve else ""
+        seconds = html_page.seconds_text(record.curve[-1]["seconds"]) if record.curve else ""
         rows.append(
             [
                 trial_name(record.number),
@@ -189,4 +193,6 @@ def _trials(records: Sequence[TrialRecord], objective: str) -> str:
             ]
         )
     head = ["trial", *keys, "ended", "step", "time", objective]
-    return page.section("Trials", "The furthest first, of these the best.", page.card(page.table(head, rows)))
+    return html_page.section(
+        "Trials", "The furthest first, of these the best.", html_page.card(html_page.table(head, rows))
+    )

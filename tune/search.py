@@ -11,8 +11,8 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, PopulationBasedTraining, TrialScheduler
 from ray.tune.search.optuna import OptunaSearch
 
-from tune.record import TrialRecord
-from tune.space import Parameter, Point, Space, identity
+from tune.search_space import Parameter, Point, Space, identity
+from tune.trial_records import TrialRecord
 
 _STUDY = "vilseg"
 

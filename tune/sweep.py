@@ -23,21 +23,21 @@ from typing import Any
 
 from ray import tune
 
-from jobs import cache_features, train
-from jobs.session import Session
-from jobs.watch import interrupts
-from tune.record import Group, Records, TrialRecord, groups, trial_name
+from cluster.ray_session import Session
+from jobs.train import feature_cache, train_job
+from jobs.train.supervisor import interrupts
+from tune.callbacks import Watch
 from tune.report import render
 from tune.search import optuna_search, points_left, scheduler
-from tune.space import Space, override
+from tune.search_space import Space, override
 from tune.trial import Layout, Trial, as_function, on_workers
-from tune.watch import Watch
+from tune.trial_records import Group, Records, TrialRecord, groups, trial_name
 from vilseg import storage
 from vilseg.config import RunConfig
 from vilseg.errors import ConfigError, StorageError, UserError
 from vilseg.evaluation.datasets import open_dataset
-from vilseg.training.folder import new_name
-from vilseg.training.run import preflight
+from vilseg.training.run_dir import new_name
+from vilseg.training.run_setup import preflight
 
 _TUNE_ENVIRONMENT = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # ours does not lose what Tune has not written yet
@@ -115,7 +115,9 @@ def main(
     config, space = _absolute(config), _absolute_dataset(space)
     check(config, space, resume=resume)
     folder = _folder(config)
-    cache = cache_features.main(config, session, progress=train.say_cached).uri if config.data.feature_cache else None
+    cache = (
+        feature_cache.main(config, session, progress=train_job.say_cached).uri if config.data.feature_cache else None
+    )
     kept = storage.join(folder, "records")
     records = Records(kept)
     layout = lay_out(config, session)

@@ -22,27 +22,27 @@ import torch
 from ray import tune
 from ray.tune.result import DONE
 
-from jobs import train
-from jobs.feed import read_here
-from jobs.monitor import PairCount, Snapshot
-from jobs.session import Session, user_error_in
-from tune.record import error_uri, trial_name
-from tune.space import Point, Space, override
+from cluster.ray_session import Session, user_error_in
+from jobs.train import train_job
+from jobs.train.monitor import PairCount, Snapshot
+from jobs.train.ray_data import read_here
+from tune.search_space import Point, Space, override
+from tune.trial_records import error_uri, trial_name
 from vilseg import storage
 from vilseg.config import RunConfig
-from vilseg.config_data import ColumnsConfig
-from vilseg.data.pairs import BadPair
-from vilseg.data.stream import WorkerBatch
+from vilseg.config.data import ColumnsConfig
+from vilseg.data.batch_reader import WorkerBatch
+from vilseg.data.shards import BadPair
 from vilseg.errors import ConfigError, DataError
 from vilseg.evaluation.datasets import FirstImages, open_dataset
 from vilseg.evaluation.evaluate import evaluate
-from vilseg.evaluation.mask_free import HeldOut, measure
+from vilseg.evaluation.proxy_metrics import HeldOut, measure
 from vilseg.model import ViLSeg
 from vilseg.segmentation.segmenter import Segmenter
-from vilseg.training import run
+from vilseg.training import run_setup
 from vilseg.training.checkpoints import CheckpointWriter, read_checkpoint, read_state
-from vilseg.training.folder import Prepared, RunFolder
-from vilseg.training.metrics import MetricsFile
+from vilseg.training.metrics_log import MetricsFile
+from vilseg.training.run_dir import Prepared, RunFolder
 
 Report = Callable[..., None]
 """Takes figures, and what else there is to pass on."""
@@ -167,13 +167,13 @@ def _train_here(config: RunConfig, trial: Trial, tell: Report) -> None:
         prepared = Prepared.from_json(storage.read_text(folder.prepared))
         storage.write_text(folder.config, config.to_yaml())
     elif storage.exists(folder.config):
-        prepared = run.resume(config, folder)
+        prepared = run_setup.resume(config, folder)
     else:
-        prepared = run.prepare(config, folder, cache=trial.cache)
+        prepared = run_setup.prepare(config, folder, cache=trial.cache)
     device = torch.device("cuda" if trial.layout.gpus else "cpu")
     if device.type == "cpu":
         torch.set_num_threads(max(1, int(trial.layout.cpus)))
-    trainer = run.make_trainer(config, folder, prepared, device)
+    trainer = run_setup.make_trainer(config, folder, prepared, device)
     if handed_over:
         with handed_over.as_directory() as local:
             state = json.loads((Path(local) / _POINTER).read_text())["uri"]
@@ -193,12 +193,12 @@ def _train_here(config: RunConfig, trial: Trial, tell: Report) -> None:
         with tempfile.TemporaryDirectory() as local:
             (Path(local) / _POINTER).write_text(json.dumps({"uri": folder.state(trainer.step)}))
             if trainer.step == config.trainer.steps:
-                run.save_model(trainer.objective.model, config, folder, last)
+                run_setup.save_model(trainer.objective.model, config, folder, last)
             checkpoint = tune.Checkpoint.from_directory(local) if trial.space.scheduler == "pbt" else None
             tell(last, trainer.objective.model, checkpoint=checkpoint)
 
     with (
-        run.nonfinite_kept(folder),
+        run_setup.nonfinite_kept(folder),
         CheckpointWriter(folder, config.trainer.keep_checkpoints, config.trainer.best_by) as writer,
     ):
         trainer.train(_batches(config, prepared, trainer.step), on_report=on_report, on_checkpoint=on_checkpoint)
@@ -230,13 +230,13 @@ def _train_on_workers(config: RunConfig, layout: Layout, tell: Report, should_st
                 return
             metrics = due.pop(0)
             if int(metrics["step"]) in kept:
-                tell(metrics, run.model_at(folder, int(metrics["step"])))
+                tell(metrics, run_setup.model_at(folder, int(metrics["step"])))
 
     session = Session(int(layout.cpus), int(layout.gpus))
     resume = storage.exists(folder.config)
-    done = train.main(config, session, resume=resume, progress=progress, should_stop=should_stop)
+    done = train_job.main(config, session, resume=resume, progress=progress, should_stop=should_stop)
     if not done.stopped:
-        tell(done.metrics or {"step": config.trainer.steps}, run.model_at(folder, config.trainer.steps))
+        tell(done.metrics or {"step": config.trainer.steps}, run_setup.model_at(folder, config.trainer.steps))
 
 
 def _figures(config: RunConfig, space: Space, model: ViLSeg) -> dict[str, float]:

@@ -32,7 +32,7 @@ class DiskFullError(StorageError):
     """No space is left on a disk; no fault of what was read or written."""
 
 
-class StoreUnavailable(StorageError):  # noqa: N818  (a state that passes, see `vilseg.patience`)
+class StoreUnavailable(StorageError):  # noqa: N818  (a state that passes, see `vilseg.storage.retry`)
     """The object store does not answer, or says that it cannot now; the same request may succeed later."""
 
 

@@ -10,13 +10,13 @@ import gradio as gr
 from fastapi import FastAPI
 from gradio.blocks import Block
 
-from serve.api import Ask
+from serve.api_keys import Keys
 from serve.config import ServeConfig
-from serve.desk import FilmDesk
-from serve.keys import Keys
-from serve.page import other_tabs, picture_tab
+from serve.http import Ask
+from serve.page import image_tab, other_tabs
+from serve.page.components import Desk
 from serve.page.examples import load_examples
-from serve.page.parts import Desk
+from serve.video_uploads import FilmDesk
 
 _HERE = Path(__file__).parent
 _FONTS = ["system-ui", "sans-serif"]
@@ -40,11 +40,11 @@ def mount_page(
         config: the present one.
     """
     desk = Desk(ask, config)
-    kept = picture_tab.KeptPictures(load_examples(config().examples))
+    kept = image_tab.KeptPictures(load_examples(config().examples))
     with gr.Blocks(title="vilseg", analytics_enabled=False, delete_cache=(_TIDY_S, _FILES_S)) as demo:
         gr.Markdown("# vilseg\nName what you look for; the picture is cut into regions of these names.")
         with gr.Tab("Picture"):
-            picture_tab.build(desk, kept, demo)
+            image_tab.build(desk, kept, demo)
         with gr.Tab("Compare"):
             other_tabs.build_compare(desk)
         with gr.Tab("Several pictures"):

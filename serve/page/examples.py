@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vilseg import storage
-from vilseg.data import scenes
+from vilseg.data.synthetic import scenes
 from vilseg.errors import ConfigError
 from vilseg.text.vocabulary import Vocabulary
 

@@ -14,17 +14,17 @@ import gradio as gr
 import numpy as np
 from PIL import Image
 
-from serve.desk import FilmDesk
-from serve.films import MASKS, OVERLAY
-from serve.page.parts import Desk, class_tags, empty, viewer
-from serve.refusal import Refusal
+from serve.http_errors import Refusal
+from serve.page.components import Desk, class_tags, empty, viewer
+from serve.video_jobs import MASKS, OVERLAY
+from serve.video_uploads import FilmDesk
 from vilseg import storage
-from vilseg.archive.coco import write_coco
+from vilseg.bulk.coco_annotations import write_coco
 from vilseg.client import arrays_of
 from vilseg.data.decode import decode_image
 from vilseg.errors import UserError
-from vilseg.segmentation.drawing import draw_overlay
 from vilseg.segmentation.result import Segmentation
+from vilseg.segmentation.visualization import draw_overlay
 
 _MOST_PICTURES = 50
 _THUMB_SIDE = 512

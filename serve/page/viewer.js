@@ -1,5 +1,5 @@
 // <vilseg-viewer name="…" data="…">: a segmentation that is drawn, hovered over and thresholded in the browser.
-// `data` is base64 of the JSON that serve/answers.py calls a view; `settings` outlive it, so a new picture keeps them.
+// `data` is base64 of the JSON that serve/encoding.py calls a view; `settings` outlive it, so a new picture keeps them.
 (() => {
   "use strict";
   const NOTHING = 255;

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.store import ObjectStore
+from cluster.object_store import ObjectStore
 
 ROOT = Path(__file__).parents[2]
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -20,7 +20,7 @@ def vilseg() -> Run:
 
     def run(*arguments: str, timeout: float = 500, **environment: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-m", "jobs.cli", *arguments],
+            [sys.executable, "-m", "cli.app", *arguments],
             cwd=ROOT,
             env={**os.environ, **environment},
             capture_output=True,

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cluster.store import ObjectStore
-from jobs import cli
-from serve.keys import add_key
+from cli import app
+from cluster.object_store import ObjectStore
+from serve.api_keys import add_key
 
 Refused = Callable[..., str]
 
@@ -20,7 +20,7 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Refused:
     """Run a verb that must be refused; returns its one sentence."""
 
     def run(*arguments: str) -> str:
-        assert cli.run(arguments) == 2
+        assert app.run(arguments) == 2
         said = capsys.readouterr()
         assert said.out == ""
         assert "Traceback" not in said.err

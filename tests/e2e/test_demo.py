@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from cluster.store import ObjectStore
+from cluster.object_store import ObjectStore
 from vilseg import storage
 
 Run = Callable[..., subprocess.CompletedProcess[str]]

@@ -17,9 +17,9 @@ import pytest
 from PIL import Image
 
 from vilseg import storage
-from vilseg.archive.gallery import THUMBS, thumbnail, write_gallery
-from vilseg.segmentation.drawing import class_colours
+from vilseg.bulk.gallery import THUMBS, thumbnail, write_gallery
 from vilseg.segmentation.result import Segmentation
+from vilseg.segmentation.visualization import class_colours
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright (pip install vilseg[dev])")
 CHROMIUM = shutil.which("chromium")

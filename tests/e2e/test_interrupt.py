@@ -7,9 +7,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from vilseg.data import scenes
-from vilseg.data.pairs import write_tar
-from vilseg.training.folder import RunFolder
+from vilseg.data.shards import write_tar
+from vilseg.data.synthetic import scenes
+from vilseg.training.run_dir import RunFolder
 
 ROOT = Path(__file__).parents[2]
 STEPS = 100_000  # more than anybody waits for
@@ -33,7 +33,7 @@ def test_interrupted_training_resumes(tmp_path: Path, vilseg: Callable[..., subp
     )
     arguments = ["train", "--config", str(config), "--name", "it"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "jobs.cli", *arguments, "trainer.log_every=5"],
+        [sys.executable, "-m", "cli.app", *arguments, "trainer.log_every=5"],
         cwd=ROOT,
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,

@@ -18,11 +18,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from cluster.store import ObjectStore
+from cluster.object_store import ObjectStore
 from tests.e2e.processes import end, family, kill, title
 from vilseg import storage
-from vilseg.archive import rows
-from vilseg.data import scenes
+from vilseg.bulk import results_table
+from vilseg.data.synthetic import scenes
 
 ROOT = Path(__file__).parents[2]
 PICTURES = 600
@@ -63,7 +63,7 @@ class Running:
 
     def parts(self) -> set[str]:
         """Parts that are written."""
-        place = f"{self.out}/{rows.PARTS}"
+        place = f"{self.out}/{results_table.PARTS}"
         return {entry.relative for entry in storage.list_files(place)} if storage.exists(place) else set()
 
     def wait_for_parts(self, count: int) -> None:
@@ -91,7 +91,7 @@ def start(archive: list[str], model: str, request: pytest.FixtureRequest) -> Ite
     def run(*options: str) -> Running:
         arguments = ["segment", "s3://vilseg/archive", "--model", model, "--classes", "sky,grass,boat", "--out", out]
         process = subprocess.Popen(
-            [sys.executable, "-m", "jobs.cli", *arguments, *options],
+            [sys.executable, "-m", "cli.app", *arguments, *options],
             cwd=ROOT,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
@@ -109,7 +109,7 @@ def start(archive: list[str], model: str, request: pytest.FixtureRequest) -> Ite
 def finished(out: str) -> dict[str, bytes]:
     """Masks of the pictures whose rows are in parts, with a mark put into each: whoever does one again removes it."""
     marked = {}
-    for entry in storage.list_files(f"{out}/{rows.PARTS}"):
+    for entry in storage.list_files(f"{out}/{results_table.PARTS}"):
         for name in pq.read_table(io.BytesIO(storage.read_bytes(entry.uri))).column("path").to_pylist():
             mask = f"{out}/masks/{name}.png"
             marked[name] = storage.read_bytes(mask) + b"after the end of the picture"
@@ -119,7 +119,7 @@ def finished(out: str) -> dict[str, bytes]:
 
 def check(out: str, archive: list[str], marked: dict[str, bytes]) -> None:
     """One row and one whole mask for every input; ``marked`` ones untouched."""
-    table = pq.read_table(io.BytesIO(storage.read_bytes(f"{out}/{rows.RESULTS}")))
+    table = pq.read_table(io.BytesIO(storage.read_bytes(f"{out}/{results_table.RESULTS}")))
     assert table.column("path").to_pylist() == sorted(archive)
     assert set(table.column("status").to_pylist()) == {"ok"}
     masks = {entry.relative: entry.uri for entry in storage.list_files(f"{out}/masks")}
@@ -133,7 +133,7 @@ def check(out: str, archive: list[str], marked: dict[str, bytes]) -> None:
     with ThreadPoolExecutor(8) as pool:
         found = dict(zip(archive, pool.map(read, archive), strict=True))
     assert {name: found[name] for name in marked} == marked
-    assert not storage.exists(f"{out}/{rows.PARTS}")
+    assert not storage.exists(f"{out}/{results_table.PARTS}")
     assert not storage.exists(f"{out}/lock.json")
     assert json.loads(storage.read_text(f"{out}/summary.json"))["images"] == len(archive)
     assert len(json.loads(storage.read_text(f"{out}/annotations.json"))["images"]) == len(archive)
@@ -213,7 +213,7 @@ def test_input_that_kills_its_process_is_rejected(store: ObjectStore, model: str
     (tmp_path / "model" / "config.json").write_text(json.dumps(tree))
     arguments = ["in", "--model", "model", "--classes", "sky,grass", "--out", "out", "--json"]
     done = subprocess.run(
-        [sys.executable, "-m", "jobs.cli", "segment", *arguments],
+        [sys.executable, "-m", "cli.app", "segment", *arguments],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,

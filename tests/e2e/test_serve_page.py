@@ -27,7 +27,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vilseg.data import scenes
+from vilseg.data.synthetic import scenes
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright (pip install vilseg[dev])")
 CHROMIUM = shutil.which("chromium")
@@ -39,7 +39,7 @@ Open = Callable[..., Any]
 
 def serve(log: Path, *arguments: str, port: int) -> tuple[subprocess.Popen[str], dict[str, Any]]:
     """The command, once it has printed its result."""
-    command = [sys.executable, "-m", "jobs.cli", "serve", "--port", str(port), "--json", *arguments]
+    command = [sys.executable, "-m", "cli.app", "serve", "--port", str(port), "--json", *arguments]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=log.open("w"), text=True)
     line = process.stdout.readline() if process.stdout else ""
     assert line, log.read_text()
@@ -331,7 +331,7 @@ def test_several_pictures_at_once(open_page: Open, photo: Path, tmp_path: Path) 
 
 def test_a_film(open_page: Open, tmp_path: Path) -> None:
     pytest.importorskip("av", reason="needs PyAV (pip install vilseg[video])")
-    from vilseg.segmentation.video_files import Frame, write_video
+    from vilseg.segmentation.video_io import Frame, write_video
 
     images = [scenes.render_scene(3, 0, 128).image for _ in range(2)]
     write_video(str(tmp_path / "film.mp4"), (Frame(i, i / 10, images[i % 2]) for i in range(12)))

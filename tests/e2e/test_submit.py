@@ -21,10 +21,10 @@ from pathlib import Path
 import httpx
 import pytest
 
-from cluster.local import LocalCluster
-from cluster.store import ObjectStore
+from cluster.local_cluster import LocalCluster
+from cluster.object_store import ObjectStore
 from vilseg import storage
-from vilseg.data import scenes
+from vilseg.data.synthetic import scenes
 
 BIN = Path(sys.executable).parent
 ENCODER = """
@@ -268,7 +268,10 @@ def test_serve_until_it_is_stopped(place: Place) -> None:
     assert json.loads(place.submit("status", name, "--json").stdout)["status"] == "running"
 
     with Relay(place.environment["RAY_DASHBOARD_ADDRESS"]) as relay:
-        code = "import sys, jobs.submit, jobs.cli; jobs.submit._PATIENCE_S = 2; sys.exit(jobs.cli.run(sys.argv[1:]))"
+        code = (
+            "import sys, cli.submit.job_server, cli.app; "
+            "cli.submit.job_server._PATIENCE_S = 2; sys.exit(cli.app.run(sys.argv[1:]))"
+        )
         follower = subprocess.Popen(
             [sys.executable, "-c", code, "submit", "logs", name, "--follow", "--address", relay.address],
             cwd=place.folder,

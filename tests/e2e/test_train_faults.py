@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from cluster.store import ObjectStore
+from cluster.object_store import ObjectStore
 from tests.e2e.processes import end, family, kill, title
 from vilseg import storage
-from vilseg.data import scenes
-from vilseg.data.pairs import write_tar
-from vilseg.training.folder import RunFolder
-from vilseg.training.metrics import read_metrics
+from vilseg.data.shards import write_tar
+from vilseg.data.synthetic import scenes
+from vilseg.training.metrics_log import read_metrics
+from vilseg.training.run_dir import RunFolder
 
 ROOT = Path(__file__).parents[2]
 SIZE = 32
@@ -102,7 +102,7 @@ def begin(place: Path, name: str, *options: str, seconds_a_step: float = 0.3) ->
         f"trainer.storage={STORAGE}",
     ]
     process = subprocess.Popen(
-        [sys.executable, "-m", "jobs.cli", "train", "--config", "run.yaml", "--name", name, *fixed, *options],
+        [sys.executable, "-m", "cli.app", "train", "--config", "run.yaml", "--name", name, *fixed, *options],
         cwd=place,
         env={
             **os.environ,

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from cluster.store import ObjectStore
-from jobs.session import Session, ray_session
-from serve.run import QUICK
+from cluster.object_store import ObjectStore
+from cluster.ray_session import Session, ray_session
+from serve.launch import QUICK
 
 
 @pytest.fixture(scope="session")

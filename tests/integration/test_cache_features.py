@@ -12,14 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
-from jobs import cache_features
-from jobs.cache_features import FeatureWriter
-from jobs.session import Session
+from cluster.ray_session import Session
+from jobs.train import feature_cache
+from jobs.train.feature_cache import FeatureWriter
 from vilseg import storage
 from vilseg.config import RunConfig
-from vilseg.config_data import ColumnsConfig
-from vilseg.data.pairs import Pair, read_shard, write_tar
-from vilseg.data.stream import decode_features
+from vilseg.config.data import ColumnsConfig
+from vilseg.data.batch_reader import decode_features
+from vilseg.data.shards import Pair, read_shard, write_tar
 from vilseg.device import has_bfloat16_units
 from vilseg.errors import ConfigError, DataError
 from vilseg.model.image_encoder import LocalConvEncoder
@@ -106,28 +106,28 @@ def settings(root: str, *overrides: str) -> RunConfig:
 def test_an_encoder_that_learns_cannot_be_cached(ray_cluster: Session) -> None:
     config = settings("s3://vilseg/learns", "model.image_encoder.frozen=false")
     with pytest.raises(ConfigError, match="frozen=true"):
-        cache_features.main(config, ray_cluster)
+        feature_cache.main(config, ray_cluster)
 
 
 def test_training_reads_the_cache_and_another_source_gets_another_one(ray_cluster: Session) -> None:
-    from jobs import train
+    from jobs.train import train_job
 
     root = "s3://vilseg/cached"
     for name in ("a", "b"):
         write_pairs(f"{root}/pairs/{name}.tar", 6)
     config = settings(root, "data.cache_variants=2")
-    outcome = train.main(config, ray_cluster)
+    outcome = train_job.main(config, ray_cluster)
     assert outcome.metrics["step"] == 3
     assert np.isfinite(outcome.metrics["loss/mutual_information"])
-    manifest = cache_features.main(config, ray_cluster)
+    manifest = feature_cache.main(config, ray_cluster)
     assert manifest.uri.startswith(f"{root}/cache/")
     assert sum(manifest.pairs.values()) == 12
     written = storage.list_files(f"{root}/cache")
-    assert cache_features.main(config, ray_cluster) == manifest
+    assert feature_cache.main(config, ray_cluster) == manifest
     assert storage.list_files(f"{root}/cache") == written
     write_pairs(f"{root}/pairs/c.tar", 6)
-    larger = cache_features.main(config, ray_cluster)
+    larger = feature_cache.main(config, ray_cluster)
     assert larger.uri != manifest.uri
     time.sleep(1.1)  # the store tells the time of writing by the second
     write_pairs(f"{root}/pairs/c.tar", 6)
-    assert cache_features.main(config, ray_cluster).uri != larger.uri, "a shard written anew, of the same size"
+    assert feature_cache.main(config, ray_cluster).uri != larger.uri, "a shard written anew, of the same size"

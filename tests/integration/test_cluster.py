@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.local import LocalCluster
+from cluster.local_cluster import LocalCluster
 from vilseg.errors import ClusterError
 
 ROOT = Path(__file__).parents[2]
@@ -28,7 +28,7 @@ print(json.dumps(sorted(ray.get([where.remote(), where.remote()]))))
 
 def vilseg(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "jobs.cli", "cluster", *arguments],
+        [sys.executable, "-m", "cli.app", "cluster", *arguments],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -50,7 +50,7 @@ def answer(url: str, token: str | None) -> int:
 def other(tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Popen[str]]:
     """A second cluster of one node, started while the first one starts."""
     folder = tmp_path_factory.mktemp("other")
-    command = [sys.executable, "-m", "jobs.cli", "cluster", "up", "--dir", str(folder), "--json"]
+    command = [sys.executable, "-m", "cli.app", "cluster", "up", "--dir", str(folder), "--json"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     yield process
     process.wait(300)

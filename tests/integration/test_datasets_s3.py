@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.unit import published_trees as trees
+from tests.unit import benchmark_dataset_trees as trees
 from vilseg import storage
 from vilseg.errors import DataError
 from vilseg.evaluation.datasets import open_dataset

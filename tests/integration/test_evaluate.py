@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from cluster.ray_session import Session
 from jobs import evaluate
-from jobs.session import Session
-from vilseg.data import scenes
+from vilseg.data.synthetic import scenes
 from vilseg.errors import DataError
 
 IMAGES = 70

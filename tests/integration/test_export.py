@@ -21,13 +21,13 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from jobs.cli import run
+from cli.app import run
 from tests.unit import checkpoints
 from vilseg import Segmenter
 from vilseg.config import ModelConfig, SegmentationConfig
 from vilseg.errors import ModelError, StorageError, UserError
-from vilseg.export import Exported, export_model
-from vilseg.export_folder import check_target, new_folder
+from vilseg.export.onnx_export import Exported, export_model
+from vilseg.export.output_directory import check_target, new_folder
 from vilseg.model import ImageFeatures, ViLSeg
 
 TEXTS = ["a dog", "two cats on a sofa by the sea", ""]
@@ -153,7 +153,7 @@ def test_the_description_and_the_files_say_the_same(case: Case) -> None:
 def test_the_documented_program_names_pixels_as_the_segmenter_does(
     case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vilseg.segmentation.look.has_bfloat16_units", lambda device: False)
+    monkeypatch.setattr("vilseg.segmentation.dense_features.has_bfloat16_units", lambda device: False)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "onnx").symlink_to(case.folder)
     noise = np.random.default_rng(3).integers(0, 256, (6, 9, 3), np.uint8)
@@ -201,7 +201,8 @@ def test_an_encoder_that_binds_its_size_says_so(tmp_path: Path) -> None:
 def written_before(conv: Case, monkeypatch: pytest.MonkeyPatch) -> Case:
     """Writing a tower copies the one of ``conv``, which takes no time."""
     monkeypatch.setattr(
-        "vilseg.export._write", lambda *arguments: shutil.copy(conv.folder / arguments[-1].name, arguments[-1])
+        "vilseg.export.onnx_export._write",
+        lambda *arguments: shutil.copy(conv.folder / arguments[-1].name, arguments[-1]),
     )
     return conv
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.cli import run
+from cli.app import run
 from vilseg import storage
 
 
@@ -14,7 +14,7 @@ from vilseg import storage
 def test_an_export_lies_on_the_store_whole(
     save_tiny_model: Callable[[str, int], str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("vilseg.export._LARGEST_FILE", 0)
+    monkeypatch.setattr("vilseg.export.onnx_export._LARGEST_FILE", 0)
     out = "s3://vilseg/export/onnx"
     call = ["export", "--model", save_tiny_model("s3://vilseg/export/model", 32), "--out", out]
     assert run([*call, "--json"]) == 0
@@ -35,7 +35,7 @@ def test_an_export_lies_on_the_store_whole(
 
 @pytest.mark.usefixtures("object_store")
 def test_an_export_on_the_store_is_replaced_as_a_whole(tmp_path: Path) -> None:
-    from vilseg.export_folder import new_folder
+    from vilseg.export.output_directory import new_folder
 
     out = "s3://vilseg/export/replaced"
     storage.write_text(f"{out}/text.onnx.data", "of before")

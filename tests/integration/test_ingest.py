@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jobs import ingest
-from jobs.session import Session
+from cluster.ray_session import Session
+from jobs.ingest import ingest_job
 from vilseg import storage
-from vilseg.data.pairs import BadPair, Pair, read_index, read_shard
-from vilseg.data.stream import index_shards
+from vilseg.data.batch_reader import index_shards
+from vilseg.data.shards import BadPair, Pair, read_index, read_shard
 from vilseg.errors import ConfigError, DataError, StorageError
 
 
@@ -50,14 +50,14 @@ def dest(request: pytest.FixtureRequest) -> str:
 def test_a_folder_with_a_csv_becomes_shards_on_s3(tmp_path: Path, dest: str, ray_cluster: Session) -> None:
     source = write_folder(tmp_path / "in", 50)
     told: list[tuple[int, int, int]] = []
-    result = ingest.main(
+    result = ingest_job.main(
         [str(source)],
         dest,
         ray_cluster,
         shard_pairs=8,
         progress=lambda done, total, bad: told.append((done, total, bad)),
     )
-    assert result == ingest.IngestResult(uri=dest, pairs=50, bad=0, shards=7)
+    assert result == ingest_job.IngestResult(uri=dest, pairs=50, bad=0, shards=7)
     assert read_index(dest) == {f"pairs-{part:06d}-000.tar": 8 if part < 6 else 2 for part in range(7)}
     assert read_back(dest) == [expected(index) for index in range(50)]
     assert told == [(done, 7, 0) for done in range(1, 8)]
@@ -66,15 +66,15 @@ def test_a_folder_with_a_csv_becomes_shards_on_s3(tmp_path: Path, dest: str, ray
 
 def test_what_is_there_is_replaced_only_when_told_to(tmp_path: Path, dest: str, ray_cluster: Session) -> None:
     first, second = write_folder(tmp_path / "first", 6), write_folder(tmp_path / "second", 3)
-    ingest.main([str(first)], dest, ray_cluster, shard_pairs=2)
+    ingest_job.main([str(first)], dest, ray_cluster, shard_pairs=2)
     with pytest.raises(StorageError, match=r"it holds pair shards; give --overwrite or another folder"):
-        ingest.main([str(second)], dest, ray_cluster)
+        ingest_job.main([str(second)], dest, ray_cluster)
     assert len(read_back(dest)) == 6
-    ingest.main([str(second)], dest, ray_cluster, overwrite=True, shard_pairs=2)
+    ingest_job.main([str(second)], dest, ray_cluster, overwrite=True, shard_pairs=2)
     assert read_back(dest) == [expected(index) for index in range(3)]
     storage.delete(storage.join(dest, "index.json"))
     with pytest.raises(StorageError, match=r"an earlier ingest there did not end"):
-        ingest.main([str(second)], dest, ray_cluster)
+        ingest_job.main([str(second)], dest, ray_cluster)
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -84,14 +84,14 @@ def test_files_of_others_are_never_touched(tmp_path: Path, ray_cluster: Session,
     (tmp_path / "out" / "thesis.doc").write_text("x")
     for dest, message in (("out", "it holds other files"), ("in/out", "overlap"), (".", "overlap")):
         with pytest.raises(StorageError, match=message):
-            ingest.main([str(source)], str(tmp_path / dest), ray_cluster, overwrite=overwrite)
+            ingest_job.main([str(source)], str(tmp_path / dest), ray_cluster, overwrite=overwrite)
     assert (tmp_path / "out" / "thesis.doc").read_text() == "x"
 
 
 def test_equal_sources_give_equal_bytes(tmp_path: Path, ray_cluster: Session) -> None:
     source = write_folder(tmp_path / "in", 10)
     for name in ("one", "two"):
-        ingest.main([str(source)], str(tmp_path / name), ray_cluster, shard_pairs=4)
+        ingest_job.main([str(source)], str(tmp_path / name), ray_cluster, shard_pairs=4)
     names = sorted(path.name for path in (tmp_path / "one").iterdir())
     assert len(names) == 4
     assert [(tmp_path / "one" / n).read_bytes() for n in names] == [(tmp_path / "two" / n).read_bytes() for n in names]
@@ -99,7 +99,7 @@ def test_equal_sources_give_equal_bytes(tmp_path: Path, ray_cluster: Session) ->
 
 def test_bad_pictures_are_left_out_and_listed(tmp_path: Path, dest: str, ray_cluster: Session) -> None:
     source = write_folder(tmp_path / "in", 30, bad=2)
-    result = ingest.main([str(source)], dest, ray_cluster, shard_pairs=10, max_bad_share=0.1)
+    result = ingest_job.main([str(source)], dest, ray_cluster, shard_pairs=10, max_bad_share=0.1)
     assert (result.pairs, result.bad) == (28, 2)
     assert read_back(dest) == [expected(index) for index in range(2, 30)]
     listed = [json.loads(line) for line in storage.read_text(f"{dest}/bad.jsonl").splitlines()]
@@ -112,30 +112,30 @@ def test_too_many_bad_pictures_leave_only_their_list(tmp_path: Path, dest: str, 
     with pytest.raises(
         DataError, match=r"^2 of 30 pairs cannot be used, more than .* 0\.05 allows.*images/000.*bad\.jsonl"
     ):
-        ingest.main([str(source)], dest, ray_cluster)
+        ingest_job.main([str(source)], dest, ray_cluster)
     assert [file.relative for file in storage.list_files(dest)] == ["bad.jsonl"]
     # The list alone does not bar the way, and it goes with the next attempt.
-    assert ingest.main([str(source)], dest, ray_cluster, check=False).pairs == 30
+    assert ingest_job.main([str(source)], dest, ray_cluster, check=False).pairs == 30
     assert not storage.exists(f"{dest}/bad.jsonl")
 
 
 def test_no_readable_pair_at_all(tmp_path: Path, ray_cluster: Session) -> None:
     source = write_folder(tmp_path / "in", 3, bad=3)
     with pytest.raises(DataError, match=r"no readable pair in .*; the first is images/000: the image is damaged"):
-        ingest.main([str(source)], str(tmp_path / "out"), ray_cluster)
+        ingest_job.main([str(source)], str(tmp_path / "out"), ray_cluster)
 
 
 def test_shards_from_s3_are_cut_anew_beside_another_source(tmp_path: Path, dest: str, ray_cluster: Session) -> None:
     folder = write_folder(tmp_path / "photos", 5)
-    ingest.main([str(folder)], f"{dest}/raw", ray_cluster, shard_pairs=5)
-    result = ingest.main([f"{dest}/raw", str(folder)], f"{dest}/out", ray_cluster, shard_pairs=2)
+    ingest_job.main([str(folder)], f"{dest}/raw", ray_cluster, shard_pairs=5)
+    result = ingest_job.main([f"{dest}/raw", str(folder)], f"{dest}/out", ray_cluster, shard_pairs=2)
     assert result.shards == 6
     assert read_back(f"{dest}/out") == [expected(i, p) for p, i in itertools.product(("raw/", "photos/"), range(5))]
 
 
 def test_limit_is_exact(tmp_path: Path, ray_cluster: Session) -> None:
     source = write_folder(tmp_path / "in", 9, bad=1)
-    result = ingest.main([str(source)], str(tmp_path / "out"), ray_cluster, shard_pairs=3, limit=4)
+    result = ingest_job.main([str(source)], str(tmp_path / "out"), ray_cluster, shard_pairs=3, limit=4)
     assert (result.pairs, result.bad, result.shards) == (4, 1, 2)
     assert read_back(str(tmp_path / "out")) == [expected(index) for index in range(1, 5)]
 
@@ -147,8 +147,8 @@ def test_mistakes_inside_tasks_are_told_in_one_sentence(tmp_path: Path, ray_clus
     (tmp_path / "in").mkdir()
     pq.write_table(pa.table({"url": ["u"], "caption": ["A cat."]}), tmp_path / "in" / "meta.parquet")
     with pytest.raises(DataError, match=r"^\S+meta\.parquet has no column of images[^\n]*$"):
-        ingest.main([str(tmp_path / "in")], str(tmp_path / "out"), ray_cluster)
+        ingest_job.main([str(tmp_path / "in")], str(tmp_path / "out"), ray_cluster)
     with pytest.raises(ConfigError, match="shard_pairs is 0"):
-        ingest.main([str(tmp_path / "in")], str(tmp_path / "out"), ray_cluster, shard_pairs=0)
+        ingest_job.main([str(tmp_path / "in")], str(tmp_path / "out"), ray_cluster, shard_pairs=0)
     with pytest.raises(StorageError, match="no-such-bucket"):
-        ingest.main([str(write_folder(tmp_path / "ok", 1))], "s3://no-such-bucket/pairs", ray_cluster)
+        ingest_job.main([str(write_folder(tmp_path / "ok", 1))], "s3://no-such-bucket/pairs", ray_cluster)

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from cluster.store import ObjectStore
-from vilseg import _s3, patience, storage
-from vilseg.archive.inputs import Container, Input, scan
+from cluster.object_store import ObjectStore
+from vilseg import storage
+from vilseg.bulk.listing import Container, Input, scan
 from vilseg.errors import DataError, StorageError
+from vilseg.storage import retry, s3
 
 pytestmark = pytest.mark.usefixtures("object_store")
 
@@ -25,7 +26,7 @@ def prefix(request: pytest.FixtureRequest) -> str:
 
 def put(prefix: str, *relatives: str) -> str:
     """Objects that hold their own key below ``prefix``, whose URI is returned."""
-    client = _s3.boto_client(_s3.read_settings())
+    client = s3.boto_client(s3.read_settings())
 
     def one(relative: str) -> None:
         body = b"" if relative.endswith("/") else relative.encode()
@@ -134,7 +135,7 @@ def test_more_than_a_page_of_keys(many: tuple[str, list[str]]) -> None:
 def pages(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
     """What is asked for, page by page."""
     asked: list[dict[str, Any]] = []
-    client = _s3.boto_client(_s3.read_settings(), timeout_s=_s3.REQUEST_TIMEOUT_S)
+    client = s3.boto_client(s3.read_settings(), timeout_s=s3.REQUEST_TIMEOUT_S)
     listing = client.list_objects_v2
 
     def ask(**request: Any) -> Any:
@@ -159,7 +160,7 @@ def test_a_glob_asks_for_the_keys_that_begin_like_it(many: tuple[str, list[str]]
 
 
 def test_a_listing_survives_a_store_that_is_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patience, "_PAUSES_S", (0.2, 0.2))
+    monkeypatch.setattr(retry, "_PAUSES_S", (0.2, 0.2))
     store = ObjectStore.start(tmp_path / "store")
     try:
         for variable, value in store.environment().items():

@@ -32,17 +32,17 @@ import pytest
 import torch
 from PIL import Image
 
-from cluster.local import Host, LocalCluster
+from cluster.local_cluster import Host, LocalCluster
 from vilseg import storage
-from vilseg.archive import rows
+from vilseg.bulk import results_table
 from vilseg.config import RunConfig
-from vilseg.data import scenes
-from vilseg.data.order import PairOrder
-from vilseg.data.pairs import write_index, write_tar
-from vilseg.data.stream import BatchReader, decode_to_canvas
-from vilseg.training import run
-from vilseg.training.folder import Prepared, RunFolder
-from vilseg.training.metrics import read_metrics
+from vilseg.data.batch_reader import BatchReader, decode_to_canvas
+from vilseg.data.sampler import PairOrder
+from vilseg.data.shards import write_index, write_tar
+from vilseg.data.synthetic import scenes
+from vilseg.training import run_setup
+from vilseg.training.metrics_log import read_metrics
+from vilseg.training.run_dir import Prepared, RunFolder
 
 pytestmark = pytest.mark.slow
 
@@ -143,7 +143,7 @@ class Verb:
 
     def __init__(self, cluster: LocalCluster, said: IO[str], *arguments: str) -> None:
         self._said = said
-        command = [sys.executable, "-m", "jobs.cli", *arguments, "--address", cluster.address, "--json"]
+        command = [sys.executable, "-m", "cli.app", *arguments, "--address", cluster.address, "--json"]
         environment = {**os.environ, **cluster.environment()}
         self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=said, stderr=said, text=True)
 
@@ -199,7 +199,7 @@ def test_bulk_segmentation_ends_with_every_picture_once(
     for number in range(PICTURES):
         drawn[number % 5].save(photos / f"{number:03d}.png")
     verb = start("segment", str(photos), "--model", model, "--classes", "sky,grass,boat", "--out", out)
-    parts = Path(out) / rows.PARTS
+    parts = Path(out) / results_table.PARTS
 
     def written() -> bool:
         verb.goes_on()
@@ -210,7 +210,7 @@ def test_bulk_segmentation_ends_with_every_picture_once(
     cluster.kill_node(1)
     verb.goes_on()
     verb.end()
-    table = pq.read_table(f"{out}/{rows.RESULTS}")
+    table = pq.read_table(f"{out}/{results_table.RESULTS}")
     assert table.column("path").to_pylist() == [f"{number:03d}.png" for number in range(PICTURES)]
     assert set(table.column("status").to_pylist()) == {"ok"}
     masks = [np.asarray(Image.open(f"{out}/masks/{number:03d}.png.png")) for number in range(PICTURES)]
@@ -296,7 +296,7 @@ def unbroken(folder: RunFolder) -> list[dict[str, float]]:
     """The reports of the same run, made by one process without an interruption."""
     config = RunConfig.load(folder.config)
     prepared = Prepared.from_json(storage.read_text(folder.prepared))
-    trainer = run.make_trainer(config, folder, prepared, torch.device("cpu"))
+    trainer = run_setup.make_trainer(config, folder, prepared, torch.device("cpu"))
     reader = BatchReader(
         batch_size=config.trainer.batch_size,
         workers=1,

@@ -15,12 +15,12 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from jobs import segment
-from jobs.segment_plan import plan
-from jobs.session import Session
+from cluster.ray_session import Session
+from jobs.segment import segment_job
+from jobs.segment.plan import plan
 from vilseg import Segmenter, ViLSeg, Vocabulary, storage
 from vilseg.config import SegmentationConfig
-from vilseg.data import scenes
+from vilseg.data.synthetic import scenes
 from vilseg.errors import ConfigError, DataError, StorageError
 
 ROOT = "s3://vilseg/test-segment"
@@ -48,7 +48,7 @@ def archive(ray_cluster: Session) -> str:
 
 
 @pytest.fixture(scope="module")
-def done(ray_cluster: Session, archive: str, model: str) -> segment.Summary:
+def done(ray_cluster: Session, archive: str, model: str) -> segment_job.Summary:
     return run([archive], model, NAMES, f"{ROOT}/out", ray_cluster)
 
 
@@ -63,8 +63,8 @@ def pictures(tmp_path: Path) -> Path:
 
 def run(
     inputs: list[str], model: str, classes: Vocabulary, out: str, session: Session, **options: Any
-) -> segment.Summary:
-    return segment.main(plan(inputs, model, classes, out, **options), session)
+) -> segment_job.Summary:
+    return segment_job.main(plan(inputs, model, classes, out, **options), session)
 
 
 def tree_of(folder: Path) -> dict[str, bytes]:
@@ -80,7 +80,7 @@ def rows_of(out: str) -> list[dict]:
         return pq.read_table(file).to_pylist()
 
 
-def test_every_picture_has_one_row_and_the_broken_one_a_reason(done: segment.Summary) -> None:
+def test_every_picture_has_one_row_and_the_broken_one_a_reason(done: segment_job.Summary) -> None:
     assert (done.images, done.ok, done.rejected) == (13, 12, 1)
     assert json.loads(storage.read_text(f"{done.uri}/summary.json"))["rejected"] == 1
     rows = rows_of(done.uri)
@@ -91,7 +91,7 @@ def test_every_picture_has_one_row_and_the_broken_one_a_reason(done: segment.Sum
     assert "image" in rejected[0]["error"]
 
 
-def test_masks_are_what_the_segmenter_says(done: segment.Summary, archive: str, model: str) -> None:
+def test_masks_are_what_the_segmenter_says(done: segment_job.Summary, archive: str, model: str) -> None:
     segmenter = Segmenter(ViLSeg.from_pretrained(model), NAMES)
     for row in [row for row in rows_of(done.uri) if row["status"] == "ok"]:
         expected = segmenter(f"{archive}/{row['path']}")
@@ -104,7 +104,7 @@ def test_masks_are_what_the_segmenter_says(done: segment.Summary, archive: str, 
             assert np.array_equal(decoded.astype(bool), mask == NAMES.classes.index(name))
 
 
-def test_annotations_open_in_pycocotools(done: segment.Summary, tmp_path: Path) -> None:
+def test_annotations_open_in_pycocotools(done: segment_job.Summary, tmp_path: Path) -> None:
     path = tmp_path / "annotations.json"
     path.write_text(storage.read_text(f"{done.uri}/annotations.json"))
     coco = COCO(str(path))
@@ -114,7 +114,7 @@ def test_annotations_open_in_pycocotools(done: segment.Summary, tmp_path: Path) 
         assert coco.annToMask(annotation).sum() == annotation["area"]
 
 
-def test_panoptic_segments_are_the_pixels_of_the_masks(done: segment.Summary) -> None:
+def test_panoptic_segments_are_the_pixels_of_the_masks(done: segment_job.Summary) -> None:
     tree = json.loads(storage.read_text(f"{done.uri}/annotations.json"))
     names = {category["id"]: category["name"] for category in tree["categories"]}
     assert len(tree["panoptic"]) == 12
@@ -140,7 +140,7 @@ def test_without_masks_no_mask_is_named(ray_cluster: Session, pictures: Path, mo
 
 
 def test_resume_does_the_missing_pictures_only(
-    ray_cluster: Session, done: segment.Summary, archive: str, model: str
+    ray_cluster: Session, done: segment_job.Summary, archive: str, model: str
 ) -> None:
     before = rows_of(done.uri)
     name = f"{archive}/late.png"
@@ -166,14 +166,16 @@ def test_resume_does_the_missing_pictures_only(
     ],
 )
 def test_resume_of_another_job_is_refused(
-    done: segment.Summary, archive: str, model: str, change: dict[str, Any], words: str
+    done: segment_job.Summary, archive: str, model: str, change: dict[str, Any], words: str
 ) -> None:
     asked: dict[str, Any] = {"inputs": [archive], "model": model, "classes": NAMES, "out": done.uri, **change}
     with pytest.raises(ConfigError, match=f"cannot resume into {done.uri}: it was made with {words}"):
         run(**asked, session=NO_CLUSTER, resume=True)
 
 
-def test_resume_with_another_model_is_refused(done: segment.Summary, archive: str, model: str, tmp_path: Path) -> None:
+def test_resume_with_another_model_is_refused(
+    done: segment_job.Summary, archive: str, model: str, tmp_path: Path
+) -> None:
     shutil.copytree(model, tmp_path / "other")
     with pytest.raises(ConfigError, match="another model;"):
         run([archive], str(tmp_path / "other"), NAMES, done.uri, NO_CLUSTER, resume=True)
@@ -193,7 +195,7 @@ def test_same_job_in_other_words_is_resumed(
     assert again.ok == 2
 
 
-def test_output_that_exists_is_refused(done: segment.Summary, archive: str, model: str) -> None:
+def test_output_that_exists_is_refused(done: segment_job.Summary, archive: str, model: str) -> None:
     with pytest.raises(StorageError, match="--overwrite"):
         run([archive], model, NAMES, done.uri, NO_CLUSTER)
 

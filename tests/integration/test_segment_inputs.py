@@ -19,17 +19,17 @@ import rasterio
 from PIL import Image
 from rasterio.transform import Affine
 
-from jobs import segment
-from jobs.segment_plan import estimate, list_inputs, plan
-from jobs.session import Session
+from cluster.ray_session import Session
+from jobs.segment import segment_job
+from jobs.segment.plan import estimate, list_inputs, plan
 from vilseg import Segmenter, ViLSeg, Vocabulary, storage
-from vilseg.archive.outputs import Rules
-from vilseg.data import scenes
+from vilseg.bulk.outputs import Rules
 from vilseg.data.decode import decode_image
-from vilseg.data.moving_scenes import render_moving_scene
-from vilseg.data.pairs import write_tar
+from vilseg.data.shards import write_tar
+from vilseg.data.synthetic import scenes
+from vilseg.data.synthetic.videos import render_moving_scene
 from vilseg.errors import ConfigError, DataError
-from vilseg.segmentation.video_files import Frame, write_video
+from vilseg.segmentation.video_io import Frame, write_video
 
 ROOT = "s3://vilseg/test-segment-inputs"
 NAMES = Vocabulary.of(["sky", "grass", "boat"])
@@ -87,7 +87,7 @@ def test_everything_in_one_call(ray_cluster: Session, model: str, tmp_path: Path
     inputs += [str(tmp_path / "film.mp4"), str(tmp_path / "land.tif")]
     out = f"{ROOT}/out"
     formats = ["png", "coco", "overlay", "gallery", "geotiff"]
-    done = segment.main(plan(inputs, model, NAMES, out, formats=formats, rules=Rules(key_every=3)), ray_cluster)
+    done = segment_job.main(plan(inputs, model, NAMES, out, formats=formats, rules=Rules(key_every=3)), ray_cluster)
     rows = rows_of(out)
     listed = [f"{tmp_path}/local/photo 4.png".lstrip("/"), f"{ROOT}/single.png".removeprefix("s3://")]
     assert set(rows) == {
@@ -126,7 +126,7 @@ def test_equal_files_are_segmented_once(ray_cluster: Session, model: str, tmp_pa
     (folder / "bad 0.jpg").write_bytes(b"no picture")
     (folder / "bad 1.jpg").write_bytes(b"no picture")
     out = str(tmp_path / "out")
-    done = segment.main(plan([str(folder)], model, NAMES, out, deduplicate=True), ray_cluster)
+    done = segment_job.main(plan([str(folder)], model, NAMES, out, deduplicate=True), ray_cluster)
     assert (done.ok, done.rejected) == (40, 2)
     rows = rows_of(out)
     # Three pictures, and the bad ones: what cannot be used is told of every file.
@@ -137,7 +137,7 @@ def test_equal_files_are_segmented_once(ray_cluster: Session, model: str, tmp_pa
         masks = {(tmp_path / "out" / "masks" / f"{row['path']}.png").read_bytes() for row in same}
         assert len(masks) == 1
     (folder / "late.png").write_bytes(png(1))
-    segment.main(plan([str(folder)], model, NAMES, out, deduplicate=True, resume=True), ray_cluster)
+    segment_job.main(plan([str(folder)], model, NAMES, out, deduplicate=True, resume=True), ray_cluster)
     assert rows_of(out)["late.png"]["duplicate_of"] is not None
     assert (tmp_path / "out" / "masks" / "late.png.png").read_bytes() in masks | {
         (tmp_path / "out" / "masks" / "01.png.png").read_bytes()
@@ -154,11 +154,11 @@ def pictures(tmp_path: Path) -> Path:
 
 
 def test_some_inputs_only(ray_cluster: Session, model: str, pictures: Path, tmp_path: Path) -> None:
-    first = segment.main(plan([str(pictures)], model, NAMES, str(tmp_path / "a"), limit=5), ray_cluster)
+    first = segment_job.main(plan([str(pictures)], model, NAMES, str(tmp_path / "a"), limit=5), ray_cluster)
     assert sorted(rows_of(first.uri)) == [f"{number:02d}.png" for number in range(5)]
     sampled = plan([str(pictures)], model, NAMES, str(tmp_path / "b"), sample=12, formats=["parquet"])
     picked = [item.name for item in list_inputs(sampled)]
-    assert sorted(rows_of(segment.main(sampled, ray_cluster).uri)) == picked
+    assert sorted(rows_of(segment_job.main(sampled, ray_cluster).uri)) == picked
     assert len(picked) == 12
     assert picked != [f"{number:02d}.png" for number in range(12)]
 
@@ -169,10 +169,10 @@ def test_too_many_rejected_end_the_job_and_the_rest_can_be_done(
 ) -> None:
     out = str(tmp_path / "out")
     with pytest.raises(DataError, match=r"--max-rejected 0.2 allows; the last is .*: the bytes are not an image"):
-        segment.main(plan([str(pictures)], model, NAMES, out), ray_cluster, max_rejected=0.2)
+        segment_job.main(plan([str(pictures)], model, NAMES, out), ray_cluster, max_rejected=0.2)
     assert not (tmp_path / "out" / "lock.json").exists()
     told: list[str] = []
-    done = segment.main(
+    done = segment_job.main(
         plan([str(pictures)], model, NAMES, out, resume=True),
         ray_cluster,
         max_rejected=0.6,
@@ -188,7 +188,7 @@ def test_small_and_large_pictures_are_refused_by_wish(ray_cluster: Session, mode
     for name, size in (("small", (31, 200)), ("large", (300, 300)), ("good", (64, 64))):
         Image.new("RGB", size, "green").save(folder / f"{name}.png")
     job = plan([str(folder)], model, NAMES, str(tmp_path / "out"), rules=Rules(min_side=32, max_pixels=50_000))
-    rows = rows_of(segment.main(job, ray_cluster).uri)
+    rows = rows_of(segment_job.main(job, ray_cluster).uri)
     assert {name: row["status"] for name, row in rows.items()} == {
         "small.png": "rejected",
         "large.png": "rejected",
@@ -233,7 +233,7 @@ def test_every_dirty_file_gets_what_is_right(ray_cluster: Session, model: str, t
     subprocess.run([sys.executable, str(maker), str(photos), str(tmp_path)], check=True, capture_output=True)
     lines = map(json.loads, (tmp_path / "manifest.jsonl").read_text().splitlines())
     expected = {line["file"].removeprefix("files/"): line for line in lines}
-    done = segment.main(plan([str(tmp_path / "files")], model, NAMES, f"{ROOT}/dirty"), ray_cluster)
+    done = segment_job.main(plan([str(tmp_path / "files")], model, NAMES, f"{ROOT}/dirty"), ray_cluster)
     rows = rows_of(f"{ROOT}/dirty")
     assert done.images == len(rows) == len(expected)
     assert set(rows) == set(expected)

@@ -26,7 +26,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from PIL import Image
 
-from jobs.session import Session
+from cluster.ray_session import Session
 from vilseg.client import Client, ServiceError
 from vilseg.model import ViLSeg
 
@@ -193,7 +193,7 @@ def test_the_client_gets_what_the_segmenter_finds(server: Server, models: dict[s
 
 def test_a_film_goes_the_whole_way(server: Server, tmp_path: Path) -> None:
     pytest.importorskip("av", reason="needs PyAV (pip install vilseg[video])")
-    from vilseg.segmentation.video_files import Frame, read_frames, write_video
+    from vilseg.segmentation.video_io import Frame, read_frames, write_video
 
     frames = (Frame(i, i / 10, np.full((48, 64, 3), 20 * i, np.uint8)) for i in range(8))
     write_video(str(tmp_path / "film.mp4"), frames)

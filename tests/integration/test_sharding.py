@@ -15,12 +15,12 @@ from torch.distributed.tensor import DTensor
 
 from tests.unit.training.test_loop import BATCH, NAMES, batches, data_parallel, losses, write_run
 from vilseg.config import OptimizerConfig, TrainerConfig, ViewsConfig
-from vilseg.config_loss import LossConfig
+from vilseg.config.loss import LossConfig
 from vilseg.distributed import world_size
 from vilseg.model import ViLSeg
+from vilseg.training.fsdp import clip_gradient, part_of, shard
 from vilseg.training.loop import Trainer
 from vilseg.training.objective import Objective
-from vilseg.training.sharding import clip_gradient, part_of, shard
 
 Make = Callable[..., ViLSeg]
 Pool = Callable[..., list[Any]]

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cluster.store import ObjectStore
+from cluster.object_store import ObjectStore
 from vilseg import storage
 from vilseg.errors import StorageError
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.store import HOST, ObjectStore
+from cluster.object_store import HOST, ObjectStore
 from vilseg import storage
 from vilseg.errors import StorageError
 
@@ -41,7 +41,7 @@ def listeners(pid: int) -> set[str]:
 def test_life_of_a_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "store"
     # Started by a process that ends at once, as `vilseg store up` does.
-    code = f"from pathlib import Path; from cluster.store import ObjectStore; ObjectStore.start(Path({str(folder)!r}))"
+    code = f"from pathlib import Path; from cluster.object_store import ObjectStore; ObjectStore.start(Path({str(folder)!r}))"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
     first = ObjectStore.attach(folder)
     assert first is not None

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from vilseg.config import RunConfig
-from vilseg.training.folder import RunFolder
-from vilseg.training.metrics import MetricsFile
+from vilseg.training.metrics_log import MetricsFile
+from vilseg.training.run_dir import RunFolder
 
 
 def test_mlflow_is_told_and_goes_on_with_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

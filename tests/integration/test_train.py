@@ -9,16 +9,17 @@ import pytest
 import torch
 from PIL import Image
 
-from jobs import ingest_scenes, train
-from jobs.session import Session
+from cluster.ray_session import Session
+from jobs.ingest import synthetic_scenes
+from jobs.train import train_job
 from vilseg import storage
 from vilseg.config import RunConfig
-from vilseg.data.pairs import write_tar
+from vilseg.data.shards import write_tar
 from vilseg.errors import DataError, StorageError
 from vilseg.model import ViLSeg
-from vilseg.training import run
-from vilseg.training.folder import RunFolder
-from vilseg.training.metrics import read_metrics
+from vilseg.training import run_setup
+from vilseg.training.metrics_log import read_metrics
+from vilseg.training.run_dir import RunFolder
 
 ROOT = "s3://vilseg/test-train"
 SIZE = 32
@@ -46,7 +47,7 @@ BASE = (
 @pytest.fixture(scope="module")
 def pairs(ray_cluster: Session) -> Iterator[str]:
     uri = f"{ROOT}/pairs"
-    ingest_scenes.main(uri, f"{ROOT}/unseen", pairs=700, unseen=4, size=SIZE, seed=3)
+    synthetic_scenes.main(uri, f"{ROOT}/unseen", pairs=700, unseen=4, size=SIZE, seed=3)
     yield uri
     storage.delete(ROOT)
 
@@ -56,9 +57,9 @@ def config(*overrides: str) -> RunConfig:
 
 
 @pytest.fixture(scope="module")
-def whole(ray_cluster: Session, pairs: str) -> train.Outcome:
+def whole(ray_cluster: Session, pairs: str) -> train_job.Outcome:
     """A run of eight steps by two workers; to begin one takes far longer than its steps, so tests share it."""
-    return train.main(eight_steps(pairs, "whole"), ray_cluster)
+    return train_job.main(eight_steps(pairs, "whole"), ray_cluster)
 
 
 def eight_steps(pairs: str, name: str, *overrides: str) -> RunConfig:
@@ -67,10 +68,10 @@ def eight_steps(pairs: str, name: str, *overrides: str) -> RunConfig:
 
 
 def test_two_workers_see_the_losses_of_one(
-    ray_cluster: Session, pairs: str, whole: train.Outcome, tmp_path: Path
+    ray_cluster: Session, pairs: str, whole: train_job.Outcome, tmp_path: Path
 ) -> None:
     here = f"trainer.storage={tmp_path}"  # a folder instead of S3, as on a laptop
-    alone = train.main(eight_steps(pairs, "alone", "trainer.workers=1", here), ray_cluster)
+    alone = train_job.main(eight_steps(pairs, "alone", "trainer.workers=1", here), ray_cluster)
     assert (tmp_path / "alone" / "model" / "model.safetensors").exists()
     names = {"loss", "loss/cross_modal", "loss/nouns", "loss/vision", "loss/mutual_information"}
     for one, two in zip(read_metrics(alone.folder)[:5], read_metrics(whole.folder)[:5], strict=True):
@@ -79,7 +80,9 @@ def test_two_workers_see_the_losses_of_one(
             assert one[name] == pytest.approx(two[name], abs=1e-4), (one["step"], name)
 
 
-def test_resumed_run_goes_on_as_if_it_had_not_stopped(ray_cluster: Session, pairs: str, whole: train.Outcome) -> None:
+def test_resumed_run_goes_on_as_if_it_had_not_stopped(
+    ray_cluster: Session, pairs: str, whole: train_job.Outcome
+) -> None:
     settings = eight_steps(pairs, "broken")
     folder = RunFolder(f"{ROOT}/runs/broken")
     # As if all had died while step 8 was written, before Ray took note of step 4.
@@ -88,8 +91,8 @@ def test_resumed_run_goes_on_as_if_it_had_not_stopped(ray_cluster: Session, pair
             storage.write_bytes(storage.join(folder.uri, entry.relative), storage.read_bytes(entry.uri))
     storage.write_bytes(folder.state(8), storage.read_bytes(folder.state(8))[:1000])
     with pytest.raises(StorageError, match="--resume"):
-        train.main(settings, ray_cluster)
-    train.main(settings, ray_cluster, resume=True)
+        train_job.main(settings, ray_cluster)
+    train_job.main(settings, ray_cluster, resume=True)
     expected, found = read_metrics(whole.folder), read_metrics(folder)
     assert [line["step"] for line in found] == list(range(1, 9))
     for want, got in zip(expected, found, strict=True):
@@ -97,9 +100,9 @@ def test_resumed_run_goes_on_as_if_it_had_not_stopped(ray_cluster: Session, pair
     assert storage.exists(folder.model)
 
 
-def test_self_training_goes_on_from_a_run(ray_cluster: Session, pairs: str, whole: train.Outcome) -> None:
+def test_self_training_goes_on_from_a_run(ray_cluster: Session, pairs: str, whole: train_job.Outcome) -> None:
     stage = ("stage=self-train", f"init={whole.folder.uri}", "loss.self_training.confidence=0", "trainer.steps=3")
-    done = train.main(eight_steps(pairs, "self-trained", *stage), ray_cluster)
+    done = train_job.main(eight_steps(pairs, "self-trained", *stage), ray_cluster)
     begun, ended = ViLSeg.from_pretrained(done.folder.initial), ViLSeg.from_pretrained(whole.folder.model)
     for name, value in ended.state_dict().items():
         assert torch.equal(begun.state_dict()[name], value), name
@@ -108,7 +111,7 @@ def test_self_training_goes_on_from_a_run(ray_cluster: Session, pairs: str, whol
     assert set(ViLSeg.from_pretrained(done.folder.model).state_dict()) == set(ended.state_dict())
 
 
-def test_run_folder_holds_what_the_documentation_names(pairs: str, whole: train.Outcome) -> None:
+def test_run_folder_holds_what_the_documentation_names(pairs: str, whole: train_job.Outcome) -> None:
     folder = whole.folder
     assert folder.checkpoint_steps() == [4, 8]
     assert RunConfig.load(folder.config) == eight_steps(pairs, "whole")
@@ -119,7 +122,7 @@ def test_run_folder_holds_what_the_documentation_names(pairs: str, whole: train.
     assert {"config.json", "model.safetensors", "README.md", "tokenizer.json"} <= names
     assert any("events" in entry.relative for entry in storage.list_files(storage.join(folder.uri, "tensorboard")))
     trained = ViLSeg.from_pretrained(folder.model)
-    kept = run.model_at(folder, 8)
+    kept = run_setup.model_at(folder, 8)
     pictures = torch.rand(2, 3, SIZE, SIZE)
     assert torch.equal(trained.encode_image(pictures).patches, kept.encode_image(pictures).patches)
 
@@ -129,7 +132,7 @@ def test_bad_pairs_are_skipped_and_counted(ray_cluster: Session, pairs: str) -> 
     _write(uri, good=150, bad=3)
     seen: list[tuple[str, str]] = []
     settings = config(f"data.source={uri}", "name=some-bad", "trainer.steps=4")
-    outcome = train.main(settings, ray_cluster, progress=lambda snapshot: seen.extend(snapshot.bad))
+    outcome = train_job.main(settings, ray_cluster, progress=lambda snapshot: seen.extend(snapshot.bad))
     assert outcome.metrics["bad_pairs"] >= 3
     assert {key for key, _ in seen} == {"bad0", "bad1", "bad2"}
 
@@ -139,7 +142,7 @@ def test_too_many_bad_pairs_stop_the_run_with_a_sentence(ray_cluster: Session, p
     _write(uri, good=40, bad=100)
     settings = config(f"data.source={uri}", "name=mostly-bad", "trainer.steps=4")
     with pytest.raises(DataError, match="max_bad_share"):
-        train.main(settings, ray_cluster)
+        train_job.main(settings, ray_cluster)
 
 
 def test_no_readable_pair_is_said_before_training(ray_cluster: Session, pairs: str) -> None:
@@ -147,7 +150,7 @@ def test_no_readable_pair_is_said_before_training(ray_cluster: Session, pairs: s
     members = ((f"k{i}", _png(i), "png", {"nothing": "here"}) for i in range(5))
     write_tar(f"{uri}/0.tar", members)
     with pytest.raises(DataError, match="no readable pair"):
-        train.main(config(f"data.source={uri}", "name=no-text"), ray_cluster)
+        train_job.main(config(f"data.source={uri}", "name=no-text"), ray_cluster)
 
 
 def _write(uri: str, *, good: int, bad: int) -> None:

@@ -6,18 +6,18 @@ from typing import Any
 
 import pytest
 
-from jobs import ingest_scenes
-from jobs.session import Session
+from cluster.ray_session import Session
+from jobs.ingest import synthetic_scenes
 from tune import sweep
-from tune.record import Records, TrialRecord
-from tune.space import Space
+from tune.search_space import Space
+from tune.trial_records import Records, TrialRecord
 from vilseg import storage
 from vilseg.config import RunConfig
 from vilseg.errors import ConfigError, StorageError, UserError
-from vilseg.evaluation.mask_free import MEASURES
+from vilseg.evaluation.proxy_metrics import MEASURES
 from vilseg.model import ViLSeg
-from vilseg.training.folder import RunFolder
-from vilseg.training.metrics import read_metrics
+from vilseg.training.metrics_log import read_metrics
+from vilseg.training.run_dir import RunFolder
 
 ROOT = "s3://vilseg/test-tune"
 SIZE = 32
@@ -43,7 +43,7 @@ BASE = (
 
 @pytest.fixture(scope="module", autouse=True)
 def pairs(ray_cluster: Session) -> Iterator[None]:
-    ingest_scenes.main(f"{ROOT}/pairs", f"{ROOT}/unseen", pairs=560, unseen=6, size=SIZE, seed=3)
+    synthetic_scenes.main(f"{ROOT}/pairs", f"{ROOT}/unseen", pairs=560, unseen=6, size=SIZE, seed=3)
     yield
     storage.delete(ROOT)
 

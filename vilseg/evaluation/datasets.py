@@ -9,8 +9,8 @@ import numpy as np
 
 from vilseg import storage
 from vilseg.errors import DataError
-from vilseg.evaluation.masks import ImageFiles, MaskedImage, read_image_and_mask, values_of
-from vilseg.evaluation.published import LAYOUTS, PublishedDataset
+from vilseg.evaluation.benchmark_datasets import LAYOUTS, PublishedDataset
+from vilseg.evaluation.image_and_mask import ImageFiles, MaskedImage, read_image_and_mask, values_of
 
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 

@@ -10,11 +10,11 @@ from typing import Any, Protocol
 import numpy as np
 
 from vilseg.errors import DataError
-from vilseg.evaluation.boundary import WIDTH, BoundaryCounts
-from vilseg.evaluation.calibration import CalibrationCounts
-from vilseg.evaluation.confusion import ConfusionMatrix
+from vilseg.evaluation.boundary_iou import WIDTH, BoundaryCounts
+from vilseg.evaluation.calibration_error import CalibrationCounts
+from vilseg.evaluation.confusion_matrix import ConfusionMatrix
 from vilseg.evaluation.datasets import MaskedDataset
-from vilseg.evaluation.masks import MaskedImage
+from vilseg.evaluation.image_and_mask import MaskedImage
 from vilseg.evaluation.protocols import EvaluationProtocol, under
 from vilseg.segmentation.result import Segmentation
 from vilseg.text.vocabulary import Vocabulary
@@ -58,7 +58,7 @@ class Evaluation:
     calibration: CalibrationCounts | None = None
     """Counts by score; None where the segmenter gives none."""
     temperature: float | None = None
-    """From `vilseg.evaluation.calibration.fit_temperature`, where it was asked for."""
+    """From `vilseg.evaluation.calibration_error.fit_temperature`, where it was asked for."""
     measured: tuple[int, ...] | None = None
     """Indices of the classes that the means are over; all where None."""
     protocol: EvaluationProtocol = EvaluationProtocol.ALL

@@ -10,9 +10,9 @@ from enum import StrEnum
 import numpy as np
 
 from vilseg.errors import DataError
+from vilseg.evaluation.benchmark_datasets import LAYOUTS, PublishedDataset
 from vilseg.evaluation.datasets import MaskedDataset
-from vilseg.evaluation.masks import MaskedImage
-from vilseg.evaluation.published import LAYOUTS, PublishedDataset
+from vilseg.evaluation.image_and_mask import MaskedImage
 from vilseg.text.vocabulary import BACKGROUND
 
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image
 
-from vilseg.evaluation import page
+from vilseg.evaluation import html_page
 from vilseg.evaluation.charts import iou_bars, line_chart
 from vilseg.evaluation.evaluate import Evaluation, Example
-from vilseg.segmentation import drawing
+from vilseg.segmentation import visualization
 from vilseg.segmentation.result import no_class
 
 _LONGEST_SIDE = 640  # px: larger pictures are shrunk, a page of dozens must still open on a phone
@@ -56,21 +56,21 @@ def render_report(report: RunReport) -> str:
     headline.append(("pixel accuracy", *_per_cent(trained.pixel_accuracy)))
     headline.append(("images measured", f"{trained.images:,}", ""))
     if report.seconds:
-        value, unit = page.seconds_text(sum(report.seconds.values())).split(" ", 1)
+        value, unit = html_page.seconds_text(sum(report.seconds.values())).split(" ", 1)
         headline.append(("from start to end", value, unit))
-    summary = f'<p class="note">{page.escape(report.summary)}</p>' if report.summary else ""
-    return page.page(
+    summary = f'<p class="note">{html_page.escape(report.summary)}</p>' if report.summary else ""
+    return html_page.page(
         report.title,
         [
             summary,
-            page.numbers(headline),
+            html_page.numbers(headline),
             _stages(report.seconds),
             _facts({**report.facts, **_vocabulary(trained)}),
             _examples(trained.examples),
             _per_class(trained, untrained),
             _curves(report),
             _commands(report.commands),
-            page.folded("Configuration", page.code(report.configuration)) if report.configuration else "",
+            html_page.folded("Configuration", html_page.code(report.configuration)) if report.configuration else "",
         ],
     )
 
@@ -86,8 +86,8 @@ def render_evaluation(evaluation: Evaluation, title: str, commands: Sequence[str
         ("classes measured", str(len(evaluation.measured_classes)), ""),
     ]
     parts = [
-        f'<p class="note">{page.escape(_protocol(evaluation))}</p>',
-        page.numbers(headline),
+        f'<p class="note">{html_page.escape(_protocol(evaluation))}</p>',
+        html_page.numbers(headline),
         _facts(_vocabulary(evaluation)),
         _worst(evaluation.worst),
         _examples(evaluation.examples),
@@ -95,7 +95,7 @@ def render_evaluation(evaluation: Evaluation, title: str, commands: Sequence[str
         _confusions(evaluation),
         _commands(commands),
     ]
-    return page.page(title, parts)
+    return html_page.page(title, parts)
 
 
 def _vocabulary(evaluation: Evaluation) -> dict[str, str]:
@@ -103,7 +103,7 @@ def _vocabulary(evaluation: Evaluation) -> dict[str, str]:
 
 
 def _facts(facts: Mapping[str, str]) -> str:
-    return page.card(page.facts(facts)) if facts else ""
+    return html_page.card(html_page.facts(facts)) if facts else ""
 
 
 def _protocol(evaluation: Evaluation) -> str:
@@ -134,8 +134,10 @@ def _stages(seconds: Mapping[str, float]) -> str:
         f'<i style="flex:{max(spent, 0):.3f} 0 0;background:{colour}"></i>'
         for spent, colour in zip(seconds.values(), colours, strict=True)
     )
-    entries = [(colour, name, page.seconds_text(seconds[name])) for name, colour in zip(seconds, colours, strict=True)]
-    return page.card(f'<div class="stages">{bar}</div>{page.key(entries)}')
+    entries = [
+        (colour, name, html_page.seconds_text(seconds[name])) for name, colour in zip(seconds, colours, strict=True)
+    ]
+    return html_page.card(f'<div class="stages">{bar}</div>{html_page.key(entries)}')
 
 
 def _examples(examples: Sequence[Example]) -> str:
@@ -145,7 +147,7 @@ def _examples(examples: Sequence[Example]) -> str:
         "Tints are classes, laid over the image in grey; an area that keeps its own colours has no class. "
         "The clusters are the regions before they were given names."
     )
-    return page.section("Examples", note, *(_example(example) for example in examples))
+    return html_page.section("Examples", note, *(_example(example) for example in examples))
 
 
 def _worst(examples: Sequence[Example]) -> str:
@@ -153,7 +155,7 @@ def _worst(examples: Sequence[Example]) -> str:
         return ""
     note = "The images of lowest mIoU, each over the measured classes that are truly in it."
     content = "".join(_example(example) for example in examples)
-    return page.section("Worst images", note, page.folded(f"{len(examples)} images", content))
+    return html_page.section("Worst images", note, html_page.folded(f"{len(examples)} images", content))
 
 
 def _example(example: Example) -> str:
@@ -161,25 +163,25 @@ def _example(example: Example) -> str:
     image, classes = truth.image, result.classes
     # The value to ignore of an 8-bit mask may be the index of a class, where there are more than 255.
     true_labels = np.where(truth.mask == truth.ignore, np.uint16(no_class(np.uint16)), truth.mask)
-    factor = drawing.enlarging_factor(*result.labels.shape)
+    factor = visualization.enlarging_factor(*result.labels.shape)
     crisp = factor > 1
 
-    pictures = [page.picture(_fit(Image.fromarray(image)), "image", crisp=crisp)]
+    pictures = [html_page.picture(_fit(Image.fromarray(image)), "image", crisp=crisp)]
     for caption, labels in (("prediction", result.labels), ("truth", true_labels)):
-        drawn = _fit(drawing.draw_overlay(image, labels, classes, opacity=0.65, factor=factor))
-        legend = page.class_key(drawing.legend_entries(labels, classes))
-        pictures.append(page.picture(drawn, caption, below=legend, crisp=crisp))
+        drawn = _fit(visualization.draw_overlay(image, labels, classes, opacity=0.65, factor=factor))
+        legend = html_page.class_key(visualization.legend_entries(labels, classes))
+        pictures.append(html_page.picture(drawn, caption, below=legend, crisp=crisp))
     if result.clusters is not None:
-        drawn = _fit(drawing.draw_clusters(result.clusters, factor=factor), Image.Resampling.NEAREST)
+        drawn = _fit(visualization.draw_clusters(result.clusters, factor=factor), Image.Resampling.NEAREST)
         caption = f"{len(np.unique(result.clusters))} clusters"
-        pictures.append(page.picture(drawn, caption, crisp=True))
+        pictures.append(html_page.picture(drawn, caption, crisp=True))
 
     known = truth.mask != truth.ignore
     right = int(np.count_nonzero((result.labels == truth.mask) & known)) / max(int(np.count_nonzero(known)), 1)
     mean = "" if math.isnan(example.miou) else f", mIoU {100 * example.miou:.1f} %"
     return (
-        f'<article class="card example"><header><h3>{page.escape(truth.name)}</h3>'
-        f'<span class="note">{drawing.share_text(right)} of the pixels right{mean}</span></header>'
+        f'<article class="card example"><header><h3>{html_page.escape(truth.name)}</h3>'
+        f'<span class="note">{visualization.share_text(right)} of the pixels right{mean}</span></header>'
         f'<div class="pictures">{"".join(pictures)}</div></article>'
     )
 
@@ -198,8 +200,8 @@ def _per_class(trained: Evaluation, untrained: Evaluation | None) -> str:
     if absent:
         note += f" In neither truth nor prediction: {', '.join(absent)}."
     chart = iou_bars(trained.per_class, untrained.per_class if untrained else None, label="IoU by class")
-    legend = page.key([("var(--accent)", "trained", ""), ("var(--second)", "untrained", "")]) if untrained else ""
-    return page.section("IoU by class", note, page.card(legend + chart, kind="wide"), _class_table(trained))
+    legend = html_page.key([("var(--accent)", "trained", ""), ("var(--second)", "untrained", "")]) if untrained else ""
+    return html_page.section("IoU by class", note, html_page.card(legend + chart, kind="wide"), _class_table(trained))
 
 
 def _class_table(evaluation: Evaluation) -> str:
@@ -209,14 +211,14 @@ def _class_table(evaluation: Evaluation) -> str:
     rows = [
         (
             name,
-            drawing.share_text(float(counts[index].sum()) / total),
+            visualization.share_text(float(counts[index].sum()) / total),
             "".join(_per_cent(iou)),
             "".join(_per_cent(evaluation.boundary_per_class.get(name, math.nan))),
         )
         for index, (name, iou) in enumerate(evaluation.per_class.items())
     ]
     head = ("class", "of all pixels", "IoU", "boundary IoU")
-    return page.folded("All classes as a table", page.table(head, rows, figures=3))
+    return html_page.folded("All classes as a table", html_page.table(head, rows, figures=3))
 
 
 def _confusions(evaluation: Evaluation) -> str:
@@ -230,12 +232,12 @@ def _confusions(evaluation: Evaluation) -> str:
         true, predicted = np.unravel_index(cell, wrong.shape)
         if wrong[true, predicted]:
             share = float(wrong[true, predicted] / counts[true].sum())
-            rows.append((names[true], names[predicted], drawing.share_text(share)))
+            rows.append((names[true], names[predicted], visualization.share_text(share)))
     if not rows:
         return ""
-    content = page.table(("in truth", "taken for", "of its pixels"), rows)
-    return page.section(
-        "Most frequent confusions", "Those that cost most pixels come first.", page.card(content, kind="wide")
+    content = html_page.table(("in truth", "taken for", "of its pixels"), rows)
+    return html_page.section(
+        "Most frequent confusions", "Those that cost most pixels come first.", html_page.card(content, kind="wide")
     )
 
 
@@ -245,16 +247,16 @@ def _curves(report: RunReport) -> str:
         reference = report.untrained.miou if report.untrained else None
         chart = line_chart(report.miou_curve, label="mIoU", percent=True, reference=reference)
         title = "mIoU" if reference is None else "mIoU (dashed: untrained)"
-        cards.append(page.card(chart, title=title))
+        cards.append(html_page.card(chart, title=title))
     keys = dict.fromkeys(key for line in report.metrics for key in line if key.startswith("loss"))
     for key in keys:
         points = [(line["step"], line[key]) for line in report.metrics if math.isfinite(line.get(key, math.nan))]
         if points:
-            cards.append(page.card(line_chart(points, label=key), title=key))
-    return page.section("Training", "", f'<div class="charts">{"".join(cards)}</div>') if cards else ""
+            cards.append(html_page.card(line_chart(points, label=key), title=key))
+    return html_page.section("Training", "", f'<div class="charts">{"".join(cards)}</div>') if cards else ""
 
 
 def _commands(commands: Sequence[str]) -> str:
     if not commands:
         return ""
-    return page.section("How this was made", "", page.code("\n".join(commands)))
+    return html_page.section("How this was made", "", html_page.code("\n".join(commands)))

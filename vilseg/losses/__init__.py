@@ -4,7 +4,7 @@ Each loss is exact over any number of workers (see ``vilseg.distributed``) and c
 parts as well, what each image gives and the loss of that, so that a large batch can be seen chunk by chunk.
 """
 
-from vilseg.losses.cross_modal import (
+from vilseg.losses.contrastive_loss import (
     contrast,
     contrast_of_scores,
     patch_contrast,
@@ -12,9 +12,9 @@ from vilseg.losses.cross_modal import (
     sigmoid_contrast,
     sigmoid_contrast_of_scores,
 )
-from vilseg.losses.mutual_information import cluster_figures, information_loss, joint_sums, mutual_information_loss
-from vilseg.losses.nouns import noun_contrast, noun_contrast_of_scores, noun_scores
-from vilseg.losses.vision import VisionContrast, vision_info_nce
+from vilseg.losses.dino_loss import VisionContrast, vision_info_nce
+from vilseg.losses.iic_loss import cluster_figures, information_loss, joint_sums, mutual_information_loss
+from vilseg.losses.multi_label_loss import noun_contrast, noun_contrast_of_scores, noun_scores
 
 __all__ = [
     "VisionContrast",

@@ -27,7 +27,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModel
 from vilseg import storage
 from vilseg.config import ImageEncoderConfig
 from vilseg.errors import ConfigError, ModelError
-from vilseg.model.correlated import LastBlock
+from vilseg.model.correlated_attention import LastBlock
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -213,7 +213,7 @@ class HuggingFaceImageEncoder(nn.Module):
 
         Args:
             images_B3HW: RGB in 0..1. Shape: (B, 3, H, W).
-            attention: see ``vilseg.model.correlated``.
+            attention: see ``vilseg.model.correlated_attention``.
 
         Returns:
             The features, and patches of the same shape.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vilseg.config import ModelConfig, SegmentationConfig
 from vilseg.errors import ConfigError
-from vilseg.model import pretrained
+from vilseg.model import serialization
 from vilseg.model.image_encoder import ImageFeatures, build_image_encoder
 from vilseg.model.text_encoder import TextEncoder, build_text_encoder
 from vilseg.text.tokenizer import train_tokenizer
@@ -104,7 +104,7 @@ class ViLSeg(nn.Module):
             ModelError: a checkpoint cannot be loaded.
         """
         if config.init:
-            return pretrained.start(cls, config, segmentation=segmentation)
+            return serialization.start(cls, config, segmentation=segmentation)
         tokenizer = None
         if not config.text_encoder.checkpoint:
             tokenizer = train_tokenizer(captions, config.text_encoder.vocabulary_size)
@@ -128,7 +128,7 @@ class ViLSeg(nn.Module):
             ModelError: no model folder there, or its weights do not fit its configuration.
             StorageError: the URI cannot be read.
         """
-        return pretrained.load(cls, source)
+        return serialization.load(cls, source)
 
     def save_pretrained(
         self, uri: str, *, card: str | None = None, weights: Mapping[str, Tensor] | None = None
@@ -137,7 +137,7 @@ class ViLSeg(nn.Module):
 
         ``weights``, by their names, take the place of the model's own where a worker holds only parts of them.
         """
-        pretrained.save(self, uri, card=card, weights=weights)
+        serialization.save(self, uri, card=card, weights=weights)
 
     def train(self, mode: bool = True) -> ViLSeg:
         """Training mode for what is trained; frozen towers stay in evaluation mode."""

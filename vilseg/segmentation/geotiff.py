@@ -22,10 +22,10 @@ from torch import Tensor
 
 from vilseg import storage
 from vilseg.errors import ConfigError, DataError, StorageError, UserError
-from vilseg.segmentation.drawing import class_colours, rgb
 from vilseg.segmentation.result import label_dtype, no_class, to_labels
 from vilseg.segmentation.segmenter import Segmenter
-from vilseg.segmentation.tiles import Axis, BlendedScores
+from vilseg.segmentation.sliding_window import Axis, BlendedScores
+from vilseg.segmentation.visualization import class_colours, rgb
 
 CLASS_NAMES_TAG = "CLASS_NAMES"
 """Tag of a mask that holds the class names in index order, as a JSON list."""

@@ -7,7 +7,7 @@ like it:
     s_x <- sum_n w_xn s_n,    w_xn = softmax_n( -mean_c |I_xc - I_nc| / (tolerance sigma_xc) )
 
 over the eight neighbours n at every dilation, with sigma_xc the standard deviation of colour channel c over x and its
-neighbours. The other method is a guided filter, see :mod:`vilseg.segmentation.guided`. Either happens on an enlarged patch
+neighbours. The other method is a guided filter, see :mod:`vilseg.segmentation.guided_filter`. Either happens on an enlarged patch
 grid rather than on the picture's own pixels, and for the classes alone that are best at some patch: of thousands asked for, a
 picture holds a few.
 """
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vilseg.config import RefinementConfig
-from vilseg.segmentation.guided import guided_filter
+from vilseg.segmentation.guided_filter import guided_filter
 
 _EPS = 1e-8
 

@@ -13,7 +13,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from vilseg import storage
-from vilseg.segmentation import drawing
+from vilseg.segmentation import visualization
 
 _BLOCK_PIXELS = 1 << 20  # pixels counted at once: bincount widens labels to 8 bytes, a whole aerial image would not fit
 
@@ -41,7 +41,7 @@ def to_labels(winners: np.ndarray, scores: np.ndarray, classes: Sequence[str], t
     nothing = no_class(dtype)
     labels = np.where(winners < len(classes), winners, nothing).astype(dtype, copy=False)
     if threshold > 0:
-        rest = classes.index(drawing.BACKGROUND) if drawing.BACKGROUND in classes else nothing
+        rest = classes.index(visualization.BACKGROUND) if visualization.BACKGROUND in classes else nothing
         labels[scores < threshold] = rest
     return labels
 
@@ -145,9 +145,13 @@ class Segmentation:
             opacity: of the tint, from 0 (the image in grey) to 1 (the class colours alone).
             legend: whether to draw the legend.
         """
-        factor = drawing.enlarging_factor(*self.labels.shape) if legend else 1
-        picture = drawing.draw_overlay(self.image, self.labels, self.classes, opacity=opacity, factor=factor)
-        return drawing.add_legend(picture, drawing.legend_entries(self.labels, self.classes)) if legend else picture
+        factor = visualization.enlarging_factor(*self.labels.shape) if legend else 1
+        picture = visualization.draw_overlay(self.image, self.labels, self.classes, opacity=opacity, factor=factor)
+        return (
+            visualization.add_legend(picture, visualization.legend_entries(self.labels, self.classes))
+            if legend
+            else picture
+        )
 
     def to_png_bytes(self) -> bytes:
         """The label map as PNG, pixel value = label.
@@ -157,7 +161,7 @@ class Segmentation:
         picture = Image.fromarray(self.labels)
         if self.labels.dtype == np.uint8:
             colours = np.zeros((256, 3), dtype=np.uint8)
-            colours[: len(self.classes)] = drawing.class_colours(self.classes)
+            colours[: len(self.classes)] = visualization.class_colours(self.classes)
             picture = Image.frombytes("P", picture.size, picture.tobytes())
             picture.putpalette(colours.tobytes())
         buffer = io.BytesIO()

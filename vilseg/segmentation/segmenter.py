@@ -19,10 +19,10 @@ from vilseg.data.decode import decode_image, to_rgb
 from vilseg.device import best_device
 from vilseg.errors import DataError
 from vilseg.model import ImageEmbeddings, ViLSeg
-from vilseg.segmentation.class_texts import class_texts
-from vilseg.segmentation.look import Look, look_at, patch_size
+from vilseg.segmentation.class_embeddings import class_texts
+from vilseg.segmentation.class_scores import class_similarities, gate
+from vilseg.segmentation.dense_features import Look, look_at, patch_size
 from vilseg.segmentation.refinement import refine, winners
-from vilseg.segmentation.regions import class_similarities, gate
 from vilseg.segmentation.result import Segmentation, label_dtype, to_labels
 from vilseg.text.vocabulary import Vocabulary
 

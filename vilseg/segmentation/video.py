@@ -1,7 +1,7 @@
 """From a film to a segmentation of every frame that is steady in time and cheaper than frame by frame.
 
 Only key frames go through the model: every ``key_every``-th frame, and the first one after a cut. What lies between two of
-them takes its class scores from both, carried along by `vilseg.segmentation.propagation` and weighted by nearness in time
+them takes its class scores from both, carried along by `vilseg.segmentation.video_propagation` and weighted by nearness in time
 and by how well the frames matched. A key frame's own scores are mixed with those carried to it from the one before, so
 that what the model sees differently from one moment to the next evens out.
 """
@@ -21,12 +21,12 @@ from torch import Tensor
 
 from vilseg import storage
 from vilseg.errors import ConfigError, DataError, StorageError, TooLargeError
-from vilseg.segmentation import propagation
-from vilseg.segmentation.propagation import Carried
+from vilseg.segmentation import video_propagation
 from vilseg.segmentation.refinement import winners
 from vilseg.segmentation.result import Segmentation
 from vilseg.segmentation.segmenter import Segmenter, to_array
-from vilseg.segmentation.video_files import Frame, read_frames, write_video
+from vilseg.segmentation.video_io import Frame, read_frames, write_video
+from vilseg.segmentation.video_propagation import Carried
 
 __all__ = ["Frame", "VideoResult", "read_frames", "segment_file", "segment_video", "write_video"]
 
@@ -105,8 +105,8 @@ class _Scene:
         if image.shape != self._image.shape:
             return False
         small_3hw = _reduce(image, self.key_Chw)
-        differences_Ohw = propagation.differences(small_3hw, self._small_3hw)
-        if propagation.unmatched(differences_Ohw, small_3hw) > _CUT:
+        differences_Ohw = video_propagation.differences(small_3hw, self._small_3hw)
+        if video_propagation.unmatched(differences_Ohw, small_3hw) > _CUT:
             return False
         self.waiting.append(_Step(image, differences_Ohw))
         self._image, self._small_3hw = image, small_3hw
@@ -119,10 +119,10 @@ class _Scene:
         ahead = self._ahead(classes_W)
         key_Chw = own_Chw.clone()
         key_Chw[classes_W] = torch.lerp(own_Chw[classes_W], ahead[-1].scores_Whw, smoothing * ahead[-1].trust_1hw)
-        back = _back(propagation.begin(key_Chw[classes_W]), self.waiting)
+        back = _back(video_propagation.begin(key_Chw[classes_W]), self.waiting)
         for number, step in enumerate(self.waiting[:-1], start=1):
             position = number / len(self.waiting)
-            scores_Whw = propagation.between(ahead[number - 1], back[number - 1], position)
+            scores_Whw = video_propagation.between(ahead[number - 1], back[number - 1], position)
             others_Chw = torch.lerp(self.key_Chw, key_Chw, position)
             yield self._segmenter.paint(step.image, _complete(scores_Whw, classes_W, others_Chw))
         yield self._segmenter.paint(self.waiting[-1].image, key_Chw)
@@ -137,9 +137,9 @@ class _Scene:
     @torch.inference_mode()
     def _ahead(self, classes_W: Tensor) -> list[Carried]:
         """The key frame's scores at every frame that waits."""
-        carried, ahead = propagation.begin(self.key_Chw[classes_W]), []
+        carried, ahead = video_propagation.begin(self.key_Chw[classes_W]), []
         for step in self.waiting:
-            carried = propagation.carry(carried, step.differences_Ohw)
+            carried = video_propagation.carry(carried, step.differences_Ohw)
             ahead.append(carried)
         return ahead
 
@@ -149,7 +149,7 @@ def _back(carried: Carried, steps: list[_Step]) -> list[Carried]:
     """The scores of the last of these frames at all of them."""
     back = [carried]
     for step in reversed(steps[1:]):
-        carried = propagation.carry(carried, propagation.backwards(step.differences_Ohw))
+        carried = video_propagation.carry(carried, video_propagation.backwards(step.differences_Ohw))
         back.append(carried)
     return back[::-1]
 

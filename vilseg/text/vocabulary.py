@@ -10,7 +10,7 @@ from functools import cached_property
 
 from vilseg import storage
 from vilseg.errors import DataError
-from vilseg.text.vocabulary_file import built_in, read_yaml
+from vilseg.text.vocabulary_yaml import built_in, read_yaml
 
 BACKGROUND = "background"
 MAX_CLASSES = 65_534
@@ -139,7 +139,7 @@ class Vocabulary:
         """Read ``"cat,sofa|couch"``, the URI of a file, or the name of a built-in vocabulary.
 
         A text file has one class a line (its lines may hold commas), a file that ends in ``.yaml`` or ``.yml`` is as
-        :mod:`vilseg.text.vocabulary_file` says. ``voc``, ``context``, ``coco``, ``coco-panoptic``, ``coco-stuff`` and
+        :mod:`vilseg.text.vocabulary_yaml` says. ``voc``, ``context``, ``coco``, ``coco-panoptic``, ``coco-stuff`` and
         ``ade20k`` come with the package; a file of that name goes before. Synonyms follow the name of a class after ``|``.
 
         Raises:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from vilseg.config import ViewsConfig
-from vilseg.data.stream import WorkerBatch
+from vilseg.data.batch_reader import WorkerBatch
 from vilseg.data.views import make_views, uniform
 from vilseg.model import ImageFeatures, ViLSeg
-from vilseg.training.dropped_views import parts_in_cache
+from vilseg.training.feature_dropout import parts_in_cache
 
 _DROPOUT_DRAW = 1_000
 """Random numbers for feature dropout are drawn far from those of the views."""

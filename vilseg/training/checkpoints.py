@@ -2,7 +2,7 @@
 
 A checkpoint is a folder ``step-NNNNNNNN`` with ``state.pt`` and ``manifest.json``. The manifest is written last and says how
 many bytes the state has: without it, or with another size, the checkpoint does not count (see
-:meth:`~vilseg.training.folder.RunFolder.checkpoint_steps`).
+:meth:`~vilseg.training.run_dir.RunFolder.checkpoint_steps`).
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from torch.utils._pytree import tree_map_only
 
 from vilseg import storage
 from vilseg.errors import ConfigError
-from vilseg.patience import patiently
-from vilseg.training.folder import Manifest, RunFolder
+from vilseg.storage.retry import patiently
+from vilseg.training.run_dir import Manifest, RunFolder
 
 
 class CheckpointWriter:

@@ -12,16 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from vilseg.config import OptimizerConfig, TrainerConfig
-from vilseg.data.stream import WorkerBatch
+from vilseg.data.batch_reader import WorkerBatch
 from vilseg.device import require_compiler
 from vilseg.distributed import gather_objects, mean_over_workers, rank
 from vilseg.errors import DataError, UserError
 from vilseg.training.batch import TensorBatch
-from vilseg.training.chunks import backward_by_chunks, require_independence
+from vilseg.training.fsdp import clip_gradient, cut_like, whole
+from vilseg.training.grad_cache import backward_by_chunks, require_independence
+from vilseg.training.lr_schedule import learning_rate, parameter_groups
 from vilseg.training.objective import Objective
 from vilseg.training.prefetch import on_device
-from vilseg.training.schedule import learning_rate, parameter_groups
-from vilseg.training.sharding import clip_gradient, cut_like, whole
 
 
 class NonFiniteLossError(UserError):

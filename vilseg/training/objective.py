@@ -1,6 +1,6 @@
 """The training objective: a batch of pairs in, its losses out. This is what data-parallel training wraps.
 
-It has three parts, so that ``vilseg.training.chunks`` can put a batch together from chunks: texts are embedded; pictures are
+It has three parts, so that ``vilseg.training.grad_cache`` can put a batch together from chunks: texts are embedded; pictures are
 brought to representations, which are all that the losses need of them (similarities with the texts rather than patches, sums
 over pictures where a loss is one); and the losses are taken of the representations of the whole batch.
 """
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vilseg.config import ViewsConfig
-from vilseg.config_loss import LossConfig
+from vilseg.config.loss import LossConfig
 from vilseg.data.views import align
 from vilseg.distributed import gather_rows, mean_over_workers, world_size
 from vilseg.errors import ConfigError
@@ -32,9 +32,9 @@ from vilseg.losses import (
 )
 from vilseg.model import ImageFeatures, ViLSeg
 from vilseg.training.batch import Seen, TensorBatch, as_float32, pooled_features, see
-from vilseg.training.dropped_views import dropped_logits
+from vilseg.training.ema_teacher import ProjectionHead, Teacher
+from vilseg.training.feature_dropout import dropped_logits
 from vilseg.training.pseudo_labels import PseudoLabels, label_losses
-from vilseg.training.teacher import ProjectionHead, Teacher
 
 _MEMORY = 100
 """Steps that the running statistics look back on."""

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from vilseg.data.stream import WorkerBatch
+from vilseg.data.batch_reader import WorkerBatch
 from vilseg.training.batch import TensorBatch
 
 

@@ -1,8 +1,8 @@
 """Self-training: a trained model names the patches of its pictures, and learns from what it is sure of.
 
 The labels of a picture are the noun phrases of its own captions, so the captions, not a class list, say what may be there. With
-the calibrated score z_np of patch n and phrase p, by patch and by region as in ``vilseg.segmentation.regions`` and in standard
-deviations of what is usual for the phrase, a patch is labelled
+the calibrated score z_np of patch n and phrase p, by patch and by region as in ``vilseg.segmentation.class_scores`` and in
+standard deviations of what is usual for the phrase, a patch is labelled
 
     y_n = argmax_{p in caption} z_np   where that z is at least ``confidence``,
 
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vilseg.model import ImageEmbeddings, ImageFeatures, ViLSeg
-from vilseg.segmentation.regions import calibrate, class_similarities, deviations
+from vilseg.segmentation.class_scores import calibrate, class_similarities, deviations
 
 UNSURE = -1
 

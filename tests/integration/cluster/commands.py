@@ -12,8 +12,8 @@ from typing import Any
 import typer
 import yaml
 
-from jobs import cli
-from jobs.session import Session
+from cli import app as command_line
+from cluster.ray_session import Session
 from tests.integration.cluster.rules import Object, amount, cluster_of, groups
 from vilseg.config import RunConfig
 from vilseg.errors import UserError
@@ -24,7 +24,7 @@ _PLAIN = re.compile(r"[\w ./:=,@-]+")
 
 
 def verbs() -> set[str]:
-    return set(typer.main.get_command(cli.app).commands)  # type: ignore[attr-defined]
+    return set(typer.main.get_command(command_line.app).commands)  # type: ignore[attr-defined]
 
 
 def parse(command: str) -> tuple[str, dict[str, Any]]:
@@ -36,7 +36,7 @@ def parse(command: str) -> tuple[str, dict[str, Any]]:
     program, *arguments = shlex.split(command)
     if program != "vilseg":
         raise typer.TyperException(f"'{program}' is not the vilseg command")
-    app: Any = typer.main.get_command(cli.app)
+    app: Any = typer.main.get_command(command_line.app)
     context = app.make_context("vilseg", arguments[:1])
     verb, found, rest = app.resolve_command(context, arguments)
     return verb, found.make_context(verb, list(rest), parent=context).params
@@ -110,7 +110,7 @@ def _job(verb: str, here: dict[str, str], arguments: dict[str, Any], cluster: Ob
         if session.gpus and "GPU" not in share:
             yield f"trainer.workers is {config.trainer.workers}, but {session.gpus} GPUs are there when the job begins"
     if verb == "tune":
-        from tune.space import Space
+        from tune.search_space import Space
 
         Space.load(here["space"]).check(config)
     if verb == "segment":
@@ -127,8 +127,8 @@ def served(objects: list[Object]) -> Iterator[str]:
     from ray.serve.schema import ServeDeploySchema
 
     from serve.config import ServeConfig
-    from serve.guard import is_loopback
-    from serve.run import QUICK
+    from serve.launch import QUICK
+    from serve.middleware import is_loopback
 
     for one in objects:
         if one["kind"] != "RayService":

@@ -282,7 +282,7 @@ def serving(old: str, new: str) -> Break:
 SERVE_BREAKS: list[tuple[str, Break, str]] = [
     ("a key that Serve has not", serving("route_prefix", "prefix"), "that Serve passes over: prefix"),
     ("a key that we have not", serving("minimum:", "minimal:"), "minimal"),
-    ("no application", serving("serve.app:build", "serve.app:make"), "is not there"),
+    ("no application", serving("serve.deployment:build", "serve.deployment:make"), "is not there"),
     ("no such deployment", serving("name: ingress", "name: entrance"), "there is no deployment 'entrance'"),
     ("loopback alone", serving("0.0.0.0", "127.0.0.1"), "no other pod reaches it"),
     ("no keys", serving("keys: /etc/vilseg/keys/keys.txt", "page: true"), "has no args.keys"),

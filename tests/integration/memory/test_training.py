@@ -15,8 +15,8 @@ ROOT = Path(__file__).parents[3]
 PROGRAM = """
 import json, sys, torch
 from vilseg.config import ModelConfig, OptimizerConfig, TrainerConfig, ViewsConfig
-from vilseg.config_loss import LossConfig
-from vilseg.data.stream import WorkerBatch
+from vilseg.config.loss import LossConfig
+from vilseg.data.batch_reader import WorkerBatch
 from vilseg.model import ViLSeg
 from vilseg.training.batch import TensorBatch
 from vilseg.training.loop import Trainer

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from vilseg.errors import DataError
-from vilseg.evaluation.confusion import ConfusionMatrix
+from vilseg.evaluation.confusion_matrix import ConfusionMatrix
 from vilseg.evaluation.datasets import MaskedImage
 from vilseg.evaluation.evaluate import evaluate, merged
 from vilseg.segmentation.result import Segmentation

@@ -5,12 +5,12 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from vilseg.evaluation.boundary import BoundaryCounts
+from vilseg.evaluation.boundary_iou import BoundaryCounts
 from vilseg.evaluation.charts import iou_bars, line_chart
-from vilseg.evaluation.confusion import ConfusionMatrix
+from vilseg.evaluation.confusion_matrix import ConfusionMatrix
 from vilseg.evaluation.datasets import MaskedImage
 from vilseg.evaluation.evaluate import Evaluation, Example
-from vilseg.evaluation.page import seconds_text
+from vilseg.evaluation.html_page import seconds_text
 from vilseg.evaluation.protocols import EvaluationProtocol
 from vilseg.evaluation.report import RunReport, render_evaluation, render_report
 from vilseg.segmentation.result import Segmentation

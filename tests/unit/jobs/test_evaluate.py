@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from jobs.cli import run
-from tests.unit import published_trees as trees
+from cli.app import run
+from tests.unit import benchmark_dataset_trees as trees
 
 
 @pytest.fixture(scope="module")

@@ -21,9 +21,9 @@ from vilseg.config import RefinementConfig, SegmentationConfig
 from vilseg.errors import ConfigError, DataError, StorageError, UserError
 from vilseg.model import ViLSeg
 from vilseg.segmentation import geotiff
-from vilseg.segmentation.drawing import class_colours
 from vilseg.segmentation.geotiff import GeoMask, is_georeferenced, segment_geotiff
 from vilseg.segmentation.segmenter import Segmenter
+from vilseg.segmentation.visualization import class_colours
 from vilseg.text.vocabulary import Vocabulary
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
@@ -37,7 +37,7 @@ RGB = (ColorInterp.red, ColorInterp.green, ColorInterp.blue)
 @pytest.fixture(autouse=True)
 def _exact(monkeypatch: pytest.MonkeyPatch) -> None:
     # bfloat16, where the machine has units for it, rounds differently for every size.
-    monkeypatch.setattr("vilseg.segmentation.look.has_bfloat16_units", lambda device: False)
+    monkeypatch.setattr("vilseg.segmentation.dense_features.has_bfloat16_units", lambda device: False)
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from vilseg.segmentation.drawing import class_colours
 from vilseg.segmentation.result import Segmentation
+from vilseg.segmentation.visualization import class_colours
 
 CLASSES = ("background", "cat", "sofa", "lamp")
 

@@ -11,7 +11,7 @@ from PIL import Image
 from vilseg.config import SegmentationConfig
 from vilseg.errors import DataError, StorageError
 from vilseg.model import ViLSeg
-from vilseg.segmentation import class_texts
+from vilseg.segmentation import class_embeddings
 from vilseg.segmentation import segmenter as module
 from vilseg.segmentation.result import Segmentation
 from vilseg.segmentation.segmenter import Segmenter
@@ -24,7 +24,7 @@ CLASSES = ["dog", "cat", "sofa by the sea", "grass"]
 @pytest.fixture(autouse=True)
 def _exact(monkeypatch: pytest.MonkeyPatch) -> None:
     # bfloat16, where the machine has units for it, rounds differently for every batch size.
-    monkeypatch.setattr("vilseg.segmentation.look.has_bfloat16_units", lambda device: False)
+    monkeypatch.setattr("vilseg.segmentation.dense_features.has_bfloat16_units", lambda device: False)
 
 
 @pytest.fixture
@@ -309,7 +309,7 @@ def test_names_used_least_lately_are_forgotten(make_model: Make, monkeypatch: py
     model, embedded = make_model(), []
     encode = model.encode_text
     monkeypatch.setattr(model, "encode_text", lambda texts: (embedded.append(len(texts)), encode(texts))[1])
-    monkeypatch.setattr(class_texts, "_KEPT_NAMES", 5)
+    monkeypatch.setattr(class_embeddings, "_KEPT_NAMES", 5)
     segmenter = Segmenter(model, "a,b", device="cpu")
     for classes in ("c,d", "a,b", "e,f", "a,b", "c,d", "a,b,c,d,e,f", "a,b,c,d,e,f", "a,b"):
         segmenter.with_classes(classes)

@@ -15,11 +15,11 @@ import torch
 from PIL import Image
 
 from vilseg.config import RefinementConfig, SegmentationConfig
-from vilseg.data import scenes
-from vilseg.data.moving_scenes import MovingScene, render_moving_scene
+from vilseg.data.synthetic import scenes
+from vilseg.data.synthetic.videos import MovingScene, render_moving_scene
 from vilseg.errors import ConfigError, DataError, StorageError, UserError
 from vilseg.model import ViLSeg
-from vilseg.segmentation import video_files
+from vilseg.segmentation import video_io
 from vilseg.segmentation.segmenter import Segmenter
 from vilseg.segmentation.video import Frame, read_frames, segment_file, segment_video, write_video
 from vilseg.text.vocabulary import Vocabulary
@@ -34,7 +34,7 @@ SIZE = 64
 
 @pytest.fixture(autouse=True)
 def _exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vilseg.segmentation.look.has_bfloat16_units", lambda device: False)
+    monkeypatch.setattr("vilseg.segmentation.dense_features.has_bfloat16_units", lambda device: False)
 
 
 class Oracle(Segmenter):
@@ -214,7 +214,7 @@ def smooth(seed: int, height: int, width: int) -> np.ndarray:
 def test_what_is_written_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoder: str) -> None:
     if encoder not in av.codecs_available:
         pytest.skip(f"this FFmpeg has no {encoder}")
-    monkeypatch.setattr(video_files, "_ENCODERS", {encoder: video_files._ENCODERS[encoder]})
+    monkeypatch.setattr(video_io, "_ENCODERS", {encoder: video_io._ENCODERS[encoder]})
     times = [0.0, 0.04, 0.2, 0.24, 1.001, 1.0345, 3.0]  # a variable rate
     frames = [Frame(i, seconds, smooth(0, 49, 64)) for i, seconds in enumerate(times)]
     write_video(f"{tmp_path}/a/film.mp4", iter(frames))
@@ -309,7 +309,7 @@ def test_what_is_no_video_is_told(tmp_path: Path, film_bytes: Callable[[str], by
 
 def test_too_large_frames_are_not_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_video(f"{tmp_path}/film.mp4", [Frame(0, 0.0, smooth(0, 48, 64))])
-    monkeypatch.setattr(video_files, "_MAX_PIXELS", 3000)
+    monkeypatch.setattr(video_io, "_MAX_PIXELS", 3000)
     with pytest.raises(DataError, match="64 x 48 pixels, more than the limit of 3,000"):
         next(read_frames(tmp_path / "film.mp4"))
 

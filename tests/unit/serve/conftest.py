@@ -38,13 +38,13 @@ def start(model_uri: str, tmp_path: Path) -> Iterator[Start]:
     """``start(**config)``: a client of the application; ``ask`` takes the place of the model."""
     from fastapi.testclient import TestClient
 
-    from serve.desk import FilmDesk
+    from serve.api_keys import Keys
     from serve.engine import Engine, LoadedModel
-    from serve.films import segment_film
-    from serve.keys import Keys
+    from serve.fastapi_app import make_app
+    from serve.http_errors import Refusal
     from serve.metrics import Metrics
-    from serve.refusal import Refusal
-    from serve.web import make_app
+    from serve.video_jobs import segment_film
+    from serve.video_uploads import FilmDesk
 
     clients: list[Any] = []
 

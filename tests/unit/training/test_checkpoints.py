@@ -17,7 +17,7 @@ from vilseg.training.checkpoints import (
     require_figure,
     write_checkpoint,
 )
-from vilseg.training.folder import RunFolder
+from vilseg.training.run_dir import RunFolder
 
 
 def state(step: int) -> dict:
@@ -114,6 +114,7 @@ def test_the_manifest_comes_last(folder: RunFolder, monkeypatch: pytest.MonkeyPa
         write(uri, data)
 
     monkeypatch.setattr(storage, "write_bytes", note)
+    monkeypatch.setattr(storage.files, "write_bytes", note)  # of what is written as text, too
     with CheckpointWriter(folder, None, "loss") as writer:
         writer.write(state(3), {}, also=lambda: storage.write_text(folder.metrics, json.dumps({"step": 3})))
     assert written == [folder.metrics, folder.state(3), folder.manifest(3)]

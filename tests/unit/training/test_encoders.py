@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from vilseg.config import OptimizerConfig, TrainerConfig, ViewsConfig
-from vilseg.config_loss import LossConfig
+from vilseg.config.loss import LossConfig
 from vilseg.errors import ConfigError
 from vilseg.model import ImageFeatures, ViLSeg
 from vilseg.training.batch import TensorBatch

@@ -21,10 +21,10 @@ from vilseg.data.views import make_views
 from vilseg.device import precision_dtype
 from vilseg.distributed import rank
 from vilseg.model import ViLSeg
+from vilseg.training.fsdp import shard
 from vilseg.training.loop import Trainer
 from vilseg.training.objective import Objective
 from vilseg.training.prefetch import on_device
-from vilseg.training.sharding import shard
 
 GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not GPUS, reason="there is no CUDA device on this machine")]

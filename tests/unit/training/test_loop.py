@@ -14,18 +14,18 @@ from PIL import Image
 from torch import nn
 
 from vilseg.config import OptimizerConfig, TrainerConfig, ViewsConfig
-from vilseg.config_loss import LossConfig
-from vilseg.data.order import PairOrder
-from vilseg.data.pairs import write_tar
-from vilseg.data.stream import BatchReader, WorkerBatch, decode_to_canvas, index_shards
+from vilseg.config.loss import LossConfig
+from vilseg.data.batch_reader import BatchReader, WorkerBatch, decode_to_canvas, index_shards
+from vilseg.data.sampler import PairOrder
+from vilseg.data.shards import write_tar
 from vilseg.distributed import rank, world_size
 from vilseg.errors import DataError
 from vilseg.model import ViLSeg
-from vilseg.text.nouns import NounPhrases
+from vilseg.text.noun_phrases import NounPhrases
 from vilseg.training.checkpoints import read_checkpoint, write_checkpoint
-from vilseg.training.folder import RunFolder
 from vilseg.training.loop import NonFiniteLossError, Trainer
 from vilseg.training.objective import Objective
+from vilseg.training.run_dir import RunFolder
 
 BATCH = 8
 CPU = torch.device("cpu")

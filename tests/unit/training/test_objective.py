@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vilseg.config import ViewsConfig
-from vilseg.config_loss import LossConfig
+from vilseg.config.loss import LossConfig
 from vilseg.data.views import make_views
 from vilseg.errors import ConfigError
 from vilseg.losses import mutual_information_loss

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from vilseg.data.stream import WorkerBatch
+from vilseg.data.batch_reader import WorkerBatch
 from vilseg.training.prefetch import on_device
 
 

@@ -22,18 +22,18 @@ from tests.unit import checkpoints
 from tests.unit.checkpoints import CONTRASTIVE, MEAN, PATCH, SIDE, STD
 from vilseg import Segmenter, storage
 from vilseg.config import ModelConfig, RunConfig, SegmentationConfig
-from vilseg.data import scenes
+from vilseg.data.batch_reader import BatchReader, decode_to_canvas
 from vilseg.data.decode import square
-from vilseg.data.order import PairOrder
-from vilseg.data.pairs import write_tar
-from vilseg.data.stream import BatchReader, decode_to_canvas
+from vilseg.data.sampler import PairOrder
+from vilseg.data.shards import write_tar
+from vilseg.data.synthetic import scenes
 from vilseg.errors import ConfigError, ModelError
 from vilseg.model import ViLSeg
 from vilseg.model.image_encoder import build_image_encoder
-from vilseg.model.pretrained import read_settings
+from vilseg.model.serialization import read_settings
 from vilseg.text.tokenizer import load_tokenizer
-from vilseg.training import run
-from vilseg.training.folder import RunFolder
+from vilseg.training import run_setup
+from vilseg.training.run_dir import RunFolder
 
 Make = Callable[..., ViLSeg]
 TEXTS = ["a dog", "Two cats, on a sofa!", "grass"]
@@ -127,7 +127,7 @@ def test_embeddings_are_those_of_the_original(tmp_path: Path, kind: str, size: t
 def test_a_picture_takes_the_same_way_through_both_preparations(
     tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vilseg.segmentation.look.has_bfloat16_units", lambda device: False)
+    monkeypatch.setattr("vilseg.segmentation.dense_features.has_bfloat16_units", lambda device: False)
     original = checkpoints.contrastive(kind, tmp_path)
     coarse = np.random.default_rng(0).integers(0, 256, (5, 5, 3), dtype=np.uint8)
     picture = Image.fromarray(coarse).resize((48, 48), Image.Resampling.BICUBIC)
@@ -408,9 +408,9 @@ def run_config(folder: Path, *overrides: str) -> RunConfig:
 def test_three_steps_of_training_from_each(tmp_path: Path, make_model: Make, kind: str) -> None:
     write_scenes(tmp_path)
     config = run_config(tmp_path, *starting_point(kind, tmp_path, make_model))
-    folder = run.open_folder(config, resume=False)
-    prepared = run.prepare(config, folder)
-    trainer = run.make_trainer(config, folder, prepared, torch.device("cpu"))
+    folder = run_setup.open_folder(config, resume=False)
+    prepared = run_setup.prepare(config, folder)
+    trainer = run_setup.make_trainer(config, folder, prepared, torch.device("cpu"))
     reader = BatchReader(
         batch_size=8,
         workers=1,
@@ -433,7 +433,7 @@ def test_three_steps_of_training_from_each(tmp_path: Path, make_model: Make, kin
     parts = ("image_encoder.", "text_encoder.", "image_projection.", "clustering_head.")
     moved = {name for name, value in trained.state_dict().items() if not torch.equal(initial[name], value)}
     assert all(any(name.startswith(part) for name in moved) for part in parts)
-    run.save_model(trained, config, folder, {})
+    run_setup.save_model(trained, config, folder, {})
     again = ViLSeg.from_pretrained(folder.model)
     with torch.no_grad():
         np.testing.assert_array_equal(
@@ -444,8 +444,8 @@ def test_three_steps_of_training_from_each(tmp_path: Path, make_model: Make, kin
 
 def begin(config: RunConfig) -> tuple[RunFolder, ViLSeg]:
     """A run's folder and the model that it begins with."""
-    folder = run.open_folder(config, resume=False)
-    run.prepare(config, folder)
+    folder = run_setup.open_folder(config, resume=False)
+    run_setup.prepare(config, folder)
     return folder, ViLSeg.from_pretrained(folder.initial)
 
 
@@ -473,7 +473,7 @@ def test_a_sigmoid_start_keeps_the_sigmoid_loss(tmp_path: Path) -> None:
 def test_a_temperature_beside_a_start_is_told(tmp_path: Path, make_model: Make) -> None:
     write_scenes(tmp_path)
     config = run_config(tmp_path, *starting_point("ours", tmp_path, make_model), "loss.cross_modal.temperature=0.2")
-    folder = run.open_folder(config, resume=False)
+    folder = run_setup.open_folder(config, resume=False)
     with pytest.raises(ConfigError, match=r"loss.cross_modal.temperature is 0.2, but model.init brings its own"):
-        run.prepare(config, folder)
+        run_setup.prepare(config, folder)
     assert not storage.exists(folder.initial)

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from vilseg.config import ViewsConfig
-from vilseg.config_loss import LossConfig
-from vilseg.data.stream import WorkerBatch
+from vilseg.config.loss import LossConfig
+from vilseg.data.batch_reader import WorkerBatch
 from vilseg.training.batch import TensorBatch
 from vilseg.training.objective import Objective
 

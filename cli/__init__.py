@@ -1,0 +1,1 @@
+"""The ``vilseg`` command line; imports everything else and is imported by nothing."""

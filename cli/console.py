@@ -1,0 +1,189 @@
+"""What the command line shows: results on stdout, progress and complaints on stderr."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Self
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from jobs.train.monitor import Snapshot
+
+stderr = Console(stderr=True, highlight=False)
+
+
+def say(text: str) -> None:
+    """A line of progress."""
+    stderr.print(text, markup=False, soft_wrap=True)
+
+
+def result(value: dict[str, Any], *, as_json: bool, text: str) -> None:
+    """The result of a verb: one JSON object, or a text for people."""
+    sys.stdout.write((json.dumps(value, ensure_ascii=False) if as_json else text) + "\n")
+    sys.stdout.flush()
+
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+class _Shown:
+    """Something with a bar, shown as long as a ``with`` statement lasts."""
+
+    _bar: Progress
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+
+class CountProgress(_Shown):
+    """Shows how many are done: a bar on a terminal, where its lines do not disturb what else is printed, a line in ten
+    seconds elsewhere."""
+
+    def __init__(self, title: str, things: str) -> None:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        self._bar = Progress(*columns, console=stderr, disable=not stderr.is_terminal)
+        self._bar.add_task(title, total=None, note="")
+        self._title, self._things = title, things
+        self._last_line = -math.inf
+
+    def __call__(self, done: int, total: int, note: str = "") -> None:
+        """Show what is new."""
+        self._bar.update(self._bar.task_ids[0], completed=done, total=total, note=note)
+        now = time.monotonic()
+        if not stderr.is_terminal and (now >= self._last_line + _SECONDS_BETWEEN_LINES or done == total):
+            self._last_line = now
+            say(f"{self._title}: {done:,}/{total:,} {self._things}{note and '  '}{note}")
+
+
+class SegmentationProgress(_Shown):
+    """Shows a bulk segmentation: a bar on a terminal, a line in ten seconds elsewhere; a line for every rejected input."""
+
+    def __init__(self) -> None:
+        columns = (BarColumn(bar_width=24), TextColumn("{task.fields[text]}"), TimeElapsedColumn())
+        self._bar = Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal)
+        self._bar.add_task("segment", total=None, text="starting")
+        self._before: tuple[float, int] | None = None
+        self._last_line = -math.inf
+
+    def __call__(self, progress: Any) -> None:
+        """Show what is new."""
+        for name, reason in progress.new_rejected:
+            say(f"rejected {name!r}: {reason}")
+        now = time.monotonic()
+        # From the first block on: what comes before it is starting.
+        since, count = self._before = self._before or (now, progress.done)
+        text = f"{progress.done:,}/{progress.listed:,}{'' if progress.listing_ended else '+'}"
+        if progress.done > count:
+            rate = (progress.done - count) / (now - since)
+            left = (progress.listed - progress.done) / rate if progress.listing_ended else None
+            text += f"  {rate:.1f} images/s" + ("" if left is None else f"  {duration(left)} left")
+        if progress.rejected:
+            text += f"  {progress.rejected:,} rejected"
+        self._bar.update(
+            self._bar.task_ids[0],
+            completed=progress.done,
+            total=progress.listed if progress.listing_ended else None,
+            text=text,
+        )
+        if not stderr.is_terminal and now >= self._last_line + _SECONDS_BETWEEN_LINES:
+            self._last_line = now
+            say(f"segmented {text}")
+
+
+def duration(seconds: float) -> str:
+    """``40 s``, ``12 min`` or ``3.5 h``."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def estimate_text(guess: Any, workers: int) -> str:
+    """What a dry run found, for people."""
+    text = f"{guess.images:,} inputs, {guess.bytes / 1e6:,.1f} MB"
+    if guess.containers:
+        text += f", some of them in {guess.containers:,} shards, tables or lists"
+    tried = f"{guess.tried} of them took {guess.seconds_per_image * 1000:.0f} ms each"
+    if guess.rejected_of_tried:
+        tried += f" ({guess.rejected_of_tried} were rejected)"
+    return f"{text}; {tried}: about {duration(guess.seconds(workers))} on {workers} CPUs. Nothing was written."
+
+
+_MARKS = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "missing": "[red]missing[/]", "optional": "optional"}
+
+
+def findings(found: Sequence[Any]) -> None:
+    """What the doctor found, as a table on stdout, and what to do about it below."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for finding in found:
+        table.add_row(_MARKS[finding.status], finding.what, escape(finding.found))
+    stdout = Console(highlight=False)
+    stdout.print(table)
+    for finding in found:
+        if finding.mend:
+            stdout.print(f"{finding.what}: {finding.mend}", markup=False, soft_wrap=True)
+
+
+@contextmanager
+def stage(name: str, seconds: dict[str, float]) -> Iterator[None]:
+    """Say that a stage begins, and note its wall time in ``seconds`` when it ends well."""
+    say(f"[{name}]")
+    started = time.perf_counter()
+    yield
+    seconds[name] = time.perf_counter() - started
+
+
+class TrainingProgress(_Shown):
+    """Shows a training: a bar on a terminal, a line in ten seconds elsewhere, where lines are kept."""
+
+    def __init__(self, steps: int) -> None:
+        columns = (BarColumn(bar_width=24), TextColumn("{task.fields[text]}"), TimeElapsedColumn())
+        self._bar = Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal)
+        self._bar.add_task("train", total=steps, text="starting")
+        self._steps = steps
+        self._last_line = -math.inf
+
+    def __call__(self, snapshot: Snapshot) -> None:
+        """Show what is new."""
+        for key, reason in snapshot.bad:
+            say(f"skipped {key}: {reason}")
+        for metrics in snapshot.metrics:
+            now, text = time.monotonic(), self._text(metrics)
+            self._bar.update(self._bar.task_ids[0], completed=metrics["step"], text=text)
+            ended = metrics["step"] == self._steps
+            # A terminal keeps the last line too: the bar goes when all is done.
+            if ended or (not stderr.is_terminal and now >= self._last_line + _SECONDS_BETWEEN_LINES):
+                self._last_line = now
+                say(text)
+
+    def _text(self, metrics: dict[str, float]) -> str:
+        losses = "  ".join(
+            f"{name.removeprefix('loss/')} {value:.3f}" for name, value in metrics.items() if name.startswith("loss/")
+        )
+        left = (self._steps - metrics["step"]) * (metrics["samples"] / metrics["step"]) / metrics["images_per_second"]
+        bad = f"  {metrics['bad_pairs']:.0f} bad pairs" if metrics.get("bad_pairs") else ""
+        if metrics.get("filtered_pairs"):
+            bad += f"  {metrics['filtered_pairs']:.0f} filtered"
+        return (
+            f"step {metrics['step']:.0f}/{self._steps}  loss {metrics['loss']:.3f}  {losses}  "
+            f"{metrics['images_per_second']:.0f} images/s  waiting for data {metrics['data_wait']:.0%}{bad}  "
+            f"{duration(left)} left"
+        )

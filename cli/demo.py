@@ -1,0 +1,188 @@
+"""The main job end to end on what ships with the project: captioned scenes on an embedded S3 store, training, bulk
+segmentation of unseen images, evaluation, and a page that shows it all. Masks are read by the evaluation alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from cli import console
+from cluster.object_store import ObjectStore
+from cluster.ray_session import Session, ray_session
+from jobs.ingest import synthetic_scenes
+from jobs.segment import segment_job
+from jobs.segment.plan import plan
+from jobs.train import train_job
+from vilseg import storage
+from vilseg.config import RunConfig
+from vilseg.data.synthetic import scenes
+from vilseg.errors import StorageError, UserError
+from vilseg.evaluation.datasets import FirstImages, FolderDataset
+from vilseg.evaluation.evaluate import Evaluation, evaluate
+from vilseg.evaluation.report import RunReport, render_report
+from vilseg.model import ViLSeg
+from vilseg.segmentation.segmenter import Segmenter
+from vilseg.text.vocabulary import Vocabulary
+from vilseg.training import run_setup
+from vilseg.training.metrics_log import read_metrics
+from vilseg.training.run_dir import RunFolder
+
+CONFIG = Path(__file__).parent.parent / "configs" / "demo.yaml"
+_ROOT = "s3://vilseg/demo"
+_EXAMPLES = 16
+_PAIRS, _UNSEEN, _CURVE = 24_000, 400, 200
+_QUICK = ("trainer.steps=24", "trainer.checkpoint_every=12", "trainer.log_every=4", "loss.nouns.min_count=3")
+_QUICK_PAIRS, _QUICK_UNSEEN = 400, 24
+"""Pairs to train from, unseen images to measure on, and how many of these the curve over training uses."""
+
+
+def main(out: Path, *, quick: bool = False) -> dict[str, Any]:
+    """Run the demo and leave ``report.html`` and ``summary.json`` in ``out``.
+
+    Args:
+        out: made where it does not exist; an earlier demo there is replaced.
+        quick: few pairs and steps, to show that all parts run rather than that they learn.
+
+    Returns:
+        The summary: ``miou``, ``miou_untrained``, ``seconds`` by stage, ``pairs_uri``, ``model_uri``, ``results_uri``.
+
+    Raises:
+        StorageError: ``out`` holds something that is no demo, or is no folder.
+    """
+    seconds: dict[str, float] = {}
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(
+            f"{out} cannot be the demo's folder ({error.strerror}); give another one by --out"
+        ) from error
+    if any(out.iterdir()) and not (out / "store").is_dir():
+        raise StorageError(f"{out} holds other things; give the demo a folder of its own by --out")
+    with console.stage("store", seconds):
+        store = ObjectStore.start(out / "store")
+    try:
+        variables = store.environment()
+        with _environment(variables), ray_session(variables=variables) as session:
+            _require_one_machine()
+            summary = _run(session, out, seconds, quick=quick)
+    finally:
+        store.stop()
+    console.say(f"the report is {out / 'report.html'}; `vilseg store up --dir {out / 'store'}` brings the store back")
+    return summary
+
+
+def _require_one_machine() -> None:
+    """Of the cluster that a job runs on: its other machines would not reach the store."""
+    names = {node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]}
+    if len(names) > 1:
+        raise UserError(
+            f"the demo keeps its data on one machine, and this cluster has {len(names)}; "
+            "run 'vilseg demo' without a cluster, or ingest, train and segment with s3:// URIs"
+        )
+
+
+def _run(session: Session, out: Path, seconds: dict[str, float], *, quick: bool) -> dict[str, Any]:
+    storage.delete(_ROOT)
+    pairs, unseen, results = (storage.join(_ROOT, name) for name in ("pairs", "unseen", "segmented"))
+    workers = min(2, session.cpus)
+    overrides = [f"data.source={pairs}", f"trainer.storage={_ROOT}/runs", f"trainer.workers={workers}"]
+    overrides += _QUICK if quick else ()
+    config = RunConfig.load(str(CONFIG), [*overrides, "name=scenes"])
+    with console.stage("scenes", seconds):
+        count, held_out = (_QUICK_PAIRS, _QUICK_UNSEEN) if quick else (_PAIRS, _UNSEEN)
+        synthetic_scenes.main(
+            pairs, unseen, pairs=count, unseen=held_out, size=config.data.canvas, seed=config.trainer.seed
+        )
+    with console.stage("train", seconds), console.TrainingProgress(config.trainer.steps) as shown:
+        outcome = train_job.main(config, session, progress=shown)
+        if outcome.stopped:
+            raise KeyboardInterrupt
+    folder = outcome.folder
+    names = Vocabulary.of(scene.name for scene in scenes.CLASSES)
+    with console.stage("segment", seconds), console.SegmentationProgress() as progress:
+        job = plan([storage.join(unseen, "images")], folder.model, names, results)
+        segment_job.main(job, session, progress=progress)
+    with console.stage("evaluate", seconds):
+        dataset = FolderDataset(unseen)
+        trained = _measure(ViLSeg.from_pretrained(folder.model), dataset, keep=_EXAMPLES)
+        untrained = _measure(ViLSeg.from_pretrained(folder.initial), dataset)
+        curve = _curve(folder, dataset)
+    summary = {
+        "miou": trained.miou,
+        "miou_untrained": untrained.miou,
+        "seconds": {name: round(value, 1) for name, value in seconds.items()},
+        "pairs_uri": pairs,
+        "model_uri": folder.model,
+        "results_uri": results,
+        "miou_curve": curve,
+    }
+    report = RunReport(
+        title="vilseg on synthetic scenes",
+        summary=(
+            f"Trained from {count:,} captioned pictures without a mask, measured on {len(dataset)} unseen scenes "
+            f"with {len(names.classes)} classes, background stuff and objects all counted."
+        ),
+        trained=trained,
+        untrained=untrained,
+        seconds=seconds,
+        metrics=read_metrics(folder),
+        miou_curve=curve,
+        commands=_commands(out, overrides, folder, results, unseen, quick=quick),
+        configuration=config.to_yaml(),
+        facts={"pairs": pairs, "checkpoints": folder.checkpoints, "model": folder.model, "masks": results},
+    )
+    storage.write_text(str(out / "report.html"), render_report(report))
+    storage.write_text(str(out / "summary.json"), json.dumps(summary, indent=2))
+    return summary
+
+
+def _measure(model: ViLSeg, dataset: FolderDataset, *, keep: int = 0) -> Evaluation:
+    return evaluate(Segmenter(model, dataset.classes), dataset, keep=keep, batch_size=16)
+
+
+def _curve(folder: RunFolder, dataset: FolderDataset) -> list[tuple[int, float]]:
+    """mIoU at every checkpoint on the first of the unseen scenes."""
+    some = FirstImages(dataset, _CURVE)
+    steps = folder.checkpoint_steps()
+    points = [
+        (0, ViLSeg.from_pretrained(folder.initial)),
+        *((step, run_setup.model_at(folder, step)) for step in steps),
+    ]
+    return [(step, evaluate(Segmenter(model, dataset.classes), some, batch_size=16).miou) for step, model in points]
+
+
+def _commands(
+    out: Path, overrides: list[str], folder: RunFolder, results: str, unseen: str, *, quick: bool
+) -> list[str]:
+    """The command itself, then the verbs that do its stages one by one."""
+    names = ",".join(scene.name for scene in scenes.CLASSES)
+    demo = f"vilseg demo --out {shlex.quote(str(out))}"
+    settings = shlex.join(overrides)
+    return [
+        f"{demo} --quick" if quick else demo,
+        f'eval "$(vilseg store up --dir {shlex.quote(str(out / "store"))})"',
+        f"vilseg train --config configs/demo.yaml --name scenes {settings}",
+        f'vilseg segment {unseen}/images --model {folder.model} --classes "{names}" --out {results}',
+        f"vilseg evaluate --model {folder.model} --dataset folder:{unseen}",
+    ]
+
+
+@contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    """The store's variables for as long as this lasts, and none of the user's own that would contradict them."""
+    before = dict(os.environ)
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        del os.environ[name]
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)

@@ -1,0 +1,31 @@
+"""``vilseg export``: a model as ONNX."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from cli.options import Json, Overrides, Overwrite, quiet_stdout
+from cli.overrides import segmentation_overrides
+
+
+def export(
+    model: Annotated[str, typer.Option(help="URI of a model folder.")],
+    out: Annotated[str, typer.Option(help="Folder or s3:// URI for the ONNX files.")],
+    overrides: Overrides = None,
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Write both towers and the clustering head as ONNX, and check them against torch.
+
+    Example: vilseg export --model runs/first/model --out runs/first/onnx
+    """
+    from cli import console
+    from jobs import export as job
+
+    with quiet_stdout():
+        done = job.main(model, out, overwrite=overwrite, settings=segmentation_overrides(overrides), say=console.say)
+    size = "any size" if done.fixed_size is None else "{} x {} pixels".format(*done.fixed_size)
+    text = f"{done.uri}\npictures of {size}; largest difference from torch {done.difference:.1e}"
+    console.result(done.to_dict(), as_json=json, text=text)

@@ -1,0 +1,44 @@
+"""Configuration keys among the arguments of a verb: ``key.sub=value``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+
+from vilseg.config import RunConfig, SegmentationConfig
+from vilseg.config.data import ColumnsConfig
+from vilseg.errors import ConfigError
+
+_OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_]+)+=")
+"""How an override begins, as no path or URI is likely to."""
+
+
+def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Of the arguments of a verb that takes both: places, and configuration keys as ``key.sub=value``."""
+    overrides = [argument for argument in arguments if _OVERRIDE.match(argument)]
+    return [argument for argument in arguments if not _OVERRIDE.match(argument)], overrides
+
+
+def columns_of(overrides: Sequence[str]) -> ColumnsConfig:
+    """``data.columns`` as ``data.columns.key=value`` overrides leave it.
+
+    Raises:
+        ConfigError: an unknown key (the nearest right one is named), a bad value, or a key of something else.
+    """
+    columns = RunConfig.load(None, overrides).data.columns
+    for override in overrides:
+        if not override.startswith("data.columns."):
+            raise ConfigError(f"'{override}' cannot be set here; ingest takes data.columns.key=value only")
+    return columns
+
+
+def segmentation_overrides(overrides: Sequence[str] | None) -> Callable[[SegmentationConfig], SegmentationConfig]:
+    """Apply ``segmentation.key=value`` to the settings that a model carries."""
+    for override in overrides or []:
+        if not override.startswith("segmentation."):
+            raise ConfigError(f"'{override}' cannot be set here; a trained model takes segmentation.key=value only")
+
+    def apply(settings: SegmentationConfig) -> SegmentationConfig:
+        return RunConfig(segmentation=settings).with_overrides(overrides or []).segmentation
+
+    return apply

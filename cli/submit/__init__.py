@@ -1,0 +1,1 @@
+"""``vilseg submit``: any verb as a job of a remote Ray cluster."""

@@ -1,0 +1,263 @@
+"""A cluster's job server: send a verb to it, follow what the job says, stop it. The token is Ray's (``RAY_AUTH_TOKEN``)."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import re
+import secrets
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import requests
+from ray.exceptions import AuthenticationError
+from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient, JobType
+
+from cli import console
+from cli.submit.entrypoint import RESULT
+from cli.submit.packaging import Job, stage
+from vilseg.errors import UserError
+
+_TIMEOUT_S = (5.0, 60.0)
+"""To connect, and of silence: a package of code may take a while to be stored."""
+_HEARTBEAT_S = 15.0
+_PATIENCE_S = 60.0
+"""So long a lost connection is sought again."""
+_STOP_S = 60
+"""A verb that is stopped ends as after Ctrl-C; training writes a checkpoint first."""
+
+for _name in (
+    "ray.dashboard.modules.dashboard_sdk",
+    "ray.dashboard.modules.job.sdk",
+    "ray._private.runtime_env.packaging",
+):
+    logging.getLogger(_name).setLevel(logging.WARNING)  # they tell of every upload
+
+
+class Unreachable(UserError):  # noqa: N818  (a state that may pass)
+    """Nothing answers at the address of the job server."""
+
+
+class JobServer(JobSubmissionClient):
+    """A connection to the job server at an ``http://`` address.
+
+    Raises:
+        Unreachable: nothing answers.
+        UserError: the token is wrong or missing, or what answers is no job server.
+    """
+
+    def __init__(self, address: str, timeout: tuple[float, float] = _TIMEOUT_S) -> None:
+        self.url = address
+        self._timeout = timeout
+        os.environ["RAY_API_SERVER_ADDRESS"] = address  # which Ray prefers to the argument
+        try:
+            super().__init__(address, verify=os.environ.get("REQUESTS_CA_BUNDLE") or True)
+        except (ValueError, KeyError, RuntimeError, requests.RequestException) as error:
+            raise UserError(
+                f"what answers at {address} is no job server of Ray; give its address, as in http://HEAD:8265"
+            ) from error
+
+    def _do_request(self, method: str, endpoint: str, **options: Any) -> requests.Response:
+        try:
+            return super()._do_request(method, endpoint, timeout=self._timeout, **options)
+        except AuthenticationError as error:
+            problem = "wants a token" if "required" in str(error) else "does not accept the token"
+            raise UserError(
+                f"the job server at {self.url} {problem}; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to the "
+                "cluster's token, or RAY_AUTH_TOKEN_PATH to a file that holds it"
+            ) from error
+        except (requests.ConnectionError, requests.Timeout) as error:
+            raise Unreachable(
+                f"no job server answers at {self.url}; is the cluster up, and is that the address of its dashboard?"
+            ) from error
+
+    def _raise_error(self, response: requests.Response) -> None:
+        # A traceback, perhaps with that of another process in it.
+        reasons = re.findall(r"^\S*(?:Error|Exception): (.+)$", response.text, re.MULTILINE) or [response.text.strip()]
+        raise UserError(f"the job server at {self.url} refused: {reasons[-1]}")
+
+    def versions(self) -> tuple[str, str]:
+        """Of the cluster's Ray and Python."""
+        answer = self._do_request("GET", "/api/v0/cluster_metadata")
+        if not answer.ok:
+            self._raise_error(answer)
+        return answer.json()["data"]["rayVersion"], answer.json()["data"]["pythonVersion"]
+
+    def is_here(self) -> bool:
+        """Whether all machines of the cluster are this one, so that paths mean the same there."""
+        answer = self._do_request("GET", "/nodes?view=hostnamelist")
+        if not answer.ok:
+            return False
+        return set(answer.json()["data"]["hostNameList"]) == {os.uname().nodename}
+
+    def send(
+        self,
+        job: Job,
+        variables: dict[str, str],
+        *,
+        name: str | None = None,
+        code: bool = True,
+        own: Path | None = None,
+        cpus: float | None = None,
+        gpus: float | None = None,
+    ) -> str:
+        """Start a job and return its id.
+
+        Args:
+            job: what to run.
+            variables: of its environment and its workers'; nothing here shows them.
+            name: the id; one that tells verb and time where None.
+            code: see `stage`.
+            own: see `stage`.
+            cpus: that the verb's own process takes, on a machine that has them; the head's where None.
+            gpus: likewise.
+        """
+        name = name or f"{job.verb}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+        stopping = {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_S)}
+        environment: dict[str, Any] = {"env_vars": {**variables, **stopping}}
+        with tempfile.TemporaryDirectory(prefix="vilseg-") as folder:
+            stage(Path(folder), job.files, code=code, own=own)
+            if any(Path(folder).iterdir()):
+                environment["working_dir"] = folder
+            return self.submit_job(
+                entrypoint=job.entrypoint,
+                submission_id=name,
+                runtime_env=environment,
+                metadata={"command": job.command},
+                entrypoint_num_cpus=cpus,
+                entrypoint_num_gpus=gpus,
+            )
+
+    def details(self, name: str) -> JobDetails:
+        """What the server knows of a job.
+
+        Raises:
+            UserError: there is none of that id.
+        """
+        answer = self._do_request("GET", f"/api/jobs/{name}")
+        if answer.status_code == 404:
+            raise UserError(f"there is no job '{name}' at {self.url}; 'vilseg submit list' shows those there are")
+        if not answer.ok:
+            self._raise_error(answer)
+        return JobDetails(**answer.json())
+
+    def all(self) -> list[JobDetails]:
+        """The jobs that were submitted, oldest first."""
+        jobs = [job for job in self.list_jobs() if job.type is JobType.SUBMISSION]
+        return sorted(jobs, key=lambda job: job.start_time or 0)
+
+    def follow(self, name: str, lines: Lines) -> JobDetails:
+        """Hand ``lines`` what it has not seen of what a job says, until it ends. A lost connection is sought again.
+
+        Raises:
+            Unreachable: for a minute nothing answered; the job goes on.
+        """
+        lost_at: float | None = None
+        while True:
+            try:
+                asyncio.run(self._stream(name, lines))
+                job = self.details(name)
+                if job.status.is_terminal():
+                    return job
+                lost_at = None
+            except asyncio.CancelledError as error:  # what becomes of Ctrl-C where a connection is just being made
+                raise KeyboardInterrupt from error
+            except (aiohttp.ClientError, OSError, Unreachable) as error:
+                if lost_at is None:
+                    lost_at = time.monotonic()
+                    console.say(f"lost the connection to {self.url}; trying again for {_PATIENCE_S:.0f} s")
+                elif time.monotonic() > lost_at + _PATIENCE_S:
+                    raise Unreachable(
+                        f"the connection to {self.url} is lost, and the job goes on; to see it again: "
+                        f"vilseg submit logs {name} --follow --address {self.url}"
+                    ) from error
+            time.sleep(1)
+
+    def wait(self, name: str) -> JobDetails:
+        """Until a job has ended; one that is told to stop is killed by Ray in the end."""
+        while not (job := self.details(name)).status.is_terminal():
+            time.sleep(0.5)
+        return job
+
+    async def _stream(self, name: str, lines: Lines) -> None:
+        url = f"{self._address}/api/jobs/{name}/logs/tail"
+        skip = lines.seen  # the server begins with the first letter each time
+        async with (
+            aiohttp.ClientSession(headers=self._headers, cookies=self._cookies) as session,
+            session.ws_connect(url, ssl=self._ssl_context or True, heartbeat=_HEARTBEAT_S, max_msg_size=0) as socket,
+        ):
+            async for message in socket:
+                if message.type is aiohttp.WSMsgType.TEXT:
+                    lines(message.data[skip:])
+                    skip = max(0, skip - len(message.data))
+
+
+class Lines:
+    """Sorts what a job says: results on stdout, or into `results` where they are kept, the rest on stderr."""
+
+    def __init__(self, *, keep: bool = False) -> None:
+        self.results: list[str] = []
+        self.seen = 0
+        """Letters that were handed in."""
+        self._keep = keep
+        self._rest = ""
+
+    def __call__(self, text: str) -> None:
+        """Show what makes whole lines."""
+        self.seen += len(text)
+        *whole, self._rest = (self._rest + text).split("\n")
+        for line in whole:
+            self._show(line)
+
+    def end(self) -> None:
+        """Show what is left of a job that ended amid a line."""
+        if self._rest:
+            self._show(self._rest)
+        self._rest = ""
+
+    def _show(self, line: str) -> None:
+        if not line.startswith(RESULT):
+            if not line.startswith("Running entrypoint for job "):  # Ray's, with a command that nobody typed
+                console.say(line)
+        elif self._keep:
+            self.results.append(line.removeprefix(RESULT))
+        else:
+            sys.stdout.write(line.removeprefix(RESULT) + "\n")
+            sys.stdout.flush()
+
+
+def exit_code(job: JobDetails) -> int:
+    """Of the command that ran as a job: its own; 130 where it was stopped, 1 where it never began or was lost."""
+    if job.status is JobStatus.STOPPED:
+        return 130
+    if job.driver_exit_code is None:
+        return 0 if job.status is JobStatus.SUCCEEDED else 1
+    return job.driver_exit_code if job.driver_exit_code >= 0 else 128 - job.driver_exit_code
+
+
+def summary(job: JobDetails) -> dict[str, Any]:
+    """What is told of a job. Its environment is not, which may hold credentials."""
+    ended = job.status.is_terminal()
+    return {
+        "id": job.submission_id,
+        "status": job.status.value.lower(),
+        "command": (job.metadata or {}).get("command") or job.entrypoint,
+        "started": _moment(job.start_time),
+        "ended": _moment(job.end_time) if ended else None,
+        "exit_code": exit_code(job) if ended else None,
+        # What follows the first line is the end of the log.
+        "message": (job.message or "")
+        .partition("\n")[0]
+        .removesuffix(", last available logs (truncated to 20,000 chars):"),
+    }
+
+
+def _moment(milliseconds: int | None) -> str | None:
+    if not milliseconds:
+        return None
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(milliseconds / 1000))

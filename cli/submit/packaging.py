@@ -1,0 +1,325 @@
+"""What ``vilseg submit`` sends to a cluster: the verb checked and fitted to run there, code and files, variables."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import ipaddress
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import typer
+
+from cli.overrides import split_overrides
+from cluster.ray_session import carried
+from vilseg import storage
+from vilseg.config.tree import flat
+from vilseg.errors import StorageError, UserError
+
+_REFUSED = {
+    "submit": "is what you call already",
+    "cluster": "works on this machine only",
+    "store": "works on this machine only",
+}
+"""Verbs that are no jobs, and why."""
+
+FILES = {"config", "space", "classes", "keys"}
+"""Parameters of verbs that name a small file of the user's, which travels with the job."""
+PLACES = {"places", "inputs", "dataset", "out", "file", "store"}
+"""Those that name data, to be read or written where the job runs."""
+MODELS = {"model"}
+"""Those that name a model: data as well, or a hub id."""
+_PLACE_KEYS = {
+    "data.source",
+    "data.held_out",
+    "data.feature_cache",
+    "trainer.storage",
+    "keys",
+    "examples",
+    "videos.storage",
+}
+_MODEL_KEYS = ("init", "model.init", "model.image_encoder.checkpoint", "model.text_encoder.checkpoint", "models.")
+
+PACKAGES = ("vilseg", "jobs", "serve", "tune", "cluster", "cli")
+_LEFT_OUT = (
+    *(".*", "__pycache__", "*.egg-info", "node_modules", "runs", "store"),
+    *("*.pem", "*.key", "*secret*", "*credential*", "*token", "id_rsa*", "id_ed25519*", "identities.json"),
+)
+"""Of a folder of the user's: what is made anew, what is large, and what is nobody's business."""
+_MOST_BYTES = 100_000_000
+_OF_THIS_MACHINE = (
+    *("AWS_PROFILE", "AWS_DEFAULT_PROFILE", "AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE", "AWS_CA_BUNDLE"),
+    *("AWS_WEB_IDENTITY_TOKEN_FILE", "HF_HOME", "HF_HUB_CACHE", "HF_ASSETS_CACHE", "HF_TOKEN_PATH"),
+)
+"""Variables that name files here, of no use on another machine."""
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A call of the ``vilseg`` command whose arguments were found to be in order."""
+
+    arguments: Sequence[str]
+    """The verb's name first."""
+    parameters: dict[str, Any]
+    """What its parser made of them."""
+    takes_address: bool
+    configured: dict[str, str]
+    """Keys of its configuration that name places, and these."""
+    files: dict[str, Path]
+    """Parameters that name files of this machine, and these."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A verb as a cluster is to run it."""
+
+    verb: str
+    command: str
+    """As the user would type it without ``submit``."""
+    entrypoint: str
+    """The shell command that the cluster runs."""
+    files: dict[str, Path]
+    """Name in the working folder of the job, and where it is here."""
+    notes: list[str]
+    """What the user should know."""
+
+
+def check(arguments: Sequence[str]) -> Verb:
+    """Read ``VERB …`` as the verb itself would, before anything is sent.
+
+    Raises:
+        UserError: a verb that is none or cannot be a job, a file that is missing, a wrong configuration.
+        typer.TyperException: arguments that the verb does not take.
+    """
+    from cli.app import app
+
+    group: Any = typer.main.get_command(app)
+    name, *rest = arguments
+    if name in _REFUSED:
+        raise UserError(f"'{name}' {_REFUSED[name]} and is no job; run it without 'vilseg submit'")
+    if name not in group.commands:
+        known = sorted(set(group.commands) - set(_REFUSED))
+        near = difflib.get_close_matches(name, known, 1)
+        raise UserError(
+            f"there is no verb '{name}'; " + (f"did you mean '{near[0]}'?" if near else f"there are {', '.join(known)}")
+        )
+    command = group.commands[name]
+    parameters = command.make_context(f"vilseg {name}", rest).params
+    found = {option: _file(option, parameters[option]) for option in sorted(FILES & parameters.keys())}
+    return Verb(
+        arguments,
+        parameters,
+        takes_address=any(parameter.name == "address" for parameter in command.params),
+        configured=dict(_configured(name, parameters)),
+        files={option: path for option, path in found.items() if path is not None},
+    )
+
+
+def fit(verb: Verb, *, here: bool) -> Job:
+    """What a cluster has to run.
+
+    Args:
+        verb: as `check` found it.
+        here: whether the cluster's machines are this one, so that paths mean the same.
+
+    Raises:
+        StorageError: a path that the cluster does not see.
+    """
+    name, *rest = verb.arguments
+    files: dict[str, Path] = {}
+    notes = []
+    if not here:
+        for number, (option, path) in enumerate(verb.files.items()):
+            sent = f"given/{number}/{path.name}"
+            files[sent] = path
+            rest = [_replaced(argument, verb.parameters[option], sent) for argument in rest]
+        named = [*_places(verb.parameters), *((f"{key}={place}", place) for key, place in verb.configured.items())]
+        absolute = [place for written, place in named if _is_path_there(written, place)]
+        if absolute:
+            notes.append(
+                f"{', '.join(dict.fromkeys(absolute))}: taken as paths of the cluster's machines, not of this one"
+            )
+    if name == "key":
+        notes.append("the key will be in the job's log, which everybody with the cluster's token can read")
+    if verb.takes_address and verb.parameters["address"] is None:
+        rest = ["--address", "auto", *rest]
+    folder = ["--folder", os.getcwd()] if here else []
+    # The shell makes way for Python, which is then what a signal reaches.
+    python = ["exec", sys.executable if here else "python", "-m", "cli.submit.entrypoint"]
+    return Job(
+        verb=name,
+        command=shlex.join(["vilseg", *verb.arguments]),
+        entrypoint=shlex.join([*python, *folder, "--", name, *rest]),
+        files=files,
+        notes=notes,
+    )
+
+
+def _file(name: str, value: str | None) -> Path | None:
+    """The local file that an option names; None for a URI, and for class names in the place of a file."""
+    if value is None or not storage.is_local(value):
+        return None
+    path = Path(storage.absolute(value))
+    if path.is_file():
+        return path
+    if name == "classes" and not value.endswith((".txt", ".yaml", ".yml")) and "/" not in value:
+        return None
+    raise StorageError(f"--{name} {value} does not exist; give a file of this machine or an s3:// URI")
+
+
+def _replaced(argument: str, value: str, by: str) -> str:
+    option, equals, given = argument.partition("=")
+    if option.startswith("--") and equals and given == value:
+        return f"{option}={by}"
+    return by if argument == value else argument
+
+
+def _places(parameters: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Places that arguments name, each after how the user wrote it."""
+    positional = [*parameters.get("places", ()), *parameters.get("inputs", ())]
+    yield from ((place, place) for place in split_overrides(positional)[0])
+    for name in sorted(parameters.keys() & ((PLACES | MODELS) - {"places", "inputs"})):
+        value = parameters.get(name)
+        for written in value if isinstance(value, list | tuple) else [] if value is None else [str(value)]:
+            place = written
+            if name == "dataset":
+                place = written.partition(":")[2]
+            elif name in MODELS:
+                place = written.partition("=")[2] or written
+            if name not in MODELS or not _may_be_hub_id(place):
+                yield f"--{name} {written}", place
+
+
+def _may_be_hub_id(uri: str) -> bool:
+    return uri.count("/") <= 1 and not uri.startswith((".", "/", "~")) and not os.path.exists(uri)
+
+
+def _configured(verb: str, parameters: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Keys of a verb's configuration, and the places that they hold; raises as the verb would for a wrong key."""
+    overrides = parameters.get("overrides") or []
+    if verb in ("train", "tune"):
+        from vilseg.config import RunConfig
+
+        values = flat(RunConfig.load(parameters["config"], overrides).model_dump())
+        if verb == "tune":
+            from tune.search_space import Space
+
+            dataset = Space.load(parameters["space"]).dataset
+            if dataset is not None and parameters["dataset"] is None:
+                yield "dataset", dataset.partition(":")[2]
+    elif verb == "serve":
+        from serve.config import ServeConfig
+
+        given = ServeConfig.of(parameters["config"], parameters["model"] or [], None, overrides)
+        values = flat(given.model_dump())
+    else:
+        return
+    yield from ((f"data.mix.{number}.source", part["source"]) for number, part in enumerate(values.pop("data.mix", [])))
+    for key, value in values.items():
+        if isinstance(value, str) and (
+            key in _PLACE_KEYS or (key.startswith(_MODEL_KEYS) and not _may_be_hub_id(value))
+        ):
+            yield key, value
+
+
+def _is_path_there(written: str, place: str) -> bool:
+    """Whether a place is a path that the cluster's machines may have; a URI is none.
+
+    Raises:
+        StorageError: a path that means something on this machine alone.
+    """
+    if not storage.is_local(place):
+        return False
+    if place.startswith("file://") or os.path.isabs(place):
+        return True
+    raise StorageError(
+        f"{written} names a path of this machine, which the cluster does not see; "
+        "give an s3:// URI, or an absolute path that every machine of the cluster has"
+    )
+
+
+# -------------------------------------------------------------------------------------------- code, files, variables
+
+
+def variables(*, here: bool) -> tuple[dict[str, str], list[str]]:
+    """What the job gets of this environment, credentials as well, and what the user should know of the rest.
+
+    Raises:
+        UserError: the object store is one that only this machine reaches.
+    """
+    if here:
+        return carried(), []
+    found = {name: value for name, value in carried().items() if name not in _OF_THIS_MACHINE}
+    for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"):
+        if _is_loopback(urlsplit(found.get(name, "")).hostname or ""):
+            raise UserError(
+                f"{name} is {found[name]}, which only this machine reaches; set it to an address that the cluster "
+                "reaches, or give --no-credentials if its machines have their own"
+            )
+    left = sorted(set(carried()) - set(found))
+    notes = [f"{', '.join(left)}: names what is on this machine, so the job does not get it"] if left else []
+    return found, notes
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def stage(folder: Path, files: dict[str, Path], *, code: bool, own: Path | None) -> None:
+    """Fill ``folder`` with what the job finds in its working folder.
+
+    Args:
+        folder: empty.
+        files: as of `Job`.
+        code: whether this vilseg goes along; otherwise the cluster's own is used.
+        own: folder of the user's modules and files.
+
+    Raises:
+        StorageError: ``own`` is no folder, or too large to be sent.
+    """
+    if own is not None:
+        if not own.is_dir():
+            raise StorageError(f"--working-dir {own} is no folder")
+        _check_size(own)
+        shutil.copytree(own, folder, ignore=_ignore, ignore_dangling_symlinks=True, dirs_exist_ok=True)
+    if code:
+        root = Path(__file__).parents[2]
+        for package in PACKAGES:
+            if (root / package / "__init__.py").is_file():
+                ignore = shutil.ignore_patterns("__pycache__", ".*")
+                shutil.copytree(root / package, folder / package, ignore=ignore, dirs_exist_ok=True)
+        if (root / "configs" / "demo.yaml").is_file():
+            shutil.copytree(root / "configs", folder / "configs", dirs_exist_ok=True)
+    for name, path in files.items():
+        (folder / name).parent.mkdir(parents=True)
+        shutil.copyfile(path, folder / name)
+
+
+def _ignore(folder: str, names: list[str]) -> set[str]:
+    if "pyvenv.cfg" in names:  # a virtual environment, whatever it is called
+        return set(names)
+    return {name for name in names if any(fnmatch.fnmatch(name.lower(), pattern) for pattern in _LEFT_OUT)}
+
+
+def _check_size(folder: Path) -> None:
+    total = 0
+    for parent, folders, names in os.walk(folder):
+        left_out = _ignore(parent, [*folders, *names])
+        folders[:] = [name for name in folders if name not in left_out]
+        paths = [Path(parent, name) for name in names if name not in left_out]
+        total += sum(path.stat().st_size for path in paths if path.is_file())
+        if total > _MOST_BYTES:
+            raise StorageError(
+                f"--working-dir {folder} holds more than {_MOST_BYTES // 1_000_000} MB; "
+                "give a folder of code alone, and data by s3:// URIs"
+            )

@@ -1,0 +1,406 @@
+"""Several real Ray nodes on this machine: for trying what a cluster does before there is one.
+
+It is for one user on one machine. All that is kept lies in one folder:
+
+    token             made once; whoever has it may run anything on the nodes (mode 0600)
+    cluster.json      nodes, addresses and resources of the running or last cluster
+    node-0.log …      what the command of each node said; node 0 is the head
+    ray               link to what Ray writes, its own logs among it; `stop` removes that
+
+A node is a `ray start --block` with its own raylet, object store and workers, as on a machine of its own. The dashboard
+with the job server listens on the loopback address alone. Ray's other ports are open to the network, where they refuse
+whoever does not know the token (but for figures of the nodes' load). A node's processes are those of the session that its
+command began, and their children, so that nothing else is ever ended.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from cluster.private_files import exclusive, write_private
+from vilseg.errors import ClusterError
+
+LOOPBACK = "127.0.0.1"
+START_TIMEOUT_S = 120.0
+STOP_TIMEOUT_S = 10.0
+_TRIES = 5
+"""A port that was free may be taken when Ray comes to it; and on a busy machine Ray's own patience may end: a node's agents have
+15 s to start, whatever else goes on."""
+_LAST_LINES = 30
+_PORTS = range(20_000, 32_000)
+"""Below those that systems give to outgoing connections, which come and go."""
+_STORE_SHARE, _STORE_LEAST, _STORE_MOST = 0.1, 100 << 20, 1 << 30
+"""Of the machine's memory for the object stores of all nodes together, and bytes for each at least and at most."""
+
+
+@dataclass(frozen=True)
+class Host:
+    """Where a node runs: the address it listens on, and what its command begins with to be run there."""
+
+    address: str = LOOPBACK
+    prefix: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Node:
+    """The command of a node; ``began`` (proc(5), in clock ticks) tells it from a process that has its number later."""
+
+    pid: int
+    began: int
+    name: str
+    """In Ray; another one each time, since Ray takes a while to see that a node has died."""
+
+
+class LocalCluster:
+    """A running cluster; made by `start` or `attach`."""
+
+    def __init__(self, directory: Path, state: dict[str, Any]):
+        self.directory = directory
+        self._state = state
+        self._commands: list[subprocess.Popen] = []  # only in the process that started them, which has to reap them
+
+    @classmethod
+    def start(
+        cls, directory: Path, nodes: int = 1, cpus: int | None = None, hosts: Sequence[Host] = ()
+    ) -> LocalCluster:
+        """Start the cluster of ``directory`` and wait until all nodes are in it; nodes that run already are left alone.
+
+        The nodes outlive the process that started them. Of a cluster that runs, nodes that have died are started again.
+
+        Args:
+            directory: for token, state and logs.
+            nodes: how many, the head included.
+            cpus: that each node says it has; those of the machine divided among the nodes where None.
+            hosts: where the nodes run; all on the loopback address where it is empty.
+
+        Raises:
+            ClusterError: it cannot start, or another number of nodes runs in ``directory``.
+        """
+        directory = directory.expanduser().resolve()
+        if not Path("/proc/self/stat").exists():
+            raise ClusterError("a local cluster needs Linux; elsewhere a verb without --address starts one node")
+        if nodes < 1 or (cpus is not None and cpus < 1):
+            raise ClusterError(f"a cluster has at least 1 node with 1 CPU each, not {nodes} with {cpus}")
+        with _exclusive(directory):
+            running = cls.attach(directory)
+            if running is not None and not running.is_alive(0):
+                running._end()  # without its head the rest is good for nothing
+            elif running is not None:
+                if len(running._state["nodes"]) != nodes or cpus not in (None, running._state["cpus"]):
+                    raise ClusterError(
+                        f"the cluster in {directory} has {len(running._state['nodes'])} nodes with "
+                        f"{running._state['cpus']} CPUs each: stop it with `vilseg cluster down` before it can change"
+                    )
+                running._start_missing()
+                return running
+            if not (directory / "token").exists():
+                write_private(directory / "token", secrets.token_hex(32))
+            for left in range(_TRIES - 1, -1, -1):
+                cluster = cls(directory, _new_state(nodes, cpus, hosts))
+                try:
+                    cluster._start_head()
+                    cluster._start_missing()
+                    break
+                except BaseException as error:  # an interrupt as well: nobody would know of the processes
+                    cluster._end()
+                    if not left or not isinstance(error, ClusterError):
+                        raise
+            return cluster
+
+    @classmethod
+    def attach(cls, directory: Path) -> LocalCluster | None:
+        """The cluster of ``directory`` of which any process runs, or None."""
+        directory = directory.expanduser().resolve()
+        path = directory / "cluster.json"
+        try:
+            state = json.loads(path.read_text())
+            cluster = cls(directory, state | {"nodes": [node and Node(**node) for node in state["nodes"]]})
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except (ValueError, LookupError, TypeError) as error:
+            raise ClusterError(f"{path} is damaged: remove it, and end the processes of Ray that still run") from error
+        return cluster if any(cluster.processes(index) for index in range(cluster.size)) else None
+
+    @property
+    def address(self) -> str:
+        """For ``--address`` and ``RAY_ADDRESS``."""
+        return f"{self._host(0).address}:{self._state['ports']['head']}"
+
+    @property
+    def dashboard(self) -> str:
+        """URL of the dashboard and of the job server."""
+        return f"http://{LOOPBACK}:{self._state['ports']['dashboard']}"
+
+    @property
+    def token(self) -> str:
+        """The secret that all requests need."""
+        return (self.directory / "token").read_text().strip()
+
+    @property
+    def size(self) -> int:
+        """Nodes, the lost ones included."""
+        return len(self._state["nodes"])
+
+    def environment(self) -> dict[str, str]:
+        """The variables that lead Ray, its commands and `vilseg --address auto` to this cluster."""
+        return {
+            "RAY_ADDRESS": self.address,
+            "RAY_DASHBOARD_ADDRESS": self.dashboard,
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(self.directory / "token"),
+        }
+
+    def nodes(self) -> list[dict[str, Any]]:
+        """What each node is, head first: ``index``, ``alive``, ``pid``, ``id`` (Ray's) and ``resources``."""
+        known = {entry["node_name"]: entry for entry in self._listed() if entry["state"] == "ALIVE"}
+        found = []
+        for index, node in enumerate(self._state["nodes"]):
+            entry = known.get(node.name, {}) if node else {}
+            resources = {
+                key: value for key, value in entry.get("resources_total", {}).items() if not key.startswith("node:")
+            }
+            alive = self.is_alive(index) and bool(entry)
+            found.append(
+                {
+                    "index": index,
+                    "alive": alive,
+                    "pid": node and node.pid,
+                    "id": entry.get("node_id"),
+                    "resources": resources,
+                }
+            )
+        return found
+
+    def is_alive(self, index: int) -> bool:
+        """Whether the command of a node still runs."""
+        node = self._state["nodes"][index]
+        return node is not None and _began(node.pid) == node.began
+
+    def processes(self, index: int) -> set[int]:
+        """All processes of a node: its command's session, and what descends from it."""
+        node = self._state["nodes"][index]
+        return set() if node is None else _family(node)
+
+    def kill_node(self, index: int) -> None:
+        """End all processes of a node at once, as a machine that loses its power does."""
+        deadline = time.monotonic() + STOP_TIMEOUT_S
+        while pids := self.processes(index):
+            _signal(pids, signal.SIGKILL)
+            if time.monotonic() > deadline:
+                raise ClusterError(f"processes of node {index} do not end: {sorted(pids)}")
+            time.sleep(0.05)
+        for command in self._commands:
+            command.poll()
+
+    def stop(self) -> None:
+        """End all nodes of this cluster and nothing else; the token stays."""
+        with _exclusive(self.directory):
+            self._end()
+
+    # ------------------------------------------------------------------------------------------------------ inside
+
+    def _host(self, index: int) -> Host:
+        hosts = self._state["hosts"]
+        return Host(hosts[index]["address"], tuple(hosts[index]["prefix"])) if hosts else Host()
+
+    def _start_head(self) -> None:
+        ports = self._state["ports"]
+        arguments = [
+            *("--head", f"--port={ports['head']}", "--include-dashboard=true", "--disable-usage-stats"),
+            *(f"--dashboard-host={LOOPBACK}", f"--dashboard-port={ports['dashboard']}"),
+            f"--ray-client-server-port={ports['client']}",
+        ]
+        self._launch(0, arguments)
+        # Ray writes this last; before the head is known to itself, no other node can join.
+        self._wait(0, (Path(self._state["folder"]) / "0" / "ray_current_cluster").exists, "the head node")
+
+    def _start_missing(self) -> None:
+        """Start the nodes that do not run, all at once, the head excepted."""
+        for left in range(_TRIES - 1, -1, -1):
+            missing = [index for index in range(1, self.size) if not self.is_alive(index)]
+            for index in missing:
+                self.kill_node(index)  # what its command may have left
+                self._launch(index, [f"--address={self.address}"])
+            try:
+                for index in range(self.size):
+                    self._wait(index, partial(self._is_listed, index), f"node {index}")
+            except ClusterError:
+                if not left or not self.is_alive(0):
+                    raise
+            else:
+                return
+
+    def _is_listed(self, index: int) -> bool:
+        return bool(self.nodes()[index]["alive"])
+
+    def _launch(self, index: int, arguments: Sequence[str]) -> None:
+        state = self._state
+        host = self._host(index)
+        folder = Path(state["folder"]) / str(index)
+        folder.mkdir(exist_ok=True)
+        name = f"node-{index}-{secrets.token_hex(3)}"
+        command = [
+            *host.prefix,
+            *(sys.executable, "-c", "from ray.scripts.scripts import main; main()", "start", "--block"),
+            *(f"--node-ip-address={host.address}", f"--node-name={name}", f"--temp-dir={folder}"),
+            *(f"--num-cpus={state['cpus']}", f"--object-store-memory={state['object_store']}"),
+            # Those of workers are left to the system, and so is whatever else Ray can be told to choose by itself.
+            *("--min-worker-port=0", "--max-worker-port=0"),
+            f"--dashboard-agent-listen-port={state['ports'][f'agent_{index}']}",
+            *arguments,
+        ]
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_A")}
+        environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.directory / "token")}
+        with (self.directory / f"node-{index}.log").open("wb") as log:
+            process = subprocess.Popen(
+                command,
+                cwd=folder,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # an interrupt is not meant for it; and its processes are known by it
+            )
+        self._commands.append(process)
+        self._state["nodes"][index] = Node(process.pid, _began(process.pid) or 0, name)
+        self._save()
+
+    def _wait(self, index: int, ready: Callable[[], Any], what: str) -> Any:
+        log = self.directory / f"node-{index}.log"
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while not (found := ready()):
+            if not self.is_alive(index):
+                self._keep_last_words(index, log)
+                raise ClusterError(f"{what} of the cluster in {self.directory} ended while it started; see {log}")
+            if time.monotonic() > deadline:
+                raise ClusterError(f"{what} is not ready after {START_TIMEOUT_S:.0f} s; see {log}")
+            time.sleep(0.2)
+        return found
+
+    def _keep_last_words(self, index: int, log: Path) -> None:
+        """What Ray's own processes said at the end goes into the node's log: their files go with the cluster."""
+        logs = sorted((Path(self._state["folder"]) / str(index)).glob("session_2*/logs"))
+        names = ("ray_process_exit.log", "raylet.out", "raylet.err", "dashboard_agent.log")
+        with log.open("a") as file:
+            for path in (folder / name for name in names for folder in logs[-1:]):
+                if not path.exists():
+                    continue
+                lines = path.read_text(errors="replace").splitlines()[-_LAST_LINES:]
+                file.write("\n".join([f"--- {path.name}", *lines, ""]))
+
+    def _listed(self) -> list[dict[str, Any]]:
+        answer = self._asked("/api/v0/nodes?detail=1&limit=1000")
+        return answer["data"]["result"]["result"] if answer else []
+
+    def _asked(self, path: str) -> Any:
+        """The job server's answer; None where it does not answer yet, or no more."""
+        request = urllib.request.Request(self.dashboard + path, headers={"Authorization": f"Bearer {self.token}"})
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # loopback is not a proxy's business
+        try:
+            with opener.open(request, timeout=10) as response:
+                return json.load(response)
+        except (OSError, ValueError):
+            return None
+
+    def _end(self) -> None:
+        # Ray's own way of ending asks every process and waits; nothing of a cluster for trying out is worth that.
+        for index in reversed(range(self.size)):
+            self.kill_node(index)
+        shutil.rmtree(self._state["folder"], ignore_errors=True)
+        (self.directory / "ray").unlink(missing_ok=True)
+        (self.directory / "cluster.json").unlink(missing_ok=True)
+
+    def _save(self) -> None:
+        nodes = [node and asdict(node) for node in self._state["nodes"]]
+        write_private(self.directory / "cluster.json", json.dumps(self._state | {"nodes": nodes}, indent=2) + "\n")
+        link = self.directory / "ray"
+        if not link.is_symlink():
+            link.symlink_to(self._state["folder"])
+
+
+def _new_state(nodes: int, cpus: int | None, hosts: Sequence[Host]) -> dict[str, Any]:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "cpus": cpus or max(1, (os.cpu_count() or 1) // nodes),
+        "object_store": int(min(_STORE_MOST, max(_STORE_LEAST, _STORE_SHARE * memory / nodes))),
+        "hosts": [asdict(host) for host in hosts],
+        "nodes": [None] * nodes,
+        "ports": _free_ports(["head", "dashboard", "client", *(f"agent_{index}" for index in range(nodes))]),
+        # Ray makes sockets in it, whose paths must be short.
+        "folder": tempfile.mkdtemp(prefix="vilseg-ray-", dir="/tmp"),
+    }
+
+
+def _free_ports(names: Sequence[str]) -> dict[str, int]:
+    """A free port for every name, picked by chance, since others may be looking at the same time."""
+    ports: dict[str, int] = {}
+    with ExitStack() as held:  # all are held until all are chosen, so that none is chosen twice
+        for name in names:
+            while name not in ports:
+                listener = held.enter_context(socket.socket())
+                port = random.choice(_PORTS)
+                try:
+                    listener.bind((LOOPBACK, port))
+                except OSError:
+                    continue
+                ports[name] = port
+    return ports
+
+
+# ------------------------------------------------------------------------------------------------------- processes
+
+
+def _stat(pid: int) -> list[str] | None:
+    """The fields of proc(5) from the state on, of a process that has not ended."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if fields[0] in "ZX" else fields
+
+
+def _began(pid: int) -> int | None:
+    fields = _stat(pid)
+    return int(fields[19]) if fields else None
+
+
+def _family(node: Node) -> set[int]:
+    if _began(node.pid) not in (None, node.began):
+        return set()  # another's number by now; while anything of the session is left, that cannot be
+    known = {int(place.name): fields for place in Path("/proc").glob("[0-9]*") if (fields := _stat(int(place.name)))}
+    family = {pid for pid, fields in known.items() if int(fields[3]) == node.pid and int(fields[19]) >= node.began}
+    while more := {pid for pid, fields in known.items() if int(fields[1]) in family} - family:
+        family |= more  # drivers of submitted jobs begin sessions of their own
+    return family
+
+
+def _signal(pids: set[int], number: signal.Signals) -> None:
+    for pid in pids:
+        try:
+            os.kill(pid, number)
+        except ProcessLookupError:
+            continue  # it ended by itself just now
+
+
+# ----------------------------------------------------------------------------------------------------------- files
+
+
+def _exclusive(directory: Path) -> AbstractContextManager[None]:
+    return exclusive(directory, "cluster.lock", ClusterError, "the cluster cannot keep its state")

@@ -1,0 +1,1 @@
+"""Conversion of captioned images to pair shards on a Ray cluster."""

@@ -1,0 +1,1 @@
+"""Bulk segmentation on a Ray cluster."""

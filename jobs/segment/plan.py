@@ -1,0 +1,353 @@
+"""What a bulk segmentation shall do: the user's wishes checked before anything is started, and what they would cost."""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import itertools
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from vilseg import storage
+from vilseg.bulk.gallery import DATA, PAGE, THUMBS
+from vilseg.bulk.lease import LOCK, require_free
+from vilseg.bulk.listing import Container, Input, fixed_part, scan
+from vilseg.bulk.outputs import MASKS, OVERLAYS, Outputs, Rules
+from vilseg.bulk.results_table import PARTS, RESULTS
+from vilseg.config import SegmentationConfig
+from vilseg.errors import ConfigError, DataError, StorageError, StoreUnavailable
+from vilseg.storage.retry import stream_patiently
+from vilseg.text.vocabulary import Vocabulary
+
+ANNOTATIONS, SUMMARY, JOB = "annotations.json", "summary.json", "job.json"
+_KEYS = {"inputs", "model", "classes", "segmentation", "formats", "rules", "limit", "sample", "deduplicate"}
+FORMATS = ("png", "coco", "parquet", "overlay", "gallery", "geotiff")
+DEFAULT_FORMATS = ("png", "coco")
+_PEEK = 1024
+"""Inputs looked at before anything starts: that there is one, and whether they are worth many actors."""
+_ACTOR_INPUTS = 16
+"""Fewer than that are not worth one more actor."""
+_TRIED = 16
+"""Inputs segmented to estimate the time of all."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to do; ``job.json`` in the output holds what decides its content, so that only the same job goes on with it."""
+
+    inputs: list[str]
+    """Absolute URIs or patterns, each once, sorted."""
+    model: str
+    """Absolute URI of a model folder, or a hub id."""
+    classes: Vocabulary
+    segmentation: SegmentationConfig
+    formats: list[str]
+    out: str
+    """Absolute URI."""
+    rules: Rules = field(default_factory=Rules)
+    limit: int | None = None
+    """The first so many inputs only."""
+    sample: int | None = None
+    """So many inputs only, picked by chance, but always the same ones."""
+    deduplicate: bool = False
+    """Segment equal files once."""
+    overwrite: bool = False
+    parallelism: int = field(default=1, compare=False)
+    """Actors that the inputs are worth."""
+
+    @property
+    def outputs(self) -> Outputs:
+        """What the actors write."""
+        return Outputs(
+            self.out,
+            png="png" in self.formats,
+            overlay="overlay" in self.formats,
+            gallery="gallery" in self.formats,
+            geotiff="geotiff" in self.formats,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in ``job.json``."""
+        return {
+            "inputs": self.inputs,
+            "model": self.model,
+            "classes": list(self.classes.entries),
+            "vocabulary": self.classes.digest,
+            "segmentation": self.segmentation.model_dump(mode="json"),
+            "formats": self.formats,
+            "rules": vars(self.rules),
+            "limit": self.limit,
+            "sample": self.sample,
+            "deduplicate": self.deduplicate,
+        }
+
+
+def plan(
+    inputs: Sequence[str],
+    model: str,
+    classes: Vocabulary,
+    out: str,
+    *,
+    formats: Sequence[str] = DEFAULT_FORMATS,
+    settings: SegmentationConfig | None = None,
+    rules: Rules | None = None,
+    limit: int | None = None,
+    sample: int | None = None,
+    deduplicate: bool = False,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> Job:
+    """Check all that can be before Ray is started.
+
+    Args:
+        inputs: folders, prefixes, patterns and files as :mod:`vilseg.bulk.listing` takes them.
+        model: URI of a model folder, or a hub id.
+        classes: what to look for.
+        out: folder or ``s3://`` URI; ``results.parquet`` and ``summary.json`` always come, the rest by ``formats``.
+        formats: of ``png`` (masks), ``coco`` (``annotations.json``), ``overlay``, ``gallery`` (``gallery.html``),
+            ``geotiff`` (masks of georeferenced inputs) and ``parquet``, which always comes.
+        settings: replace those that the model carries.
+        rules: limits on inputs.
+        limit: only the first so many.
+        sample: only so many, picked by chance.
+        deduplicate: segment equal files once.
+        resume: go on with what an earlier call left at ``out``.
+        overwrite: delete what an earlier call left at ``out`` first.
+
+    Raises:
+        DataError: no input.
+        StorageError: ``out`` overlaps an input or the model, is there without ``resume`` or ``overwrite``, or holds
+            what no such job wrote; a URI cannot be reached.
+        ConfigError: an unknown format, a number that is no count, ``resume`` of another job.
+        ModelError: no model folder.
+    """
+    from vilseg.model.serialization import read_settings  # brings torch, which the tasks that list have no use for
+
+    unknown = sorted(set(formats) - set(FORMATS))
+    if unknown:
+        raise ConfigError(f"--format {unknown[0]} is not known; choose among {', '.join(FORMATS)}")
+    rules = rules or Rules()
+    counts = {"limit": limit, "sample": sample, "min-side": rules.min_side, "max-pixels": rules.max_pixels}
+    for name, value in (counts | {"key-every": rules.key_every}).items():
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name} is {value}, but it must be at least 1")
+    if limit and sample:
+        raise ConfigError("--limit and --sample exclude each other: give one of them")
+    if resume and overwrite:
+        raise ConfigError("--resume and --overwrite exclude each other: go on with what is there, or replace it")
+    if not inputs:
+        raise DataError("no input is given: name folders, s3:// prefixes, patterns, shards, tables, lists or pictures")
+    for uri in (*inputs, model, out):
+        storage.require_bucket(uri)
+    carried = read_settings(model)  # a sentence now instead of a pool of actors that die one by one
+    job = Job(
+        inputs=sorted({storage.absolute(uri) for uri in inputs}),
+        # Actors may have another working directory; what does not exist here is a hub id.
+        model=storage.absolute(model) if storage.exists(model) else model,
+        classes=classes,
+        segmentation=settings or carried,
+        formats=sorted({"parquet", *formats}),  # that one always comes
+        out=storage.absolute(out),
+        rules=rules,
+        limit=limit,
+        sample=sample,
+        deduplicate=deduplicate,
+        overwrite=overwrite,
+        parallelism=_parallelism(inputs),
+    )
+    _check_output(job, resume=resume)
+    return job
+
+
+def list_inputs(job: Job) -> Iterator[Input | Container]:
+    """What the job segments, as it is listed; containers are opened here only to count off or to pick from."""
+    if not (job.limit or job.sample):
+        return scan(job.inputs)
+
+    def opened() -> Iterator[Input]:
+        return itertools.chain.from_iterable(map(open_container, scan(job.inputs)))
+
+    if job.limit:
+        return itertools.islice(opened(), job.limit)
+    # The smallest digests: by chance, the same in every call, and found without holding all names.
+    without_data = (replace(item, data=None) for item in opened())
+    picked = {item.name for item in heapq.nsmallest(job.sample or 0, without_data, key=_digest)}
+    return (item for item in opened() if item.name in picked)
+
+
+def open_container(found: Input | Container) -> Iterator[Input]:
+    """What is in a container, or the input itself; damage comes as an input with a problem, in the container's name.
+
+    Where the store goes away, it is waited for, and the container read anew without what was given before.
+
+    Raises:
+        StoreUnavailable: the store stays away.
+    """
+    if isinstance(found, Input):
+        yield found
+        return
+    try:
+        yield from stream_patiently(lambda given, _: itertools.islice(found.inputs(), given, None))
+    except StoreUnavailable:
+        raise  # or what the container still holds would be lost without a word
+    except (DataError, StorageError) as error:
+        yield Input(found.name, found.uri, problem=str(error))
+
+
+def _digest(item: Input) -> bytes:
+    return hashlib.sha256(item.name.encode("utf-8", "surrogateescape")).digest()
+
+
+def clear_output(out: str) -> None:
+    """Delete what an earlier job wrote and nothing else; its ``job.json`` stays until that of this job replaces it."""
+    before = _job_at(out)
+    formats = before["formats"] if before else []
+    written = {"png": [MASKS], "geotiff": [MASKS], "overlay": [OVERLAYS], "gallery": [THUMBS, PAGE, DATA]}
+    written["coco"] = [ANNOTATIONS]
+    folders = [name for kind in formats for name in written.get(kind, [])]
+    # Rows first: a picture with a row and without its mask would pass for done.
+    for name in (RESULTS, PARTS, SUMMARY, *dict.fromkeys(folders)):
+        storage.delete(storage.join(out, name))
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a job would do."""
+
+    images: int
+    bytes: int
+    """Of files; of what containers hold, the pictures' own."""
+    containers: int
+    rejected_of_tried: int
+    tried: int
+    seconds_per_image: float
+    """On one CPU or GPU: reading, decoding, the model and writing."""
+
+    def seconds(self, workers: int) -> float:
+        """On so many CPUs or GPUs, starting not counted."""
+        return self.images * self.seconds_per_image / workers
+
+
+def estimate(job: Job, scratch: str) -> Estimate:
+    """List and count everything, segment a few inputs picked by chance, and write nothing to the job's output.
+
+    Args:
+        job: a plan.
+        scratch: folder for what the few inputs give.
+    """
+    import torch
+
+    from vilseg.bulk.worker import BlockSegmenter
+    from vilseg.model import ViLSeg
+    from vilseg.segmentation.segmenter import Segmenter
+
+    images = size = containers = 0
+    picked: list[tuple[int, int, Input]] = []
+    for found in list_inputs(job):
+        containers += isinstance(found, Container)
+        for item in open_container(found):
+            images += 1
+            size += item.size or len(item.data or b"")
+            # The largest negated digests are the smallest ones: always the same inputs, by chance.
+            entry = (-int.from_bytes(_digest(item)), images, item)
+            if len(picked) < _TRIED:
+                heapq.heappush(picked, entry)
+            else:
+                heapq.heappushpop(picked, entry)
+    torch.set_num_threads(1)
+    model = ViLSeg.from_pretrained(job.model)
+    model.segmentation = job.segmentation
+    outputs = replace(job.outputs, out=scratch)
+    worker = BlockSegmenter(Segmenter(model, job.classes, keep_clusters=False), outputs, job.rules)
+    tried = [item for _, _, item in picked]
+    worker.block(tried[:1])  # the first costs more
+    started = time.perf_counter()
+    result = worker.block(tried)
+    seconds = (time.perf_counter() - started) / max(1, len(tried))
+    return Estimate(images, size, containers, len(result.rejected), len(tried), seconds)
+
+
+def _parallelism(inputs: Sequence[str]) -> int:
+    found = list(itertools.islice(scan([storage.absolute(uri) for uri in inputs]), _PEEK))
+    if any(isinstance(item, Container) for item in found) or len(found) == _PEEK:
+        return _PEEK
+    return max(1, len(found) // _ACTOR_INPUTS, sum(item.kind == "video" for item in found if isinstance(item, Input)))
+
+
+def begin(job: Job, weights: str) -> None:
+    """Clear or check the output, and write ``job.json``.
+
+    Args:
+        job: a plan.
+        weights: digest of the model's, which may be others by now in the same place.
+
+    Raises:
+        ConfigError: what is there is another job's, or was made with other weights.
+    """
+    before = _job_at(job.out)
+    if job.overwrite:
+        clear_output(job.out)
+    elif before:
+        _require_same(job, before)  # again, now that nobody else can write
+        if before.get("weights") not in (None, weights):
+            raise ConfigError(
+                f"cannot resume into {job.out}: the model at {job.model} has other weights now; replace it by --overwrite"
+            )
+    tree = {**job.to_dict(), "weights": weights}
+    storage.write_text(storage.join(job.out, JOB), json.dumps(tree, indent=2, ensure_ascii=False))
+
+
+def _check_output(job: Job, *, resume: bool) -> None:
+    """Make sure that ``job`` may write to its place: it is new or empty, or an output to replace or to go on with."""
+    out = job.out
+    for place in (*map(fixed_part, job.inputs), job.model):
+        if storage.overlap(out, place):
+            raise StorageError(f"cannot write to {out}: it and {place}, which is read, overlap; name a folder apart")
+    if not storage.exists(out):
+        return
+    if not storage.is_folder(out):
+        raise StorageError(f"cannot write to {out}: it is a file; name a folder")
+    require_free(out)
+    before = _job_at(out)
+    if before is None:
+        if any(entry.relative != LOCK for entry in storage.list_files(out)):
+            raise StorageError(
+                f"cannot write to {out}: it holds files and is no output of vilseg segment, which --resume and "
+                "--overwrite need; name an empty folder"
+            )
+    elif resume:
+        _require_same(job, before)
+    elif not job.overwrite:
+        raise StorageError(f"the output {out} exists already; go on with it by --resume or replace it by --overwrite")
+
+
+def _require_same(job: Job, before: dict[str, Any]) -> None:
+    """Refuse to go on with another job's output."""
+    said = {"model": "another model", "segmentation": "other segmentation settings", "rules": "other limits"}
+    said |= {"limit": "another --limit", "sample": "another --sample", "deduplicate": "another --deduplicate"}
+    said |= {"vocabulary": "other prompts, background or negative words"}
+    now = job.to_dict()
+    # Said by the classes already, or not known to the version that wrote it.
+    if before["classes"] != now["classes"] or "vocabulary" not in before:
+        del now["vocabulary"]
+    other = [said.get(key, f"other {key}") for key, value in now.items() if before[key] != value]
+    if other:
+        raise ConfigError(
+            f"cannot resume into {job.out}: it was made with {' and '.join(other)}; "
+            "repeat what it was made with, or replace it by --overwrite"
+        )
+
+
+def _job_at(out: str) -> dict[str, Any] | None:
+    """The ``job.json`` at ``out``, if there is one and it is a job's of ours."""
+    marker = storage.join(out, JOB)
+    if not storage.exists(marker):
+        return None
+    try:
+        tree = json.loads(storage.read_text(marker))
+    except ValueError:
+        return None
+    return tree if isinstance(tree, dict) and tree.keys() >= _KEYS else None

@@ -1,0 +1,375 @@
+"""Segment an archive in bulk: one task lists it, small tasks open containers, a pool of actors segments blocks of it.
+
+Every actor writes the masks of its block and then the block's rows as a part, each whole or not at all. What is killed on
+the way loses a block an actor; going on, rows there are tell what is done; so each input ends in one row.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import pickle
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import ray
+import ray.data
+
+from cluster.ray_session import Session, user_error_in
+from jobs.segment.plan import ANNOTATIONS, SUMMARY, Job, begin, list_inputs, open_container
+from vilseg import storage
+from vilseg.bulk import results_table
+from vilseg.bulk.coco_annotations import Row, write_coco
+from vilseg.bulk.gallery import THUMBS, write_gallery
+from vilseg.bulk.lease import lease
+from vilseg.bulk.listing import Container, Input
+from vilseg.bulk.outputs import MASKS, OVERLAYS, BlockResult
+from vilseg.bulk.scheduling import cut, cut_container
+from vilseg.errors import DataError
+from vilseg.storage.retry import patiently
+
+if TYPE_CHECKING:  # torch would keep every process waiting that computes nothing
+    from vilseg.bulk.worker import BlockSegmenter
+    from vilseg.model.shared_weights import TakenApart
+
+_LISTING_CPUS, _OPENING_CPUS, _ACTORS_SHARE = 0.05, 0.1, 0.85
+"""Listing and opening wait for storage most of the time. Ray Data fuses stages that ask for the same, so these differ."""
+_COPIES_AT_ONCE = 1000
+_DEATHS_TO_SUSPECT, _DEATHS_TO_REJECT = 2, 2
+"""After so many deaths of actors in a block its inputs go one by one; then one that two die of is rejected."""
+_MIN_INPUTS_TO_STOP = 50
+"""A share of rejected inputs means little before so many were seen."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What came of a bulk segmentation."""
+
+    images: int
+    ok: int
+    rejected: int
+    images_per_second: float
+    """Of this call, reading and writing included, starting Ray not."""
+    uri: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in ``summary.json``."""
+        return {name: value for name, value in vars(self).items() if name != "uri"}
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a job is."""
+
+    done: int
+    listed: int
+    """Inputs found so far, those done earlier included."""
+    listing_ended: bool
+    rejected: int
+    new_rejected: list[tuple[str, str]]
+    """Names and reasons since the last call."""
+
+
+def main(
+    job: Job,
+    session: Session,
+    *,
+    max_rejected: float = 1.0,
+    progress: Callable[[Progress], None] = lambda progress: None,
+) -> Summary:
+    """Do what :func:`jobs.segment.plan.plan` made of the user's wishes.
+
+    Args:
+        job: what to do, and where to write.
+        session: the cluster.
+        max_rejected: end early when more than this share of the inputs cannot be used.
+        progress: told as blocks end.
+
+    Raises:
+        DataError: too many inputs were rejected.
+        StorageError: another job writes to the same place, something cannot be written, or the store stays away.
+        ModelError: the model cannot be loaded.
+    """
+    with lease(job.out) as held:
+        started = time.perf_counter()
+        parts, weights = _load(job)
+        patiently(lambda: begin(job, weights))
+        done = patiently(lambda: results_table.names_done(job.out))
+        finished = rejected = 0
+        tally: Any = _Tally.remote(len(done))  # type: ignore[attr-defined]  # ray.remote hides the class it wraps
+        try:
+            for result in _stream(job, session, parts, done, tally):
+                held.check()
+                finished += result["images"]
+                refusals = pickle.loads(result["rejected"])
+                rejected += len(refusals)
+                listed, ended = ray.get(tally.state.remote())
+                progress(Progress(len(done) + finished, listed, ended, rejected, refusals))
+                _check_rejected(rejected, finished, max_rejected, refusals)
+        except Exception as error:
+            raise user_error_in(error) or error from error
+        rate = finished / (time.perf_counter() - started) if finished else 0.0
+        held.check()
+        summary = _finish(job, round(rate, 2))
+        held.check()
+        return summary
+
+
+# --------------------------------------------------------------------------------------------------------- stages
+
+
+def _stream(
+    job: Job, session: Session, parts: TakenApart, done: results_table.Names, tally: Any
+) -> Iterator[dict[str, Any]]:
+    """Results of blocks as they end."""
+    known = ray.put(done)
+    actors = max(1, min(job.parallelism, session.gpus or session.cpus))
+    shared = ray.put(parts)
+    claims: Any = None
+    if job.deduplicate:
+        claims = _Claims.remote(patiently(lambda: results_table.claims(job.out)))  # type: ignore[attr-defined]
+    cpus = session.cpus_per_actor(actors)
+    make = partial(_make_segmenter, job, [shared], claims, max(1, int(cpus)))
+    actor = (make, tally)
+    listing = ray.data.from_items([{"id": 0}], override_num_blocks=1)
+    listing.context.target_max_block_size = 1  # byte: every row is a block of its own and goes on its way
+    blocks = listing.map_batches(
+        lambda _: _list_blocks(job, actors, ray.get(known), tally), batch_size=None, num_cpus=_LISTING_CPUS
+    ).map_batches(lambda batch: _open_containers(batch, ray.get(known), tally), batch_size=1, num_cpus=_OPENING_CPUS)
+    results = blocks.map_batches(
+        _Actor,
+        fn_constructor_args=actor,
+        batch_size=1,
+        # Two blocks at a time, so that an actor computes while it writes what is left of the block before.
+        compute=ray.data.ActorPoolStrategy(
+            size=actors, max_concurrent_calls_per_actor=2, enable_true_multi_threading=True
+        ),
+        num_cpus=session.reserve(_ACTORS_SHARE * cpus),
+        num_gpus=1 if session.gpus else 0,
+    )
+    yield from results.iter_rows()
+
+
+def _list_blocks(job: Job, actors: int, done: results_table.Names, tally: Any) -> Iterator[dict[str, np.ndarray]]:
+    """Rows of one block of inputs, or of one container, each."""
+    new = (one for one in list_inputs(job) if isinstance(one, Container) or one.name not in done)
+    for found in cut(new, actors):
+        if isinstance(found, Container):
+            tally.add_container.remote(found.name)
+            yield _row([found])
+        else:
+            tally.add.remote(len(found))
+            yield _row(found)
+    tally.end.remote()
+
+
+def _open_containers(
+    batch: dict[str, np.ndarray], done: results_table.Names, tally: Any
+) -> Iterator[dict[str, np.ndarray]]:
+    """Blocks as they come; a container becomes blocks of what it holds."""
+    items = pickle.loads(batch["items"][0])
+    if not isinstance(items[0], Container):
+        yield _row(items)
+        return
+    for block in cut_container(item for item in open_container(items[0]) if item.name not in done):
+        tally.add.remote(len(block))
+        yield _row(block)
+    tally.opened.remote(items[0].name)
+
+
+def _row(items: list[Any]) -> dict[str, np.ndarray]:
+    data = np.empty(1, object)
+    data[0] = pickle.dumps(items, protocol=5)
+    return {"items": data}
+
+
+def _load(job: Job) -> tuple[TakenApart, str]:
+    """The segmenter in parts for the object store, where all actors of a machine share its weights; and their digest.
+
+    The classes are embedded here once, and the text encoder, which no picture needs, stays behind.
+    """
+    from vilseg.model import ViLSeg
+    from vilseg.model.shared_weights import take_apart
+    from vilseg.segmentation.segmenter import Segmenter
+
+    model = ViLSeg.from_pretrained(job.model)
+    # Of the file's weights: embeddings of the classes are rounded as the processor likes.
+    weights = take_apart(model.state_dict()).digest()
+    model.segmentation = job.segmentation
+    segmenter = Segmenter(model, job.classes, device="cpu", keep_clusters=False)
+    segmenter.forget_texts()
+    return take_apart(segmenter), weights
+
+
+def _make_segmenter(job: Job, parts: list[Any], claims: Any, threads: int) -> BlockSegmenter:
+    import torch
+
+    from vilseg.bulk.worker import BlockSegmenter
+    from vilseg.device import best_device
+    from vilseg.model.shared_weights import put_together
+
+    torch.set_num_threads(threads)
+    # The model's thread lets go of Python's lock in every operator; it should not wait 5 ms to have it back.
+    sys.setswitchinterval(0.0005)
+    segmenter = put_together(ray.get(parts[0])).to(best_device())
+    claim = None if claims is None else lambda digest, name: ray.get(claims.claim.remote(digest, name))
+    return BlockSegmenter(segmenter, job.outputs, job.rules, readers=max(2, threads), claim=claim)
+
+
+class _Actor:
+    """What Ray Data makes one of in every actor."""
+
+    def __init__(self, make: Callable[[], BlockSegmenter], tally: Any) -> None:
+        from ray.util import metrics
+
+        self._segmenter = make()
+        self._tally = tally
+        self._alone = threading.Lock()
+        self._count = metrics.Counter("vilseg_segmented_images", "Inputs of bulk segmentation.", tag_keys=("status",))
+
+    def _block(self, inputs: list[Input]) -> BlockResult:
+        """Ray gives a block whose actor died to another, again and again; so whatever kills them has to be found."""
+        if ray.get(self._tally.begin.remote(inputs[0].name)) <= _DEATHS_TO_SUSPECT:
+            return self._segmenter.block(inputs)
+        total = BlockResult()
+        for item in inputs:
+            alone = f"{item.name} alone"
+            with self._alone:  # or one would be blamed for another's deed
+                deaths = ray.get(self._tally.begin.remote(alone)) - 1
+                if deaths >= _DEATHS_TO_REJECT:
+                    item = replace(item, problem=f"the process that works on it dies: {deaths} did", data=None)
+                result = self._segmenter.block([item])
+                ray.get(self._tally.survived.remote(alone))
+            total.images += result.images
+            total.rejected += result.rejected
+        return total
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        result = self._block(pickle.loads(batch["items"][0]))
+        rejected = len(result.rejected)
+        for status, count in (("ok", result.images - rejected), ("rejected", rejected)):
+            if count:
+                self._count.inc(count, {"status": status})
+        refusals = np.empty(1, object)
+        refusals[0] = pickle.dumps(result.rejected)
+        return {"images": np.array([result.images]), "rejected": refusals}
+
+
+# What the two know is worth less than the job: where one dies it begins anew.
+_helper = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
+
+
+@_helper
+class _Tally:
+    """Counts what listing found, and how often each block was begun."""
+
+    def __init__(self, done: int) -> None:
+        self._listed = done
+        self._ended = False
+        self._unopened: set[str] = set()
+        self._begun: Counter[str] = Counter()
+
+    def begin(self, block: str) -> int:
+        self._begun[block] += 1
+        return self._begun[block]
+
+    def survived(self, block: str) -> None:
+        self._begun.pop(block, None)
+
+    def add(self, inputs: int) -> None:
+        self._listed += inputs
+
+    def add_container(self, name: str) -> None:
+        self._unopened.add(name)
+
+    def opened(self, name: str) -> None:
+        self._unopened.discard(name)
+
+    def end(self) -> None:
+        self._ended = True
+
+    def state(self) -> tuple[int, bool]:
+        return self._listed, self._ended and not self._unopened
+
+
+@_helper
+class _Claims:
+    """Knows which input was the first with its bytes."""
+
+    def __init__(self, claims: dict[str, str]) -> None:
+        self._claims = claims
+
+    def claim(self, digest: str, name: str) -> str:
+        return self._claims.setdefault(digest, name)
+
+
+# ------------------------------------------------------------------------------------------------------------ end
+
+
+def _check_rejected(rejected: int, finished: int, max_rejected: float, refusals: list[tuple[str, str]]) -> None:
+    if finished >= _MIN_INPUTS_TO_STOP and rejected > max_rejected * finished:
+        last = f"; the last is {refusals[-1][0]}: {refusals[-1][1]}" if refusals else ""
+        raise DataError(
+            f"{rejected} of {finished} inputs cannot be used, more than --max-rejected {max_rejected} allows{last}; "
+            "what was segmented is kept for --resume"
+        )
+
+
+def _finish(job: Job, rate: float) -> Summary:
+    """Gather the parts into the files of the contract; the summary comes last."""
+    patiently(lambda: _copy_for_duplicates(job))
+    patiently(lambda: results_table.merge(job.out))
+    if "coco" in job.formats:
+        patiently(lambda: _write_annotations(job))
+    if job.outputs.gallery:
+        patiently(lambda: write_gallery(job.out, results_table.read_results(job.out), job.classes.classes))
+    return patiently(lambda: _summarise(job, rate))
+
+
+def _write_annotations(job: Job) -> None:
+    masks = _mask_name if job.outputs.png else None
+    with storage.open_atomic(storage.join(job.out, ANNOTATIONS)) as file:
+        write_coco(file, lambda: _pictures(job.out), job.classes.classes, masks)
+
+
+def _summarise(job: Job, rate: float) -> Summary:
+    counts = Counter(row["status"] for row in results_table.read_results(job.out, ["status"]))
+    summary = Summary(counts.total(), counts["ok"], counts["rejected"], rate, job.out)
+    storage.write_text(storage.join(job.out, SUMMARY), json.dumps(summary.to_dict(), indent=2))
+    return summary
+
+
+def _pictures(out: str) -> Iterator[Row]:
+    """Rows that have run lengths; of a video or a GeoTIFF there are none."""
+    return (row for row in results_table.read_results(out) if row["status"] == "ok" and row["rle"])
+
+
+def _mask_name(row: Row) -> str:
+    return f"{MASKS}/{row['path']}.png"
+
+
+def _copy_for_duplicates(job: Job) -> None:
+    if not job.deduplicate:
+        return
+    kinds = {MASKS: ("png", job.outputs.png), OVERLAYS: ("webp", job.outputs.overlay)}
+    kinds[THUMBS] = ("webp", job.outputs.gallery)
+
+    def copy(names: tuple[str, str]) -> None:
+        path, first = names
+        for folder, (suffix, wanted) in kinds.items():
+            source = storage.join(job.out, folder, f"{first}.{suffix}")
+            if wanted and storage.exists(source):  # a rejected one has none
+                storage.write_bytes(storage.join(job.out, folder, f"{path}.{suffix}"), storage.read_bytes(source))
+
+    with ThreadPoolExecutor(storage.TRANSFERS_AT_ONCE) as pool:
+        pairs = results_table.duplicates(job.out)
+        while some := list(itertools.islice(pairs, _COPIES_AT_ONCE)):
+            list(pool.map(copy, some))

@@ -1,0 +1,56 @@
+"""Ctrl-C and SIGTERM around a training, without Ray."""
+
+import os
+import signal
+import threading
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from jobs.train import supervisor
+from jobs.train.monitor import Snapshot
+from jobs.train.supervisor import Watch, sigterm_as_ctrl_c
+from vilseg.training.run_dir import RunFolder
+
+
+class FakeMonitor:
+    """Answers at once; a stop ends the trainer some looks later."""
+
+    def __init__(self) -> None:
+        self.stopped, self.end, self.looks = 0, threading.Event(), 0
+        names = ("go_on", "stop", "poll")
+        self.go_on, self.stop, self.poll = (SimpleNamespace(remote=getattr(self, f"_{name}")) for name in names)
+
+    def _go_on(self) -> None:
+        return None
+
+    def _stop(self) -> None:
+        self.stopped += 1
+
+    def _poll(self) -> Snapshot:
+        self.looks += 1
+        if self.looks == 3:
+            os.kill(os.getpid(), signal.SIGTERM)  # after the pause was begun
+        if self.looks == 6:
+            self.end.set()
+        return Snapshot()
+
+
+def test_a_signal_while_a_run_stops_for_more_workers_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(supervisor.ray, "get", lambda answer: answer)
+    monitor = FakeMonitor()
+    trainer: Any = SimpleNamespace(fit=lambda: monitor.end.wait(10))
+    watched = Watch(monitor, RunFolder("run"), 10, lambda snapshot: None, lambda: False)
+    outcome = watched.until_end(trainer, pause=lambda: True)
+    assert outcome.stopped
+    assert watched.asked_to_stop
+    assert monitor.stopped == 1
+
+
+def test_sigterm_interrupts_what_goes_on_around_a_training() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), sigterm_as_ctrl_c():
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) == before

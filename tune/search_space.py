@@ -1,0 +1,275 @@
+"""Search spaces: a YAML file that says which keys of the configuration vary, how they are searched, and what counts.
+
+    parameters:
+      loss.cross_modal.temperature: {loguniform: [0.02, 0.3]}
+      model.clusters: {choice: [5, 15, 25, 35]}
+      loss.vision.weight: {choice: [0, 0.1]}
+      loss.vision.student_temperature: {loguniform: [0.05, 0.2], when: {loss.vision.weight: [0.1]}}
+    search: random
+    scheduler: asha
+
+A point of the space is a value for each parameter whose condition holds; the others keep what the configuration says.
+Repeats are a parameter, too: ``trainer.seed: {choice: [0, 1, 2]}``, and points that differ in it alone count as one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import random
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from vilseg.config import RunConfig
+from vilseg.config.tree import Part, PositiveInt, Tree
+from vilseg.data.cached_views import VIEW_KEYS
+from vilseg.errors import ConfigError, UserError
+from vilseg.evaluation.proxy_metrics import MEASURES
+
+SEED = "trainer.seed"
+"""Points that differ in this key alone are repeats of each other."""
+
+Point = dict[str, Any]
+"""Values by configuration key."""
+
+_NOT_SWEPT = ("name", "data.source", "data.mix", "data.held_out", "trainer.storage", "trainer.workers", "trainer.steps")
+"""What all trials share."""
+_CACHED = ("init", "data.", "model.init", "model.image_encoder.", "model.text_encoder.")
+"""What cached features depend on."""
+_CACHED_VIEWS = tuple(f"views.{key}" for key in VIEW_KEYS)
+"""What they depend on as well where pictures have variants."""
+_TRIES = 1000
+"""Draws until a random search gives up on finding another point."""
+
+
+_Bounds = tuple[int, int]
+"""Out here, as the name ``int`` means something else in there."""
+
+
+class Parameter(Part):
+    """One of ``choice``, ``uniform``, ``loguniform`` and ``int``."""
+
+    choice: Annotated[list[Any], Field(min_length=1)] | None = None
+    """Values, as the configuration would have them."""
+    uniform: tuple[float, float] | None = None
+    """From, to."""
+    loguniform: tuple[float, float] | None = None
+    """From, to, every order of magnitude as likely as the next."""
+    int: _Bounds | None = None
+    """From, to, both included."""
+    when: dict[str, list[Any]] = {}
+    """Vary only where each of these parameters, named before, has one of these values."""
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Self:
+        given = [kind for kind in ("choice", "uniform", "loguniform", "int") if getattr(self, kind) is not None]
+        if len(given) != 1:
+            raise ValueError("give one of choice, uniform, loguniform and int")
+        for kind in ("uniform", "loguniform", "int"):
+            bounds = getattr(self, kind)
+            if bounds is not None and not bounds[0] < bounds[1]:
+                raise ValueError(f"{kind} goes from {bounds[0]} to {bounds[1]}; the first must be the smaller")
+        if self.loguniform and self.loguniform[0] <= 0:
+            raise ValueError(f"loguniform begins at {self.loguniform[0]}, but only what is above 0 has a logarithm")
+        return self
+
+    @property
+    def values(self) -> list[Any] | None:
+        """All of them, in order; None where they cannot be counted."""
+        if self.int is not None:
+            return list(range(self.int[0], self.int[1] + 1))
+        return self.choice
+
+    def draw(self, chance: random.Random) -> Any:
+        """A random value."""
+        if self.uniform:
+            return chance.uniform(*self.uniform)
+        if self.loguniform:
+            low, high = map(math.log, self.loguniform)
+            return math.exp(chance.uniform(low, high))
+        assert self.values is not None
+        return chance.choice(self.values)
+
+    def suggest(self, name: str, trial: Any) -> Any:
+        """A value that an Optuna trial suggests."""
+        if self.uniform:
+            return trial.suggest_float(name, *self.uniform)
+        if self.loguniform:
+            return trial.suggest_float(name, *self.loguniform, log=True)
+        if self.int:
+            return trial.suggest_int(name, *self.int)
+        assert self.choice is not None
+        # By position: a choice may be a list, which Optuna does not know how to keep.
+        return self.choice[trial.suggest_categorical(name, list(range(len(self.choice))))]
+
+
+class Asha(Part):
+    """Asynchronous successive halving (Li et al. 2020): at every rung only the best share goes on."""
+
+    grace: Annotated[float, Field(gt=0, lt=1)] = 0.125
+    """Share of the steps that every trial makes."""
+    reduction: Annotated[float, Field(gt=1)] = 3.0
+    """One in so many goes on from a rung, and rungs are so many times further apart."""
+
+
+class Pbt(Part):
+    """Population based training (Jaderberg et al. 2017): the worst take over the weights of the best, and vary its values."""
+
+    interval: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """Share of the steps between two comparisons."""
+    quantile: Annotated[float, Field(gt=0, le=0.5)] = 0.25
+    """Share of the population that counts as the best, and as the worst."""
+
+
+class Space(Tree):
+    """What varies, how it is searched, and what counts."""
+
+    parameters: Annotated[dict[str, Parameter], Field(min_length=1)]
+    """By configuration key."""
+    search: Literal["random", "grid", "optuna"] = "random"
+    """``optuna`` is its tree-structured Parzen estimator (Bergstra et al. 2011); ``grid`` tries all combinations."""
+    scheduler: Literal["none", "asha", "pbt"] = "none"
+    """What becomes of trials on their way; ``none`` lets all of them end."""
+    asha: Asha = Asha()
+    pbt: Pbt = Pbt()
+    trials: PositiveInt = 16
+    """How many points, at most; ``--trials`` takes its place."""
+    objective: Literal["miou", "retrieval", "nouns", "mutual_information", "agreement"] | None = None
+    """What counts, more is better. mIoU where there is a ``dataset``, else ``nouns``; see docs/tuning.md."""
+    dataset: str | None = None
+    """Images with masks, ``KIND:URI``; ``--dataset`` takes its place."""
+    images: PositiveInt = 200
+    """Of the dataset and of the held-out pairs, at most, at each evaluation."""
+    evaluations: PositiveInt = 6
+    """How often each trial is evaluated, evenly over its steps, the last time at the end."""
+    seed: int = 0
+    """Of the search."""
+
+    @model_validator(mode="after")
+    def _sound(self) -> Self:
+        before: list[str] = []
+        for key, parameter in self.parameters.items():
+            unknown = next((other for other in parameter.when if other not in before), None)
+            if unknown is not None:
+                raise ValueError(f"{key} varies when {unknown} has some value, but no such parameter comes before it")
+            before.append(key)
+        if self.search == "grid":
+            endless = next((key for key, parameter in self.parameters.items() if parameter.values is None), None)
+            if endless is not None:
+                raise ValueError(f"search is grid, but {endless} has no end of values; give it a choice or an int")
+        if self.scheduler == "pbt":
+            if any(parameter.when for parameter in self.parameters.values()):
+                raise ValueError("scheduler is pbt, which knows no conditions; leave 'when' away")
+            if self.search == "optuna":
+                raise ValueError("scheduler is pbt, which searches by itself; set search to random or grid")
+        return self
+
+    def check(self, config: RunConfig) -> None:
+        """Say what of this space does not fit a configuration.
+
+        Raises:
+            ConfigError: a parameter is no key of the configuration, or may not vary; the objective lacks what it needs.
+        """
+        cached: tuple[str, ...] = ()
+        if config.data.feature_cache:
+            cached = (*_CACHED, *(_CACHED_VIEWS if config.data.cache_variants > 1 else ()))
+        for key, parameter in self.parameters.items():
+            if key in _NOT_SWEPT:
+                raise ConfigError(f"the space varies {key}, but all trials of a sweep share it; leave it away")
+            if key.startswith(cached):
+                raise ConfigError(
+                    f"the space varies {key}, but the features in data.feature_cache are made for one value"
+                )
+            values = parameter.values or list(parameter.uniform or parameter.loguniform or ())
+            for value in values:
+                override(config, {key: value})
+        if self.scheduler == "pbt":
+            self._check_pbt(config)
+        if self.counts == "miou" and not self.dataset:
+            raise ConfigError(
+                "the objective miou needs images with masks; give --dataset KIND:URI, or another objective: "
+                + ", ".join(MEASURES)
+            )
+        if self.counts != "miou" and not config.data.held_out:
+            raise ConfigError(
+                f"the objective {self.counts} needs pairs that are not trained on; give data.held_out=URI, a shard of "
+                "data.source say"
+            )
+
+    def _check_pbt(self, config: RunConfig) -> None:
+        fixed = (
+            "model.",
+            "data.",
+            "loss.cross_modal.temperature",
+            "loss.nouns.max_phrases",
+            "trainer.",
+            "views.global",
+        )
+        parameters = self.parameters.items()
+        baked = next((key for key, _ in parameters if key.startswith(fixed)), None)
+        if baked is None and 0 in (self.parameters.get("loss.vision.weight", Parameter(choice=[1])).values or ()):
+            baked = "loss.vision.weight from 0"  # without it there is no teacher to hand over
+        if baked is not None:
+            raise ConfigError(
+                f"the space varies {baked}, but pbt hands weights from trial to trial, and they are made for one value "
+                "of it; use asha, or vary loss weights, the learning rate and the like"
+            )
+        if config.trainer.most_workers > 1:
+            raise ConfigError(
+                f"trainer.workers is {config.trainer.workers}, but pbt trains each trial in one process; "
+                "set trainer.workers=1"
+            )
+
+    @property
+    def counts(self) -> str:
+        """The objective."""
+        return self.objective or ("miou" if self.dataset else "nouns")
+
+    def complete(self, suggest: Callable[[str, Parameter], Any]) -> Point:
+        """A point, parameter by parameter, of those whose conditions hold."""
+        point: Point = {}
+        for key, parameter in self.parameters.items():
+            if all(point.get(other) in values for other, values in parameter.when.items()):
+                point[key] = suggest(key, parameter)
+        return point
+
+    def points(self) -> list[Point]:
+        """What a random or grid search tries, each point once and the same ones every time; at most ``trials``."""
+        found: dict[str, Point] = {}
+        candidates = self._grid() if self.search == "grid" else self._draws()
+        for point in candidates:
+            found.setdefault(identity(point), point)
+            if len(found) == self.trials:
+                break
+        return list(found.values())
+
+    def _grid(self) -> Iterator[Point]:
+        values = {key: parameter.values or [] for key, parameter in self.parameters.items()}
+        for combination in itertools.product(*values.values()):
+            chosen = dict(zip(values, combination, strict=True))
+            yield self.complete(lambda key, _, chosen=chosen: chosen[key])  # type: ignore[misc]
+
+    def _draws(self) -> Iterator[Point]:
+        chance = random.Random(self.seed)
+        for _ in range(max(_TRIES, 10 * self.trials)):
+            yield self.complete(lambda _, parameter: parameter.draw(chance))
+
+
+def identity(point: Point) -> str:
+    """What two equal points have in common."""
+    return json.dumps(point, sort_keys=True)
+
+
+def override(config: RunConfig, point: Point) -> RunConfig:
+    """The configuration at a point of the space.
+
+    Raises:
+        ConfigError: a value that the configuration does not take.
+    """
+    try:
+        return config.with_overrides(f"{key}={json.dumps(value)}" for key, value in point.items())
+    except UserError as error:
+        raise ConfigError(f"the space does not fit the configuration: {error}") from error

@@ -1,0 +1,212 @@
+"""What is to be segmented: single pictures and videos, and the files that hold many of them."""
+
+from __future__ import annotations
+
+import io
+import re
+import tarfile
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from posixpath import splitext
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from vilseg import storage
+from vilseg.bulk.file_types import is_tried, is_video
+from vilseg.config.data import ColumnsConfig
+from vilseg.data.shards import PARQUET, TAR
+from vilseg.errors import DataError, StorageError, StoreUnavailable
+from vilseg.ingest.caption_files import split_image
+from vilseg.ingest.image_files import resolve
+
+_BUFFER = 4 << 20
+_BLOCK = tarfile.BLOCKSIZE
+_ROWS = 4
+"""Of a Parquet file, read at once; pictures may have many megabytes."""
+_MAX_MEMBER = 1 << 30
+"""Bytes of one member of a tar, which have to be in memory."""
+_NAMELESS = "_"
+_INSTEAD_OF_ZERO = 0x9E37_79B9_7F4A_7C15
+"""As a hash; a 0 is a free slot."""
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """One thing to be segmented."""
+
+    name: str
+    """Path below the input; no part leads out of the output folder. The mask goes to ``masks/<name>.png``."""
+    uri: str
+    """Where the bytes are; of what lies in a container, the container."""
+    size: int | None = None
+    """Bytes, where known."""
+    data: bytes | None = field(default=None, repr=False)
+    """The encoded picture, where it came out of a container."""
+    problem: str | None = None
+    """Why there is nothing to read, where that is known already."""
+
+    @property
+    def kind(self) -> Literal["image", "video"]:
+        """By suffix; what is no video is tried as a picture."""
+        return "video" if is_video(self.name if self.data is not None else self.uri) else "image"
+
+    def read(self) -> bytes:
+        """The whole file.
+
+        Raises:
+            DataError: the container has no bytes for it.
+            StorageError: it cannot be read.
+        """
+        if self.problem is not None:
+            raise DataError(self.problem)
+        return storage.read_bytes(self.uri) if self.data is None else self.data
+
+
+@dataclass(frozen=True, slots=True)
+class Container:
+    """A file that holds many inputs: a tar or a Parquet file."""
+
+    name: str
+    """Path below the input; the names of what it holds begin with it."""
+    uri: str
+    size: int | None = None
+    columns: ColumnsConfig = field(default_factory=ColumnsConfig)
+    """Names of the columns of a Parquet file."""
+
+    def inputs(self) -> Iterator[Input]:
+        """What it holds, in stored order and the same each time, read from start to end.
+
+        In memory is one member of a tar, or a few rows of a Parquet file with the pages that they lie in.
+
+        Members of a tar are called ``<name>/<member>``; rows ``<name>/<key>``, or by their number of 8 digits where there
+        is no key column. A name that is taken gets the number of its member or row.
+
+        Raises:
+            DataError: it is damaged (after the inputs before the damage), or has no column of pictures.
+            StorageError: it cannot be read, or the connection broke on the way.
+        """
+        taken = Hashes()
+        members = _parquet_rows(self) if self.uri.lower().endswith(PARQUET) else _tar_members(self)
+        for number, member in enumerate(members):
+            name = f"{self.name}/{safe_name(member.name)}"
+            stem, suffix = splitext(name)
+            while not taken.add(hash(name)):
+                name = stem = f"{stem}-{number:08d}"
+                name += suffix
+            yield replace(member, name=name)
+
+
+class Hashes:
+    """A set of 64-bit hashes of 16 to 40 bytes each, a fifth of what a ``set`` needs."""
+
+    def __init__(self) -> None:
+        self._slots = array("Q", bytes(8 << 10))
+        self._count = 0
+
+    def add(self, value: int) -> bool:
+        """Whether ``value``, of which the lowest 64 bits count, is new."""
+        if not self._place((value & 0xFFFF_FFFF_FFFF_FFFF) or _INSTEAD_OF_ZERO):
+            return False
+        self._count += 1
+        if 2 * self._count > len(self._slots):
+            values, self._slots = self._slots, array("Q", bytes(16 * len(self._slots)))
+            for known in values:
+                if known:
+                    self._place(known)
+        return True
+
+    def _place(self, value: int) -> bool:
+        slots, mask = self._slots, len(self._slots) - 1
+        slot = value & mask
+        while slots[slot]:
+            if slots[slot] == value:
+                return False
+            slot = (slot + 1) & mask
+        slots[slot] = value
+        return True
+
+
+def safe_name(text: str) -> str:
+    """``text`` as a path that stays in its folder: what would lead out of it, or names no file, is percent-encoded.
+
+    That are "." and ".." as parts, slashes without a name before or after them, NUL, and bytes that are not UTF-8 (as
+    Python has them, surrogates). All else stays as it is.
+    """
+    while text.startswith("./"):  # as `tar c .` writes all names
+        text = text[2:]
+    text = re.sub(r"[\0\udc80-\udcff]", lambda match: f"%{ord(match.group()) & 0xFF:02X}", text)
+    text = re.sub(r"(?:^|(?<=/))/|/\Z", "%2F", text)
+    return re.sub(r"(?:^|(?<=/))\.{1,2}(?=/|\Z)", lambda match: "%2E" * len(match.group()), text) or _NAMELESS
+
+
+def _tar_members(container: Container) -> Iterator[Input]:
+    uri, last = container.uri, ""
+    try:
+        with (
+            storage.open_input(uri) as file,
+            tarfile.open(fileobj=io.BufferedReader(file, _BUFFER), mode="r|") as tar,
+        ):
+            while (member := tar.next()) is not None:
+                tar.members = []  # type: ignore[attr-defined]  # it would hold every header until the end
+                if member.isfile() and is_tried(member.name) and not member.name.lower().endswith((TAR, PARQUET)):
+                    if member.size > _MAX_MEMBER:
+                        problem = f"it has {member.size:,} bytes inside {uri}, more than the limit of {_MAX_MEMBER:,}: unpack it"
+                        yield Input(member.name, uri, member.size, problem=problem)
+                    else:
+                        data = tar.extractfile(member)
+                        assert data is not None
+                        yield Input(member.name, uri, member.size, data.read())
+                last = member.name
+            # tarfile takes a header that it cannot read, and the end of the file, for the end of the archive.
+            file.seek(tar.offset)
+            end = file.read(_BLOCK)
+            if len(end) < _BLOCK or any(end):
+                raise tarfile.ReadError(
+                    "it ends without the mark that ends a tar file" if not end else "no header follows"
+                )
+    except (tarfile.TarError, EOFError, OSError, ValueError, OverflowError) as error:
+        raise _damage(uri, f"after {safe_name(last)}" if last else "at its start", error) from error
+
+
+def _parquet_rows(container: Container) -> Iterator[Input]:
+    uri, columns, row = container.uri, container.columns, 0
+    try:
+        # So, pages are read as they are needed and not a whole row group at once.
+        with storage.open_input(uri) as source, pq.ParquetFile(source, buffer_size=_BUFFER, pre_buffer=False) as file:
+            names = file.schema_arrow.names
+            picture = split_image({name: name for name in names}, columns)[0]
+            if picture is None:
+                raise DataError(
+                    f"{uri} has no column of pictures or of their paths, only {', '.join(names)}; "
+                    f"name it {columns.image} or {columns.path}"
+                )
+            wanted = [name for name in (picture, columns.path, columns.key) if name in names]
+            for batch in file.iter_batches(batch_size=_ROWS, columns=list(dict.fromkeys(wanted))):
+                for index in range(batch.num_rows):  # not to_pylist, which copies all of them
+                    values = {name: batch[name][index].as_py() for name in batch.schema.names}
+                    yield _of_row(uri, row, values.get(columns.key), values[picture] or values.get(columns.path))
+                    row += 1
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise _damage(uri, f"from row {row} on", error) from error
+
+
+def _of_row(uri: str, row: int, key: Any, picture: Any) -> Input:
+    name = f"{row:08d}" if key in (None, "") else str(key)
+    if isinstance(picture, dict):  # as Hugging Face datasets write it
+        picture = picture.get("bytes") or picture.get("path")
+    if isinstance(picture, bytes):
+        return Input(name, uri, len(picture), picture)
+    if isinstance(picture, str) and picture:
+        absolute = "://" in picture or picture.startswith("/")
+        return Input(name, picture if absolute else resolve(storage.parent(uri), picture))
+    return Input(name, uri, problem=f"row {row} of {uri} has no picture")
+
+
+def _damage(uri: str, where: str, error: Exception) -> DataError | StorageError:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    if not storage.is_local(uri) and "AWS Error" in reason:  # pyarrow has no better sign
+        return StoreUnavailable(f"the connection broke while {uri} was read ({where}): {reason}")
+    return DataError(f"{uri} is damaged and cannot be read {where}: {reason}")

@@ -1,0 +1,270 @@
+"""The inputs of bulk segmentation as a stream: folders, prefixes, globs, lists and single files, mixed in one call.
+
+:func:`scan` gives the first picture while the rest is still being listed, so an archive of any size starts at once and needs
+no list of it in memory.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+
+from vilseg import storage
+from vilseg.bulk.containers import Container, Hashes, Input, safe_name
+from vilseg.bulk.file_types import is_hidden_folder, is_tried, suffix_of
+from vilseg.config.data import ColumnsConfig
+from vilseg.data.shards import PARQUET, TAR
+from vilseg.errors import DataError, StorageError
+from vilseg.ingest.image_files import resolve
+from vilseg.storage.retry import PATIENCE_S, patiently, stream_patiently
+
+__all__ = ["Container", "Input", "fixed_part", "scan"]
+
+_LIST_SUFFIXES = frozenset({".txt", ".lst"})
+_LONGEST_LINE = 1 << 16
+_WILD = re.compile(r"[*?[]")
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*://")
+_EXPECTED = (
+    "pictures, videos, .tar or .parquet files, a folder, prefix or glob (*, ?, [..], **) of them, "
+    "or a .txt or .lst file with a path or URI a line"
+)
+
+
+def scan(
+    inputs: Sequence[str], columns: ColumnsConfig | None = None, *, patience_s: float = PATIENCE_S
+) -> Iterator[Input | Container]:
+    """Everything to be segmented at ``inputs``, input by input in the order of its listing, while it is being listed.
+
+    A folder, prefix or glob gives all files below it but those whose suffix or name says that they are no picture; hidden
+    folders are skipped. The lines of a list (``.txt``, ``.lst``) are paths relative to its folder, or URIs; blank lines and
+    those that begin with "#" are skipped. A path that exists is never read as a glob. What is met twice under one name comes
+    once. A store that goes away while it is listed is asked again from the last key on, for ``patience_s`` seconds.
+
+    Args:
+        inputs: local paths and ``s3://`` URIs.
+        columns: names of the columns of Parquet files.
+        patience_s: 0 gives up at the first failure.
+
+    Raises:
+        DataError: no input; nothing at one of them, once its listing has ended; two that would have one name.
+        StorageError: an input does not exist or cannot be listed.
+    """
+    if not inputs:
+        raise DataError(f"no input is given: name {_EXPECTED}")
+    # All of them before anything is worked on, so that a slip in the last one shows at once.
+    places = [_Place(given) for given in inputs]
+
+    def every() -> Iterator[Input | Container]:
+        for place in places:
+            yield from _at(place, columns or ColumnsConfig(), patience_s)
+
+    # One folder cannot hold two files of one name, so that nothing has to be remembered of it.
+    names = _Names(every) if len(inputs) > 1 or _is_list(inputs[0]) else None
+    for found in every():
+        if names is None or names.is_new(found):
+            yield found
+
+
+def fixed_part(given: str) -> str:
+    """The folder or file that an input leads to: of a glob, the folder before its first wildcard."""
+    place = _Place(given)
+    return place.glob.folder if place.glob else place.root
+
+
+class _Place:
+    """Where one of the inputs leads."""
+
+    def __init__(self, given: str) -> None:
+        self.given = given
+        self.root = storage.absolute(given)
+        self.glob = None
+        if not storage.exists(self.root):
+            if not _WILD.search(self.root):
+                raise StorageError(f"{given} does not exist")
+            self.glob = _Glob(self.root)
+            if not storage.exists(self.glob.folder):
+                raise StorageError(f"nothing matches {given}: {self.glob.folder} does not exist")
+
+    def files(self, patience_s: float) -> Iterator[storage.FileEntry]:
+        """The files to look at, each once; with a store that was there a moment ago one may be patient."""
+        folder = self.glob.folder if self.glob else self.root
+        beginning = self.glob.beginning if self.glob else ""
+        enters = self.glob.enters if self.glob else lambda folder: not is_hidden_folder(folder)
+
+        def after(_: int, last: storage.FileEntry | None) -> Iterator[storage.FileEntry]:
+            seen = last.relative if last else ""
+            return storage.stream_files(folder, after=seen, beginning=beginning, enter=enters)
+
+        return stream_patiently(after, seconds=patience_s)
+
+
+def _at(place: _Place, columns: ColumnsConfig, patience_s: float) -> Iterator[Input | Container]:
+    nothing = True
+    for file in _without_tables(place.files(patience_s)):
+        found: Iterable[Input | Container] = ()
+        if file.uri == place.root and _is_list(place.root):
+            found = _lines(place.root, columns, patience_s)
+        elif is_tried(file.relative) and (place.glob is None or place.glob.takes(file.relative)):
+            found = [_found(safe_name(file.relative), file.uri, file.size, columns)]
+        for one in found:
+            nothing = False
+            yield one
+    if nothing:
+        raise DataError(f"no picture at {place.given}: expected {_EXPECTED}")
+
+
+def _found(name: str, uri: str, size: int | None, columns: ColumnsConfig) -> Input | Container:
+    holds_many = uri.lower().endswith((TAR, PARQUET))
+    return Container(name, uri, size, columns) if holds_many else Input(name, uri, size)
+
+
+def _without_tables(files: Iterator[storage.FileEntry]) -> Iterator[storage.FileEntry]:
+    """Leave out each Parquet file beside a tar or folder of its name, of which img2dataset writes in it.
+
+    Names that begin with the same stem and a dot or slash follow each other in every order of listing, so a Parquet file
+    has to wait for few others. Some stores list the folder before.
+    """
+    waiting: list[storage.FileEntry] = []
+    before = ""
+    for file in files:
+        still: list[storage.FileEntry] = []
+        for table in waiting:
+            stem = table.relative[: -len(PARQUET)]
+            if not file.relative.startswith((f"{stem}.", f"{stem}/")):
+                yield table
+            elif not file.relative.startswith(f"{stem}/") and file.relative[len(stem) :].lower() != TAR:
+                still.append(table)
+        waiting = still
+        if not file.relative.lower().endswith(PARQUET):
+            yield file
+        elif not before.startswith(f"{file.relative[: -len(PARQUET)]}/"):
+            waiting.append(file)
+        before = file.relative
+    yield from waiting
+
+
+# ---------------------------------------------------------------------------------------------------------- globs
+
+
+class _Glob:
+    """A pattern below a folder without wildcards; what lies in a folder that matches is taken as well.
+
+    Every set of numbers here holds the counts of parts of the pattern that a path may have used up: all of them mean that
+    the path matches.
+    """
+
+    def __init__(self, pattern: str) -> None:
+        scheme = _SCHEME.match(pattern)
+        start = scheme.end() if scheme else 0
+        parts = pattern[start:].split("/")
+        fixed = 1  # the bucket, or what stands before the root's slash
+        while fixed < len(parts) - 1 and self._is_literal(parts[fixed], pattern[:start] + "/".join(parts[: fixed + 1])):
+            fixed += 1
+        self.folder = pattern[:start] + "/".join(parts[:fixed]) or "/"
+        self.beginning = _WILD.split(parts[fixed], maxsplit=1)[0]
+        """How every relative path begins that can match."""
+        # ** is any number of folders.
+        self._parts = [
+            None if part == "**" else re.compile(fnmatch.translate(part)).match for part in parts[fixed:] if part
+        ]
+
+    @staticmethod
+    def _is_literal(part: str, path: str) -> bool:
+        return not _WILD.search(part) or ("*" not in part and "?" not in part and storage.exists(path))
+
+    def _used(self, relative: str) -> set[int]:
+        states = self._past_folders({0})
+        for name in relative.split("/"):
+            following = set()
+            for state in states:
+                if state == len(self._parts) or (matches := self._parts[state]) is None:
+                    following.add(state)
+                elif matches(name):
+                    following.add(state + 1)
+            states = self._past_folders(following)
+        return states
+
+    def _past_folders(self, states: set[int]) -> set[int]:
+        """``states`` and those behind each ``**``, which may stand for no folder."""
+        for state in sorted(states):
+            while state < len(self._parts) and self._parts[state] is None:
+                state += 1
+                states.add(state)
+        return states
+
+    def takes(self, relative: str) -> bool:
+        return len(self._parts) in self._used(relative)
+
+    def enters(self, folder: str) -> bool:
+        return bool(self._used(folder)) and not is_hidden_folder(folder)
+
+
+# ---------------------------------------------------------------------------------------------------------- lists
+
+
+def _is_list(uri: str) -> bool:
+    return suffix_of(uri) in _LIST_SUFFIXES
+
+
+def _lines(uri: str, columns: ColumnsConfig, patience_s: float) -> Iterator[Input | Container]:
+    """What a list names; a line that is no URI of ours is an input with a problem."""
+    folder, number = storage.parent(uri), 0
+    # A copy, because a connection would be open for as long as the pictures take.
+    with ExitStack() as stack:
+        path = patiently(lambda: stack.enter_context(storage.local_copy(uri)), seconds=patience_s)
+        file = stack.enter_context(open(path, encoding="utf-8-sig", newline="\n"))
+        try:
+            while line := file.readline(_LONGEST_LINE):
+                number += 1
+                if len(line) == _LONGEST_LINE:
+                    raise DataError(f"{uri}, line {number} is too long for a path: a list has a path or URI a line")
+                line = line.removesuffix("\n").removesuffix("\r")
+                if line.strip() and not line.startswith("#"):
+                    yield _line(line, folder, columns)
+        except UnicodeDecodeError as error:
+            raise DataError(f"{uri} is not UTF-8 text after line {number}: save it as UTF-8") from error
+
+
+def _line(line: str, folder: str, columns: ColumnsConfig) -> Input | Container:
+    if not _SCHEME.match(line) and not line.startswith(("/", "~")):
+        return _found(safe_name(line), resolve(folder, line), None, columns)
+    try:
+        place = storage.absolute(line)
+    except StorageError as error:
+        return Input(safe_name(_below_root(line)), line, problem=str(error))
+    return _found(safe_name(_below_root(place)), place, None, columns)
+
+
+def _below_root(uri: str) -> str:
+    return _SCHEME.sub("", uri, count=1).lstrip("/")
+
+
+# ---------------------------------------------------------------------------------------------------------- names
+
+
+class _Names:
+    """Tells what is met again and refuses another thing of the same name; holds hashes only.
+
+    Args:
+        again: lists everything anew, to find what had a name first.
+    """
+
+    def __init__(self, again: Callable[[], Iterator[Input | Container]]) -> None:
+        self._again = again
+        self._hashes = Hashes()
+
+    def is_new(self, found: Input | Container) -> bool:
+        """Raises `DataError` if something else has its name."""
+        is_new_name = self._hashes.add(hash(found.name))
+        is_new_pair = self._hashes.add(hash((found.name, found.uri)))
+        if is_new_name or not is_new_pair:
+            return is_new_name
+        first = next((other for other in self._again() if other.name == found.name), found)
+        if first.uri == found.uri:
+            return True  # equal hashes of two names, once in a thousand archives of a hundred million files
+        raise DataError(
+            f"{first.uri} and {found.uri} would both be written as {found.name}; "
+            "segment the folder above them, or one at a time"
+        )

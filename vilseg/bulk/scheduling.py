@@ -1,0 +1,90 @@
+"""Inputs in blocks, each the work of one process at a time: what a death loses, and what a part of the results holds.
+
+A block costs its worker some hundredths of a second beside its pictures, so blocks should be large; but all workers should
+begin at once and end together. So blocks grow with what was listed, and the last inputs are kept back until the listing
+ends, to be given away in ever smaller blocks (guided self-scheduling, Polychronopoulos and Kuck 1987).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Iterable, Iterator
+
+from vilseg.bulk.containers import Container, Input
+
+_SMALLEST, _LARGEST = 16, 256
+_LAST = 8
+_GROWTH = 16
+"""While more is listed a block has 1 of so many inputs listed before it."""
+_KEPT_BACK = 4
+"""And 1 of so many is kept back, but never more than some blocks a worker."""
+_IN_CONTAINER = 64
+_BYTES = 64 << 20
+"""Of pictures that travel with their block because they come out of a container; so much is held or a block has."""
+
+
+def cut(found: Iterable[Input | Container], workers: int) -> Iterator[list[Input] | Container]:
+    """Inputs as they are listed in blocks; containers pass between them, and a video is a block of its own.
+
+    Args:
+        found: what is listed.
+        workers: that share the blocks.
+    """
+    waiting: deque[Input] = deque()
+    listed, held_bytes, size = 0, 0, _SMALLEST
+    for one in found:
+        if isinstance(one, Container):
+            yield one
+            continue
+        listed += 1
+        if _is_video(one):
+            yield [one]
+            continue
+        waiting.append(one)
+        held_bytes += _bytes(one)
+        size = min(_LARGEST, _SMALLEST + listed // _GROWTH)
+        if held_bytes > _BYTES or len(waiting) >= size + min(listed // _KEPT_BACK, 2 * workers * _LARGEST):
+            block = _take(_drain(waiting), size)
+            held_bytes -= sum(map(_bytes, block))
+            yield block
+    while waiting:
+        yield _take(_drain(waiting), max(_LAST, min(size, len(waiting) // (2 * workers))))
+
+
+def cut_container(inputs: Iterable[Input]) -> Iterator[list[Input]]:
+    """What a container holds in blocks of bounded size."""
+    coming = iter(inputs)
+    while block := _take(coming, _IN_CONTAINER):
+        yield from _videos_apart(block)
+
+
+def _videos_apart(block: list[Input]) -> Iterator[list[Input]]:
+    # A video takes as long as a block, and no picture should wait for its row so long.
+    pictures = [item for item in block if not _is_video(item)]
+    yield from ([pictures] if pictures else [])
+    yield from ([item] for item in block if _is_video(item))
+
+
+def _is_video(item: Input) -> bool:
+    return item.problem is None and item.kind == "video"
+
+
+def _bytes(item: Input) -> int:
+    return len(item.data or b"")
+
+
+def _drain(waiting: deque[Input]) -> Iterator[Input]:
+    while waiting:
+        yield waiting.popleft()
+
+
+def _take(inputs: Iterator[Input], most: int) -> list[Input]:
+    block: list[Input] = []
+    size = 0
+    for item in itertools.islice(inputs, most):
+        block.append(item)
+        size += _bytes(item)
+        if size > _BYTES:
+            break
+    return block

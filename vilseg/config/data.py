@@ -1,0 +1,128 @@
+"""The part of the run configuration that says where pairs come from, which of them are used, and how they are read."""
+
+from __future__ import annotations
+
+from typing import Annotated, Self
+
+from pydantic import Field, model_validator
+
+from vilseg import storage
+from vilseg.config.tree import NonNegative, NonNegativeInt, Part, Positive, PositiveInt, Share
+
+
+class ColumnsConfig(Part):
+    """Names of the columns in Parquet pair shards."""
+
+    key: str = "key"
+    """Unique name of a pair; the row number stands in where the column is absent."""
+    image: str = "image"
+    """Encoded image bytes (or a struct with ``bytes``, as Hugging Face datasets write it)."""
+    path: str = "path"
+    """URI of an image, absolute or beside the shard; used where there is no ``image`` column."""
+    caption: str = "caption"
+    captions: str = "captions"
+
+
+class TextConfig(Part):
+    """How often a pair's text of an epoch is of each kind. Kinds that a pair lacks have no share; those of weight 0 stand in
+    where there is nothing else, alt-text before tags."""
+
+    caption: NonNegative = 1.0
+    """All captions of a pair together; which of them, is chosen anew each epoch."""
+    alt: NonNegative = 0.0
+    tags: NonNegative = 0.0
+    """Hashtags and keywords, cleaned and joined by commas."""
+
+
+class FiltersConfig(Part):
+    """Pairs to leave out; they are counted by themselves and are not bad pairs. Defaults leave none out."""
+
+    min_words: NonNegativeInt = 0
+    """Texts with fewer are left out, and pairs without any other."""
+    max_words: PositiveInt | None = None
+    min_characters: NonNegativeInt = 0
+    """As ``min_words``, for languages that do not part words by spaces, where a sentence is one word."""
+    max_characters: PositiveInt | None = None
+    junk: bool = False
+    """Leave out texts that say nothing in any language: codes, numbers, file names, one letter over and over."""
+    min_side: PositiveInt = 1
+    """Pixels of the shorter side, by the picture's header."""
+    max_aspect: Annotated[float, Field(ge=1)] | None = None
+    """Longer side over the shorter."""
+
+
+class MixPart(Part):
+    """One of several sources of pairs."""
+
+    source: str
+    """URI of pair shards, as ``data.source``."""
+    weight: Positive = 1.0
+    """Relative number of pairs drawn from it; each source goes through its own epochs."""
+
+
+class DataConfig(Part):
+    """Where the pairs come from and how they are read."""
+
+    source: str | None = None
+    """URI of pair shards (tar or Parquet), a folder or a single file. This or ``mix`` is needed for training."""
+    mix: list[MixPart] = []
+    """Several sources in the place of one."""
+    shuffle_shards: PositiveInt = 1
+    """Shards whose pairs are mixed with each other. One of 1,000 to 10,000 pairs is as much as others shuffle in (5,000 pairs,
+    OpenCLIP); shards sorted by topic need more, 8 say. Memory stays that of one shard."""
+    held_out: str | None = None
+    """URI of pair shards that are never trained on: `vilseg tune` measures by them. May be a file or folder of ``source``."""
+    columns: ColumnsConfig = ColumnsConfig()
+    canvas: PositiveInt = 224
+    """Side in pixels of the square that images are decoded to: shorter side resized, longer side cropped at random."""
+    max_pixels: PositiveInt = 100_000_000
+    """Pictures whose header announces more pixels are rejected before decoding."""
+    max_bad_share: Share = 0.05
+    """The run stops when more than this share of the pairs read so far could not be read."""
+    text: TextConfig = TextConfig()
+    filters: FiltersConfig = FiltersConfig()
+    feature_cache: str | None = None
+    """URI of patch features written once for a frozen image encoder; training then reads features, not pictures."""
+    cache_variants: PositiveInt = 1
+    """Feature sets of each picture in the feature cache, of which an epoch takes one: that of the picture's middle, and those of
+    random views by ``global_scale``, ``flip`` and the colours of ``views``, as large as the canvas. The encoding and the storage
+    are so many times as much; an epoch reads as much as with one."""
+
+    @property
+    def sources(self) -> dict[str, MixPart]:
+        """The sources by name: the last part of the URI, numbered where two have the same; "" where there is no mix. Empty
+        where no source is set."""
+        if not self.mix:
+            return {"": MixPart(source=self.source)} if self.source else {}
+        last = [storage.name(part.source) for part in self.mix]
+        if len(set(last)) < len(last):
+            last = [f"{number}-{name}" for number, name in enumerate(last)]
+        return dict(zip(last, self.mix, strict=True))
+
+    @model_validator(mode="after")
+    def _one_way_to_name_sources(self) -> Self:
+        if self.mix and self.source:
+            raise ValueError("give either 'source' or 'mix', not both")
+        uris = [part.source.rstrip("/") for part in self.mix]
+        for uri in uris:
+            if uris.count(uri) > 1:
+                raise ValueError(f"mix names {uri} twice; give it once, with the sum of the weights")
+        if self.mix and self.feature_cache:
+            raise ValueError(
+                "a feature_cache is made of one source; bring those of the mix together by `vilseg ingest`, or train "
+                "without a cache"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _cached_as_it_is(self) -> Self:
+        if self.cache_variants > 1 and not self.feature_cache:
+            raise ValueError(
+                "cache_variants are those of a feature_cache, and none is set; without one every view is new"
+            )
+        if self.feature_cache and (self.text != TextConfig() or self.filters != FiltersConfig()):
+            raise ValueError(
+                "a feature_cache holds every pair with all its texts alike; leave text and filters out, or filter the pairs "
+                "by `vilseg ingest` first"
+            )
+        return self

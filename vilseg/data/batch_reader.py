@@ -1,0 +1,340 @@
+"""The stream of training batches: the pairs of a step (:mod:`vilseg.data.sampler`) read, decoded and put together.
+
+A window of pairs is read whole, its pairs are shuffled, and it gives the batches of some steps; those that cannot be used are
+replaced by others of the window.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+from collections.abc import Callable, Container, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import numpy as np
+
+from vilseg import storage
+from vilseg.config.data import ColumnsConfig, FiltersConfig
+from vilseg.data.cached_views import column_name, column_of_epoch
+from vilseg.data.decode import decode_image, image_size, square
+from vilseg.data.sampler import Chunk, Segment, Window, apportion
+from vilseg.data.shards import BadPair, Pair, Shard, count_pairs, list_shards, read_index, read_shard
+from vilseg.data.text_selection import TextRules, choose
+from vilseg.errors import DataError, FilteredError
+from vilseg.storage.retry import patiently
+from vilseg.text.noun_phrases import NounPhrases
+
+_SAMPLE_SHARDS = 20
+"""Shards that a sample of pairs is taken from."""
+MAX_PHRASES_PER_PAIR = 32
+"""Room for noun phrases in a batch; captions of one picture hold fewer."""
+
+
+@dataclass(frozen=True)
+class WorkerBatch:
+    """What one worker is fed in one step, as numpy arrays, so that it travels without a copy."""
+
+    images: np.ndarray
+    """(B, canvas, canvas, 3) uint8; with a feature cache (B, N, F) float16, or (B, N + 1, F) with the image as a whole."""
+    tokens: np.ndarray
+    """(B, T) int32, padded to the longest caption that the model takes; with cached caption features (B, F) float16."""
+    phrases: np.ndarray
+    """(B, 32) int32 indices of noun phrases, -1 where there is none."""
+    seeds: np.ndarray
+    """(B,) int64, one a pair and epoch; all augmentation follows from it, whichever worker does it."""
+    keys: tuple[str, ...]
+
+
+_ARRAYS = ("images", "tokens", "phrases", "seeds")
+
+
+def pack(batches: Sequence[WorkerBatch]) -> dict[str, np.ndarray]:
+    """One row of a table from a worker's batches of successive steps: every array with a leading axis of 1."""
+    keys = [[key.replace("\n", " ") for key in batch.keys] for batch in batches]
+    row = {name: np.concatenate([getattr(batch, name) for batch in batches])[None] for name in _ARRAYS}
+    row["steps"] = np.array([len(batches)])
+    row["keys"] = np.array(["\n".join(itertools.chain.from_iterable(keys))], dtype=object)
+    return row
+
+
+def unpack(row: dict[str, np.ndarray]) -> Iterator[WorkerBatch]:
+    """The batches that :func:`pack` made a row of."""
+    steps = int(row["steps"][0])
+    keys = str(row["keys"][0]).split("\n")
+    share = len(keys) // steps
+    for start in range(0, len(keys), share):
+        part = slice(start, start + share)
+        images, tokens, phrases, seeds = (row[name][0][part] for name in _ARRAYS)
+        yield WorkerBatch(images, tokens, phrases, seeds, tuple(keys[part]))
+
+
+def decode_to_canvas(
+    data: bytes, seed: int, *, canvas: int, max_pixels: int, filters: FiltersConfig | None = None
+) -> np.ndarray:
+    """Picture bytes and seed -> (canvas, canvas, 3) uint8, cropped along the longer side at random.
+
+    Raises:
+        DataError: not a picture, damaged, or too large.
+        FilteredError: its header says a size that the filters leave out.
+    """
+    if filters is not None and (filters.min_side > 1 or filters.max_aspect is not None):
+        _check_shape(*image_size(data), filters)
+    image = decode_image(data, max_pixels=max_pixels, min_side=canvas)
+    return square(image, canvas, (seed & 0xFFFF) / 0xFFFF)
+
+
+def _check_shape(width: int, height: int, filters: FiltersConfig) -> None:
+    short, long = sorted((width, height))
+    if short < filters.min_side:
+        raise FilteredError(f"{width} x {height} pixels, a side shorter than {filters.min_side}")
+    if filters.max_aspect is not None and long > filters.max_aspect * short:
+        raise FilteredError(f"{width} x {height} pixels, longer than {filters.max_aspect} to 1")
+
+
+def decode_features(data: bytes, seed: int, *, patches: int, features: int) -> np.ndarray:
+    """Bytes of a feature cache -> (patches, features) float16; the seed is not used.
+
+    Raises:
+        DataError: another number of bytes.
+    """
+    if len(data) != 2 * patches * features:
+        raise DataError(f"{len(data)} bytes of cached features where {patches} x {features} float16 were written")
+    return np.frombuffer(data, np.float16).reshape(patches, features)
+
+
+_Sample = tuple[np.ndarray, "str | np.ndarray", list[int], int, str]
+"""Image, caption or its cached features, noun phrases, seed, key."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchReader:
+    """Reads chunks into worker batches; made once, sent to whoever reads.
+
+    Args:
+        batch_size: pairs a step over all workers.
+        workers: how many share a step.
+        seed: of shuffling, captions and augmentation.
+        decode: picture bytes and seed -> array; raises DataError for a bad picture.
+        tokenize: captions -> (B, T) int array of one fixed T.
+        nouns: phrases to look for in the captions.
+        columns: names of the columns of Parquet shards.
+        rules: which texts of a pair are used.
+        variants: of every picture in a feature cache, of which an epoch reads one.
+        report: told of every chunk (pairs read, bad and filtered pairs); may raise to stop the run.
+    """
+
+    batch_size: int
+    workers: int
+    seed: int
+    decode: Callable[[bytes, int], np.ndarray]
+    tokenize: Callable[[Sequence[str]], np.ndarray]
+    nouns: NounPhrases = field(default_factory=NounPhrases)
+    columns: ColumnsConfig = field(default_factory=ColumnsConfig)
+    rules: TextRules = field(default_factory=TextRules)
+    variants: int = 1
+    report: Callable[[int, list[BadPair]], None] | None = None
+
+    def read(self, chunk: Chunk) -> Iterator[WorkerBatch]:
+        """The batches of a chunk, step by step and in each step worker by worker.
+
+        A pair that cannot be used is replaced by another one of its window, so that every batch is full.
+
+        Raises:
+            DataError: no pair of a window can be used, or ``report`` has had enough.
+        """
+        streams = _Streams(self._begin)
+        wanted = chunk.first_step + chunk.skip
+        for number, window in enumerate(chunk.windows):
+            if window.first_step + window.steps > wanted:
+                yield from self._read_window(window, max(0, wanted - window.first_step), streams)
+            streams.keep({_place(segment) for later in chunk.windows[number + 1 :] for segment in later.segments})
+
+    def _begin(self, segment: Segment) -> Iterator[Pair | BadPair]:
+        columns = self.columns
+        if self.variants > 1:
+            name = column_name(column_of_epoch(segment.epoch, self.seed, self.variants))
+            columns = columns.model_copy(update={"image": name})
+        return read_shard(segment.uri, columns, self.rules)
+
+    def _read_window(self, window: Window, skip: int, streams: _Streams) -> Iterator[WorkerBatch]:
+        pool, bad = self._load(window, streams)
+        self._report(len(pool), bad)  # all at once, or the bad ones of a window would be counted before its good ones
+        told = len(bad)
+        order = np.random.default_rng((self.seed, window.first_step)).permutation(len(pool)).tolist()
+        share = self.batch_size // self.workers
+        for start in range(skip * self.batch_size, window.steps * self.batch_size, share):
+            good = []
+            for position in range(start, start + share):
+                sample = self._sample_at(pool, order, position, bad)
+                if sample is None:
+                    self._report(0, bad[told:])
+                    raise DataError(_why_none(window, bad))
+                good.append(sample)
+            self._report(0, bad[told:])
+            told = len(bad)
+            yield self._collate(good)
+
+    def _load(self, window: Window, streams: _Streams) -> tuple[list[tuple[Pair, int] | None], list[BadPair]]:
+        """Every pair of the window with its epoch, None for those that cannot be read."""
+        pool: list[tuple[Pair, int] | None] = []
+        bad: list[BadPair] = []
+        for segment in window.segments:
+            before = len(pool)
+            for pair in streams.take(segment):
+                if segment.source:  # pairs of two sources may have the same key
+                    pair = replace(pair, key=f"{segment.source}/{pair.key}")
+                if isinstance(pair, BadPair):
+                    bad.append(pair)
+                    pool.append(None)
+                else:
+                    pool.append((pair, segment.epoch))
+            missing = len(segment) - (len(pool) - before)
+            if missing:
+                bad.append(BadPair(storage.name(segment.uri), f"{missing} pairs fewer than when the run began"))
+                pool.extend([None] * missing)
+        return pool, bad
+
+    def _sample_at(
+        self, pool: list[tuple[Pair, int] | None], order: list[int], position: int, bad: list[BadPair]
+    ) -> _Sample | None:
+        """The pair at ``position`` of the order, or the first usable one from half a window further on.
+
+        So substitutes are a function of the position alone, the same after a resumption, and are seldom of the same step.
+        """
+        middle = position + len(order) // 2
+        for place in itertools.chain([position], range(middle, middle + len(order))):
+            sample = self._sample(pool, order[place % len(order)], bad)
+            if sample is not None:
+                return sample
+        return None
+
+    def _sample(self, pool: list[tuple[Pair, int] | None], index: int, bad: list[BadPair]) -> _Sample | None:
+        entry = pool[index]
+        if entry is None:
+            return None
+        pair, epoch = entry
+        seed = _pair_seed(self.seed, epoch, pair.key)
+        try:
+            image = self.decode(pair.image, seed)
+        except DataError as error:
+            bad.append(BadPair(pair.key, str(error), filtered=isinstance(error, FilteredError)))
+            pool[index] = None
+            return None
+        chosen = choose(pair.chances, seed) if pair.chances else seed % len(pair.captions)
+        text = pair.captions[chosen] if pair.caption_features is None else _caption_row(pair, chosen)
+        return image, text, self.nouns.find(pair.captions)[:MAX_PHRASES_PER_PAIR], seed, pair.key
+
+    def _collate(self, samples: list[_Sample]) -> WorkerBatch:
+        images, texts, phrases, seeds, keys = zip(*samples, strict=True)
+        padded = np.full((len(samples), MAX_PHRASES_PER_PAIR), -1, dtype=np.int32)
+        for row, found in enumerate(phrases):
+            padded[row, : len(found)] = found
+        tokens = self.tokenize(texts) if isinstance(texts[0], str) else np.stack(texts)
+        return WorkerBatch(np.stack(images), tokens, padded, np.array(seeds, dtype=np.int64), tuple(keys))
+
+    def _report(self, read: int, bad: list[BadPair]) -> None:
+        if self.report is not None and (read or bad):
+            self.report(read, bad)
+
+
+class _Streams:
+    """Shards being read, each on from where it was."""
+
+    def __init__(self, begin: Callable[[Segment], Iterator[Pair | BadPair]]) -> None:
+        self._begin = begin
+        self._begun: dict[_Place, tuple[Iterator[Pair | BadPair], int]] = {}
+
+    def take(self, segment: Segment) -> list[Pair | BadPair]:
+        """The pairs of a segment; what comes before it in the shard is passed over."""
+        return patiently(partial(self._take, segment))
+
+    def _take(self, segment: Segment) -> list[Pair | BadPair]:
+        # What fails is begun anew.
+        pairs, position = self._begun.pop(_place(segment), (None, 0))
+        if pairs is None or position > segment.start:
+            pairs, position = self._begin(segment), 0
+        found = list(itertools.islice(pairs, segment.start - position, segment.stop - position))
+        self._begun[_place(segment)] = pairs, segment.stop
+        return found
+
+    def keep(self, places: Container[_Place]) -> None:
+        """Close all others."""
+        self._begun = {place: stream for place, stream in self._begun.items() if place in places}
+
+
+_Place = tuple[str, str, int]
+
+
+def _place(segment: Segment) -> _Place:
+    return segment.source, segment.uri, segment.epoch
+
+
+def _why_none(window: Window, bad: Sequence[BadPair]) -> str:
+    uris = ", ".join(sorted({segment.uri for segment in window.segments}))
+    if all(pair.filtered for pair in bad):
+        return (
+            f"data.filters leave out every pair of {uris}, the first because of {bad[0].reason}; loosen them, or let more "
+            "shards stand in for each other by data.shuffle_shards"
+        )
+    return f"no readable pair in {uris}; the first failed because {bad[0].reason}"
+
+
+def index_shards(
+    source: str, count: Callable[[list[str]], list[int]] | None = None, *, without: str | None = None, name: str = ""
+) -> tuple[Shard, ...]:
+    """The shards at ``source`` with the number of pairs in each, from ``index.json`` where there is one, else counted.
+
+    Args:
+        source: folder or file.
+        count: counts the pairs of many shards, in parallel say; one after the other where None.
+        without: URI of shards to leave out.
+        name: of the source in a mix.
+
+    Raises:
+        DataError: no shards there.
+        StorageError: the URI cannot be read.
+    """
+    entries = list_shards(source, without=without)
+    known = read_index(source)
+    unknown = [entry.uri for entry in entries if entry.relative not in known]
+    counts = dict(zip(unknown, count(unknown) if count else map(count_pairs, unknown), strict=True))
+    return tuple(Shard(e.uri, counts[e.uri] if e.uri in counts else known[e.relative], name) for e in entries)
+
+
+def sample_pairs(
+    shards: Sequence[Shard], columns: ColumnsConfig, limit: int, rules: TextRules | None = None
+) -> tuple[list[Pair], list[BadPair]]:
+    """Up to ``limit`` readable pairs of the set, without their pictures, and the bad ones met on the way.
+
+    Few shards are read, but those lie all over the set, which may be sorted by topic.
+    """
+    shards = [shard for shard in shards if shard.pairs]
+    pairs = sum(shard.pairs for shard in shards)
+    # More where so many hold too little.
+    count = min(len(shards), max(_SAMPLE_SHARDS, math.ceil(limit * len(shards) / max(1, pairs))))
+    some = [shards[len(shards) * place // count] for place in range(count)]
+    sizes = [shard.pairs for shard in some]
+    good: list[Pair] = []
+    bad: list[BadPair] = []
+    for shard, share in zip(some, apportion(sizes, min(limit, sum(sizes))), strict=True):
+        wanted = len(good) + share
+        for pair in read_shard(shard.uri, columns, rules) if share else ():
+            if isinstance(pair, BadPair):
+                bad.append(pair)
+            else:
+                good.append(replace(pair, image=b""))  # thousands of photos would be gigabytes
+            if len(good) == wanted:
+                break
+    return good, bad
+
+
+def _caption_row(pair: Pair, index: int) -> np.ndarray:
+    assert pair.caption_features is not None
+    return np.frombuffer(pair.caption_features, np.float16).reshape(len(pair.captions), -1)[index]
+
+
+def _pair_seed(seed: int, epoch: int, key: str) -> int:
+    digest = hashlib.blake2b(f"{seed}/{epoch}/{key}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1

@@ -1,0 +1,1 @@
+"""Synthetic captioned scenes: training and evaluation data for the demo and the tests, without a download."""

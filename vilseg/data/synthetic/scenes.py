@@ -1,0 +1,316 @@
+"""Synthetic scenes with captions: data for the demo and the tests that needs no download.
+
+A scene is one to three kinds of background stuff with one to four objects in front. Training sees picture and caption
+only (`pairs`); evaluation sees picture and exact mask (`write_masked_dataset`), from a stream that shares no scene,
+texture or drawing with training. Everything follows from (seed, split, index, size).
+
+Colours say something, but not enough: a class has its usual ones, shares them all with others, and light, cast and noise
+vary. What a patch is must be read off its texture and shape too, as in real pictures.
+"""
+
+import dataclasses
+import functools
+import io
+import math
+import random
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
+
+import numpy as np
+import simplejpeg
+from PIL import Image
+
+from vilseg import storage
+from vilseg.data.synthetic import objects, textures
+from vilseg.data.synthetic.captions import write_caption
+from vilseg.data.synthetic.drawing import favour_first
+from vilseg.data.synthetic.layout import Band, Item, choose_bands, choose_items
+from vilseg.errors import DataError
+
+Split = Literal["train", "eval"]
+
+_JPEG_QUALITY = 92
+MIN_SIZE = 32
+"""Below this many pixels a side the textures cannot be told apart."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SceneClass:
+    """A class of synthetic scenes; its id is its position in `CLASSES`.
+
+    Attributes:
+        name: The name it goes by in ``classes.txt``.
+        synonyms: Other names that captions use, the more frequent first.
+        kind: "stuff" (background, no outline of its own) or "object".
+    """
+
+    name: str
+    synonyms: tuple[str, ...]
+    kind: Literal["stuff", "object"]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names, the most frequent first."""
+        return (self.name, *self.synonyms)
+
+
+_NAMES: dict[Literal["stuff", "object"], tuple[tuple[str, ...], ...]] = {
+    "stuff": (
+        ("sky", "clouds"),
+        ("grass", "lawn", "meadow"),
+        ("sand", "beach"),
+        ("water", "sea", "lake"),
+        ("snow", "ice"),
+        ("wall", "bricks", "brick wall"),
+        ("fence", "planks"),
+    ),
+    "object": (
+        ("ball", "beachball"),
+        ("tree", "oak"),
+        ("house", "cottage", "home"),
+        ("car", "automobile", "vehicle"),
+        ("boat", "sailboat", "ship"),
+        ("cat", "kitten"),
+        ("umbrella", "parasol"),
+        ("mushroom", "toadstool"),
+        ("sheep", "lamb"),
+        ("flower", "daisy", "blossom"),
+        ("kite", "paper kite"),
+        ("clock", "timer"),
+    ),
+}
+
+CLASSES: tuple[SceneClass, ...] = tuple(
+    SceneClass(name=names[0], synonyms=names[1:], kind=kind) for kind, group in _NAMES.items() for names in group
+)
+"""All classes. Every pixel of a scene belongs to one; there is no background class."""
+
+_ID = {scene_class.name: index for index, scene_class in enumerate(CLASSES)}
+OBJECTS = tuple(scene_class.name for scene_class in CLASSES if scene_class.kind == "object")
+
+
+class SceneObject(NamedTuple):
+    """An object in a scene: class id, and the box it was drawn in (a margin around it), in pixels of the picture."""
+
+    class_id: int
+    x: int
+    y: int
+    width: int
+    height: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scene:
+    """A picture with its caption and its exact mask.
+
+    Attributes:
+        image: (H, W, 3) uint8 RGB.
+        mask: (H, W) uint8 class ids, positions in `CLASSES`.
+        caption: One caption; names a part of what is in the picture.
+        objects: The objects, farthest first.
+        stuff: Class ids of the background stuff.
+        named: Class ids that the caption names.
+    """
+
+    image: np.ndarray
+    mask: np.ndarray
+    caption: str
+    objects: tuple[SceneObject, ...]
+    stuff: tuple[int, ...]
+    named: frozenset[int]
+
+
+class ScenePair(NamedTuple):
+    """A training pair: key, JPEG bytes, captions."""
+
+    key: str
+    image: bytes
+    captions: list[str]
+
+
+def render_scene(seed: int, index: int, size: int = 96, *, split: Split = "train") -> Scene:
+    """Draw scene ``index`` of the stream (``seed``, ``split``).
+
+    The same arguments give the same bytes in every process. Other sizes give the same scene, with textures of their
+    own. No scene of one split occurs in the other.
+
+    Args:
+        seed: Names the stream, with ``split``.
+        index: Position in the stream, from 0.
+        size: Height and width in pixels, at least 32.
+        split: "train" or "eval".
+
+    Raises:
+        DataError: ``size`` is too small or ``split`` is unknown.
+    """
+    if size < MIN_SIZE:
+        raise DataError(f"size of synthetic scenes is {size} pixels; ask for at least {MIN_SIZE}")
+    if split not in ("train", "eval"):
+        raise DataError(f"split of synthetic scenes is {split!r}; ask for 'train' or 'eval'")
+    stream = f"{seed}/{split}"
+    rng = random.Random(textures.seed_of(stream, index))
+    bands = choose_bands(rng)
+    items = choose_items(rng, bands, OBJECTS)
+
+    canvas, mask = draw_stuff(rng, stream, bands, size)
+    drawn = [draw_item(rng, stream, item, canvas, mask) for item in items]
+    image = _light(rng, canvas)
+
+    by_class: dict[str, list[str | None]] = {}
+    for item in items:
+        colour = objects.sprite(stream, item.name, item.variant).colour
+        by_class.setdefault(item.name, []).append(colour)
+    stuff = [band.name for band in bands]
+    caption, said_objects, said_stuff = write_caption(
+        [(CLASSES[_ID[name]].names, colours) for name, colours in by_class.items()],
+        [(name, CLASSES[_ID[name]].names) for name in stuff],
+        rng,
+    )
+    said = zip([*by_class, *stuff], [*said_objects, *said_stuff], strict=True)
+    return Scene(
+        image=image,
+        mask=mask,
+        caption=caption,
+        objects=tuple(drawn),
+        stuff=tuple(_ID[name] for name in stuff),
+        named=frozenset(_ID[name] for name, named in said if named),
+    )
+
+
+def pairs(count: int, seed: int, size: int = 96, *, start: int = 0, split: Split = "train") -> Iterator[ScenePair]:
+    """Yield ``count`` training pairs, scenes ``start`` to ``start + count - 1`` of the stream.
+
+    Workers that take ranges of ``start`` produce together what one worker would.
+    """
+    for index in range(start, start + count):
+        scene = render_scene(seed, index, size, split=split)
+        yield ScenePair(f"{index:08d}", _jpeg(scene.image), [scene.caption])
+
+
+def write_masked_dataset(folder_uri: str, count: int, seed: int, size: int = 96, *, split: Split = "eval") -> None:
+    """Write ``count`` scenes with their masks in the layout of masked datasets of kind ``folder``.
+
+    Writes ``images/NAME.jpg``, ``masks/NAME.png`` (8 bit, value = class id) and ``classes.txt`` (line i: class id i).
+
+    Raises:
+        StorageError: The folder cannot be written.
+    """
+    for index in range(count):
+        scene = render_scene(seed, index, size, split=split)
+        png = io.BytesIO()
+        Image.fromarray(scene.mask).save(png, format="PNG")
+        storage.write_bytes(storage.join(folder_uri, "images", f"{index:06d}.jpg"), _jpeg(scene.image))
+        storage.write_bytes(storage.join(folder_uri, "masks", f"{index:06d}.png"), png.getvalue())
+    # Last, so that a folder with a class list is a complete one.
+    names = "".join(f"{scene_class.name}\n" for scene_class in CLASSES)
+    storage.write_bytes(storage.join(folder_uri, "classes.txt"), names.encode())
+
+
+def _jpeg(image: np.ndarray) -> bytes:
+    return simplejpeg.encode_jpeg(
+        np.ascontiguousarray(image), quality=_JPEG_QUALITY, colorspace="RGB", colorsubsampling="444"
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def _ticks(size: int) -> np.ndarray:
+    """Return the pixel centres along one side, (size,) float32 in 0..1."""
+    return ((np.arange(size) + 0.5) / size).astype(np.float32)
+
+
+def draw_stuff(rng: random.Random, stream: str, bands: list[Band], size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Draw the background; return (3, H, W) float32 in 0..255 and the mask (H, W) uint8."""
+    ticks = _ticks(size)
+    canvas = _draw_texture(rng, stream, bands[0].name, size)
+    mask = np.full((size, size), _ID[bands[0].name], np.uint8)
+    for band in bands[1:]:
+        edge = band.top + band.slope * (ticks - 0.5)
+        if band.wave:
+            bumps, shift = rng.uniform(1.0, 2.5), rng.uniform(0.0, 2 * math.pi)
+            edge = edge + band.wave * np.sin(2 * math.pi * bumps * ticks + shift)
+        # Distance below the boundary in pixels, so that the edge is one pixel soft.
+        below = (ticks[:, None] - edge) * (size / math.hypot(1.0, band.slope))
+        np.putmask(mask, below > 0, _ID[band.name])
+        canvas += np.clip(below + 0.5, 0.0, 1.0) * (_draw_texture(rng, stream, band.name, size) - canvas)
+    return canvas, mask
+
+
+def _draw_texture(rng: random.Random, stream: str, name: str, size: int) -> np.ndarray:
+    """Colour a random crop of a texture; return (3, size, size) float32 in 0..255."""
+    fields = textures.texture(stream, name, rng.randrange(textures.VARIANTS), size)
+    # Not randrange, which may draw twice: then the rest of the scene would depend on its size.
+    y, x = (int(rng.random() * (fields.shape[1] - size + 1)) for _ in range(2))
+    blend, gain = fields[:, y : y + size, x : x + size]
+    if rng.random() < 0.5:
+        blend, gain = blend[:, ::-1], gain[:, ::-1]
+    palettes = textures.PALETTES[name]
+    palette = np.array(rng.choices(palettes, weights=favour_first(len(palettes)))[0], np.float32)
+    # One shift for all three colours and a little for each: days differ more than the parts of one surface.
+    common = [rng.uniform(-16, 16) for _ in range(3)]
+    palette += [[value + rng.uniform(-6, 6) for value in common] for _ in range(3)]
+    far, near, accent = palette[:, :, None, None]
+    surface = far + (near - far) * _ticks(size)[:, None]
+    return (surface + (accent - surface) * blend) * gain
+
+
+def draw_item(rng: random.Random, stream: str, item: Item, canvas: np.ndarray, mask: np.ndarray) -> SceneObject:
+    """Draw an object with its shadow into ``canvas`` (3, H, W) and ``mask`` (H, W), in place."""
+    size = mask.shape[0]
+    side = item.scale * size
+    angle = rng.gauss(0.0, 0.1)
+    stretch_x, stretch_y = rng.uniform(0.92, 1.08), rng.uniform(0.92, 1.08)
+    half = math.ceil(side * 0.5 * (abs(math.cos(angle)) + abs(math.sin(angle))) * max(stretch_x, stretch_y)) + 1
+    cx, cy = item.x * size, item.base * size - side / 2
+    left, top = round(cx) - half, round(cy) - half
+
+    if item.name != "kite":
+        _draw_shadow(canvas, cx, item.base * size, side)
+
+    levels = objects.sprite(stream, item.name, item.variant).levels
+    picture = next((level for level in reversed(levels) if level.width >= side), levels[0])
+    zoom_x = picture.width / (side * stretch_x) * rng.choice((-1.0, 1.0))
+    zoom_y = picture.width / (side * stretch_y)
+    cos, sin, middle = math.cos(angle), math.sin(angle), picture.width / 2
+    # Maps a pixel of the box to a pixel of the drawing: shift to the centre, turn back, zoom, shift.
+    dx, dy = left - cx, top - cy
+    affine = (
+        zoom_x * cos, zoom_x * sin, middle + zoom_x * (cos * dx + sin * dy),
+        -zoom_y * sin, zoom_y * cos, middle + zoom_y * (cos * dy - sin * dx),
+    )  # fmt: skip
+    box = picture.transform((2 * half, 2 * half), Image.Transform.AFFINE, affine, Image.Resampling.BILINEAR)
+    y0, y1, x0, x1 = max(0, top), min(size, top + 2 * half), max(0, left), min(size, left + 2 * half)
+    pixels = np.frombuffer(box.tobytes(), np.uint8).reshape(2 * half, 2 * half, 4)[
+        y0 - top : y1 - top, x0 - left : x1 - left
+    ]
+    planes = np.moveaxis(pixels, -1, 0).astype(np.float32)
+    tint = np.array([rng.uniform(0.8, 1.12) for _ in range(3)], np.float32) * np.float32(rng.uniform(0.85, 1.1))
+    opacity = planes[3] * np.float32(1 / 255)
+    window = canvas[:, y0:y1, x0:x1]
+    window *= 1.0 - opacity
+    window += planes[:3] * tint[:, None, None]
+    mask[y0:y1, x0:x1][opacity > 0.5] = _ID[item.name]
+    return SceneObject(_ID[item.name], x0, y0, x1 - x0, y1 - y0)
+
+
+def _draw_shadow(canvas: np.ndarray, cx: float, base: float, side: float) -> None:
+    """Darken the ground under an object of ``side`` pixels that stands at (cx, base), in place."""
+    size = canvas.shape[1]
+    x0, x1 = max(0, round(cx - 0.6 * side)), min(size, round(cx + 0.6 * side))
+    y0, y1 = max(0, round(base - 0.16 * side)), min(size, round(base + 0.12 * side))
+    dx = (np.arange(x0, x1, dtype=np.float32) + 0.5 - cx) / (0.34 * side)
+    dy = (np.arange(y0, y1, dtype=np.float32) + 0.5 - base + 0.03 * side) / (0.07 * side)
+    canvas[:, y0:y1, x0:x1] *= 1.0 - 0.45 * np.exp(-(dy * dy))[:, None] * np.exp(-(dx**4))
+
+
+def _light(rng: random.Random, canvas: np.ndarray) -> np.ndarray:
+    """Apply light, colour cast, uneven shading and sensor noise; return (H, W, 3) uint8."""
+    size = canvas.shape[1]
+    bright = rng.uniform(0.8, 1.14)
+    cast = np.array([bright * rng.uniform(0.9, 1.08) for _ in range(3)], np.float32)
+    slope_x, slope_y = rng.uniform(-0.22, 0.22), rng.uniform(-0.15, 0.15)
+    ticks = _ticks(size) - np.float32(0.5)
+    noise = np.random.default_rng(rng.getrandbits(64)).standard_normal(canvas.shape, np.float32)
+    canvas *= cast[:, None, None] * (1.0 + slope_x * ticks + slope_y * ticks[:, None])
+    canvas += noise * np.float32(rng.uniform(1.0, 5.0))
+    np.clip(canvas, 0.0, 255.0, out=canvas)
+    return np.ascontiguousarray(np.moveaxis(canvas.astype(np.uint8), 0, -1))

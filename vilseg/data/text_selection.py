@@ -1,0 +1,69 @@
+"""Which texts of a pair are used, and how often: captions, alt-text, hashtags."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from vilseg.config.data import FiltersConfig, TextConfig
+from vilseg.text.cleaning import clean_alt, clean_caption, clean_tags, is_junk
+
+KINDS = ("caption", "alt", "tags")
+
+
+@dataclass(frozen=True)
+class TextRules:
+    """Cleans a pair's texts and says how often each is the text of an epoch.
+
+    Args:
+        weights: of the kinds.
+        filters: those on texts.
+    """
+
+    weights: TextConfig = field(default_factory=TextConfig)
+    filters: FiltersConfig = field(default_factory=FiltersConfig)
+
+    def usable(self, texts: Mapping[str, Sequence[str]]) -> dict[str, float]:
+        """Texts with their chances, which sum to 1; empty where nothing usable is said.
+
+        Args:
+            texts: as they were stored, by kind (`KINDS`).
+        """
+        found = {kind: self._cleaned(kind, texts.get(kind, ())) for kind in KINDS}
+        weights = {kind: getattr(self.weights, kind) for kind in KINDS if found[kind]}
+        if not any(weights.values()):
+            weights = dict.fromkeys(list(weights)[:1], 1.0)
+        total = sum(weights.values())
+        chances: dict[str, float] = {}
+        for kind, weight in weights.items():
+            for text in found[kind] if weight else ():
+                chances[text] = chances.get(text, 0) + weight / total / len(found[kind])
+        return chances
+
+    def _cleaned(self, kind: str, texts: Sequence[str]) -> list[str]:
+        if kind == "tags":
+            cleaned = [clean_tags(texts[0] if len(texts) == 1 else texts)]
+        else:
+            cleaned = [(clean_alt if kind == "alt" else clean_caption)(text) for text in texts]
+        return [text for text in dict.fromkeys(cleaned) if text and self._is_wanted(text)]
+
+    def _is_wanted(self, text: str) -> bool:
+        filters = self.filters
+        words = text.count(" ") + 1  # cleaned texts have one space between words
+        if words < filters.min_words or (filters.max_words is not None and words > filters.max_words):
+            return False
+        if len(text) < filters.min_characters or (
+            filters.max_characters is not None and len(text) > filters.max_characters
+        ):
+            return False
+        return not (filters.junk and is_junk(text))
+
+
+def choose(chances: Sequence[float], seed: int) -> int:
+    """Index of the text that a seed chooses."""
+    point = (seed >> 8 & 0xFFFFFFFF) / 2**32
+    for index, chance in enumerate(chances):
+        point -= chance
+        if point < 0:
+            return index
+    return len(chances) - 1  # the chances' sum fell short of 1 by rounding

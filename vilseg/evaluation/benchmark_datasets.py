@@ -1,0 +1,203 @@
+"""The published datasets with masks, read as their publishers lay them out: VOC, Context, COCO-Stuff, ADE20K.
+
+Only the part that figures are reported on is read, which is the validation part of each. Class names are those of the built-in
+vocabularies, without their synonyms: as published but for words that VOC and Context run together ("pottedplant"), since a
+text encoder is to read them.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from vilseg import storage
+from vilseg.errors import DataError
+from vilseg.evaluation.image_and_mask import ImageFiles, MaskedImage, read_image_and_mask, values_of
+from vilseg.text.vocabulary import Vocabulary
+
+_IGNORE = 255
+_NO_CLASS = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How one published dataset lies on a disk, and what its masks mean."""
+
+    title: str
+    """What its publishers call it, with the year where there are several."""
+    kind: str
+    """Name in `KIND:URI`, and of its built-in vocabulary."""
+    within: tuple[str, ...]
+    """Folders that its archives unpack into: the URI may name the dataset's own folder, or one that holds these."""
+    images: str
+    """Folder of JPEG images."""
+    masks: str
+    """Folder of PNG masks, 8 bit."""
+    names: str | None = None
+    """Text file with the names to evaluate on, one a line; all images where None."""
+    suffixes: Mapping[str, tuple[int, ...]]
+    """Endings of a mask's file after the image's name, the first that is there counts; the mask values of the classes,
+    in order of the classes."""
+    ignored: tuple[int, ...] = (_IGNORE,)
+    """Mask values of pixels that count for nothing."""
+    remark: str = ""
+    """Where files that do not come with the download are from, for messages."""
+    unseen: tuple[str, ...] = ()
+    """Classes that the paper reports on (see `vilseg.evaluation.protocols`); empty where it has none."""
+
+    @cached_property
+    def classes(self) -> tuple[str, ...]:
+        """Class names, in the order of their ids."""
+        return Vocabulary.built_in(self.kind).classes
+
+    @property
+    def expected(self) -> str:
+        """The files of one image, for messages."""
+        masks = " or ".join(f"{self.masks}/NAME{suffix}" for suffix in self.suffixes)
+        listed = f", the names in {self.names}" if self.names else ""
+        return f"{self.images}/NAME.jpg and {masks}{listed}{self.remark}"
+
+
+_NO_PICTURES = (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90)
+"""Of the ids 0..181 in COCO-Stuff's masks those that COCO lists but never drew (nightrome/cocostuff, README, "Labels")."""
+
+LAYOUTS = (
+    # The border of every object is 255. The development kit, section 7 ("Segmentation").
+    Layout(
+        title="PASCAL VOC 2012",
+        kind="voc",
+        within=("VOC2012", "VOCdevkit/VOC2012"),
+        images="JPEGImages",
+        masks="SegmentationClass",
+        names="ImageSets/Segmentation/val.txt",
+        suffixes={".png": tuple(range(21))},
+        unseen=("potted plant", "sheep", "sofa", "train", "tv monitor"),
+    ),
+    # The publishers' masks are MATLAB files of 459 labels. What people exchange and report on are the PNGs that
+    # mmsegmentation's guide makes of them (docs, "Prepare datasets", Pascal Context): 59 classes in the order of the
+    # 459 labels, which is the alphabet's, and 0 = background, whatever is none of them.
+    Layout(
+        title="PASCAL Context",
+        kind="context",
+        within=("VOC2010", "VOCdevkit/VOC2010"),
+        images="JPEGImages",
+        masks="SegmentationClassContext",
+        names="ImageSets/SegmentationContext/val.txt",
+        suffixes={".png": tuple(range(60))},
+        remark=" (masks and names as mmsegmentation's tools/dataset_converters/pascal_context.py writes them)",
+        unseen=("cow", "motorbike", "sofa", "cat"),
+    ),
+    # stuffthingmaps_trainval2017.zip has NAME.png with ids 0..181; mmsegmentation numbers the 171 classes without gaps
+    # and leaves them beside it as NAME_labelTrainIds.png.
+    Layout(
+        title="COCO-Stuff 164k",
+        kind="coco-stuff",
+        within=("coco_stuff164k", "dataset"),
+        images="images/val2017",
+        masks="annotations/val2017",
+        suffixes={
+            ".png": tuple(value for value in range(182) if value not in _NO_PICTURES),
+            "_labelTrainIds.png": tuple(range(171)),
+        },
+        unseen=(
+            *("frisbee", "skateboard", "cardboard", "carrot", "scissors", "suitcase", "giraffe", "cow", "road"),
+            *("wall-concrete", "tree", "grass", "river", "clouds", "playingfield"),
+        ),
+    ),
+    # 0 = other objects, which no figure counts (SceneParsing benchmark, "Evaluation").
+    Layout(
+        title="ADE20K (SceneParse150)",
+        kind="ade20k",
+        within=("ADEChallengeData2016",),
+        images="images/validation",
+        masks="annotations/validation",
+        suffixes={".png": tuple(range(1, 151))},
+        ignored=(0, _IGNORE),
+    ),
+)
+
+
+class PublishedDataset(ImageFiles):
+    """The validation part of a published dataset below a folder or S3 prefix.
+
+    Args:
+        uri: the dataset's own folder, or one that holds what its archives unpack into.
+        layout: which dataset.
+
+    Raises:
+        DataError: the folders are not there, or an image or mask is missing. Iterating raises it for a file that cannot
+            be decoded, a mask of another size than its image, or a value that is no class.
+        StorageError: the folder cannot be read.
+    """
+
+    def __init__(self, uri: str, layout: Layout) -> None:
+        self.layout = layout
+        self.classes = layout.classes
+        self.unseen = layout.unseen
+        self._meanings = {suffix: _meanings(values, layout.ignored) for suffix, values in layout.suffixes.items()}
+        self._root = _find_root(uri, layout)
+        self._files = self._list()
+
+    def __iter__(self) -> Iterator[MaskedImage]:
+        for name, image_uri, mask_uri, suffix in self._files:
+            image, values = read_image_and_mask(image_uri, mask_uri)
+            mask = self._to_classes(values, mask_uri, suffix)
+            yield MaskedImage(name=name, image=image, mask=mask, ignore=_IGNORE)
+
+    def _list(self) -> list[tuple[str, ...]]:
+        """Name, image, mask and the mask's ending of every picture to evaluate on."""
+        layout = self.layout
+        folders = [storage.join(self._root, layout.images), storage.join(self._root, layout.masks)]
+        images, masks = ({entry.relative: entry.uri for entry in storage.list_files(folder)} for folder in folders)
+        if layout.names is None:
+            names = [image.removesuffix(".jpg") for image in images if image.endswith(".jpg")]
+        else:
+            text = storage.read_text(storage.join(self._root, layout.names))
+            names = [line.strip() for line in text.splitlines() if line.strip()]
+        if not names:
+            raise DataError(f"{self._root} has no image of {layout.title}: there must be {layout.expected}")
+        found: list[tuple[str, ...]] = []
+        for name in names:
+            suffix = next((suffix for suffix in layout.suffixes if f"{name}{suffix}" in masks), None)
+            if f"{name}.jpg" not in images:
+                raise DataError(
+                    f"{storage.join(folders[0], name + '.jpg')} is missing, but {layout.names} of {layout.title} names "
+                    "it: unpack the archive of images anew"
+                )
+            if suffix is None:
+                raise DataError(
+                    f"image {images[f'{name}.jpg']} has no mask in {folders[1]}: {layout.title} has {layout.expected}"
+                )
+            found.append((name, images[f"{name}.jpg"], masks[f"{name}{suffix}"], suffix))
+        return found
+
+    def _to_classes(self, values: np.ndarray, uri: str, suffix: str) -> np.ndarray:
+        """Values of a mask -> (H, W) uint8 indices of classes, or `_IGNORE`."""
+        meanings = self._meanings[suffix]
+        present = values_of(values)
+        wrong = present[np.append(meanings, _NO_CLASS)[np.minimum(present, 256)] == _NO_CLASS]
+        if wrong.size:
+            raise DataError(
+                f"mask {uri} has the value {wrong[0]}, which is no class of {self.layout.title}: "
+                f"are these masks those of another dataset or another numbering of its {len(self.classes)} classes?"
+            )
+        return meanings.astype(np.uint8)[values]
+
+
+def _meanings(values: tuple[int, ...], ignored: tuple[int, ...]) -> np.ndarray:
+    """(256,) class index of every value of an 8-bit mask, `_IGNORE`, or `_NO_CLASS`."""
+    meanings = np.full(256, _NO_CLASS, dtype=np.int64)
+    meanings[list(ignored)] = _IGNORE
+    meanings[list(values)] = np.arange(len(values))
+    return meanings
+
+
+def _find_root(uri: str, layout: Layout) -> str:
+    """The folder that holds the images and masks."""
+    for root in (uri, *(storage.join(uri, folder) for folder in layout.within)):
+        if all(storage.is_folder(storage.join(root, folder)) for folder in (layout.images, layout.masks)):
+            if layout.names and not storage.exists(storage.join(root, layout.names)):
+                raise DataError(f"{root} holds no {layout.names}: {layout.title} has {layout.expected}")
+            return root
+    raise DataError(f"{uri} does not hold {layout.title}: there must be {layout.expected}")

@@ -1,0 +1,202 @@
+"""How good a model is, told without a mask: by pairs that training did not see.
+
+Most users have no masks, and something has to tell one training from another. Four figures, of each more is better:
+
+    retrieval            mean reciprocal rank of the right caption among all, and of the right picture, by the embeddings of
+                         pictures as wholes
+    nouns                mean average precision with which a picture's best patches tell that its captions hold a noun phrase
+    mutual_information   between the cluster assignments of two views of a picture, in nats (IIC, Ji et al. 2019, equation 3)
+    agreement            adjusted Rand index (Hubert & Arabie 1985) between the clusters of two views, mean over the pictures
+
+How well each of them ranks trainings against mIoU is measured in docs/tuning.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vilseg.config import ViewsConfig
+from vilseg.config.data import ColumnsConfig
+from vilseg.data.decode import decode_image, square
+from vilseg.data.shards import Pair, list_shards, read_shard
+from vilseg.data.views import align, make_views
+from vilseg.errors import DataError
+from vilseg.losses import mutual_information_loss
+from vilseg.model import ImageEmbeddings, ViLSeg
+from vilseg.text.noun_phrases import NounPhrases
+
+MEASURES = ("retrieval", "nouns", "mutual_information", "agreement")
+"""Names of the figures."""
+
+_TOP_PATCHES = 8
+"""Patches whose mean similarity is a picture's score for a phrase, as in the noun contrast."""
+_MIN_COUNT = 5
+"""Pictures that hold a phrase, at least; the average precision of fewer is chance."""
+_BATCH = 64
+_SEED = 20
+"""Of the views: every model is shown the same."""
+
+
+@dataclass(frozen=True, eq=False)
+class HeldOut:
+    """Decoded pairs that no training sees."""
+
+    images_BHW3: np.ndarray
+    """Squares, uint8 RGB."""
+    captions: tuple[str, ...]
+    """The first caption of each."""
+    phrases: tuple[str, ...]
+    """Noun phrases in the captions."""
+    holds_BP: np.ndarray
+    """Whether a picture's captions hold a phrase, bool."""
+
+    @classmethod
+    def load(
+        cls, source: str, *, side: int, columns: ColumnsConfig | None = None, limit: int = 500, max_pixels: int = 10**8
+    ) -> HeldOut:
+        """Read the first ``limit`` pairs at ``source`` that can be read.
+
+        Args:
+            source: URI of pair shards.
+            side: pixels of the squares that pictures are brought to, as models see them.
+            columns: names of the columns of Parquet shards.
+            limit: pairs, at most.
+            max_pixels: larger pictures are left out.
+
+        Raises:
+            DataError: no shards, or fewer than two readable pairs.
+            StorageError: the URI cannot be read.
+        """
+        images, captions = [], []
+        for pair in _pairs(source, columns or ColumnsConfig()):
+            try:
+                images.append(square(decode_image(pair.image, max_pixels=max_pixels, min_side=side), side))
+            except DataError:
+                continue  # training counts and names bad pairs; here they only make fewer
+            captions.append(pair.captions)
+            if len(images) == limit:
+                break
+        if len(images) < 2:
+            raise DataError(f"of the held-out pairs at {source} {len(images)} can be read; at least 2 are needed")
+        every = [caption for group in captions for caption in group]
+        nouns = NounPhrases.from_captions(every, max_phrases=2000, min_count=_MIN_COUNT)
+        holds_BP = np.zeros((len(images), len(nouns.phrases)), bool)
+        for row, group in enumerate(captions):
+            holds_BP[row, nouns.find(group)] = True
+        return cls(np.stack(images), tuple(group[0] for group in captions), nouns.phrases, holds_BP)
+
+
+def _pairs(source: str, columns: ColumnsConfig) -> Iterator[Pair]:
+    for shard in list_shards(source):
+        for pair in read_shard(shard.uri, columns):
+            if isinstance(pair, Pair):
+                yield pair
+
+
+@torch.inference_mode()
+def measure(model: ViLSeg, pairs: HeldOut) -> dict[str, float]:
+    """All figures of a model, where it is; those that the pairs cannot tell (no phrase, say) are left out."""
+    training = model.training
+    model.eval()
+    try:
+        images_BHW3 = torch.from_numpy(pairs.images_BHW3)
+        seeds_B = torch.arange(len(images_BHW3)) + _SEED
+        pooled, scores, maps = [], [], []
+        phrases_PD = model.encode_text(list(pairs.phrases)).float() if pairs.phrases else None
+        for part, seeds in zip(images_BHW3.split(_BATCH), seeds_B.split(_BATCH), strict=True):
+            embeddings = _float32(model.encode_image(part.to(model.device).permute(0, 3, 1, 2).float() / 255))
+            pooled.append(embeddings.pooled)
+            if phrases_PD is not None:
+                scores.append(_best_patches(embeddings.patches, phrases_PD))
+            maps.append(_two_views(model, part.to(model.device), seeds.to(model.device)))
+        texts_BD = torch.cat(
+            [model.encode_text(list(pairs.captions[i : i + 256])) for i in range(0, len(seeds_B), 256)]
+        )
+        figures = {"retrieval": retrieval(torch.cat(pooled) @ texts_BD.float().T, pairs.captions)}
+        if scores:
+            figures["nouns"] = mean_average_precision(torch.cat(scores).cpu().numpy(), pairs.holds_BP)
+        first, second, valid = (torch.cat(parts) for parts in zip(*maps, strict=True))
+        figures["mutual_information"] = -float(mutual_information_loss(first, second, valid, radius=0))
+        figures["agreement"] = agreement(first.max(1).indices, second.max(1).indices, valid)
+        return {name: value for name, value in figures.items() if np.isfinite(value)}
+    finally:
+        model.train(training)
+
+
+def _float32(embeddings: ImageEmbeddings) -> ImageEmbeddings:
+    return embeddings._replace(pooled=embeddings.pooled.float(), patches=embeddings.patches.float())
+
+
+def _best_patches(patches_BND: Tensor, phrases_PD: Tensor) -> Tensor:
+    """Shape: -> (B, P)."""
+    similarity_BNP = patches_BND @ phrases_PD.T
+    return similarity_BNP.topk(min(_TOP_PATCHES, similarity_BNP.shape[1]), dim=1).values.mean(1)
+
+
+def _two_views(model: ViLSeg, images_BHW3: Tensor, seeds_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Assignments in two views, those of the second on the patches of the first, and where it reaches.
+
+    Shape: -> (B, K, h, w), (B, K, h, w), (B, h, w).
+    """
+    side = images_BHW3.shape[1]
+    views = make_views(
+        images_BHW3, seeds_B, ViewsConfig(global_size=side, global_scale=(0.4, 1.0)), global_crops=2, local_crops=0
+    )
+    first, second = (model.assignments(view).float() for view in views.global_GB3HW)
+    second, valid = align(second, views.geometry_GB23[1], views.geometry_GB23[0], (first.shape[2], first.shape[3]))
+    return first, second, valid
+
+
+def retrieval(similarity_IT: Tensor, captions: tuple[str, ...]) -> float:
+    """Mean reciprocal rank, in 0..1, over pictures and captions; of equal captions any is the right one.
+
+    Shape: (B, B), pictures by captions.
+    """
+    numbers = {caption: number for number, caption in enumerate(dict.fromkeys(captions))}
+    owner = torch.tensor([numbers[caption] for caption in captions], device=similarity_IT.device)
+    right = owner.unsqueeze(0) == owner.unsqueeze(1)
+    ranks = []
+    for similarity in (similarity_IT, similarity_IT.T):
+        best = similarity.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
+        wrong = similarity.masked_fill(right, -torch.inf)
+        # Half of the ties come first: a model that says the same of everything must not look good.
+        ranks.append(1 + (wrong > best).sum(1) + (wrong == best).sum(1) / 2)
+    return float((1 / torch.cat(ranks)).mean())
+
+
+def mean_average_precision(scores_BP: np.ndarray, holds_BP: np.ndarray) -> float:
+    """Mean over the phrases that some pictures hold and some do not of the average precision, in 0..1; nan without any."""
+    told = holds_BP.any(0) & ~holds_BP.all(0)
+    precisions = []
+    for scores_B, holds_B in zip(scores_BP.T[told], holds_BP.T[told], strict=True):
+        # Of equal scores the wrong come first.
+        order = np.lexsort((holds_B, -scores_B))
+        hits = holds_B[order]
+        precisions.append((np.cumsum(hits) / np.arange(1, len(hits) + 1))[hits].mean())
+    return float(np.mean(precisions)) if precisions else float("nan")
+
+
+def agreement(first_Bhw: Tensor, second_Bhw: Tensor, valid_Bhw: Tensor) -> float:
+    """Mean over the pictures of the adjusted Rand index of two clusterings of their valid patches; 0 is chance, 1 the same."""
+    count = int(max(first_Bhw.max(), second_Bhw.max())) + 1
+    indices = []
+    for first, second, valid in zip(first_Bhw, second_Bhw, valid_Bhw, strict=True):
+        pairs = F.one_hot(first[valid], count).double().T @ F.one_hot(second[valid], count).double()
+        total = _choose_two(pairs.sum())
+        together, rows, columns = (float(_choose_two(part).sum()) for part in (pairs, pairs.sum(1), pairs.sum(0)))
+        if not total:
+            continue
+        expected, largest = rows * columns / float(total), (rows + columns) / 2
+        # One region in both views says nothing, but it is what a collapsed head gives: no credit for that.
+        indices.append(0.0 if largest == expected else (together - expected) / (largest - expected))
+    return float(np.mean(indices)) if indices else float("nan")
+
+
+def _choose_two(counts: Tensor) -> Tensor:
+    return counts * (counts - 1) / 2

@@ -1,0 +1,1 @@
+"""ONNX export of a trained model (extra ``export``)."""

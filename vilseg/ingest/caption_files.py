@@ -1,0 +1,238 @@
+"""Caption files as people have them: CSV, JSONL, JSON records and COCO captions, read into rows of one form.
+
+Columns are found by name, whatever their case: the names of the configuration first, then those in common use.
+"""
+
+from __future__ import annotations
+
+import ast
+import csv
+import io
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vilseg import storage
+from vilseg.config.data import ColumnsConfig
+from vilseg.data.shards import BadPair
+from vilseg.errors import DataError
+
+CSV_SUFFIXES = (".csv", ".tsv", ".txt")
+JSON_LINES_SUFFIXES = (".jsonl", ".ndjson")
+JSON_SUFFIX = ".json"
+
+_IMAGE_NAMES = (
+    *("image", "jpg", "jpeg", "png", "webp"),
+    *("image_path", "path", "file", "filename", "file_name", "filepath", "image_name"),
+)
+_CAPTION_NAMES = ("text", "sentences", "sentence", "description", "comment")
+"""Taken in this order where there is neither ``caption`` nor ``captions``."""
+_ALT_NAMES = ("alt", "alt_text", "alttext", "alt-text")
+_TAG_NAMES = ("tags", "hashtags", "keywords")
+_DELIMITERS = (",", "\t", ";", "|")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What a caption file says of one image."""
+
+    where: str
+    """Of the row, for people: ``captions.csv:12``."""
+    image: str
+    """As written: a path relative to something, or a URI."""
+    metadata: dict[str, Any]
+    """``captions``, ``alt`` and ``tags`` as :func:`normalise` leaves them, and whatever else the row has."""
+
+
+def read_rows(uri: str, columns: ColumnsConfig) -> Iterator[Row | BadPair]:
+    """The rows of a caption file; a row that makes no sense is a :class:`BadPair` in its place.
+
+    Raises:
+        DataError: this is not a caption file.
+        StorageError: it cannot be read.
+    """
+    lower = uri.lower()
+    text = storage.read_text(uri)
+    if lower.endswith(CSV_SUFFIXES):
+        return _rows_of(uri, _csv_records(uri, text, columns), columns)
+    if lower.endswith(JSON_LINES_SUFFIXES):
+        return _rows_of(uri, _json_lines(uri, text), columns)
+    return _json_rows(uri, text, columns)
+
+
+def split_image(values: Mapping[str, Any], columns: ColumnsConfig) -> tuple[Any, dict[str, Any]]:
+    """A record's image (a path, bytes, whatever stands there, or None) and its other fields."""
+    rest = dict(values)
+    found = _take(rest, columns.image, columns.path, *_IMAGE_NAMES)
+    return found, rest
+
+
+def normalise(values: Mapping[str, Any], columns: ColumnsConfig) -> dict[str, Any]:
+    """The fields of a record as metadata of a pair.
+
+    ``captions`` (list), ``alt`` (text) and ``tags`` (list, without "#") are there if the record has them under any of
+    their names; other fields are kept as far as JSON can hold them.
+    """
+    rest = dict(values)
+    captions = [*_texts(_take(rest, columns.captions, "captions")), *_texts(_take(rest, columns.caption, "caption"))]
+    captions = captions or _texts(_take(rest, *_CAPTION_NAMES))
+    alt = _texts(_take(rest, *_ALT_NAMES))
+    tags = [tag for name in _TAG_NAMES for tag in _tags(_take(rest, name))]
+    metadata: dict[str, Any] = {}
+    if captions:
+        metadata["captions"] = list(dict.fromkeys(captions))
+    if alt:
+        metadata["alt"] = " ".join(alt)
+    if tags:
+        metadata["tags"] = list(dict.fromkeys(tags))
+    others = {name: value for name, value in rest.items() if name not in metadata and not _is_missing(value)}
+    return {
+        **metadata,
+        **json.loads(json.dumps(others, default=lambda value: None if isinstance(value, bytes) else str(value))),
+    }
+
+
+def merge(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """Metadata of one image from two rows: all captions and tags, other fields from the first row that has them."""
+    merged = {**second, **first}
+    for name in ("captions", "tags"):
+        if name in merged:
+            merged[name] = list(dict.fromkeys([*first.get(name, []), *second.get(name, [])]))
+    return merged
+
+
+def _rows_of(
+    uri: str, records: Iterator[tuple[int, dict[str, Any] | str]], columns: ColumnsConfig
+) -> Iterator[Row | BadPair]:
+    for line, record in records:
+        where = f"{storage.name(uri)}:{line}"
+        if isinstance(record, str):
+            yield BadPair(where, record)
+            continue
+        image, rest = split_image(record, columns)
+        if isinstance(image, str) and image.strip():
+            yield Row(where, image.strip(), normalise(rest, columns))
+        else:
+            yield BadPair(where, f"it names no image (looked for {', '.join(_image_names(columns))})")
+
+
+def _csv_records(uri: str, text: str, columns: ColumnsConfig) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    """(line, fields by column) or (line, what is wrong), from the line after the header on."""
+    delimiter, header = _header(uri, text, columns)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
+    try:
+        next(reader)
+        for values in reader:
+            if len(values) > len(header):
+                # Cutting it off would leave half a caption that nobody notices.
+                problem = f"it has {len(values)} fields where the header has {len(header)}"
+                yield reader.line_num, f"{problem}; put quotes around captions that hold '{delimiter}'"
+            elif values:
+                yield reader.line_num, dict(zip(header, (value.strip() for value in values), strict=False))
+    except csv.Error as error:
+        raise DataError(f"{uri}, line {reader.line_num}: {error}; a quote may be missing there") from error
+
+
+def _header(uri: str, text: str, columns: ColumnsConfig) -> tuple[str, list[str]]:
+    """The delimiter that cuts the first line so that a column names the image, and the columns."""
+    line = text.partition("\n")[0].strip("\r")
+    names = _image_names(columns)
+    for delimiter in _DELIMITERS:
+        header = [name.strip() for name in next(csv.reader([line], delimiter=delimiter, skipinitialspace=True), [])]
+        if not {name.lower() for name in header}.isdisjoint(names):
+            return delimiter, header
+    raise DataError(f"{uri}: no column of its first line, '{line[:80]}', names the image; call one {', '.join(names)}")
+
+
+def _json_lines(uri: str, text: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    seen_object = False
+    # Not splitlines: JSON may hold other line separators inside its strings.
+    for line, content in enumerate(text.split("\n"), start=1):
+        if not content.strip():
+            continue
+        try:
+            record = json.loads(content)
+        except (ValueError, RecursionError) as error:
+            record, problem = None, f"it is not JSON: {error}"
+        else:
+            problem = "it is not a JSON object"
+        if isinstance(record, dict):
+            seen_object = True
+            yield line, record
+        elif seen_object:
+            yield line, problem
+        else:
+            raise DataError(
+                f"{uri}, line {line}: {problem}; a JSONL file has an object with image and caption on each line"
+            )
+
+
+def _json_rows(uri: str, text: str, columns: ColumnsConfig) -> Iterator[Row | BadPair]:
+    # COCO annotations of other kinds are large, and parsing them takes far longer than this look.
+    if '"annotations"' in text and '"caption"' not in text:
+        raise DataError(f"{uri} holds no captions")
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        if text.lstrip().startswith("{") and "\n{" in text:  # JSONL under the name of JSON
+            return _rows_of(uri, _json_lines(uri, text), columns)
+        raise DataError(f"{uri} is not JSON: {error}") from error
+    if isinstance(content, dict) and all(isinstance(content.get(part), list) for part in ("images", "annotations")):
+        return _coco_rows(uri, content)
+    if isinstance(content, list) and all(isinstance(record, dict) for record in content):
+        return _rows_of(uri, iter(enumerate(content)), columns)
+    raise DataError(
+        f"{uri} is neither COCO captions ('images' and 'annotations') nor a list of objects with image and caption"
+    )
+
+
+def _coco_rows(uri: str, content: dict[str, list]) -> Iterator[Row | BadPair]:
+    captions: dict[Any, list[str]] = {}
+    for annotation in content["annotations"]:
+        if isinstance(annotation, dict) and isinstance(annotation.get("caption"), str):
+            captions.setdefault(annotation.get("image_id"), []).append(annotation["caption"].strip())
+    for image in content["images"]:
+        if isinstance(image, dict) and isinstance(image.get("file_name"), str):
+            found = [caption for caption in captions.pop(image.get("id"), []) if caption]
+            if found:
+                others = {name: value for name, value in image.items() if name not in ("file_name", "captions")}
+                yield Row(f"{storage.name(uri)}:{image.get('id')}", image["file_name"], {"captions": found, **others})
+    for image_id in captions:
+        yield BadPair(f"{storage.name(uri)}:{image_id}", "'images' has no entry with this id and a file_name")
+
+
+def _image_names(columns: ColumnsConfig) -> tuple[str, ...]:
+    return tuple(dict.fromkeys((columns.image.lower(), columns.path.lower(), *_IMAGE_NAMES)))
+
+
+def _take(values: dict[str, Any], *wanted: str) -> Any:
+    """Remove and return the first of the wanted fields that has a value, whatever its case."""
+    names = {str(name).strip().lower(): name for name, value in values.items() if not _is_missing(value)}
+    name = next((names[one.lower()] for one in wanted if one.lower() in names), None)
+    return None if name is None else values.pop(name)
+
+
+def _is_missing(value: Any) -> bool:
+    return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
+
+
+def _texts(value: Any) -> list[str]:
+    """The texts of a field: itself, its items, or the items of a list written into a table cell."""
+    if isinstance(value, str) and value.startswith("[") and value.endswith("]"):
+        try:
+            value = ast.literal_eval(value)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            return [value]  # a caption that happens to stand in brackets
+    items = value if isinstance(value, list) else [value]
+    return [item.strip() for item in items if isinstance(item, str) and item.strip()]
+
+
+def _tags(value: Any) -> list[str]:
+    texts = _texts(value)
+    if len(texts) == 1 and not isinstance(value, list):
+        # "#sea #sunset", or "sea, old town"
+        texts = re.split(r"[\s,;]+" if "#" in texts[0] else r"[,;|]", texts[0])
+    return [tag for text in texts if (tag := text.strip().lstrip("#").strip())]

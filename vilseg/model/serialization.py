@@ -1,0 +1,185 @@
+"""The model folder: ``config.json``, ``model.safetensors``, tokenizer files and a model card; no pickle anywhere."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from vilseg import storage
+from vilseg.config import ModelConfig, SegmentationConfig
+from vilseg.config.tree import flat
+from vilseg.errors import ConfigError, ModelError, UserError
+from vilseg.model import clip_siglip
+from vilseg.model.image_encoder import build_image_encoder, first_line
+from vilseg.model.text_encoder import build_text_encoder
+
+if TYPE_CHECKING:
+    from vilseg.model.vilseg import ViLSeg
+
+FORMAT = 1
+_CONFIG, _WEIGHTS, _CARD = "config.json", "model.safetensors", "README.md"
+_FILES = ["*.json", "*.safetensors", "*.txt", "*.md", "*.jinja"]
+"""What is wanted of a hub's folder; weights in other forms lie beside."""
+
+
+def save(model: ViLSeg, uri: str, *, card: str | None = None, weights: Mapping[str, Tensor] | None = None) -> None:
+    """Write ``model`` as a folder at ``uri``. ``config.json`` comes last: a folder without it is no model.
+
+    Args:
+        model: to be written.
+        uri: of the folder.
+        card: text of its README.
+        weights: by name, where the model itself does not hold them whole.
+    """
+    tree: dict[str, Any] = {
+        "format": FORMAT,
+        "model": model.config.model_dump(mode="json"),
+        "segmentation": model.segmentation.model_dump(mode="json"),
+        "image_encoder": getattr(model.image_encoder, "hf_config", None),
+        "text_encoder": model.text_encoder.hf_config,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        model.text_encoder.tokenizer.save_pretrained(folder)
+        whole = model.state_dict() if weights is None else weights
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in whole.items()}
+        save_file(tensors, Path(folder) / _WEIGHTS, metadata={"format": "pt"})
+        (Path(folder) / _CARD).write_text(card or "# vilseg model\n", encoding="utf-8")
+        storage.upload_folder(Path(folder), uri)
+    storage.write_text(storage.join(uri, _CONFIG), json.dumps(tree, indent=2))
+
+
+def load(cls: type[ViLSeg], source: str, *, clusters: int | None = None) -> ViLSeg:
+    """Read a model folder; see :meth:`ViLSeg.from_pretrained`. ``clusters`` is for models that have no clustering head."""
+    with ExitStack() as stack:
+        folder = _folder(source, stack)
+        if clip_siglip.is_contrastive(_read_json(folder, source)):
+            return clip_siglip.load(cls, folder, source, clusters=clusters).eval()
+        tree, config, segmentation = _read_config(folder, source)
+        try:
+            weights = load_file(folder / _WEIGHTS)
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"the model folder {source} is damaged: {_WEIGHTS}: {first_line(error)}") from error
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+        except (OSError, ValueError) as error:
+            raise ModelError(f"the model folder {source} is damaged: its tokenizer: {first_line(error)}") from error
+        image_encoder = build_image_encoder(config.image_encoder, hf_config=tree["image_encoder"])
+        text_encoder = build_text_encoder(config.text_encoder, tokenizer=tokenizer, hf_config=tree["text_encoder"])
+        bias = weights.get("logit_bias")
+        model = cls(
+            config,
+            image_encoder,
+            text_encoder,
+            segmentation=segmentation,
+            logit_bias=None if bias is None else bias.item(),
+        )
+        try:
+            model.load_state_dict(weights)
+        except RuntimeError as error:
+            # Torch's first line is a heading; the names are in the next.
+            names = " ".join(str(error).split("\n")[1].split())[:200]
+            raise ModelError(f"the weights in {source} do not fit its {_CONFIG}: {names}") from error
+    return model.eval()
+
+
+_FREE = ("init", "image_encoder.frozen", "text_encoder.frozen")
+"""Keys of the model that are the run's, whatever it starts from."""
+
+
+def start(cls: type[ViLSeg], config: ModelConfig, *, segmentation: SegmentationConfig | None = None) -> ViLSeg:
+    """The model at ``config.init`` as a run's own; see :meth:`ViLSeg.from_config`.
+
+    Raises:
+        ConfigError: ``config`` asks for something else than the model there is.
+        ModelError: it cannot be loaded.
+    """
+    assert config.init is not None
+    try:
+        begun = load(cls, config.init, clusters=config.clusters)
+    except ModelError as error:
+        raise ModelError(f"model.init cannot be taken: {error}") from error
+    asked, usual, brought = (flat(part.model_dump()) for part in (config, ModelConfig(), begun.config))
+    for key, value in asked.items():
+        if key not in _FREE and value not in (usual.get(key), brought.get(key)):
+            has = f"has {brought[key]!r}" if key in brought else "has no such key"
+            raise ConfigError(f"model.{key} is {value!r}, but model.init {config.init} {has}; leave the key away")
+    encoders = {
+        name: getattr(begun.config, name).model_copy(update={"frozen": getattr(config, name).frozen})
+        for name in ("image_encoder", "text_encoder")
+    }
+    begun.requires_grad_(True)
+    model = cls(
+        begun.config.model_copy(update=encoders),
+        begun.image_encoder,
+        begun.text_encoder,
+        segmentation=segmentation,
+        logit_bias=None if begun.logit_bias is None else begun.logit_bias.item(),
+    )
+    model.load_state_dict(begun.state_dict())
+    return model.train()
+
+
+def read_settings(source: str) -> SegmentationConfig:
+    """The inference settings that a model carries, without its weights.
+
+    Raises:
+        ModelError: no model folder.
+    """
+    with ExitStack() as stack:
+        folder = source if storage.exists(source) else str(_folder(source, stack))
+        tree = _read_json(folder, source)
+        return clip_siglip.settings_of(tree) if clip_siglip.is_contrastive(tree) else _read_config(folder, source)[2]
+
+
+def _read_json(folder: str | Path, source: str) -> Any:
+    uri = storage.join(str(folder), _CONFIG)
+    if not storage.exists(uri):
+        raise ModelError(f"{source} is not a model folder: it has no {_CONFIG}")
+    try:
+        return json.loads(storage.read_text(uri))
+    except ValueError as error:
+        raise ModelError(_foreign(source, error)) from error
+
+
+def _read_config(folder: str | Path, source: str) -> tuple[dict[str, Any], ModelConfig, SegmentationConfig]:
+    tree = _read_json(folder, source)
+    try:
+        if tree["format"] != FORMAT:
+            raise ModelError(
+                f"{source} is a model folder of format {tree['format']}; this vilseg reads format {FORMAT}"
+            )
+        if not {"image_encoder", "text_encoder"} <= tree.keys():
+            raise KeyError("image_encoder, text_encoder")
+        return tree, ModelConfig.model_validate(tree["model"]), SegmentationConfig.model_validate(tree["segmentation"])
+    except (ValueError, KeyError, TypeError, ValidationError) as error:
+        raise ModelError(_foreign(source, error)) from error
+
+
+def _foreign(source: str, error: Exception) -> str:
+    return f"{source} is not a vilseg model folder: its {_CONFIG} has no vilseg model ({first_line(error)})"
+
+
+def _folder(source: str, stack: ExitStack) -> Path:
+    if storage.exists(source):
+        return stack.enter_context(storage.local_copy(source))
+    if "://" in source or source.count("/") != 1 or source.startswith((".", "/", "~")):
+        raise ModelError(f"there is no model folder at {source}")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=_FILES))
+    except (OSError, HfHubHTTPError, HFValidationError, UserError) as error:
+        raise ModelError(
+            f"{source} is neither a folder nor a model that the hub would give: {first_line(error)}"
+        ) from error

@@ -1,0 +1,153 @@
+"""Vocabularies as YAML, the user's and those that come with the package.
+
+    classes:
+      - cat
+      - {name: sofa, synonyms: [couch], prompts: ["a photo of a {}"], negatives: [armchair]}
+    background: [wall, sky]
+    negatives: [watermark]
+    prompts: short
+
+Only ``classes`` must be there. Every list may be one value instead; ``prompts`` may name a set of
+:mod:`vilseg.text.prompt_templates`; ``background: true`` is the class without words of its own.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Hashable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vilseg.errors import DataError
+from vilseg.text.prompt_templates import templates
+
+_BUILT_IN = Path(__file__).parent / "vocabularies"
+_KEYS = ("classes", "background", "negatives", "prompts")
+_CLASS_KEYS = ("name", "synonyms", "prompts", "negatives")
+
+
+@cache
+def built_in() -> dict[str, Path]:
+    """The vocabularies that come with the package, by name: ``ade20k``, ``coco``, ``coco-panoptic``, ``coco-stuff``,
+    ``context``, ``voc``."""
+    return {path.stem: path for path in sorted(_BUILT_IN.glob("*.yaml"))}
+
+
+def read_yaml(text: str, place: str) -> dict[str, Any]:
+    """What :class:`~vilseg.text.vocabulary.Vocabulary` is made of, and ``background``: None, or words of that class.
+
+    Args:
+        text: the file's content.
+        place: its name, for errors.
+
+    Raises:
+        DataError: not such a file; the sentence names file, key and value.
+    """
+    try:
+        tree = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise DataError(f"{place} is not valid YAML: {' '.join(str(error).split())}") from error
+    if isinstance(tree, list):
+        raise DataError(f"{place} holds a list; write it below the key 'classes:'")
+    if not isinstance(tree, dict) or "classes" not in tree:
+        raise DataError(f"{place} has no key 'classes'; write 'classes:' and below it one '- name' a line")
+    _check_keys(tree, _KEYS, place, "")
+    if not isinstance(tree["classes"], list):
+        raise _wrong(place, "classes", tree["classes"], "give a list of names, one '- name' a line")
+    entries = [_entry(item, place, f"classes[{index}]") for index, item in enumerate(tree["classes"])]
+    negatives = [*_names(tree.get("negatives", []), place, "negatives"), *(word for e in entries for word in e[3])]
+    background = tree.get("background")
+    return {
+        "classes": tuple(entry[0] for entry in entries),
+        "synonyms": _or_none([entry[1] for entry in entries]),
+        "prompts": _prompts(tree, place, ""),
+        "class_prompts": _or_none([entry[2] for entry in entries]),
+        "negatives": tuple(dict.fromkeys(negatives)),
+        "background": None if background in (None, False) else _background(background, place),
+    }
+
+
+def _entry(item: Any, place: str, key: str) -> tuple[str, tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+    """Name, synonyms, prompts and negative words of one class."""
+    if not isinstance(item, dict):
+        name, *synonyms = (part.strip() for part in _name(item, place, key).split("|"))
+        if not all(synonyms):
+            raise _wrong(place, key, item, "it has an empty synonym")
+        return name, tuple(synonyms), (), ()
+    _check_keys(item, _CLASS_KEYS, place, f"{key}.")
+    if "name" not in item:
+        raise _wrong(place, key, item, "a class needs a 'name'")
+    return (
+        _name(item["name"], place, f"{key}.name"),
+        _names(item.get("synonyms", []), place, f"{key}.synonyms"),
+        _prompts(item, place, f"{key}."),
+        _names(item.get("negatives", []), place, f"{key}.negatives"),
+    )
+
+
+def _background(value: Any, place: str) -> tuple[str, ...]:
+    return () if value is True else _names(value, place, "background")
+
+
+def _prompts(tree: dict[str, Any], place: str, prefix: str) -> tuple[str, ...]:
+    value = tree.get("prompts")
+    if value is None:
+        return ()
+    key = f"{prefix}prompts"
+    if not isinstance(value, str):
+        value = _names(value, place, key)
+    try:
+        return templates(value)
+    except ValueError as error:
+        raise DataError(f"{place}: {key}: {error}") from error
+
+
+def _names(value: Any, place: str, key: str) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, list):
+        return (_name(value, place, key),)
+    return tuple(_name(item, place, f"{key}[{index}]") for index, item in enumerate(value))
+
+
+def _name(value: Any, place: str, key: str) -> str:
+    if isinstance(value, str) and value.strip():
+        return value.strip()
+    if isinstance(value, (bool, int, float)):
+        raise _wrong(place, key, value, "YAML reads this as no text; put it between quotes")
+    raise _wrong(place, key, value, "give a name")
+
+
+def _check_keys(tree: dict[Any, Any], known: tuple[str, ...], place: str, prefix: str) -> None:
+    for key in tree:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, 1)
+            hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(known)}"
+            raise DataError(f"{place}: unknown key '{prefix}{key}'; {hint}")
+
+
+def _wrong(place: str, key: str, value: Any, remedy: str) -> DataError:
+    return DataError(f"{place}: {key} is {value!r}: {remedy}")
+
+
+def _or_none(lists: list[tuple[str, ...]]) -> tuple[tuple[str, ...], ...]:
+    """Empty where every list is."""
+    return tuple(lists) if any(lists) else ()
+
+
+class _Loader(yaml.SafeLoader):
+    """A key that is given twice is an error; YAML itself keeps the last without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[Any] = set()
+        for key in self._keys(node):
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key '{key}' is given twice", node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+    def _keys(self, node: yaml.MappingNode) -> Iterator[Any]:
+        return (key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))

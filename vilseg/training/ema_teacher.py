@@ -1,0 +1,66 @@
+"""The EMA teacher of the vision contrast and the head that it shares with the student."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vilseg.training.fsdp import part_of
+
+
+class ProjectionHead(nn.Module):
+    """DINO's projection head: an MLP, a bottleneck of unit length, and a linear map to the prototypes (section 3.2).
+
+    Args:
+        features: F, of the image encoder.
+        hidden: width of the MLP.
+        prototypes: outputs; 0 gives the bottleneck itself.
+        bottleneck: width of the bottleneck.
+    """
+
+    prototypes: nn.Parameter | None
+
+    def __init__(self, features: int, hidden: int, prototypes: int, bottleneck: int = 64) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(features, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, bottleneck)
+        )
+        self.register_parameter("prototypes", nn.Parameter(torch.randn(prototypes, bottleneck)) if prototypes else None)
+
+    def forward(self, features_BF: Tensor) -> Tensor:
+        """Shape: (B, F) -> (B, prototypes), cosines; or (B, bottleneck), unit length."""
+        embedded = F.normalize(self.mlp(features_BF), dim=-1)
+        return embedded if self.prototypes is None else embedded @ F.normalize(self.prototypes, dim=-1).T
+
+
+class Teacher(nn.ModuleDict):
+    """Copies of a student's ``encoder`` and ``head`` that follow it slowly (DINO, section 3.1).
+
+    Args:
+        encoder: of the student; None where it is frozen and the teacher's would be the same.
+        head: of the student.
+    """
+
+    def __init__(self, encoder: nn.Module | None, head: nn.Module) -> None:
+        super().__init__(
+            {
+                "encoder": nn.Identity() if encoder is None else copy.deepcopy(encoder),
+                "head": copy.deepcopy(head),
+            }
+        )
+        self.requires_grad_(False)
+
+    @torch.no_grad()
+    def follow(self, encoder: nn.Module | None, head: nn.Module, *, start: float, progress: float) -> None:
+        """Move towards the student; ``progress`` in 0..1 raises the momentum from ``start`` to 1 by a cosine (section 3.2)."""
+        momentum = 1 - (1 - start) * (math.cos(math.pi * progress) + 1) / 2
+        pairs = [(self["head"], head)] + ([] if encoder is None else [(self["encoder"], encoder)])
+        for teacher, student in pairs:
+            for old, new in zip(teacher.parameters(), student.parameters(), strict=True):
+                part_of(old).lerp_(part_of(new), 1 - momentum)
+            for kept, current in zip(teacher.buffers(), student.buffers(), strict=True):
+                kept.copy_(current)

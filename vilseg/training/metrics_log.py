@@ -1,0 +1,160 @@
+"""What a run tells of itself: ``metrics.jsonl``, TensorBoard events, and MLflow where it is wished for."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vilseg import storage
+from vilseg.config import RunConfig
+from vilseg.config.tree import flat
+from vilseg.errors import ConfigError, UserError
+from vilseg.storage.retry import patiently
+from vilseg.training.run_dir import RunFolder
+
+_MLFLOW_RUN = "mlflow_run.txt"
+"""In the run's folder: the id that a resumed run goes on with."""
+_MLFLOW_BATCH = 1000
+"""Metrics that its server takes at once."""
+
+
+class MetricsFile:
+    """``metrics.jsonl`` and TensorBoard events, gathered locally and brought to the run's folder at every checkpoint.
+
+    Args:
+        folder: of the run.
+        config: of the run; its ``trainer.tracking`` says whether MLflow is told too.
+        from_step: where training goes on; reports of later steps, which a broken run left, are dropped.
+
+    Raises:
+        ConfigError: MLflow is wished for and not installed, or its server does not answer when the run begins.
+    """
+
+    def __init__(self, folder: RunFolder, config: RunConfig, from_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._folder = folder
+        self._local = tempfile.TemporaryDirectory(prefix="vilseg-events-")
+        self._events = SummaryWriter(self._local.name, purge_step=from_step)
+        self._mlflow = _Mlflow(folder, config) if config.trainer.tracking == "mlflow" else None
+        self._lines: list[str] = []
+        if from_step:
+            lines = (_text(folder.metrics) or "").splitlines()
+            self._lines = [line for line in lines if json.loads(line)["step"] <= from_step]
+
+    def add(self, metrics: dict[str, float]) -> None:
+        """Note one report."""
+        step = int(metrics["step"])
+        self._lines.append(json.dumps(metrics))
+        for name, value in metrics.items():
+            self._events.add_scalar(name, value, step)
+        if self._mlflow is not None:
+            self._mlflow.log(metrics, step)
+
+    def add_image(self, name: str, image_HW3: np.ndarray, step: int) -> None:
+        """Show a picture, uint8 RGB, in TensorBoard."""
+        self._events.add_image(name, image_HW3, step, dataformats="HWC")
+
+    def sync(self) -> None:
+        """Bring everything to the run's folder, waiting for a store that does not answer."""
+        self._events.flush()
+        text = "".join(f"{line}\n" for line in list(self._lines))
+        patiently(partial(storage.write_text, self._folder.metrics, text))
+        patiently(partial(storage.upload_folder, Path(self._local.name), self._folder.tensorboard))
+
+    def end(self) -> None:
+        """The run has ended well."""
+        if self._mlflow is not None:
+            self._mlflow.end()
+
+
+def read_metrics(folder: RunFolder) -> list[dict[str, float]]:
+    """The reports of a run, oldest first; waits for a store that does not answer.
+
+    Raises:
+        UserError: there are none.
+    """
+    text = _text(folder.metrics)
+    if text is None:
+        raise UserError(f"the run {folder.uri} has no metrics yet")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def _text(uri: str) -> str | None:
+    """What a file says; None where there is none. Workers that are begun anew ask, so it waits for the store."""
+    return patiently(lambda: storage.read_text(uri) if storage.exists(uri) else None)
+
+
+class _Mlflow:
+    """A run on the server that ``MLFLOW_TRACKING_URI`` names."""
+
+    def __init__(self, folder: RunFolder, config: RunConfig) -> None:
+        try:
+            import mlflow
+        except ImportError as error:
+            raise ConfigError(
+                "trainer.tracking is mlflow, which is not installed here; pip install 'vilseg[tracking]'"
+            ) from error
+        self._client = mlflow.MlflowClient()
+        self._unsent: list[Any] = []
+        self._warned = False
+        known = storage.join(folder.uri, _MLFLOW_RUN)
+        begun = _text(known)
+        try:
+            if begun is not None:
+                self._run = begun.strip()
+                self._tell(lambda: self._client.set_terminated(self._run, "RUNNING"))
+                return
+            name = config.trainer.mlflow_experiment
+            experiment = self._client.get_experiment_by_name(name)
+            number = experiment.experiment_id if experiment else self._client.create_experiment(name)
+            made = self._client.create_run(number, run_name=config.name, tags={"vilseg.folder": folder.uri})
+            self._run = made.info.run_id
+            for key, value in flat(config.model_dump()).items():
+                self._client.log_param(self._run, key, str(value)[:500])
+        except mlflow.MlflowException as error:
+            raise ConfigError(
+                f"MLflow at {mlflow.get_tracking_uri()} cannot be told of the run: {str(error).splitlines()[0]}; "
+                "set MLFLOW_TRACKING_URI, or trainer.tracking=none"
+            ) from error
+        storage.write_text(known, self._run)
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        self._unsent += [Metric(name, value, now, step) for name, value in metrics.items()]
+        self._send()
+
+    def end(self) -> None:
+        self._send()
+        self._tell(lambda: self._client.set_terminated(self._run))
+
+    def _send(self) -> None:
+        while self._unsent:
+            some = self._unsent[:_MLFLOW_BATCH]
+            if not self._tell(partial(self._client.log_batch, self._run, metrics=some)):
+                return  # the next call tries again
+            del self._unsent[: len(some)]
+
+    def _tell(self, action: Callable[[], object]) -> bool:
+        """Whether MLflow was told; a training that has begun goes on without it."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            action()
+        except MlflowException as error:
+            if not self._warned:
+                self._warned = True
+                said = str(error).splitlines()[0]
+                warnings.warn(f"MLflow cannot be told of the run now, training goes on: {said}", stacklevel=2)
+            return False
+        return True

@@ -1,0 +1,282 @@
+"""What happens around the training loop: preparing a run, and its model at the end."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from vilseg import storage
+from vilseg.config import ModelConfig, RunConfig
+from vilseg.config.data import MixPart
+from vilseg.config.loss import CrossModalConfig
+from vilseg.config.tree import flat
+from vilseg.data.batch_reader import index_shards, sample_pairs
+from vilseg.data.sampler import PairOrder
+from vilseg.data.shards import Pair, Shard, list_shards
+from vilseg.data.text_selection import TextRules
+from vilseg.device import precision_dtype
+from vilseg.errors import ConfigError, DataError, StorageError
+from vilseg.model import ViLSeg
+from vilseg.storage.retry import patiently
+from vilseg.text.noun_phrases import NounPhrases
+from vilseg.training.checkpoints import read_checkpoint
+from vilseg.training.loop import NonFiniteLossError, Trainer
+from vilseg.training.objective import Objective
+from vilseg.training.run_dir import Prepared, RunFolder
+
+_SAMPLE_PAIRS = 10_000
+"""Pairs whose captions make the tokenizer and the table of noun phrases."""
+
+
+def open_folder(config: RunConfig, *, resume: bool) -> RunFolder:
+    """The folder of this run.
+
+    Raises:
+        StorageError: it exists without ``resume``, or cannot be reached.
+        ConfigError: ``resume`` without a run of that name.
+    """
+    assert config.name is not None
+    storage.require_bucket(config.trainer.storage)
+    folder = RunFolder(storage.join(storage.absolute(config.trainer.storage), config.name))
+    exists = storage.exists(folder.config)
+    if exists and not resume:
+        raise StorageError(f"the run {folder.uri} exists already; go on with it by --resume or choose another --name")
+    if resume and not exists:
+        raise ConfigError(f"there is no run to resume at {folder.uri}")
+    return folder
+
+
+_MAY_CHANGE = re.compile(r"name|optimizer\..*|segmentation\..*|trainer\.(?!batch_size|seed).*")
+"""Keys that a resumed run may set anew: they change neither the order of the pairs nor what the checkpoint holds."""
+
+
+def resume(config: RunConfig, folder: RunFolder) -> Prepared:
+    """What the run in ``folder`` was begun with; ``config`` becomes the one saved there.
+
+    Raises:
+        ConfigError: ``config`` differs from the run's where it must not, or wants fewer steps than were made.
+    """
+    before = flat(RunConfig.load(folder.config).model_dump())
+    now = flat(config.model_dump())
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key) and not _MAY_CHANGE.fullmatch(key):
+            raise ConfigError(
+                f"cannot resume {folder.uri}: {key} was {before.get(key)!r} and is now {now.get(key)!r}; "
+                "set it as it was, or start a new run by another --name"
+            )
+    done = folder.last_step
+    if config.trainer.steps < done:
+        raise ConfigError(f"cannot resume {folder.uri}: it has made {done} steps, trainer.steps={config.trainer.steps}")
+    storage.write_text(folder.config, config.to_yaml())
+    return Prepared.from_json(storage.read_text(folder.prepared))
+
+
+def preflight(config: RunConfig, *, resume: bool) -> None:
+    """What can be said against a run before anything is started; raises as :func:`open_folder` and :func:`prepare`."""
+    config.trainer.check_shares()
+    for part in require_sources(config).values():
+        list_shards(part.source, without=config.data.held_out)
+    if config.name:
+        open_folder(config, resume=resume)
+    else:
+        storage.require_bucket(config.trainer.storage)
+
+
+def prepare(
+    config: RunConfig,
+    folder: RunFolder,
+    *,
+    count: Callable[[list[str]], list[int]] | None = None,
+    cache: str | None = None,
+) -> Prepared:
+    """Look at the pairs, make the initial model, and write both into the run's folder.
+
+    Args:
+        config: the run's; ``data.source`` or ``data.mix`` must be set.
+        folder: where to write.
+        count: counts the pairs of many shards at once; see :func:`index_shards`.
+        cache: shards of a feature cache made from ``data.source``, to train on in its place.
+
+    Raises:
+        ConfigError: no source, or ``model.init`` with something that it brings itself.
+        DataError: no shards, or no readable pair in them.
+        ModelError: a checkpoint cannot be loaded.
+    """
+    sources = require_sources(config)
+    _check_temperature(config)
+    # A cache was made without what is held out.
+    without = None if cache else config.data.held_out
+    uris = {name: cache or storage.absolute(part.source) for name, part in sources.items()}
+    shards = tuple(
+        itertools.chain.from_iterable(
+            index_shards(uri, count, without=without, name=name) for name, uri in uris.items()
+        )
+    )
+    PairOrder(shards, 1, 0, weights={name: part.weight for name, part in sources.items()})  # says which have no pair
+    pairs = _sample(config, shards, cached=cache is not None)
+    captions = [caption for pair in pairs for caption in pair.captions]
+    nouns = NounPhrases()
+    if config.loss.nouns.weight or config.stage == "self-train":
+        settings = config.loss.nouns
+        nouns = NounPhrases.from_captions(
+            captions[:: math.ceil(len(captions) / _SAMPLE_PAIRS)],
+            max_phrases=settings.max_phrases,
+            min_count=settings.min_count,
+            finder=settings.finder,
+        )
+    torch.manual_seed(config.trainer.seed)
+    model = ViLSeg.from_config(
+        model_settings(config),
+        captions,
+        segmentation=config.segmentation,
+        temperature=config.loss.cross_modal.temperature,
+    )
+    model.save_pretrained(folder.initial, card=_card(config, "not trained yet", {}))
+    prepared = Prepared(shards, nouns, model.text_encoder.fixed_tokenizer())
+    storage.write_text(folder.prepared, prepared.to_json())
+    storage.write_text(folder.config, config.to_yaml())
+    return prepared
+
+
+def model_settings(config: RunConfig) -> ModelConfig:
+    """``config.model``, where the run has an ``init`` with that run's model, or the folder itself, as its beginning."""
+    if not config.init:
+        return config.model
+    model = RunFolder(storage.absolute(config.init)).model
+    begun = model if storage.exists(storage.join(model, "config.json")) else config.init
+    return config.model.model_copy(update={"init": begun})
+
+
+def _check_temperature(config: RunConfig) -> None:
+    temperature = config.loss.cross_modal.temperature
+    usual = CrossModalConfig(form=config.loss.cross_modal.form).temperature
+    if config.model.init and temperature != usual:
+        raise ConfigError(
+            f"loss.cross_modal.temperature is {temperature}, but model.init brings its own; leave the key away"
+        )
+
+
+def _sample(config: RunConfig, shards: Sequence[Shard], *, cached: bool) -> list[Pair]:
+    """Pairs of every source by its weight."""
+    rules = TextRules(config.data.text, config.data.filters)
+    sources = config.data.sources
+    total = sum(part.weight for part in sources.values())
+    pairs: list[Pair] = []
+    for name, part in sources.items():
+        read = [shard for shard in shards if shard.source == name]
+        if cached:
+            # Captions are the same in the cache, but pictures are smaller than features.
+            entries = list_shards(part.source, without=config.data.held_out)
+            read = [Shard(entry.uri, _SAMPLE_PAIRS) for entry in entries]
+        wanted = math.ceil(_SAMPLE_PAIRS * part.weight / total)
+        good, bad = sample_pairs(read, config.data.columns, wanted, rules)
+        if not good:
+            reason = f"; the first, {bad[0].key}, failed because {bad[0].reason}" if bad else ""
+            raise DataError(f"no readable pair at {part.source}{reason}")
+        pairs += good
+    return pairs
+
+
+def require_sources(config: RunConfig) -> dict[str, MixPart]:
+    """``data.sources``, in buckets that exist.
+
+    Raises:
+        ConfigError: none is set.
+        StorageError: there is no such bucket.
+    """
+    sources = config.data.sources
+    if not sources:
+        raise ConfigError(
+            "data.source is not set; give the URI of pair shards, for example data.source=s3://bucket/pairs"
+        )
+    for part in sources.values():
+        storage.require_bucket(part.source)
+    return sources
+
+
+def make_trainer(
+    config: RunConfig,
+    folder: RunFolder,
+    prepared: Prepared,
+    device: torch.device,
+    *,
+    wrap: Callable[[nn.Module], nn.Module] = lambda module: module,
+) -> Trainer:
+    """The trainer of a run's initial model; the seed is set.
+
+    Args:
+        config: of the run.
+        folder: holds the initial model.
+        prepared: its noun phrases.
+        device: where to train.
+        wrap: as for :class:`~vilseg.training.loop.Trainer`.
+    """
+    torch.manual_seed(config.trainer.seed)
+    objective = Objective(
+        patiently(lambda: ViLSeg.from_pretrained(folder.initial)),  # every worker that is begun anew reads it
+        config.loss,
+        config.views,
+        prepared.nouns.phrases,
+        autocast=precision_dtype(config.trainer.precision, device),
+        self_training=config.stage == "self-train",
+    ).to(device)
+    return Trainer(objective, config.optimizer, config.trainer, device, wrap=wrap)
+
+
+def model_at(folder: RunFolder, step: int) -> ViLSeg:
+    """The model as it was at a checkpoint kept."""
+    model = ViLSeg.from_pretrained(folder.initial)
+    objective = read_checkpoint(folder, step)["objective"]
+    prefix = "model."
+    weights = {name.removeprefix(prefix): value for name, value in objective.items() if name.startswith(prefix)}
+    model.load_state_dict(weights)
+    return model.eval()
+
+
+@contextmanager
+def nonfinite_kept(folder: RunFolder) -> Iterator[None]:
+    """Where the loss is no number any more, leave the step, its losses and the keys of its pairs in the run's folder."""
+    try:
+        yield
+    except NonFiniteLossError as error:
+        text = json.dumps(error.found, ensure_ascii=False)
+        patiently(lambda: storage.write_text(folder.nonfinite, text))
+        raise NonFiniteLossError(f"{error}; all of its pairs are named in {folder.nonfinite}", error.found) from error
+
+
+def save_model(
+    model: ViLSeg,
+    config: RunConfig,
+    folder: RunFolder,
+    metrics: dict[str, float],
+    weights: dict[str, Tensor] | None = None,
+) -> None:
+    """Write the trained model with its card; ``weights`` as for :meth:`ViLSeg.save_pretrained`."""
+    samples = config.trainer.steps * config.trainer.batch_size
+    trained = f"{config.trainer.steps:,} steps of {config.trainer.batch_size} pairs, {samples:,} samples"
+    if "epoch" in metrics:
+        trained += f", {metrics['epoch']:.1f} times through all pairs"
+    model.save_pretrained(folder.model, card=_card(config, trained, metrics), weights=weights)
+
+
+def _card(config: RunConfig, trained: str, metrics: dict[str, float]) -> str:
+    rows = "".join(f"| {name} | {value:.4g} |\n" for name, value in metrics.items())
+    table = f"\n## Metrics at the end of training\n\n| | |\n|---|---|\n{rows}" if rows else ""
+    parts = config.data.mix or config.data.sources.values()
+    pairs = ", ".join(f"`{part.source}`" + (f" (weight {part.weight:g})" if config.data.mix else "") for part in parts)
+    return (
+        f"# vilseg model: {config.name}\n\n"
+        "Open-vocabulary segmentation (ViL-Seg, arXiv 2207.08455) trained from image-caption pairs; no mask was used.\n\n"
+        f"- pairs: {pairs}\n- trained: {trained}\n{table}\n"
+        f"## Configuration\n\n```yaml\n{config.to_yaml()}```\n\n"
+        "## Use\n\n```python\nimport vilseg\n\n"
+        'model = vilseg.ViLSeg.from_pretrained("this folder")\n'
+        'segmenter = vilseg.Segmenter(model, classes=["cat", "sofa"])\n```\n'
+    )
