@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.shared import embedded_store
 from cli import console
-from jobs.train.ray_data import batch_reader, pair_order
+from jobs.train.ray_data import make_batch_reader, make_sampler
 from vilseg.config import RunConfig
 from vilseg.data.batch_reader import WorkerBatch
 from vilseg.data.shards import write_tar
@@ -64,8 +64,8 @@ def _measure() -> dict[str, Any]:
     write_tar(f"{_ROOT}/pairs/0.tar", ((p.key, p.image, "jpg", {"captions": list(p.captions)}) for p in drawn))
     folder = run_setup.open_folder(config, resume=False)
     prepared = run_setup.prepare(config, folder)
-    reader = batch_reader(config, prepared, lambda read, bad: None)
-    chunk = next(pair_order(config, prepared).chunks(0, _PAIRS // config.trainer.batch_size))
+    reader = make_batch_reader(config, prepared, lambda read, bad: None)
+    chunk = next(make_sampler(config, prepared).chunks(0, _PAIRS // config.trainer.batch_size))
     batches = list(reader.read(chunk))
     trainer = run_setup.make_trainer(config, folder, prepared, torch.device("cpu"))
     _block(trainer, folder, batches, warm_up, kept=True)

@@ -28,8 +28,8 @@ from PIL import Image
 
 from benchmarks.shared import embedded_store, shared_data
 from cli import console
-from jobs.train.monitor import Monitor
-from jobs.train.ray_data import count_in_parallel, execution_options, pairs_of_steps, worker_batches
+from jobs.train.monitor import TrainingMonitor
+from jobs.train.ray_data import batches_of_steps, count_in_parallel, execution_options, worker_batches
 from vilseg.config import RunConfig
 from vilseg.data.batch_reader import MAX_PHRASES_PER_PAIR, decode_to_canvas
 from vilseg.data.decode import square
@@ -125,8 +125,8 @@ def _rate(counts: Iterator[int]) -> float:
 
 
 def _by_ray(config: RunConfig, prepared: Prepared) -> Iterator[int]:
-    monitor = Monitor.remote(config.data.max_bad_share)
-    dataset = pairs_of_steps(config, prepared, monitor, 0, _STEPS)
+    monitor = TrainingMonitor.remote(config.data.max_bad_share)
+    dataset = batches_of_steps(config, prepared, monitor, 0, _STEPS)
     dataset.context.execution_options = execution_options()
     for batch in worker_batches(dataset.iterator()):
         yield len(batch.keys)

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jobs.train.ray_data import read_here
+from jobs.train.ray_data import read_batches_locally
 from vilseg.config import RunConfig
 from vilseg.data.views import make_views
 from vilseg.device import has_bfloat16_units
@@ -48,7 +48,7 @@ def train(name: str, config: RunConfig, dataset: FolderDataset, rate: float) -> 
     model = _MODELS[name](config.data.canvas, words)
     optimizer_config = config.optimizer.model_copy(update={"learning_rate": rate})
     optimizer = torch.optim.AdamW(parameter_groups(model, config.optimizer.weight_decay), betas=config.optimizer.betas)
-    for step, batch in enumerate(read_here(config, prepared)):
+    for step, batch in enumerate(read_batches_locally(config, prepared)):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(optimizer_config, step, config.trainer.steps)
         images, seeds = torch.tensor(batch.images), torch.tensor(batch.seeds)

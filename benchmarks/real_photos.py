@@ -17,7 +17,7 @@ from benchmarks.shared import embedded_store, shared_data
 from cli import console
 from cluster.ray_session import Session, ray_session
 from jobs.train import train_job
-from jobs.train.supervisor import Outcome
+from jobs.train.supervisor import TrainingResult
 from vilseg import storage
 from vilseg.config import RunConfig
 from vilseg.evaluation.confusion_matrix import ConfusionMatrix
@@ -111,18 +111,18 @@ def upload(data: Path) -> None:
     storage.upload_folder(data / "flickr8k_full" / "images", storage.join(_ROOT, "photos"))
 
 
-def train(session: Session, seconds: dict[str, float]) -> Outcome:
+def train(session: Session, seconds: dict[str, float]) -> TrainingResult:
     """Train on the pairs that `upload` put on the store, with cached features."""
     from jobs.train import feature_cache
 
     config = _config("flickr8k", f"data.feature_cache={_ROOT}/features")
     with console.stage("cache", seconds):  # training would do it by itself; apart, its time is seen
-        feature_cache.main(config, session, progress=train_job.say_cached)
+        feature_cache.main(config, session, progress=train_job.log_cache_progress)
     with console.stage("train", seconds), console.TrainingProgress(config.trainer.steps) as shown:
         return train_job.main(config, session, progress=shown)
 
 
-def _train_uncached(session: Session, seconds: dict[str, float]) -> Outcome:
+def _train_uncached(session: Session, seconds: dict[str, float]) -> TrainingResult:
     """A few steps without the cache, to see what it saves."""
     steps = ("trainer.steps=16", "trainer.checkpoint_every=16", "trainer.log_every=8")
     config = _config("uncached", "trainer.batch_size=128", *steps)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from cli import console
-from jobs.train.ray_data import read_here
+from jobs.train.ray_data import read_batches_locally
 from vilseg import storage
 from vilseg.config import RunConfig
 from vilseg.data.shards import write_index, write_tar
@@ -61,6 +61,6 @@ def train(config: RunConfig, on_checkpoint: Callable[[ViLSeg, int], None] = lamb
         on_checkpoint(model, trainer.step)
         model.train()
 
-    trainer.train(read_here(config, prepared), on_report=lambda metrics: None, on_checkpoint=measure)
+    trainer.train(read_batches_locally(config, prepared), on_report=lambda metrics: None, on_checkpoint=measure)
     storage.delete(folder.uri)
     return model

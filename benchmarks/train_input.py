@@ -24,8 +24,8 @@ from benchmarks.shared import embedded_store
 from cli import console
 from cluster.ray_session import Session, ray_session
 from jobs.ingest import synthetic_scenes
-from jobs.train.monitor import Monitor
-from jobs.train.ray_data import count_in_parallel, execution_options, pairs_of_steps, worker_batches
+from jobs.train.monitor import TrainingMonitor
+from jobs.train.ray_data import batches_of_steps, count_in_parallel, execution_options, worker_batches
 from jobs.train.train_job import make_trainer
 from vilseg import storage
 from vilseg.config import RunConfig
@@ -65,11 +65,11 @@ def _measure(session: Session) -> dict[str, Any]:
     synthetic_scenes.main(f"{_ROOT}/pairs", f"{_ROOT}/unseen", pairs=_PAIRS, unseen=1, size=config.data.canvas, seed=0)
     folder = run_setup.open_folder(config, resume=False)
     prepared = run_setup.prepare(config, folder, count=count_in_parallel)
-    monitor = Monitor.remote(config.data.max_bad_share)
+    monitor = TrainingMonitor.remote(config.data.max_bad_share)
     console.say("[steps]")
     streams = {
         f"block-{number}": partial(
-            pairs_of_steps, config, prepared, monitor, number * _FED_STEPS, (number + 1) * _FED_STEPS
+            batches_of_steps, config, prepared, monitor, number * _FED_STEPS, (number + 1) * _FED_STEPS
         )
         for number in range(_ROUNDS)
     }

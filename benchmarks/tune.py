@@ -18,10 +18,10 @@ import torch
 from cli import console
 from cluster.ray_session import Session, ray_session
 from jobs.ingest import synthetic_scenes
-from jobs.train.ray_data import read_here
+from jobs.train.ray_data import read_batches_locally
 from tune import sweep
 from tune.report import rank_correlations
-from tune.search_space import Space
+from tune.search_space import SearchSpace
 from tune.trial_records import TrialRecord
 from vilseg.config import RunConfig
 from vilseg.evaluation.datasets import FirstImages, FolderDataset
@@ -91,8 +91,8 @@ def _config(out: Path, name: str, steps: int) -> RunConfig:
     return RunConfig.load(str(CONFIG), [*overrides, f"name={name}"])
 
 
-def _space(out: Path, parameters: dict[str, Any], trials: int, **values: Any) -> Space:
-    return Space.model_validate(
+def _space(out: Path, parameters: dict[str, Any], trials: int, **values: Any) -> SearchSpace:
+    return SearchSpace.model_validate(
         {
             "parameters": parameters,
             "trials": trials,
@@ -149,7 +149,7 @@ def _alone(out: Path, config: RunConfig, number: int) -> float:
         evaluate(Segmenter(model, dataset.classes, device="cpu"), dataset)
         model.train()
 
-    trainer.train(read_here(config, prepared), on_report=metrics_file.add, on_checkpoint=on_checkpoint)
+    trainer.train(read_batches_locally(config, prepared), on_report=metrics_file.add, on_checkpoint=on_checkpoint)
     run_setup.save_model(trainer.objective.model, config, folder, {})
     torch.set_num_threads(threads)
     return time.perf_counter() - started

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from jobs.train.ray_data import read_here
+from jobs.train.ray_data import read_batches_locally
 from vilseg.config import ModelConfig, RunConfig, SegmentationConfig
 from vilseg.data.shards import write_tar
 from vilseg.data.synthetic import scenes
@@ -75,7 +75,7 @@ def _train(out: Path) -> ViLSeg:
     folder = run_setup.open_folder(config, resume=False)
     prepared = run_setup.prepare(config, folder)
     trainer = run_setup.make_trainer(config, folder, prepared, torch.device("cpu"))
-    trainer.train(read_here(config, prepared), on_report=lambda metrics: None, on_checkpoint=lambda: None)
+    trainer.train(read_batches_locally(config, prepared), on_report=lambda metrics: None, on_checkpoint=lambda: None)
     run_setup.save_model(trainer.objective.model, config, folder, {})
     return ViLSeg.from_pretrained(folder.model)
 

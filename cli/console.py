@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from jobs.train.monitor import Snapshot
+from jobs.train.monitor import ProgressUpdate
 
 stderr = Console(stderr=True, highlight=False)
 
@@ -161,7 +161,7 @@ class TrainingProgress(_Shown):
         self._steps = steps
         self._last_line = -math.inf
 
-    def __call__(self, snapshot: Snapshot) -> None:
+    def __call__(self, snapshot: ProgressUpdate) -> None:
         """Show what is new."""
         for key, reason in snapshot.bad:
             say(f"skipped {key}: {reason}")

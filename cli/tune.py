@@ -35,19 +35,19 @@ def tune(
     """
     from cli import console
     from cluster.ray_session import ray_session
-    from tune.search_space import Space
+    from tune.search_space import SearchSpace
 
     settings = RunConfig.load(config, overrides or [])
     if name is not None:
         settings.name = name
     if resume and not settings.name:
         raise ConfigError("--resume needs the sweep's --name")
-    wishes = Space.load(space)
+    wishes = SearchSpace.load(space)
     given = {"trials": trials, "dataset": dataset}
     wishes = wishes.with_values(**{key: value for key, value in given.items() if value is not None})
     budget = None if time_budget is None else _seconds(time_budget)
     from tune import sweep as job
-    from tune.callbacks import SweepTable, shown
+    from tune.callbacks import SweepTable, format_value
 
     job.check(settings, wishes, resume=resume)
     with quiet_stdout(), ray_session(address) as session, SweepTable(settings.trainer.steps) as table:
@@ -64,16 +64,16 @@ def tune(
         console.say(f"stopped; go on with --resume --name {storage.name(done.folder)}")
         return 130
     assert done.best is not None
-    point = "  ".join(f"{key}={shown(value)}" for key, value in done.best.point.items())
+    point = "  ".join(f"{key}={format_value(value)}" for key, value in done.best.point.items())
     value = {
-        "objective": wishes.counts,
+        "objective": wishes.objective_name,
         "score": done.best.score,
         "point": done.best.point,
         "trials": [trial.number for trial in done.best.trials],
         "best": done.best_config,
         "report": done.report,
     }
-    text = f"{wishes.counts} {done.best.score:.4f}  {point}\nbest    {done.best_config}\nreport  {done.report}"
+    text = f"{wishes.objective_name} {done.best.score:.4f}  {point}\nbest    {done.best_config}\nreport  {done.report}"
     console.result(value, as_json=json, text=text)
     return 0
 

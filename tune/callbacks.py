@@ -12,10 +12,10 @@ from rich.live import Live
 from rich.table import Table
 
 from cli import console
-from tune.trial_records import Records, TrialRecord, trial_name
+from tune.trial_records import TrialRecord, TrialRecords, trial_name
 
 
-class Watch(Callback):
+class TrialCallback(Callback):
     """Keeps the record of every trial.
 
     Args:
@@ -24,7 +24,7 @@ class Watch(Callback):
         news: called when any record has changed.
     """
 
-    def __init__(self, records: Records, steps: int, news: Callable[[], None]) -> None:
+    def __init__(self, records: TrialRecords, steps: int, news: Callable[[], None]) -> None:
         self.interrupts: list[int] = []
         """Every Ctrl-C; the first lets trials leave as they stand, for --resume."""
         self._records = records
@@ -83,7 +83,7 @@ class Watch(Callback):
 
 
 class _Interrupted(Stopper):
-    def __init__(self, watch: Watch) -> None:
+    def __init__(self, watch: TrialCallback) -> None:
         self._watch = watch
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
@@ -128,7 +128,7 @@ class SweepTable:
                 console.say(self._line(record, objective))
 
     def _line(self, record: TrialRecord, objective: str) -> str:
-        values = "  ".join(f"{key}={shown(value)}" for key, value in record.point.items())
+        values = "  ".join(f"{key}={format_value(value)}" for key, value in record.point.items())
         text = f"trial {trial_name(record.number)}  {values}"
         if record.status == "failed":
             return f"{text}  failed: {record.error}"
@@ -152,7 +152,7 @@ class SweepTable:
             style = "bold green" if score == best else "dim" if record.status in ("stopped", "failed") else None
             table.add_row(
                 trial_name(record.number),
-                *(shown(record.point.get(key, "")) for key in keys),
+                *(format_value(record.point.get(key, "")) for key in keys),
                 f"{record.step}/{self._steps}",
                 f"{score:.4f}" if math.isfinite(score) else "",
                 record.error if record.status == "failed" else record.status,
@@ -161,6 +161,6 @@ class SweepTable:
         return table
 
 
-def shown(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A value of a point, for people."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)

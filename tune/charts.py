@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from tune.callbacks import shown
+from tune.callbacks import format_value
 from tune.search_space import Parameter, Point
 from tune.trial_records import TrialRecord
 from vilseg.evaluation.charts import COLOURS, STYLE, WIDTH, to_svg
@@ -159,7 +159,7 @@ class _Axis:
     def __init__(self, name: str, parameter: Parameter, values: Sequence[Any]) -> None:
         self.name = name
         self._log = parameter.loguniform is not None
-        self._listed = [shown(value) for value in parameter.choice] if parameter.choice else None
+        self._listed = [format_value(value) for value in parameter.choice] if parameter.choice else None
         present = [value for value in values if value is not None]
         bounds = parameter.uniform or parameter.loguniform or parameter.int or (0, 1)
         self._low, self._high = (self._scale(bound) for bound in bounds)
@@ -174,7 +174,7 @@ class _Axis:
         if value is None:
             return math.nan
         if self._listed:
-            return self._listed.index(shown(value)) / max(1, len(self._listed) - 1)
+            return self._listed.index(format_value(value)) / max(1, len(self._listed) - 1)
         return (self._scale(value) - self._low) / (self._high - self._low)
 
     def ticks(self) -> list[tuple[float, str]]:
@@ -183,7 +183,8 @@ class _Axis:
             return [(place / max(1, len(self._listed) - 1), text) for place, text in enumerate(self._listed)]
         marks = [self._low + share * (self._high - self._low) for share in (0, 0.5, 1)]
         return [
-            (share, shown(math.exp(m) if self._log else m)) for share, m in zip((0.0, 0.5, 1.0), marks, strict=True)
+            (share, format_value(math.exp(m) if self._log else m))
+            for share, m in zip((0.0, 0.5, 1.0), marks, strict=True)
         ]
 
 
@@ -208,14 +209,15 @@ class _Cells:
     def __init__(self, name: str, parameter: Parameter, values: Sequence[Any]) -> None:
         self._listed = parameter.values
         if self._listed is not None and len(self._listed) <= _MOST_VALUES:
-            self.names = [shown(value) for value in self._listed]
+            self.names = [format_value(value) for value in self._listed]
             return
         self._listed = None
         low, high = parameter.uniform or parameter.loguniform or parameter.int or (0.0, 1.0)
         spaced = np.geomspace if parameter.loguniform else np.linspace
         self._edges = spaced(low, high, _BINS + 1)
         self.names = [
-            f"{shown(float(a))}–{shown(float(b))}" for a, b in zip(self._edges, self._edges[1:], strict=False)
+            f"{format_value(float(a))}–{format_value(float(b))}"
+            for a, b in zip(self._edges, self._edges[1:], strict=False)
         ]
 
     def of(self, value: Any) -> int | None:

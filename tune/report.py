@@ -9,10 +9,10 @@ from collections.abc import Sequence
 import optuna
 
 from tune import charts
-from tune.callbacks import shown
-from tune.search import distribution, encoded
-from tune.search_space import SEED, Parameter, Space
-from tune.trial_records import Group, TrialRecord, trial_name
+from tune.callbacks import format_value
+from tune.search import optuna_distribution, to_optuna_params
+from tune.search_space import SEED, Parameter, SearchSpace
+from tune.trial_records import PointResult, TrialRecord, trial_name
 from vilseg.config import RunConfig
 from vilseg.evaluation import html_page
 from vilseg.evaluation.proxy_metrics import MEASURES
@@ -26,13 +26,13 @@ _PREFERRED = ("loss.cross_modal.temperature", "model.clusters")
 def render(
     name: str,
     config: RunConfig,
-    space: Space,
+    space: SearchSpace,
     records: Sequence[TrialRecord],
-    best: Group | None,
+    best: PointResult | None,
     commands: Sequence[str],
 ) -> str:
     """The report of a sweep as an HTML document."""
-    objective = space.counts
+    objective = space.objective_name
     ended = (("done", "trials to the end"), ("stopped", "stopped"), ("failed", "failed"))
     headline = [(f"best {objective}", f"{best.score:.4f}" if best else "–", "")]
     headline += [(label, str(sum(record.status == status for record in records)), "") for status, label in ended]
@@ -49,19 +49,19 @@ def render(
     return html_page.page(f"Sweep {name}", parts)
 
 
-def _best(best: Group | None) -> str:
+def _best(best: PointResult | None) -> str:
     if best is None:
         return html_page.section("The best point", "No trial has a score.")
     repeats = f"Mean of {len(best.trials)} trials that differ in their seed. " if len(best.trials) > 1 else ""
     trials = ", ".join(trial_name(trial.number) for trial in best.trials)
     note = f"{repeats}Trial {trials}. best.yaml holds the whole configuration: vilseg train --config best.yaml"
     return html_page.section(
-        "The best point", note, html_page.card(html_page.facts({key: shown(v) for key, v in best.point.items()}))
+        "The best point", note, html_page.card(html_page.facts({key: format_value(v) for key, v in best.point.items()}))
     )
 
 
-def _drawn(space: Space, records: Sequence[TrialRecord], best: Group | None) -> list[str]:
-    objective = space.counts
+def _drawn(space: SearchSpace, records: Sequence[TrialRecord], best: PointResult | None) -> list[str]:
+    objective = space.objective_name
     scored = [record for record in records if record.status != "failed" and math.isfinite(record.score(objective))]
     if not scored:
         return []
@@ -77,7 +77,7 @@ def _drawn(space: Space, records: Sequence[TrialRecord], best: Group | None) -> 
                 charts.heat_map((rows, parameters[rows]), (columns, parameters[columns]), lines_of, objective=objective)
             )
             titles.append(f"{rows} × {columns}")
-    shares = importance(space, scored)
+    shares = parameter_importance(space, scored)
     if shares:
         drawn.append(charts.importance_bars(shares))
         titles.append("Importance")
@@ -100,12 +100,12 @@ def _axes(parameters: dict[str, Parameter]) -> tuple[str, str]:
     return chosen[0], chosen[1]
 
 
-def importance(space: Space, records: Sequence[TrialRecord]) -> dict[str, float]:
+def parameter_importance(space: SearchSpace, records: Sequence[TrialRecord]) -> dict[str, float]:
     """Share of the scores' variance that each parameter explains (fANOVA, Hutter et al. 2014); empty where trials are few.
 
     Of trials of unlike length the longest are taken, as a score says as much of the steps made as of the values.
     """
-    objective = space.counts
+    objective = space.objective_name
     longest = max((record.step for record in records), default=0)
     whole = [record for record in records if record.step == longest and record.status != "failed"]
     keys = {key for record in whole for key in record.point}
@@ -121,8 +121,8 @@ def importance(space: Space, records: Sequence[TrialRecord]) -> dict[str, float]
         study.add_trial(
             optuna.trial.create_trial(
                 value=record.score(objective),
-                params=encoded(space, point),
-                distributions={key: distribution(space.parameters[key]) for key in shared},
+                params=to_optuna_params(space, point),
+                distributions={key: optuna_distribution(space.parameters[key]) for key in shared},
             )
         )
     with warnings.catch_warnings():
@@ -178,7 +178,7 @@ def _trials(records: Sequence[TrialRecord], objective: str) -> str:
     order = sorted(records, key=lambda r: (-r.step, -r.score(objective) if r.curve else math.inf))
     rows = []
     for record in order:
-        values = [shown(record.point[key]) if key in record.point else "" for key in keys]
+        values = [format_value(record.point[key]) if key in record.point else "" for key in keys]
         score = record.score(objective)
         ended = record.error if record.status == "failed" else record.status
         seconds = html_page.seconds_text(record.curve[-1]["seconds"]) if record.curve else ""

@@ -106,7 +106,7 @@ class Parameter(Part):
         return self.choice[trial.suggest_categorical(name, list(range(len(self.choice))))]
 
 
-class Asha(Part):
+class AshaConfig(Part):
     """Asynchronous successive halving (Li et al. 2020): at every rung only the best share goes on."""
 
     grace: Annotated[float, Field(gt=0, lt=1)] = 0.125
@@ -115,7 +115,7 @@ class Asha(Part):
     """One in so many goes on from a rung, and rungs are so many times further apart."""
 
 
-class Pbt(Part):
+class PbtConfig(Part):
     """Population based training (Jaderberg et al. 2017): the worst take over the weights of the best, and vary its values."""
 
     interval: Annotated[float, Field(gt=0, lt=1)] = 0.2
@@ -124,7 +124,7 @@ class Pbt(Part):
     """Share of the population that counts as the best, and as the worst."""
 
 
-class Space(Tree):
+class SearchSpace(Tree):
     """What varies, how it is searched, and what counts."""
 
     parameters: Annotated[dict[str, Parameter], Field(min_length=1)]
@@ -133,8 +133,8 @@ class Space(Tree):
     """``optuna`` is its tree-structured Parzen estimator (Bergstra et al. 2011); ``grid`` tries all combinations."""
     scheduler: Literal["none", "asha", "pbt"] = "none"
     """What becomes of trials on their way; ``none`` lets all of them end."""
-    asha: Asha = Asha()
-    pbt: Pbt = Pbt()
+    asha: AshaConfig = AshaConfig()
+    pbt: PbtConfig = PbtConfig()
     trials: PositiveInt = 16
     """How many points, at most; ``--trials`` takes its place."""
     objective: Literal["miou", "retrieval", "nouns", "mutual_information", "agreement"] | None = None
@@ -185,17 +185,17 @@ class Space(Tree):
                 )
             values = parameter.values or list(parameter.uniform or parameter.loguniform or ())
             for value in values:
-                override(config, {key: value})
+                config_at_point(config, {key: value})
         if self.scheduler == "pbt":
             self._check_pbt(config)
-        if self.counts == "miou" and not self.dataset:
+        if self.objective_name == "miou" and not self.dataset:
             raise ConfigError(
                 "the objective miou needs images with masks; give --dataset KIND:URI, or another objective: "
                 + ", ".join(MEASURES)
             )
-        if self.counts != "miou" and not config.data.held_out:
+        if self.objective_name != "miou" and not config.data.held_out:
             raise ConfigError(
-                f"the objective {self.counts} needs pairs that are not trained on; give data.held_out=URI, a shard of "
+                f"the objective {self.objective_name} needs pairs that are not trained on; give data.held_out=URI, a shard of "
                 "data.source say"
             )
 
@@ -263,7 +263,7 @@ def identity(point: Point) -> str:
     return json.dumps(point, sort_keys=True)
 
 
-def override(config: RunConfig, point: Point) -> RunConfig:
+def config_at_point(config: RunConfig, point: Point) -> RunConfig:
     """The configuration at a point of the space.
 
     Raises:

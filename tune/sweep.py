@@ -25,13 +25,13 @@ from ray import tune
 
 from cluster.ray_session import Session
 from jobs.train import feature_cache, train_job
-from jobs.train.supervisor import interrupts
-from tune.callbacks import Watch
+from jobs.train.supervisor import collect_signals
+from tune.callbacks import TrialCallback
 from tune.report import render
-from tune.search import optuna_search, points_left, scheduler
-from tune.search_space import Space, override
-from tune.trial import Layout, Trial, as_function, on_workers
-from tune.trial_records import Group, Records, TrialRecord, groups, trial_name
+from tune.search import make_optuna_search, scheduler, unfinished_points
+from tune.search_space import SearchSpace, config_at_point
+from tune.trial import Trial, TrialResources, function_trainable, ray_train_trainable
+from tune.trial_records import PointResult, TrialRecord, TrialRecords, groups, trial_name
 from vilseg import storage
 from vilseg.config import RunConfig
 from vilseg.errors import ConfigError, StorageError, UserError
@@ -50,11 +50,11 @@ would be missing where pairs are read."""
 
 
 @dataclass(frozen=True)
-class Outcome:
+class SweepResult:
     """How a sweep ended."""
 
     folder: str
-    best: Group | None
+    best: PointResult | None
     """None where no trial has a score."""
     records: tuple[TrialRecord, ...]
     interrupted: bool
@@ -70,7 +70,7 @@ class Outcome:
         return storage.join(self.folder, "report.html")
 
 
-def check(config: RunConfig, space: Space, *, resume: bool) -> None:
+def check(config: RunConfig, space: SearchSpace, *, resume: bool) -> None:
     """What can be said against a sweep before anything is started.
 
     Raises:
@@ -89,14 +89,14 @@ def check(config: RunConfig, space: Space, *, resume: bool) -> None:
 
 def main(
     config: RunConfig,
-    space: Space,
+    space: SearchSpace,
     session: Session,
     *,
     resume: bool = False,
     time_budget: float | None = None,
     show: Callable[[list[TrialRecord], str], None] = lambda records, objective: None,
     command: str = "",
-) -> Outcome:
+) -> SweepResult:
     """Run the trials and leave the best configuration and the report in ``{trainer.storage}/{name}``.
 
     Args:
@@ -116,19 +116,21 @@ def main(
     check(config, space, resume=resume)
     folder = _folder(config)
     cache = (
-        feature_cache.main(config, session, progress=train_job.say_cached).uri if config.data.feature_cache else None
+        feature_cache.main(config, session, progress=train_job.log_cache_progress).uri
+        if config.data.feature_cache
+        else None
     )
     kept = storage.join(folder, "records")
-    records = Records(kept)
-    layout = lay_out(config, session)
+    records = TrialRecords(kept)
+    layout = plan_trials(config, session)
     trial = Trial(config, space, storage.join(folder, "trials"), kept, layout, cache)
-    watch = Watch(records, config.trainer.steps, lambda: show(list(records), space.counts))
+    watch = TrialCallback(records, config.trainer.steps, lambda: show(list(records), space.objective_name))
     _run(trial, watch, records, time_budget)
-    best = next(iter(groups(list(records), space.counts)), None)
-    done = Outcome(folder, best, tuple(records), bool(watch.interrupts))
+    best = next(iter(groups(list(records), space.objective_name)), None)
+    done = SweepResult(folder, best, tuple(records), bool(watch.interrupts))
     _write(done, config, space, command)
     if best is None and not done.interrupted:
-        raise _why_none(done, space)
+        raise _no_score_error(done, space)
     return done
 
 
@@ -144,14 +146,14 @@ def _absolute(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"data": data, "trainer": trainer})
 
 
-def _absolute_dataset(space: Space) -> Space:
+def _absolute_dataset(space: SearchSpace) -> SearchSpace:
     if not space.dataset:
         return space
     kind, _, uri = space.dataset.partition(":")
     return space.with_values(dataset=f"{kind}:{storage.absolute(uri)}")
 
 
-def lay_out(config: RunConfig, session: Session) -> Layout:
+def plan_trials(config: RunConfig, session: Session) -> TrialResources:
     """How many trials run at a time, and what each takes.
 
     A trial of one worker holds a CPU (and a GPU, where there are some) and reads its own pairs. A trial of several is a
@@ -169,17 +171,17 @@ def lay_out(config: RunConfig, session: Session) -> Layout:
     session.worker_resources(workers)  # refuses what cannot run
     if workers == 1:
         concurrent = min(session.cpus, session.gpus or session.cpus)
-        return Layout(concurrent, 1, 1 if session.gpus else 0, nested=False)
+        return TrialResources(concurrent, 1, 1 if session.gpus else 0, nested=False)
     by_gpus = session.gpus // workers if session.gpus else session.cpus
     concurrent = max(1, min(session.cpus // (workers + 1), by_gpus))
-    return Layout(concurrent, session.cpus // concurrent, session.gpus // concurrent, nested=True)
+    return TrialResources(concurrent, session.cpus // concurrent, session.gpus // concurrent, nested=True)
 
 
 def _folder(config: RunConfig) -> str:
     return storage.join(config.trainer.storage, str(config.name))
 
 
-def _check_folder(config: RunConfig, space: Space, *, resume: bool) -> None:
+def _check_folder(config: RunConfig, space: SearchSpace, *, resume: bool) -> None:
     """Refuse a folder that belongs to another sweep, or to none where one is to go on."""
     folder = _folder(config)
     written = storage.join(folder, "space.yaml")
@@ -191,27 +193,27 @@ def _check_folder(config: RunConfig, space: Space, *, resume: bool) -> None:
         raise ConfigError(f"there is no sweep to resume at {folder}")
     for name, now in (("config.yaml", config), ("space.yaml", space)):
         before = type(now).load(storage.join(folder, name))
-        if _settled(before) != _settled(now):
+        if _fixed_settings(before) != _fixed_settings(now):
             raise ConfigError(
                 f"cannot resume the sweep {folder}: its {name} is another; give what it was begun with, or another --name"
             )
 
 
-def _settled(tree: RunConfig | Space) -> dict[str, Any]:
+def _fixed_settings(tree: RunConfig | SearchSpace) -> dict[str, Any]:
     """What must not change from one part of a sweep to the next; more trials are welcome."""
     values = tree.model_dump(mode="json")
     values.pop("trials", None)
     return values
 
 
-def _run(trial: Trial, watch: Watch, records: Records, time_budget: float | None) -> None:
+def _run(trial: Trial, watch: TrialCallback, records: TrialRecords, time_budget: float | None) -> None:
     """Let Tune run what is not done yet."""
     space = trial.space
     sweep = storage.parent(trial.folder)
     storage.write_text(storage.join(sweep, "config.yaml"), trial.config.to_yaml())
     storage.write_text(storage.join(sweep, "space.yaml"), space.to_yaml())
-    search = optuna_search(space, list(records)) if space.search == "optuna" else None
-    left = points_left(space, list(records))
+    search = make_optuna_search(space, list(records)) if space.search == "optuna" else None
+    left = unfinished_points(space, list(records))
     count = space.trials - sum(record.ended for record in records) if search else len(left)
     if count <= 0:
         return
@@ -219,10 +221,10 @@ def _run(trial: Trial, watch: Watch, records: Records, time_budget: float | None
     layout = trial.layout
     resources = {"cpu": _ALONE if layout.nested else layout.cpus, "gpu": 0 if layout.nested else layout.gpus}
     tuner = tune.Tuner(
-        tune.with_resources((on_workers if layout.nested else as_function)(trial), resources),
+        tune.with_resources((ray_train_trainable if layout.nested else function_trainable)(trial), resources),
         param_space={} if search else {"trial": tune.grid_search(left)},
         tune_config=tune.TuneConfig(
-            metric=space.counts,
+            metric=space.objective_name,
             mode="max",
             scheduler=scheduler(space, trial.config.trainer.steps),
             search_alg=search,
@@ -248,19 +250,19 @@ def _run(trial: Trial, watch: Watch, records: Records, time_budget: float | None
     )
     os.environ.update(_TUNE_ENVIRONMENT)
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
-    with interrupts() as watch.interrupts:
+    with collect_signals() as watch.interrupts:
         tuner.fit()
     storage.delete(storage.join(sweep, "tune"))
 
 
-def _write(done: Outcome, config: RunConfig, space: Space, command: str) -> None:
+def _write(done: SweepResult, config: RunConfig, space: SearchSpace, command: str) -> None:
     """``best.yaml``, ``sweep.json`` and the report."""
     if done.best:
-        best = override(config, done.best.point)
+        best = config_at_point(config, done.best.point)
         best.name = None  # of the sweep; a run is given its own
         storage.write_text(done.best_config, best.to_yaml())
     tree = {
-        "objective": space.counts,
+        "objective": space.objective_name,
         "best": {"point": done.best.point, "score": done.best.score} if done.best else None,
         "trials": [asdict(record) for record in done.records],
     }
@@ -269,7 +271,7 @@ def _write(done: Outcome, config: RunConfig, space: Space, command: str) -> None
     storage.write_text(done.report, render(str(config.name), config, space, done.records, done.best, commands))
 
 
-def _why_none(done: Outcome, space: Space) -> UserError:
+def _no_score_error(done: SweepResult, space: SearchSpace) -> UserError:
     failed = [record for record in done.records if record.status == "failed"]
     if not failed:
         return UserError(

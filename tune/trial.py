@@ -24,9 +24,9 @@ from ray.tune.result import DONE
 
 from cluster.ray_session import Session, user_error_in
 from jobs.train import train_job
-from jobs.train.monitor import PairCount, Snapshot
-from jobs.train.ray_data import read_here
-from tune.search_space import Point, Space, override
+from jobs.train.monitor import BadPairCounter, ProgressUpdate
+from jobs.train.ray_data import read_batches_locally
+from tune.search_space import Point, SearchSpace, config_at_point
 from tune.trial_records import error_uri, trial_name
 from vilseg import storage
 from vilseg.config import RunConfig
@@ -46,14 +46,14 @@ from vilseg.training.run_dir import Prepared, RunFolder
 
 Report = Callable[..., None]
 """Takes figures, and what else there is to pass on."""
-_PATIENCE = 120.0
+_SHUTDOWN_TIMEOUT_S = 120.0
 """Seconds that workers have to leave a checkpoint and end."""
-_POINTER = "state.json"
+_STATE_POINTER = "state.json"
 """In Tune's checkpoint: where the trial's own one lies."""
 
 
 @dataclass(frozen=True)
-class Layout:
+class TrialResources:
     """What every trial has of the cluster."""
 
     concurrent: int
@@ -70,18 +70,18 @@ class Trial:
     """What all trials of a sweep share; sent to each."""
 
     config: RunConfig
-    space: Space
+    space: SearchSpace
     folder: str
     """Of all the trials' runs."""
     records: str
     """Of their records."""
-    layout: Layout
+    layout: TrialResources
     cache: str | None = None
     """Cached features that all train on."""
 
     def config_at(self, number: int, point: Point) -> RunConfig:
         """The configuration of a trial's run."""
-        config = override(self.config, point)
+        config = config_at_point(self.config, point)
         config.name = trial_name(number)
         config.trainer.storage = self.folder
         config.trainer.checkpoint_every = -(-config.trainer.steps // self.space.evaluations)
@@ -98,16 +98,16 @@ class Trial:
         try:
             config = self.config_at(number, point)
             if self.layout.nested:
-                _train_on_workers(config, self.layout, tell, should_stop)
+                _train_on_ray_workers(config, self.layout, tell, should_stop)
             else:
-                _train_here(config, self, tell)
+                _train_in_process(config, self, tell)
         except Exception as error:
             sentence = str(user_error_in(error) or f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
             storage.write_text(error_uri(self.records, number), f"{sentence}\n\n{traceback.format_exc()}")
             raise
 
 
-def as_function(trial: Trial) -> Callable[[dict[str, Any]], None]:
+def function_trainable(trial: Trial) -> Callable[[dict[str, Any]], None]:
     """What Tune runs for a trial in a process of its own."""
 
     def vilseg(config: dict[str, Any]) -> None:
@@ -116,14 +116,14 @@ def as_function(trial: Trial) -> Callable[[dict[str, Any]], None]:
     return vilseg
 
 
-class OnWorkers(tune.Trainable):
+class RayTrainTrainable(tune.Trainable):
     """What Tune runs for a trial with workers of Ray Train.
 
     These have to be ended before the trial is: what they hold of the cluster would stay theirs otherwise.
     """
 
     trial: Trial
-    """Of a subclass; see `on_workers`."""
+    """Of a subclass; see `ray_train_trainable`."""
 
     def setup(self, config: dict[str, Any]) -> None:
         """Begin to train."""
@@ -152,15 +152,15 @@ class OnWorkers(tune.Trainable):
     def cleanup(self) -> None:
         """End the training; its last checkpoint stays."""
         self._ended.set()
-        self._thread.join(_PATIENCE)
+        self._thread.join(_SHUTDOWN_TIMEOUT_S)
 
 
-def on_workers(trial: Trial) -> type[OnWorkers]:
-    """`OnWorkers` of one sweep's trials."""
-    return type("vilseg", (OnWorkers,), {"trial": trial})
+def ray_train_trainable(trial: Trial) -> type[RayTrainTrainable]:
+    """`RayTrainTrainable` of one sweep's trials."""
+    return type("vilseg", (RayTrainTrainable,), {"trial": trial})
 
 
-def _train_here(config: RunConfig, trial: Trial, tell: Report) -> None:
+def _train_in_process(config: RunConfig, trial: Trial, tell: Report) -> None:
     folder = RunFolder(storage.join(config.trainer.storage, str(config.name)))
     handed_over = tune.get_checkpoint()
     if handed_over:  # of another trial: its weights, with this one's values
@@ -176,7 +176,7 @@ def _train_here(config: RunConfig, trial: Trial, tell: Report) -> None:
     trainer = run_setup.make_trainer(config, folder, prepared, device)
     if handed_over:
         with handed_over.as_directory() as local:
-            state = json.loads((Path(local) / _POINTER).read_text())["uri"]
+            state = json.loads((Path(local) / _STATE_POINTER).read_text())["uri"]
         trainer.load_state_dict(read_state(state))
     elif folder.last_step:
         trainer.load_state_dict(read_checkpoint(folder, folder.last_step))
@@ -191,7 +191,7 @@ def _train_here(config: RunConfig, trial: Trial, tell: Report) -> None:
         writer.write(trainer.state_dict(), last, also=metrics_file.sync)
         writer.wait()  # a trial that has told of a checkpoint may be ended, or its checkpoint handed over
         with tempfile.TemporaryDirectory() as local:
-            (Path(local) / _POINTER).write_text(json.dumps({"uri": folder.state(trainer.step)}))
+            (Path(local) / _STATE_POINTER).write_text(json.dumps({"uri": folder.state(trainer.step)}))
             if trainer.step == config.trainer.steps:
                 run_setup.save_model(trainer.objective.model, config, folder, last)
             checkpoint = tune.Checkpoint.from_directory(local) if trial.space.scheduler == "pbt" else None
@@ -207,21 +207,23 @@ def _train_here(config: RunConfig, trial: Trial, tell: Report) -> None:
 
 
 def _batches(config: RunConfig, prepared: Prepared, done: int) -> Iterator[WorkerBatch]:
-    count = PairCount(config.data.max_bad_share)
+    count = BadPairCounter(config.data.max_bad_share)
 
     def report(read: int, bad: list[BadPair]) -> None:
         verdict = count.add(read, [(pair.key, pair.reason) for pair in bad if not pair.filtered])
         if verdict:
             raise DataError(verdict)
 
-    return read_here(config, prepared, done, report=report)
+    return read_batches_locally(config, prepared, done, report=report)
 
 
-def _train_on_workers(config: RunConfig, layout: Layout, tell: Report, should_stop: Callable[[], bool]) -> None:
+def _train_on_ray_workers(
+    config: RunConfig, layout: TrialResources, tell: Report, should_stop: Callable[[], bool]
+) -> None:
     folder = RunFolder(storage.join(config.trainer.storage, str(config.name)))
     due: list[dict[str, float]] = []
 
-    def progress(snapshot: Snapshot) -> None:
+    def progress(snapshot: ProgressUpdate) -> None:
         due.extend(metrics for metrics in snapshot.metrics if metrics["step"] % config.trainer.checkpoint_every == 0)
         # A checkpoint follows its report by a moment; a slow evaluation finds it gone. The last one waits for the workers' end.
         while due and due[0]["step"] < config.trainer.steps:
@@ -239,7 +241,7 @@ def _train_on_workers(config: RunConfig, layout: Layout, tell: Report, should_st
         tell(done.metrics or {"step": config.trainer.steps}, run_setup.model_at(folder, config.trainer.steps))
 
 
-def _figures(config: RunConfig, space: Space, model: ViLSeg) -> dict[str, float]:
+def _figures(config: RunConfig, space: SearchSpace, model: ViLSeg) -> dict[str, float]:
     """mIoU where there are masks, and what can be told without."""
     figures: dict[str, float] = {}
     training = model.training
@@ -251,9 +253,9 @@ def _figures(config: RunConfig, space: Space, model: ViLSeg) -> dict[str, float]
         columns = config.data.columns.model_dump_json()
         figures |= measure(model, _held_out(config.data.held_out, side, space.images, columns))
     model.train(training)
-    if space.counts not in figures:
+    if space.objective_name not in figures:
         raise ConfigError(
-            f"the objective {space.counts} cannot be told from the pairs at {config.data.held_out}: no noun phrase is in "
+            f"the objective {space.objective_name} cannot be told from the pairs at {config.data.held_out}: no noun phrase is in "
             "five of their captions and missing in others; hold out more pairs or choose another objective"
         )
     return figures

@@ -43,7 +43,7 @@ class TrialRecord:
         return float(self.curve[-1].get(objective, math.nan)) if self.curve else math.nan
 
 
-class Records:
+class TrialRecords:
     """The trials of a sweep, on storage below ``uri``."""
 
     def __init__(self, uri: str) -> None:
@@ -81,7 +81,7 @@ def error_uri(records: str, number: int) -> str:
 
 
 @dataclass(frozen=True)
-class Group:
+class PointResult:
     """Trials that differ in their seed alone."""
 
     point: Point
@@ -91,7 +91,7 @@ class Group:
     """Mean of the objective."""
 
 
-def groups(records: Sequence[TrialRecord], objective: str) -> list[Group]:
+def groups(records: Sequence[TrialRecord], objective: str) -> list[PointResult]:
     """Trials by point, the best first: those that made most steps before the others, as scores of different steps say little.
 
     Trials without a score are left out; a point counts as far trained as the one of its repeats that made fewest steps.
@@ -101,7 +101,7 @@ def groups(records: Sequence[TrialRecord], objective: str) -> list[Group]:
         if record.status != "failed" and math.isfinite(record.score(objective)):
             by_point.setdefault(identity(_without_seed(record.point)), []).append(record)
     found = [
-        Group(_without_seed(same[0].point), tuple(same), fmean(record.score(objective) for record in same))
+        PointResult(_without_seed(same[0].point), tuple(same), fmean(record.score(objective) for record in same))
         for same in by_point.values()
     ]
     return sorted(found, key=lambda group: (-min(trial.step for trial in group.trials), -group.score))

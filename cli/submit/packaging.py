@@ -209,9 +209,9 @@ def _configured(verb: str, parameters: dict[str, Any]) -> Iterator[tuple[str, st
 
         values = flat(RunConfig.load(parameters["config"], overrides).model_dump())
         if verb == "tune":
-            from tune.search_space import Space
+            from tune.search_space import SearchSpace
 
-            dataset = Space.load(parameters["space"]).dataset
+            dataset = SearchSpace.load(parameters["space"]).dataset
             if dataset is not None and parameters["dataset"] is None:
                 yield "dataset", dataset.partition(":")[2]
     elif verb == "serve":

@@ -17,17 +17,17 @@ from cluster.ray_session import Session, look
 from vilseg.config import TrainerConfig
 from vilseg.errors import ConfigError
 
-_LOOK_EVERY_S = 30.0
+_CHECK_INTERVAL_S = 30.0
 """Between two looks at the cluster for room for more workers: one that begins anew costs a run as much."""
-_FREE_WITHIN_S = 20.0
+_PLACEMENT_TIMEOUT_S = 20.0
 """What a lost worker held is free again, or a lost machine known to be, after so long; tried again until it is."""
-_ALL_WITHIN_S = 60.0
+_FULL_SIZE_TIMEOUT_S = 60.0
 """After so long without room for as many as the cluster has in all, others hold a part of it, and fewer will do."""
-_PATIENCE_S = 1800.0
+_CAPACITY_TIMEOUT_S = 1800.0
 """Without room for the fewest workers so long, the run fails."""
 
 
-def workers_that_fit(trainer: TrainerConfig, session: Session) -> int:
+def most_workers_that_fit(trainer: TrainerConfig, session: Session) -> int:
     """Workers that share a step evenly and have a place on the cluster, at most as many as are wished for."""
     return trainer.even_workers(session.gpus or session.cpus)
 
@@ -42,25 +42,25 @@ def wait_for_workers(trainer: TrainerConfig, say: Callable[[str], None]) -> tupl
     """
     begun = time.monotonic()
     told = False
-    while time.monotonic() < begun + _PATIENCE_S:
+    while time.monotonic() < begun + _CAPACITY_TIMEOUT_S:
         session = look()
-        for workers in _wished(trainer, session):
-            if _is_free(session, workers):
+        for workers in _worker_counts(trainer, session):
+            if _can_place(session, workers):
                 return workers, session
-            if time.monotonic() < begun + _ALL_WITHIN_S:
+            if time.monotonic() < begun + _FULL_SIZE_TIMEOUT_S:
                 break
         if not told:
             told = True
-            most = max(workers_that_fit(trainer, session), trainer.fewest_workers)
+            most = max(most_workers_that_fit(trainer, session), trainer.fewest_workers)
             say(f"waiting for room for {most} workers; there are {session.cpus} CPUs, {session.gpus} GPUs")
         time.sleep(1)
     raise ConfigError(
-        f"for {_PATIENCE_S / 60:.0f} minutes the cluster had no room for trainer.workers={trainer.fewest_workers}, the fewest; "
-        "ask for fewer, or go on with --resume when there are more machines"
+        f"for {_CAPACITY_TIMEOUT_S / 60:.0f} minutes the cluster had no room for trainer.workers={trainer.fewest_workers}, "
+        "the fewest; ask for fewer, or go on with --resume when there are more machines"
     )
 
 
-class Growth:
+class ScaleUpTrigger:
     """Whether there has come free room for more workers than a run has now; asked often, it looks seldom.
 
     Args:
@@ -71,38 +71,38 @@ class Growth:
 
     def __init__(self, trainer: TrainerConfig, workers: int, session: Session) -> None:
         self._trainer, self._workers = trainer, workers
-        self._held = _all_of(session, workers)
-        self._next = time.monotonic() + _LOOK_EVERY_S
+        self._held = _total_resources(session, workers)
+        self._next = time.monotonic() + _CHECK_INTERVAL_S
 
     def __call__(self) -> bool:
         """Look, if it is time to."""
         if time.monotonic() < self._next:
             return False
-        self._next = time.monotonic() + _LOOK_EVERY_S
+        self._next = time.monotonic() + _CHECK_INTERVAL_S
         session = look()
-        wished = [workers for workers in _wished(self._trainer, session) if workers > self._workers]
-        free = _free() if wished else {}
+        wished = [workers for workers in _worker_counts(self._trainer, session) if workers > self._workers]
+        free = _unreserved_resources() if wished else {}
 
         def has_room(workers: int) -> bool:
-            needed = _all_of(session, workers)
+            needed = _total_resources(session, workers)
             return all(amount <= self._held.get(name, 0) + free[name] + 1e-6 for name, amount in needed.items())
 
         return any(has_room(workers) for workers in wished)
 
 
-def _wished(trainer: TrainerConfig, session: Session) -> Iterator[int]:
+def _worker_counts(trainer: TrainerConfig, session: Session) -> Iterator[int]:
     """Numbers of workers that the cluster has room for in all, the most first."""
-    workers = workers_that_fit(trainer, session)
+    workers = most_workers_that_fit(trainer, session)
     while workers >= trainer.fewest_workers:
         yield workers
         workers = trainer.even_workers(workers - 1)
 
 
-def _all_of(session: Session, workers: int) -> dict[str, float]:
+def _total_resources(session: Session, workers: int) -> dict[str, float]:
     return {name: amount * workers for name, amount in session.worker_resources(workers).items()}
 
 
-def _free() -> dict[str, float]:
+def _unreserved_resources() -> dict[str, float]:
     """CPUs and GPUs that no one holds for long."""
     # Reading, the run's own too, takes whatever CPUs are idle, for moments: what is held for good are groups of places.
     groups = [group for group in placement_group_table().values() if group["state"] == "CREATED"]
@@ -110,7 +110,7 @@ def _free() -> dict[str, float]:
     return {"CPU": ray.cluster_resources().get("CPU", 0) - held, "GPU": ray.available_resources().get("GPU", 0)}
 
 
-def _is_free(session: Session, workers: int) -> bool:
+def _can_place(session: Session, workers: int) -> bool:
     """Whether there is room for ``workers``, which shows only by taking it: a lost machine is counted for up to a minute more."""
     each, places, strategy = session.worker_resources(workers), workers, "PACK"
     if "GPU" not in each:
@@ -120,6 +120,6 @@ def _is_free(session: Session, workers: int) -> bool:
         each = {name: amount * math.ceil(workers / places) for name, amount in each.items()}
     group = placement_group([each] * places, strategy=strategy)
     try:
-        return group.wait(_FREE_WITHIN_S)
+        return group.wait(_PLACEMENT_TIMEOUT_S)
     finally:
         remove_placement_group(group)

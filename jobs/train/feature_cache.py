@@ -54,7 +54,7 @@ _SCHEMA = pa.schema(
 
 
 @dataclass(frozen=True)
-class Manifest:
+class CacheManifest:
     """What a cache holds."""
 
     uri: str
@@ -70,7 +70,7 @@ class Manifest:
 
 def main(
     config: RunConfig, session: Session, *, progress: Callable[[int, int], None] = lambda done, total: None
-) -> Manifest:
+) -> CacheManifest:
     """Write the cache of ``data.source`` below ``data.feature_cache``, unless it is there.
 
     Args:
@@ -93,13 +93,13 @@ def main(
     shards = list_shards(storage.absolute(source), without=config.data.held_out)
     encoders = make_encoders(config)
     folder = storage.join(storage.absolute(config.data.feature_cache), cache_key(config, shards, encoders))
-    if storage.exists(_manifest(folder)):
-        return Manifest(**json.loads(storage.read_text(_manifest(folder))))
+    if storage.exists(_manifest_uri(folder)):
+        return CacheManifest(**json.loads(storage.read_text(_manifest_uri(folder))))
     names = [entry.relative.replace("/", "_") + PARQUET for entry in shards]
     rows = [
         {"source": entry.uri, "target": storage.join(folder, name)} for entry, name in zip(shards, names, strict=True)
     ]
-    done = _write_all(rows, encoders, config, session, progress)
+    done = _write_shards(rows, encoders, config, session, progress)
     rejected = dict(pair for shard in done for pair in json.loads(shard["rejected"]))
     pairs = {storage.name(shard["target"]): int(shard["pairs"]) for shard in done}
     total = sum(pairs.values()) + len(rejected)
@@ -110,8 +110,8 @@ def main(
             f"{config.data.max_bad_share} allows; the first was {key}: {reason}"
         )
     write_index(folder, pairs.items())
-    manifest = Manifest(folder, int(done[0]["patches"]), int(done[0]["features"]), pairs, rejected)
-    storage.write_text(_manifest(folder), json.dumps(asdict(manifest), indent=1, ensure_ascii=False))
+    manifest = CacheManifest(folder, int(done[0]["patches"]), int(done[0]["features"]), pairs, rejected)
+    storage.write_text(_manifest_uri(folder), json.dumps(asdict(manifest), indent=1, ensure_ascii=False))
     return manifest
 
 
@@ -143,7 +143,7 @@ def make_encoders(config: RunConfig) -> Encoders:
     return Encoders(images, build_text_encoder(model.text_encoder).eval() if loaded else None, model)
 
 
-def _write_all(
+def _write_shards(
     rows: list[dict[str, str]],
     encoders: Encoders,
     config: RunConfig,
@@ -159,7 +159,7 @@ def _write_all(
     }
     shared = ray.put((encoders.images, encoders.texts))
     written = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-        _Actor,
+        _FeatureActor,
         fn_constructor_args=([shared], settings, max(1, session.cpus // actors)),
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=actors),
@@ -318,7 +318,7 @@ class FeatureWriter:
         return [part.tobytes() for part in np.split(rows, ends[:-1])] if len(captions) else []
 
 
-class _Actor:
+class _FeatureActor:
     """What Ray Data makes one of in every actor."""
 
     def __init__(self, encoders: list[Any], settings: dict[str, Any], threads: int) -> None:
@@ -359,5 +359,5 @@ def cache_key(config: RunConfig, shards: Sequence[storage.FileEntry], encoders: 
     return digest.hexdigest()[:16]
 
 
-def _manifest(folder: str) -> str:
+def _manifest_uri(folder: str) -> str:
     return storage.join(folder, MANIFEST)

@@ -11,7 +11,7 @@ _MIN_PAIRS = 500
 
 
 @dataclass
-class Snapshot:
+class ProgressUpdate:
     """What happened since the last look."""
 
     metrics: list[dict[str, float]] = field(default_factory=list)
@@ -23,7 +23,7 @@ class Snapshot:
 
 
 @dataclass(frozen=True)
-class Answer:
+class ReportReply:
     """To a report."""
 
     stop: bool
@@ -32,7 +32,7 @@ class Answer:
     """What else is known of the run so far, for the report."""
 
 
-class PairCount:
+class BadPairCounter:
     """How many pairs were read, how many of them could not be, and whether these are too many."""
 
     def __init__(self, max_bad_share: float) -> None:
@@ -56,9 +56,9 @@ class Monitor:
     """One a run; workers and data tasks write to it, the driver reads."""
 
     def __init__(self, max_bad_share: float) -> None:
-        self._pairs = PairCount(max_bad_share)
+        self._pairs = BadPairCounter(max_bad_share)
         self._filtered = 0
-        self._new = Snapshot()
+        self._new = ProgressUpdate()
         self._known: set[str] = set()
         self._stop = False
         self._failure: Exception | None = None
@@ -72,13 +72,13 @@ class Monitor:
                 self._new.bad.append((key, reason))
         return self._pairs.add(read, bad)
 
-    def report(self, metrics: dict[str, float]) -> Answer:
+    def report(self, metrics: dict[str, float]) -> ReportReply:
         """Pass on a report of rank 0."""
         counts = {"bad_pairs": float(self._pairs.bad), "filtered_pairs": float(self._filtered)}
         self._new.metrics.append({**metrics, **counts})
-        return Answer(self._stop, counts)
+        return ReportReply(self._stop, counts)
 
-    def go_on(self) -> None:
+    def clear_stop(self) -> None:
         """Training begins (anew): nobody has asked it to stop."""
         self._stop = False
 
@@ -94,8 +94,8 @@ class Monitor:
         """Whether a mistake was told of."""
         return self._failure is not None
 
-    def poll(self) -> Snapshot:
+    def poll(self) -> ProgressUpdate:
         """What is new since the last call."""
-        new, self._new = self._new, Snapshot()
+        new, self._new = self._new, ProgressUpdate()
         new.read, new.bad_total, new.failure = self._pairs.read, self._pairs.bad, self._failure
         return new

@@ -20,16 +20,16 @@ _SIOCGIFADDR = 0x8915
 """Linux's request for the address of an interface (netdevice(7))."""
 
 
-class NodesTorchConfig(TorchConfig):
+class MultiNodeTorchConfig(TorchConfig):
     """Ray's own, but that workers of different machines find each other."""
 
     @property
     def backend_cls(self) -> Any:
         """What Ray sets the workers up with."""
-        return _OwnInterface
+        return _GlooInterfaceBackend
 
 
-class _OwnInterface(TorchConfig().backend_cls):  # type: ignore[misc]  # Ray does not say its type
+class _GlooInterfaceBackend(TorchConfig().backend_cls):  # type: ignore[misc]  # Ray does not say its type
     def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
         if len(set(worker_group.execute(ray.util.get_node_ip_address))) > 1:
             worker_group.execute(_use_interface_of_node)
@@ -37,12 +37,12 @@ class _OwnInterface(TorchConfig().backend_cls):  # type: ignore[misc]  # Ray doe
 
 
 def _use_interface_of_node() -> None:
-    found = interface_of(ray.util.get_node_ip_address())
+    found = interface_with_address(ray.util.get_node_ip_address())
     if found is not None:
         os.environ.setdefault(_VARIABLE, found)
 
 
-def interface_of(address: str) -> str | None:
+def interface_with_address(address: str) -> str | None:
     """The name of the interface that has an IPv4 address on this machine, if one has."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():

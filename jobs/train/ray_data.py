@@ -46,7 +46,7 @@ def stream_batches(order: PairOrder, reader: BatchReader, first_step: int, last_
             yield {"id": np.array([chunk])}
 
     def read_pairs(rows: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
-        yield from _rows(reader.read(chunks[rows["id"][0]]), reader.workers)
+        yield from _pack_rows(reader.read(chunks[rows["id"][0]]), reader.workers)
 
     dataset = ray.data.from_items([{"id": 0}], override_num_blocks=1)
     dataset.context.target_max_block_size = 1  # byte: a block is closed after every row
@@ -54,7 +54,7 @@ def stream_batches(order: PairOrder, reader: BatchReader, first_step: int, last_
     return numbered.map_batches(read_pairs, batch_size=1, num_cpus=READ_CPUS)
 
 
-def _rows(batches: Iterator[WorkerBatch], workers: int) -> Iterator[dict[str, np.ndarray]]:
+def _pack_rows(batches: Iterator[WorkerBatch], workers: int) -> Iterator[dict[str, np.ndarray]]:
     """Rows of as many steps each (the last ones may have fewer), worker by worker."""
     for first in batches:
         steps = max(1, min(_ROW_PAIRS // len(first.keys), _ROW_BYTES // first.images.nbytes))
@@ -63,7 +63,7 @@ def _rows(batches: Iterator[WorkerBatch], workers: int) -> Iterator[dict[str, np
             yield pack(group[worker::workers])
 
 
-def pairs_from_last_checkpoint(
+def batches_from_last_checkpoint(
     config: RunConfig,
     folder: RunFolder,
     prepared: Prepared,
@@ -71,15 +71,17 @@ def pairs_from_last_checkpoint(
 ) -> ray.data.Dataset:
     """The batches that a run still needs; called whenever its workers (re)start."""
     done = folder.last_step
-    return pairs_of_steps(config, prepared, monitor, done, max(config.trainer.steps, done + 1))
+    return batches_of_steps(config, prepared, monitor, done, max(config.trainer.steps, done + 1))
 
 
-def pairs_of_steps(config: RunConfig, prepared: Prepared, monitor: Any, first: int, last: int) -> ray.data.Dataset:
+def batches_of_steps(config: RunConfig, prepared: Prepared, monitor: Any, first: int, last: int) -> ray.data.Dataset:
     """The batches of steps ``first`` up to, not including, ``last``."""
-    return stream_batches(pair_order(config, prepared), batch_reader(config, prepared, reporter(monitor)), first, last)
+    return stream_batches(
+        make_sampler(config, prepared), make_batch_reader(config, prepared, make_pair_reporter(monitor)), first, last
+    )
 
 
-def pair_order(config: RunConfig, prepared: Prepared) -> PairOrder:
+def make_sampler(config: RunConfig, prepared: Prepared) -> PairOrder:
     """The order of a run's pairs."""
     return PairOrder(
         prepared.shards,
@@ -90,7 +92,7 @@ def pair_order(config: RunConfig, prepared: Prepared) -> PairOrder:
     )
 
 
-def batch_reader(
+def make_batch_reader(
     config: RunConfig, prepared: Prepared, report: Callable[[int, list[BadPair]], None] | None
 ) -> BatchReader:
     """What reads a run's pairs; see :class:`BatchReader` for ``report``."""
@@ -108,12 +110,12 @@ def batch_reader(
     )
 
 
-def read_here(
+def read_batches_locally(
     config: RunConfig, prepared: Prepared, first: int = 0, *, report: Callable[[int, list[BadPair]], None] | None = None
 ) -> Iterator[WorkerBatch]:
     """The batches of one worker from step ``first`` on, read in this process without Ray."""
-    reader = batch_reader(config, prepared, report)
-    for chunk in pair_order(config, prepared).chunks(first, config.trainer.steps):
+    reader = make_batch_reader(config, prepared, report)
+    for chunk in make_sampler(config, prepared).chunks(first, config.trainer.steps):
         yield from reader.read(chunk)
 
 
@@ -140,7 +142,7 @@ def worker_batches(shard: ray.data.DataIterator) -> Iterator[WorkerBatch]:
         yield from unpack(columns)
 
 
-def reporter(monitor: Any) -> Callable[[int, list[BadPair]], None]:
+def make_pair_reporter(monitor: Any) -> Callable[[int, list[BadPair]], None]:
     """Tells the monitor of pairs read; raises DataError when it has had enough."""
 
     def report(read: int, missing: list[BadPair]) -> None:

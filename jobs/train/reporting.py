@@ -28,7 +28,7 @@ _EXAMPLES = 6
 """Pictures whose clusters are shown."""
 
 
-class TrainingLog:
+class TrainingReporter:
     """What a run leaves behind while it trains; use it in a ``with`` statement, whose end waits for what is being written.
 
     Args:
@@ -58,7 +58,7 @@ class TrainingLog:
         if error is None:
             self._metrics.end()  # what it has to tell went out with the last checkpoint
 
-    def keeping_examples(self, batches: Iterator[WorkerBatch]) -> Iterator[WorkerBatch]:
+    def keep_examples(self, batches: Iterator[WorkerBatch]) -> Iterator[WorkerBatch]:
         """The batches as they are; pictures of the first are shown later."""
         for batch in batches:
             if self._examples is None and batch.images.dtype == np.uint8:  # cached features are no pictures
@@ -79,17 +79,17 @@ class TrainingLog:
             epochs = self._order.epochs(int(metrics["samples"]))
             metrics |= {f"epoch/{name}": epoch for name, epoch in epochs.items()}
         alone = self._config.trainer.sharding == "none"  # sharded weights compute only where all workers do
-        if alone and self._config.data.held_out and self._is_kept(step):
+        if alone and self._config.data.held_out and self._is_checkpoint_step(step):
             found = measure(self._trainer.objective.model, self._held_out)
             metrics |= {f"held_out/{name}": value for name, value in found.items()}
-        if self._is_kept(step):
+        if self._is_checkpoint_step(step):
             require_figure(self._config.trainer.best_by, metrics)
         answer = ray.get(self._monitor.report.remote(metrics))
         metrics |= answer.counts
         self._metrics.add(metrics)
         self._last = metrics
         if alone and every and step // every > before // every:  # reports need not come at its multiples
-            self._show_examples(step)
+            self._add_examples(step)
         return answer.stop
 
     def checkpoint(self) -> None:
@@ -101,7 +101,7 @@ class TrainingLog:
         weights = self._trainer.model_weights()
         run_setup.save_model(self._trainer.objective.model, self._config, self._folder, self._last, weights)
 
-    def _is_kept(self, step: int) -> bool:
+    def _is_checkpoint_step(self, step: int) -> bool:
         return step % self._config.trainer.checkpoint_every == 0 or step == self._config.trainer.steps
 
     @cached_property
@@ -112,7 +112,7 @@ class TrainingLog:
         return patiently(load)
 
     @torch.no_grad()
-    def _show_examples(self, step: int) -> None:
+    def _add_examples(self, step: int) -> None:
         if self._examples is None:
             return
         model = self._trainer.objective.model
@@ -120,10 +120,10 @@ class TrainingLog:
         images_B3HW = torch.from_numpy(self._examples).to(model.device).permute(0, 3, 1, 2).float() / 255
         assignments_BKhw = model.eval().assignments(images_B3HW)
         model.train(training)
-        self._metrics.add_image("clusters", _beside(self._examples, assignments_BKhw.cpu()), step)
+        self._metrics.add_image("clusters", _image_grid(self._examples, assignments_BKhw.cpu()), step)
 
 
-def _beside(images_BHW3: np.ndarray, assignments_BKhw: torch.Tensor) -> np.ndarray:
+def _image_grid(images_BHW3: np.ndarray, assignments_BKhw: torch.Tensor) -> np.ndarray:
     """Pictures in a row, and below them their patches in the colours of their clusters. Shape: -> (2 H, B W, 3) uint8."""
     height, width = images_BHW3.shape[1:3]
     clusters_Bhw = assignments_BKhw.argmax(1)

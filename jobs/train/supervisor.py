@@ -15,20 +15,20 @@ from ray.train.torch import TorchTrainer
 
 from cli import console
 from cluster.ray_session import user_error_in
-from jobs.train.monitor import Snapshot
+from jobs.train.monitor import ProgressUpdate
 from vilseg import storage
 from vilseg.errors import StoreUnavailable
 from vilseg.storage.retry import patiently
 from vilseg.training.run_dir import RunFolder
 
 _POLL_SECONDS = 0.3
-_END_S = 30.0
+_END_TIMEOUT_S = 30.0
 """How long a trainer may take to end once its run is over: its workers are started anew and find nothing to do."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TrainingResult:
     """How a training ended."""
 
     folder: RunFolder
@@ -38,7 +38,7 @@ class Outcome:
     """Asked to stop before the last step; a checkpoint was left."""
 
 
-class Watch:
+class TrainingSupervisor:
     """Watches a run, which may be of several trainers after one another.
 
     Args:
@@ -54,7 +54,7 @@ class Watch:
         monitor: Any,
         folder: RunFolder,
         steps: int,
-        progress: Callable[[Snapshot], None],
+        progress: Callable[[ProgressUpdate], None],
         should_stop: Callable[[], bool],
     ) -> None:
         self._monitor, self._folder, self._steps = monitor, folder, steps
@@ -63,7 +63,7 @@ class Watch:
         self.asked_to_stop = False
         """By the user, not by a need for other workers."""
 
-    def until_end(self, trainer: TorchTrainer, pause: Callable[[], bool] = lambda: False) -> Outcome:
+    def run(self, trainer: TorchTrainer, pause: Callable[[], bool] = lambda: False) -> TrainingResult:
         """Run a trainer.
 
         Args:
@@ -74,7 +74,7 @@ class Watch:
             UserError: what a worker or reader found wrong with the user's input.
             KeyboardInterrupt: Ctrl-C for the second time.
         """
-        ray.get(self._monitor.go_on.remote())
+        ray.get(self._monitor.clear_stop.remote())
         failure: list[BaseException] = []
 
         def fit() -> None:
@@ -89,10 +89,10 @@ class Watch:
         ended = threading.Event()
         threading.Thread(target=fit, name="vilseg-train", daemon=True).start()
         stopping = told = False
-        with _ended_before_errors(ended), interrupts() as noted:
+        with _wait_for_end_on_error(ended), collect_signals() as noted:
             while True:
                 over = ended.wait(_POLL_SECONDS)
-                self._look()
+                self._poll()
                 if over:
                     break
                 if len(noted) > 1:
@@ -108,9 +108,9 @@ class Watch:
             self.asked_to_stop = self.asked_to_stop or bool(noted)  # since the last look
         if failure:
             raise user_error_in(failure[0]) or failure[0]
-        return Outcome(self._folder, self._last, stopping and self._last.get("step", 0) < self._steps)
+        return TrainingResult(self._folder, self._last, stopping and self._last.get("step", 0) < self._steps)
 
-    def _look(self) -> None:
+    def _poll(self) -> None:
         snapshot = ray.get(self._monitor.poll.remote())
         self._last = snapshot.metrics[-1] if snapshot.metrics else self._last
         self._progress(snapshot)
@@ -119,18 +119,18 @@ class Watch:
 
 
 @contextmanager
-def _ended_before_errors(ended: threading.Event) -> Iterator[None]:
+def _wait_for_end_on_error(ended: threading.Event) -> Iterator[None]:
     """Errors go on once a trainer has ended, or seems not to: Ray is shut down after them, and a thread that is inside one of
     its calls then may take the process with it."""
     try:
         yield
     except BaseException:
-        ended.wait(_END_S)
+        ended.wait(_END_TIMEOUT_S)
         raise
 
 
 @contextmanager
-def interrupts() -> Iterator[list[int]]:
+def collect_signals() -> Iterator[list[int]]:
     """Every Ctrl-C and SIGTERM while this lasts, noted instead of raised: as an exception inside Ray's calls it may get lost."""
     noted: list[int] = []
     if threading.current_thread() is not threading.main_thread():
@@ -146,7 +146,7 @@ def interrupts() -> Iterator[list[int]]:
 
 @contextmanager
 def sigterm_as_ctrl_c() -> Iterator[None]:
-    """A SIGTERM while this lasts raises KeyboardInterrupt as Ctrl-C does, but where :func:`interrupts` notes both."""
+    """A SIGTERM while this lasts raises KeyboardInterrupt as Ctrl-C does, but where :func:`collect_signals` notes both."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -157,7 +157,7 @@ def sigterm_as_ctrl_c() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-class Quarantine:
+class QuarantineFile:
     """``quarantine.jsonl`` of a run: the pairs that could not be read, by key, with the reason; each once."""
 
     def __init__(self, folder: RunFolder) -> None:

@@ -18,18 +18,18 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from cli import console
 from cluster.ray_session import Session, beside_driver, check_workers, cpus_here, user_error_in
 from jobs.train import feature_cache
-from jobs.train.elastic import Growth, wait_for_workers
-from jobs.train.monitor import Monitor, Snapshot
-from jobs.train.process_group import NodesTorchConfig
+from jobs.train.elastic import ScaleUpTrigger, wait_for_workers
+from jobs.train.monitor import ProgressUpdate, TrainingMonitor
+from jobs.train.process_group import MultiNodeTorchConfig
 from jobs.train.ray_data import (
+    batches_from_last_checkpoint,
     count_in_parallel,
     execution_options,
-    pair_order,
-    pairs_from_last_checkpoint,
+    make_sampler,
     worker_batches,
 )
-from jobs.train.reporting import TrainingLog
-from jobs.train.supervisor import Outcome, Quarantine, Watch, sigterm_as_ctrl_c
+from jobs.train.reporting import TrainingReporter
+from jobs.train.supervisor import QuarantineFile, TrainingResult, TrainingSupervisor, sigterm_as_ctrl_c
 from vilseg import distributed, storage
 from vilseg.config import RunConfig
 from vilseg.training import run_setup
@@ -45,9 +45,9 @@ def main(
     session: Session,
     *,
     resume: bool = False,
-    progress: Callable[[Snapshot], None] = lambda snapshot: None,
+    progress: Callable[[ProgressUpdate], None] = lambda snapshot: None,
     should_stop: Callable[[], bool] = lambda: False,
-) -> Outcome:
+) -> TrainingResult:
     """Train as ``config`` says on the connected cluster.
 
     Args:
@@ -70,35 +70,37 @@ def main(
     else:
         cache = None
         if config.data.feature_cache:
-            cache = feature_cache.main(config, session, progress=say_cached).uri
+            cache = feature_cache.main(config, session, progress=log_cache_progress).uri
         prepared = run_setup.prepare(config, folder, count=count_in_parallel, cache=cache)
-    monitor = Monitor.options(  # type: ignore[attr-defined]  # ray.remote hides the class it wraps
+    monitor = TrainingMonitor.options(  # type: ignore[attr-defined]  # ray.remote hides the class it wraps
         scheduling_strategy=beside_driver()
     ).remote(config.data.max_bad_share)
-    quarantine = Quarantine(folder)
+    quarantine = QuarantineFile(folder)
 
-    def told(snapshot: Snapshot) -> None:
+    def told(snapshot: ProgressUpdate) -> None:
         quarantine.add(snapshot.bad)
         progress(snapshot)
 
-    watch = Watch(monitor, folder, config.trainer.steps, told, should_stop)
+    watch = TrainingSupervisor(monitor, folder, config.trainer.steps, told, should_stop)
     try:
         if isinstance(config.trainer.workers, int):
-            return watch.until_end(_trainer(config, config.trainer.workers, session, folder, prepared, monitor))
-        return _train_elastically(config, watch, folder, prepared, monitor)
+            return watch.run(_ray_trainer(config, config.trainer.workers, session, folder, prepared, monitor))
+        return _train_elastic(config, watch, folder, prepared, monitor)
     finally:
         quarantine.write()
 
 
-def _train_elastically(config: RunConfig, watch: Watch, folder: RunFolder, prepared: Prepared, monitor: Any) -> Outcome:
+def _train_elastic(
+    config: RunConfig, watch: TrainingSupervisor, folder: RunFolder, prepared: Prepared, monitor: Any
+) -> TrainingResult:
     """One trainer after the other, each with as many workers as there is room for."""
     failures = 0
     while True:
         workers, session = wait_for_workers(config.trainer, console.say)
         console.say(f"training by {workers} workers")
-        trainer = _trainer(config, workers, session, folder, prepared, monitor)
+        trainer = _ray_trainer(config, workers, session, folder, prepared, monitor)
         try:
-            outcome = watch.until_end(trainer, Growth(config.trainer, workers, session))
+            outcome = watch.run(trainer, ScaleUpTrigger(config.trainer, workers, session))
         except TrainingFailedError as error:
             failures += 1
             if user_error_in(error) or failures > config.trainer.max_failures:
@@ -111,7 +113,7 @@ def _train_elastically(config: RunConfig, watch: Watch, folder: RunFolder, prepa
         return outcome
 
 
-def _trainer(
+def _ray_trainer(
     config: RunConfig, workers: int, session: Session, folder: RunFolder, prepared: Prepared, monitor: Any
 ) -> TorchTrainer:
     resources = session.worker_resources(workers)
@@ -121,7 +123,7 @@ def _trainer(
     filesystem, path = storage.filesystem(storage.parent(folder.uri))
     return TorchTrainer(
         partial(train_worker, config=config, folder=folder, prepared=prepared, monitor=monitor),
-        torch_config=NodesTorchConfig(),
+        torch_config=MultiNodeTorchConfig(),
         scaling_config=ScalingConfig(
             num_workers=workers,
             use_gpu="GPU" in resources,
@@ -129,7 +131,7 @@ def _trainer(
             # Workers with a GPU each fill machines by themselves, and talk the faster the nearer they are.
             placement_strategy="PACK" if "GPU" in resources else "SPREAD",
         ),
-        datasets={"pairs": partial(pairs_from_last_checkpoint, config, folder, prepared, monitor)},
+        datasets={"pairs": partial(batches_from_last_checkpoint, config, folder, prepared, monitor)},
         dataset_config=DataConfig(execution_options=execution_options()),
         # Checkpoints are ours, not Ray's (vilseg.training.checkpoints): written beside the training, and patient with the store.
         run_config=ray.train.RunConfig(
@@ -141,7 +143,7 @@ def _trainer(
     )
 
 
-def say_cached(done: int, total: int) -> None:
+def log_cache_progress(done: int, total: int) -> None:
     """A line of progress."""
     console.say(f"features of {done} of {total} shards cached")
 
@@ -161,7 +163,7 @@ def train_worker(config: RunConfig, folder: RunFolder, prepared: Prepared, monit
 
 def _train(config: RunConfig, folder: RunFolder, prepared: Prepared, monitor: Any) -> None:
     trainer = make_trainer(config, folder, prepared)
-    done = folder.last_step  # the stream of pairs begins after the same one: see pairs_from_last_checkpoint
+    done = folder.last_step  # the stream of pairs begins after the same one: see batches_from_last_checkpoint
     if done:
         trainer.load_state_dict(read_checkpoint(folder, done))
     batches = worker_batches(ray.train.get_dataset_shard("pairs"))
@@ -183,10 +185,10 @@ def _train(config: RunConfig, folder: RunFolder, prepared: Prepared, monitor: An
             if trainer.step == config.trainer.steps:
                 trainer.model_weights()
         return
-    order = pair_order(config, prepared)
-    with run_setup.nonfinite_kept(folder), TrainingLog(config, folder, trainer, monitor, order) as log:
+    order = make_sampler(config, prepared)
+    with run_setup.nonfinite_kept(folder), TrainingReporter(config, folder, trainer, monitor, order) as log:
         trainer.train(
-            log.keeping_examples(batches),
+            log.keep_examples(batches),
             on_report=lambda metrics: agree(log.report(metrics)),
             on_checkpoint=log.checkpoint,
             should_stop=lambda: stop,

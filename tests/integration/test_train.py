@@ -57,7 +57,7 @@ def config(*overrides: str) -> RunConfig:
 
 
 @pytest.fixture(scope="module")
-def whole(ray_cluster: Session, pairs: str) -> train_job.Outcome:
+def whole(ray_cluster: Session, pairs: str) -> train_job.TrainingResult:
     """A run of eight steps by two workers; to begin one takes far longer than its steps, so tests share it."""
     return train_job.main(eight_steps(pairs, "whole"), ray_cluster)
 
@@ -68,7 +68,7 @@ def eight_steps(pairs: str, name: str, *overrides: str) -> RunConfig:
 
 
 def test_two_workers_see_the_losses_of_one(
-    ray_cluster: Session, pairs: str, whole: train_job.Outcome, tmp_path: Path
+    ray_cluster: Session, pairs: str, whole: train_job.TrainingResult, tmp_path: Path
 ) -> None:
     here = f"trainer.storage={tmp_path}"  # a folder instead of S3, as on a laptop
     alone = train_job.main(eight_steps(pairs, "alone", "trainer.workers=1", here), ray_cluster)
@@ -81,7 +81,7 @@ def test_two_workers_see_the_losses_of_one(
 
 
 def test_resumed_run_goes_on_as_if_it_had_not_stopped(
-    ray_cluster: Session, pairs: str, whole: train_job.Outcome
+    ray_cluster: Session, pairs: str, whole: train_job.TrainingResult
 ) -> None:
     settings = eight_steps(pairs, "broken")
     folder = RunFolder(f"{ROOT}/runs/broken")
@@ -100,7 +100,7 @@ def test_resumed_run_goes_on_as_if_it_had_not_stopped(
     assert storage.exists(folder.model)
 
 
-def test_self_training_goes_on_from_a_run(ray_cluster: Session, pairs: str, whole: train_job.Outcome) -> None:
+def test_self_training_goes_on_from_a_run(ray_cluster: Session, pairs: str, whole: train_job.TrainingResult) -> None:
     stage = ("stage=self-train", f"init={whole.folder.uri}", "loss.self_training.confidence=0", "trainer.steps=3")
     done = train_job.main(eight_steps(pairs, "self-trained", *stage), ray_cluster)
     begun, ended = ViLSeg.from_pretrained(done.folder.initial), ViLSeg.from_pretrained(whole.folder.model)
@@ -111,7 +111,7 @@ def test_self_training_goes_on_from_a_run(ray_cluster: Session, pairs: str, whol
     assert set(ViLSeg.from_pretrained(done.folder.model).state_dict()) == set(ended.state_dict())
 
 
-def test_run_folder_holds_what_the_documentation_names(pairs: str, whole: train_job.Outcome) -> None:
+def test_run_folder_holds_what_the_documentation_names(pairs: str, whole: train_job.TrainingResult) -> None:
     folder = whole.folder
     assert folder.checkpoint_steps() == [4, 8]
     assert RunConfig.load(folder.config) == eight_steps(pairs, "whole")

@@ -9,8 +9,8 @@ import pytest
 from cluster.ray_session import Session
 from jobs.ingest import synthetic_scenes
 from tune import sweep
-from tune.search_space import Space
-from tune.trial_records import Records, TrialRecord
+from tune.search_space import SearchSpace
+from tune.trial_records import TrialRecord, TrialRecords
 from vilseg import storage
 from vilseg.config import RunConfig
 from vilseg.errors import ConfigError, StorageError, UserError
@@ -52,8 +52,8 @@ def config(name: str, *overrides: str) -> RunConfig:
     return RunConfig.load(None, [*BASE, f"name={name}", *overrides])
 
 
-def space(parameters: dict[str, Any], **values: Any) -> Space:
-    return Space.model_validate({"parameters": parameters, "evaluations": 3, "images": 50, **values})
+def space(parameters: dict[str, Any], **values: Any) -> SearchSpace:
+    return SearchSpace.model_validate({"parameters": parameters, "evaluations": 3, "images": 50, **values})
 
 
 def test_the_best_of_some_trials_trains_on_and_a_failed_one_is_told_of(ray_cluster: Session) -> None:
@@ -112,7 +112,7 @@ def test_a_sweep_goes_on_from_its_records(ray_cluster: Session) -> None:
     storage.delete(folder.checkpoint(12))
     ended.status = "running"
     ended.curve = ended.curve[:-1]
-    Records(f"{first.folder}/records").keep(ended)
+    TrialRecords(f"{first.folder}/records").keep(ended)
     third = sweep.main(made, varied.with_values(trials=3), ray_cluster, resume=True)
     assert [entry["step"] for entry in third.records[0].curve] == [4, 8, 12]
     assert third.records[0].curve[:2] == ended.curve

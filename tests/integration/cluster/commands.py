@@ -110,9 +110,9 @@ def _job(verb: str, here: dict[str, str], arguments: dict[str, Any], cluster: Ob
         if session.gpus and "GPU" not in share:
             yield f"trainer.workers is {config.trainer.workers}, but {session.gpus} GPUs are there when the job begins"
     if verb == "tune":
-        from tune.search_space import Space
+        from tune.search_space import SearchSpace
 
-        Space.load(here["space"]).check(config)
+        SearchSpace.load(here["space"]).check(config)
     if verb == "segment":
         from vilseg.text.vocabulary import Vocabulary
 

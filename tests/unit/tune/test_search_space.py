@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tune.search_space import Space, identity, override
+from tune.search_space import SearchSpace, config_at_point, identity
 from vilseg.config import RunConfig
 from vilseg.errors import ConfigError
 
@@ -15,12 +15,12 @@ TEMPERATURE, CLUSTERS = "loss.cross_modal.temperature", "model.clusters"
 CONFIGS = Path(__file__).parents[3] / "configs"
 
 
-def space(parameters: dict[str, Any], **values: Any) -> Space:
+def space(parameters: dict[str, Any], **values: Any) -> SearchSpace:
     overrides = [
         f"parameters={json.dumps(parameters)}",
         *(f"{key}={json.dumps(value)}" for key, value in values.items()),
     ]
-    return Space.load(None, overrides)
+    return SearchSpace.load(None, overrides)
 
 
 def config(*overrides: str) -> RunConfig:
@@ -29,7 +29,7 @@ def config(*overrides: str) -> RunConfig:
 
 @pytest.mark.parametrize("name", sorted(path.name for path in (CONFIGS / "spaces").glob("*.yaml")))
 def test_shipped_spaces_fit_the_demo(name: str) -> None:
-    shipped = Space.load(str(CONFIGS / "spaces" / name)).with_values(dataset="folder:/val")
+    shipped = SearchSpace.load(str(CONFIGS / "spaces" / name)).with_values(dataset="folder:/val")
     shipped.check(config("loss.vision.weight=0.1"))
     if shipped.search != "optuna":
         assert len(shipped.points()) == shipped.trials
@@ -69,7 +69,7 @@ def test_a_grid_has_every_combination_of_what_varies_together() -> None:
 
 
 def test_a_point_becomes_a_configuration() -> None:
-    made = override(config(), {TEMPERATURE: 3e-05, CLUSTERS: 7, "model.image_encoder.sizes.width": 8})
+    made = config_at_point(config(), {TEMPERATURE: 3e-05, CLUSTERS: 7, "model.image_encoder.sizes.width": 8})
     assert made.loss.cross_modal.temperature == pytest.approx(3e-05)
     assert (made.model.clusters, made.model.image_encoder.sizes["width"]) == (7, 8)
 
@@ -133,9 +133,11 @@ def test_variants_in_a_cache_are_of_one_augmentation() -> None:
 
 
 def test_the_objective_follows_what_there_is() -> None:
-    assert space({CLUSTERS: {"choice": [5]}}).counts == "nouns"
-    assert space({CLUSTERS: {"choice": [5]}}, dataset="folder:/val").counts == "miou"
-    assert space({CLUSTERS: {"choice": [5]}}, dataset="folder:/val", objective="agreement").counts == "agreement"
+    assert space({CLUSTERS: {"choice": [5]}}).objective_name == "nouns"
+    assert space({CLUSTERS: {"choice": [5]}}, dataset="folder:/val").objective_name == "miou"
+    assert (
+        space({CLUSTERS: {"choice": [5]}}, dataset="folder:/val", objective="agreement").objective_name == "agreement"
+    )
 
 
 def test_values_of_a_log_range_stay_in_it() -> None:

@@ -9,20 +9,20 @@ import numpy as np
 import pytest
 
 from cluster.ray_session import Session
-from tune.report import importance, rank_correlations, render
-from tune.search import optuna_search, points_left
-from tune.search_space import Point, Space
-from tune.sweep import lay_out
-from tune.trial_records import Records, TrialRecord, groups
+from tune.report import parameter_importance, rank_correlations, render
+from tune.search import make_optuna_search, unfinished_points
+from tune.search_space import Point, SearchSpace
+from tune.sweep import plan_trials
+from tune.trial_records import TrialRecord, TrialRecords, groups
 from vilseg.config import RunConfig
 from vilseg.errors import ConfigError
 
 TEMPERATURE, CLUSTERS = "loss.cross_modal.temperature", "model.clusters"
 
 
-def space(search: str = "random", **values: object) -> Space:
+def space(search: str = "random", **values: object) -> SearchSpace:
     parameters = {TEMPERATURE: {"loguniform": [0.01, 1.0]}, CLUSTERS: {"choice": [5, 15, 25]}}
-    return Space.model_validate({"parameters": parameters, "search": search, "objective": "miou", **values})
+    return SearchSpace.model_validate({"parameters": parameters, "search": search, "objective": "miou", **values})
 
 
 def record(number: int, score: float, point: Point | None = None, *, step: int = 100, **values: object) -> TrialRecord:
@@ -32,11 +32,11 @@ def record(number: int, score: float, point: Point | None = None, *, step: int =
 
 
 def test_records_are_read_as_they_were_kept(tmp_path: Path) -> None:
-    records = Records(f"{tmp_path}/records")
+    records = TrialRecords(f"{tmp_path}/records")
     kept = [record(1, 0.5), record(0, 0.4, status="failed", error="no", curve=[])]
     for one in kept:
         records.keep(one)
-    again = list(Records(f"{tmp_path}/records"))
+    again = list(TrialRecords(f"{tmp_path}/records"))
     assert again == sorted(kept, key=lambda one: one.number)
     assert math.isnan(again[0].score("miou"))
     assert again[1].score("miou") == 0.5
@@ -68,8 +68,8 @@ def test_only_what_has_not_ended_is_left() -> None:
         record(2, 0.5, points[2], status="failed"),
         record(3, 0.1, points[3], status="running"),
     ]
-    assert [entry["number"] for entry in points_left(wanted, records)] == [1, 3, 4, 5]
-    assert all(entry["values"] == points[entry["number"]] for entry in points_left(wanted, records))
+    assert [entry["number"] for entry in unfinished_points(wanted, records)] == [1, 3, 4, 5]
+    assert all(entry["values"] == points[entry["number"]] for entry in unfinished_points(wanted, records))
 
 
 def test_a_resumed_search_knows_what_was_tried() -> None:
@@ -85,7 +85,7 @@ def test_a_resumed_search_knows_what_was_tried() -> None:
         known.append(record(number, truth(point), point))
     waiting = record(40, 0.2, {TEMPERATURE: 0.02, CLUSTERS: 5}, status="running")
     failed = record(41, 0, {TEMPERATURE: 0.03, CLUSTERS: 5}, status="failed", curve=[])
-    search = pickle.loads(pickle.dumps(optuna_search(space("optuna"), [*known, waiting, failed])))
+    search = pickle.loads(pickle.dumps(make_optuna_search(space("optuna"), [*known, waiting, failed])))
     suggested = []
     for number in range(21):
         suggested.append(search.suggest(str(number))["trial"])
@@ -103,10 +103,10 @@ def test_importance_tells_what_matters() -> None:
     for number in range(24):
         point = {TEMPERATURE: float(np.exp(chance.uniform(np.log(0.01), 0))), CLUSTERS: int(chance.choice([5, 15, 25]))}
         records.append(record(number, math.log(point[TEMPERATURE]) + 0.01 * chance.normal(), point))
-    shares = importance(space(), records)
+    shares = parameter_importance(space(), records)
     assert sum(shares.values()) == pytest.approx(1)
     assert shares[TEMPERATURE] > 0.9
-    assert importance(space(), records[:3]) == {}, "of three trials nothing can be said"
+    assert parameter_importance(space(), records[:3]) == {}, "of three trials nothing can be said"
 
 
 def test_rank_correlation_is_over_evaluations_at_the_last_step_that_enough_trials_reached() -> None:
@@ -140,7 +140,7 @@ def test_the_page_shows_every_trial_and_stands_for_itself() -> None:
 
 
 def test_repeats_and_gaps_are_drawn() -> None:
-    wanted = Space.model_validate(
+    wanted = SearchSpace.model_validate(
         {
             "parameters": {
                 "loss.vision.weight": {"choice": [0, 0.1]},
@@ -168,7 +168,7 @@ def test_trials_share_the_cluster_without_waiting_for_each_other(
     workers: int, cpus: int, gpus: int, concurrent: int, each: tuple[int, int]
 ) -> None:
     config = RunConfig.load(None, [f"trainer.workers={workers}", "trainer.batch_size=64"])
-    layout = lay_out(config, Session(cpus, gpus))
+    layout = plan_trials(config, Session(cpus, gpus))
     assert layout.concurrent == concurrent
     assert (layout.cpus, layout.gpus) == each
     assert layout.nested == (workers > 1)
@@ -180,4 +180,4 @@ def test_trials_share_the_cluster_without_waiting_for_each_other(
 
 def test_more_workers_than_cpus_are_refused() -> None:
     with pytest.raises(ConfigError, match="there are 2 CPUs"):
-        lay_out(RunConfig.load(None, ["trainer.workers=4"]), Session(2, 0))
+        plan_trials(RunConfig.load(None, ["trainer.workers=4"]), Session(2, 0))

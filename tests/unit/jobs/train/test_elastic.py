@@ -4,7 +4,7 @@ import pytest
 
 from cluster.ray_session import Session
 from jobs.train import elastic
-from jobs.train.elastic import Growth, wait_for_workers
+from jobs.train.elastic import ScaleUpTrigger, wait_for_workers
 from vilseg.config import TrainerConfig
 
 TRAINER = TrainerConfig(workers=(1, 8), batch_size=256)
@@ -14,7 +14,7 @@ EIGHT = Session(cpus=32, gpus=8)
 @pytest.fixture(autouse=True)
 def _cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(elastic, "look", lambda: EIGHT)
-    monkeypatch.setattr(elastic, "_LOOK_EVERY_S", 0.0)
+    monkeypatch.setattr(elastic, "_CHECK_INTERVAL_S", 0.0)
     monkeypatch.setattr(elastic.time, "sleep", lambda seconds: None)
 
 
@@ -25,8 +25,8 @@ def test_fewer_are_taken_where_others_hold_the_rest(monkeypatch: pytest.MonkeyPa
         tried.append(workers)
         return workers <= 4
 
-    monkeypatch.setattr(elastic, "_is_free", is_free)
-    monkeypatch.setattr(elastic, "_ALL_WITHIN_S", 0.05)
+    monkeypatch.setattr(elastic, "_can_place", is_free)
+    monkeypatch.setattr(elastic, "_FULL_SIZE_TIMEOUT_S", 0.05)
     assert wait_for_workers(TRAINER, lambda line: None) == (4, EIGHT)
     assert tried[:2] == [8, 8], "all at first: a lost worker's room is not free at once"
     assert tried[-1] == 4
@@ -34,5 +34,5 @@ def test_fewer_are_taken_where_others_hold_the_rest(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize(("gpus", "grows"), [(0, False), (3, False), (4, True)])
 def test_a_run_grows_only_into_free_room(monkeypatch: pytest.MonkeyPatch, gpus: int, grows: bool) -> None:
-    monkeypatch.setattr(elastic, "_free", lambda: {"CPU": 20.0, "GPU": gpus})
-    assert Growth(TRAINER, 4, EIGHT)() is grows
+    monkeypatch.setattr(elastic, "_unreserved_resources", lambda: {"CPU": 20.0, "GPU": gpus})
+    assert ScaleUpTrigger(TRAINER, 4, EIGHT)() is grows

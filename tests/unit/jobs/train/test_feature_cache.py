@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from jobs.train.feature_cache import FeatureWriter, cache_key, make_encoders
-from jobs.train.ray_data import read_here
+from jobs.train.ray_data import read_batches_locally
 from vilseg import ViLSeg, storage
 from vilseg.config import ImageEncoderConfig, RunConfig, ViewsConfig
 from vilseg.config.data import ColumnsConfig
@@ -176,7 +176,7 @@ def test_a_cache_is_read_by_its_own_columns(pairs: str) -> None:
     Path(cached).mkdir()
     pq.write_table(pa.table(row), f"{cached}/a.parquet")
     storage.write_text(f"{cached}/manifest.json", json.dumps({"patches": 4, "features": 2}))
-    (batch,) = read_here(config, begun_on(Shard(f"{cached}/a.parquet", 1)))
+    (batch,) = read_batches_locally(config, begun_on(Shard(f"{cached}/a.parquet", 1)))
     assert (batch.keys, batch.images.shape) == (("k",), (1, 4, 2))
 
 
@@ -257,7 +257,7 @@ def test_an_epoch_reads_one_variant_of_every_picture_and_in_the_end_all(tmp_path
         """The variants read by key, epoch by epoch."""
         sizes = ("trainer.batch_size=10", "trainer.steps=6", f"trainer.seed={seed}")
         config = settings(f"{tmp_path}/a.tar", "data.cache_variants=3", *sizes)
-        batches = list(read_here(config, begun_on(Shard(f"{tmp_path}/cache/a.parquet", 20))))
+        batches = list(read_batches_locally(config, begun_on(Shard(f"{tmp_path}/cache/a.parquet", 20))))
         return [
             {
                 name: known[name, features.tobytes()]

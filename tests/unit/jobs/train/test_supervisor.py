@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from jobs.train import supervisor
-from jobs.train.monitor import Snapshot
-from jobs.train.supervisor import Watch, sigterm_as_ctrl_c
+from jobs.train.monitor import ProgressUpdate
+from jobs.train.supervisor import TrainingSupervisor, sigterm_as_ctrl_c
 from vilseg.training.run_dir import RunFolder
 
 
@@ -19,8 +19,8 @@ class FakeMonitor:
 
     def __init__(self) -> None:
         self.stopped, self.end, self.looks = 0, threading.Event(), 0
-        names = ("go_on", "stop", "poll")
-        self.go_on, self.stop, self.poll = (SimpleNamespace(remote=getattr(self, f"_{name}")) for name in names)
+        names = ("clear_stop", "stop", "poll")
+        self.clear_stop, self.stop, self.poll = (SimpleNamespace(remote=getattr(self, f"_{name}")) for name in names)
 
     def _go_on(self) -> None:
         return None
@@ -28,13 +28,13 @@ class FakeMonitor:
     def _stop(self) -> None:
         self.stopped += 1
 
-    def _poll(self) -> Snapshot:
+    def _poll(self) -> ProgressUpdate:
         self.looks += 1
         if self.looks == 3:
             os.kill(os.getpid(), signal.SIGTERM)  # after the pause was begun
         if self.looks == 6:
             self.end.set()
-        return Snapshot()
+        return ProgressUpdate()
 
 
 def test_a_signal_while_a_run_stops_for_more_workers_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,8 +42,8 @@ def test_a_signal_while_a_run_stops_for_more_workers_is_noted(monkeypatch: pytes
     monkeypatch.setattr(supervisor.ray, "get", lambda answer: answer)
     monitor = FakeMonitor()
     trainer: Any = SimpleNamespace(fit=lambda: monitor.end.wait(10))
-    watched = Watch(monitor, RunFolder("run"), 10, lambda snapshot: None, lambda: False)
-    outcome = watched.until_end(trainer, pause=lambda: True)
+    watched = TrainingSupervisor(monitor, RunFolder("run"), 10, lambda snapshot: None, lambda: False)
+    outcome = watched.run(trainer, pause=lambda: True)
     assert outcome.stopped
     assert watched.asked_to_stop
     assert monitor.stopped == 1
