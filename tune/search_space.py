@@ -224,7 +224,7 @@ class SearchSpace(Tree):
             )
 
     @property
-    def counts(self) -> str:
+    def objective_name(self) -> str:
         """The objective."""
         return self.objective or ("miou" if self.dataset else "nouns")
 

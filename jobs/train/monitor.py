@@ -52,7 +52,7 @@ class BadPairCounter:
 
 
 @ray.remote(num_cpus=0, max_restarts=0)
-class Monitor:
+class TrainingMonitor:
     """One a run; workers and data tasks write to it, the driver reads."""
 
     def __init__(self, max_bad_share: float) -> None:
