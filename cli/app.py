@@ -292,7 +292,7 @@ def serve(
     from serve.config import ServeConfig
 
     settings = ServeConfig.of(config, model or [], keys, overrides or [])
-    job.check(settings, host, port)
+    job.check_config(settings, host, port)
 
     def ready(url: str) -> None:
         console.say("Ctrl-C stops it" + ("" if settings.keys else "; without --keys it answers this machine only"))

@@ -35,7 +35,7 @@ def add_key(uri: str, name: str) -> str:
     return key
 
 
-class Keys:
+class ApiKeys:
     """The keys that open a server.
 
     Raises:

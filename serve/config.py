@@ -12,7 +12,7 @@ from vilseg.config.tree import NonNegative, Part, Positive, PositiveInt, Tree
 from vilseg.errors import ConfigError
 
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-PICTURES_A_BATCH = 16
+MAX_BATCH_IMAGES = 16
 """Most pictures that one call of ``POST /v1/segment/batch`` takes."""
 
 
@@ -67,7 +67,7 @@ class Videos(Part):
     """0 shares the machine with the pictures; give it a whole one where films matter."""
     gpus: NonNegative = 0
     queue: PositiveInt = 8
-    """Films that wait; what comes on top is refused (503)."""
+    """VideoJobs that wait; what comes on top is refused (503)."""
     storage: str = "runs/serve/videos"
     """Folder or URI that films and their results are kept under; one that all machines reach."""
     keep_hours: Positive = 24

@@ -15,7 +15,7 @@ from ray.serve import Application
 from ray.serve.exceptions import BackPressureError
 
 from serve.config import Replicas, ServeConfig
-from serve.request_types import Answer, Question
+from serve.request_types import SegmentRequest, SegmentResponse
 from serve.router import cancelling
 from vilseg.errors import UserError
 
@@ -53,18 +53,18 @@ class ModelReplica:
             return str(error)
         return None
 
-    async def answer(self, question: Question) -> Answer:
+    async def answer(self, question: SegmentRequest) -> SegmentResponse:
         """The answer of the model that the request was sent to by its multiplexed id, which is its URI."""
         try:
             model = await self._load(serve.get_multiplexed_model_id())
         except UserError:
             log.exception("the model '%s' cannot be loaded", question.model)
             sentence = f"The model '{question.model}' cannot be loaded at the moment."
-            return Answer(status=503, code="model_unavailable", message=sentence)
+            return SegmentResponse(status=503, code="model_unavailable", message=sentence)
         return await self._engine.answer(model, question)
 
 
-class FilmReplica:
+class VideoReplica:
     """A process that segments films, one after the other."""
 
     def __init__(self, config: ServeConfig) -> None:
@@ -72,9 +72,9 @@ class FilmReplica:
         self._models: dict[str, Any] = {}
 
     async def work(self, job: Any) -> None:
-        """See `serve.video_jobs.segment_film`; ends early when the call is cancelled."""
+        """See `serve.video_jobs.segment_video_job`; ends early when the call is cancelled."""
         from serve.engine import LoadedModel
-        from serve.video_jobs import segment_film
+        from serve.video_jobs import segment_video_job
 
         def segmenter() -> Any:
             if job.model_uri not in self._models:
@@ -83,7 +83,7 @@ class FilmReplica:
 
         cancelled = threading.Event()
         try:
-            await asyncio.to_thread(segment_film, job, segmenter, self._config.limits, cancelled)
+            await asyncio.to_thread(segment_video_job, job, segmenter, self._config.limits, cancelled)
         finally:
             cancelled.set()
 
@@ -101,19 +101,19 @@ class Ingress:
     async def __init__(  # type: ignore[misc]  # Ray awaits it
         self, config: ServeConfig, models: Any, films: Any
     ) -> None:
-        from serve.api_keys import Keys
+        from serve.api_keys import ApiKeys
         from serve.metrics import Metrics
-        from serve.router import Dispatcher
-        from serve.video_uploads import FilmDesk
+        from serve.router import Router
+        from serve.video_uploads import VideoUploads
 
         self._config = config
         self._built_with = dict(config.models)
         self._replicas = models
-        self._film_workers = films
-        self._keys = await asyncio.to_thread(Keys, config.keys) if config.keys else None
+        self._video_workers = films
+        self._keys = await asyncio.to_thread(ApiKeys, config.keys) if config.keys else None
         self._metrics = Metrics()
-        self._desk = FilmDesk(config, self._work_on_film)
-        self._dispatcher = Dispatcher(models, config.models, self._metrics)
+        self._desk = VideoUploads(config, self._work_on_video)
+        self._dispatcher = Router(models, config.models, self._metrics)
         wrong = await self._loaded(config.models[config.default_model])
         if wrong:
             raise UserError(f"the model '{config.default_model}' cannot be served: {wrong}")
@@ -175,12 +175,12 @@ class Ingress:
                 log.warning("a model has to wait to be loaded: %s", type(error).__name__)
                 await asyncio.sleep(1)
 
-    async def _work_on_film(self, job: Any) -> None:
+    async def _work_on_video(self, job: Any) -> None:
         try:
-            await cancelling(self._film_workers.work.remote(job))
+            await cancelling(self._video_workers.work.remote(job))
         except RayActorError:
             log.warning("the process that worked on film %s died; once more", job.id)
-            await cancelling(self._film_workers.work.remote(job))
+            await cancelling(self._video_workers.work.remote(job))
 
 
 def build(args: ServeConfig) -> Application:
@@ -208,7 +208,7 @@ def build(args: ServeConfig) -> Application:
         },
     )
     films = serve.deployment(
-        FilmReplica,
+        VideoReplica,
         name="films",
         num_replicas=videos.replicas,
         ray_actor_options={"num_cpus": videos.cpus, "num_gpus": videos.gpus},

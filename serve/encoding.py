@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from serve.request_types import Question
+from serve.request_types import SegmentRequest
 from vilseg.segmentation.polygons import polygons
 from vilseg.segmentation.result import Segmentation
 from vilseg.segmentation.visualization import BACKGROUND, class_colours, rgb
@@ -21,7 +21,7 @@ _NOTHING = 255
 """In a view's map: no class."""
 
 
-def encode(result: Segmentation, question: Question) -> tuple[bytes, str]:
+def encode(result: Segmentation, question: SegmentRequest) -> tuple[bytes, str]:
     """The document that was asked for and its media type.
 
     ``view`` holds the pixels of all scores, whatever the threshold of the question: the page applies it itself.
@@ -36,7 +36,7 @@ def encode(result: Segmentation, question: Question) -> tuple[bytes, str]:
     return json.dumps(document(result, question)).encode(), "application/json"
 
 
-def document(result: Segmentation, question: Question) -> dict[str, Any]:
+def document(result: Segmentation, question: SegmentRequest) -> dict[str, Any]:
     """The JSON of one picture: classes, and a region for each class that is present."""
     height, width = result.labels.shape
     index = {name: number for number, name in enumerate(result.classes)}

@@ -13,7 +13,7 @@ import torch
 
 from serve.batching import Batcher
 from serve.encoding import encode
-from serve.request_types import Answer, Question, SeenPicture
+from serve.request_types import EncodedImage, SegmentRequest, SegmentResponse
 from vilseg import ViLSeg
 from vilseg.data.decode import decode_image
 from vilseg.device import best_device
@@ -57,16 +57,16 @@ class Engine:
         self._batcher = Batcher(self._run, batch if gpu else 1)
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="pictures") if gpu else self._batcher.thread
 
-    async def answer(self, model: LoadedModel, question: Question) -> Answer:
+    async def answer(self, model: LoadedModel, question: SegmentRequest) -> SegmentResponse:
         """The answer to one question; a picture that cannot be used is an answer as well."""
         loop = asyncio.get_running_loop()
         begun = time.perf_counter()
         try:
             image = await loop.run_in_executor(self._pool, self._decode, question.image)
         except TooLargeError as error:
-            return Answer(status=413, code="too_many_pixels", message=_sentence(error))
+            return SegmentResponse(status=413, code="too_many_pixels", message=_sentence(error))
         except DataError as error:
-            return Answer(status=422, code="not_a_picture", message=_sentence(error))
+            return SegmentResponse(status=422, code="not_a_picture", message=_sentence(error))
         decoded = time.perf_counter()
         result, look, started, done, batch = await self._batcher.submit(model, (question, image))
         body, media_type = await loop.run_in_executor(self._pool, encode, result, question)
@@ -77,14 +77,14 @@ class Engine:
             "encode": time.perf_counter() - done,
         }
         seen = _keep(look) if question.format == "view" else None
-        return Answer(body=body, media_type=media_type, seen=seen, batch=batch, seconds=seconds)
+        return SegmentResponse(body=body, media_type=media_type, seen=seen, batch=batch, seconds=seconds)
 
     def _decode(self, data: bytes) -> np.ndarray:
         return decode_image(data, max_pixels=self._max_pixels)
 
     @staticmethod
     def _run(
-        model: Hashable, items: Sequence[tuple[Question, np.ndarray]]
+        model: Hashable, items: Sequence[tuple[SegmentRequest, np.ndarray]]
     ) -> Iterator[tuple[Segmentation, Look, float, float, int]]:
         assert isinstance(model, LoadedModel)
         started = time.perf_counter()
@@ -99,12 +99,12 @@ class Engine:
             yield result, look, started, time.perf_counter(), len(items)
 
 
-def _keep(look: Look) -> SeenPicture:
+def _keep(look: Look) -> EncodedImage:
     pixels, patches, assignments = (part.cpu().numpy() for part in look[:3])
-    return SeenPicture(pixels_3HW=pixels, patches_ND=patches, assignments_NK=assignments, grid=look.grid)
+    return EncodedImage(pixels_3HW=pixels, patches_ND=patches, assignments_NK=assignments, grid=look.grid)
 
 
-def _recall(seen: SeenPicture) -> Look:
+def _recall(seen: EncodedImage) -> Look:
     # Arrays from Ray's object store are read-only, and torch warns of those.
     pixels, patches, assignments = (
         torch.from_numpy(np.array(part)) for part in (seen.pixels_3HW, seen.patches_ND, seen.assignments_NK)

@@ -8,12 +8,12 @@ from importlib.metadata import version
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
-from serve.api_keys import Keys
+from serve.api_keys import ApiKeys
 from serve.config import ServeConfig
-from serve.http import Ask, add_routes
+from serve.http import SegmentFunction, add_routes
 from serve.metrics import Metrics
-from serve.middleware import App, Guard
-from serve.video_uploads import FilmDesk
+from serve.middleware import App, RequestMiddleware
+from serve.video_uploads import VideoUploads
 
 _ABOUT = """Masks with class names of your own choosing.
 
@@ -24,10 +24,10 @@ Every answer has the header `X-Request-Id`; a request may bring its own. What is
 def make_app(
     *,
     config: Callable[[], ServeConfig],
-    keys: Keys | None,
+    keys: ApiKeys | None,
     metrics: Metrics,
-    ask: Ask,
-    films: FilmDesk,
+    ask: SegmentFunction,
+    films: VideoUploads,
     is_full: Callable[[], bool] = lambda: False,
 ) -> App:
     """Everything that answers HTTP.
@@ -48,7 +48,7 @@ def make_app(
         from serve.page.blocks import mount_page  # Gradio takes seconds to import
 
         mount_page(app, ask=ask, films=films, keys=keys, config=config)
-    return Guard(
+    return RequestMiddleware(
         app,
         keys=keys,
         limits=config().limits,

@@ -16,22 +16,22 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
 from serve import schema
-from serve.config import PICTURES_A_BATCH, ServeConfig
-from serve.http_errors import Refusal, internal, unknown_film
+from serve.config import MAX_BATCH_IMAGES, ServeConfig
+from serve.http_errors import HttpError, internal_error, unknown_video_error
 from serve.metrics import Metrics
-from serve.request_types import Answer, Question
+from serve.request_types import SegmentRequest, SegmentResponse
 from serve.video_jobs import MASKS, OVERLAY
-from serve.video_uploads import FilmDesk
+from serve.video_uploads import VideoUploads
 from vilseg import storage
 from vilseg.errors import DataError
 from vilseg.text.vocabulary import Vocabulary
 
-Ask = Callable[[Question], Awaitable[Answer]]
+SegmentFunction = Callable[[SegmentRequest], Awaitable[SegmentResponse]]
 
 _CHUNK = 1 << 20
 _METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE"]
 _TRUE, _FALSE = {"true", "1", "yes", "on"}, {"false", "0", "no", "off", ""}
-_REFUSALS: dict[int | str, dict[str, Any]] = {
+_ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
     400: {"model": schema.Error, "description": "The request is no form, or a broken one."},
     401: {"model": schema.Error, "description": "No key, or a wrong one."},
     403: {"model": schema.Error, "description": "The server has no keys and answers its own machine only."},
@@ -69,7 +69,7 @@ Bias = Annotated[
 ModelName = Annotated[str | None, Form(description="One of GET /v1/models; the first of them without it.")]
 
 
-FilmId = Annotated[str, Path(pattern="^[0-9a-f]{32}$", examples=["0123456789abcdef0123456789abcdef"])]
+VideoId = Annotated[str, Path(pattern="^[0-9a-f]{32}$", examples=["0123456789abcdef0123456789abcdef"])]
 
 
 def _request_id(request: Request) -> str:
@@ -79,7 +79,7 @@ def _request_id(request: Request) -> str:
 RequestId = Annotated[str, Depends(_request_id)]
 
 
-class Reader:
+class FormParser:
     """Turns what forms hold into questions, within the limits."""
 
     def __init__(self, config: Callable[[], ServeConfig]) -> None:
@@ -89,39 +89,39 @@ class Reader:
         """The name of a model that is there.
 
         Raises:
-            Refusal: there is none of that name.
+            HttpError: there is none of that name.
         """
         models = self._config().models
         if name in (None, ""):
             return next(iter(models))
         if name not in models:
-            raise Refusal(404, "unknown_model", f"There is no such model here; the models are: {', '.join(models)}.")
+            raise HttpError(404, "unknown_model", f"There is no such model here; the models are: {', '.join(models)}.")
         return str(name)
 
     def vocabulary(self, classes: str | list[str], background: str = "false") -> Vocabulary:
         """The class list.
 
         Raises:
-            Refusal: it is empty, too long, or repeats a name.
+            HttpError: it is empty, too long, or repeats a name.
         """
         limits = self._config().limits
         names = _names(classes) if isinstance(classes, str) else classes
         words = [] if background.strip().lower() in _TRUE | _FALSE else _split(background)
         every = [part for entry in [*names, *words] for part in entry.split("|")]
         if len(every) > limits.classes:
-            raise Refusal(
+            raise HttpError(
                 422, "too_many_classes", f"There are {len(every):,} names; at most {limits.classes:,} are taken."
             )
         if any("\ud800" <= letter <= "\udfff" for name in every for letter in name):
-            raise Refusal(422, "bad_classes", "A class name holds half a letter (a lone surrogate).")
+            raise HttpError(422, "bad_classes", "A class name holds half a letter (a lone surrogate).")
         if any(len(name) > limits.text_length for name in every):
-            raise Refusal(422, "name_too_long", f"A class name is longer than {limits.text_length} letters.")
+            raise HttpError(422, "name_too_long", f"A class name is longer than {limits.text_length} letters.")
         try:
             vocabulary = Vocabulary.of(names)
             if words or background.strip().lower() in _TRUE:
                 vocabulary = vocabulary.with_background(words)
         except DataError as error:
-            raise Refusal(422, "bad_classes", f"{str(error)[:1].upper()}{str(error)[1:]}.") from error
+            raise HttpError(422, "bad_classes", f"{str(error)[:1].upper()}{str(error)[1:]}.") from error
         return vocabulary
 
 
@@ -129,7 +129,7 @@ def _names(text: str) -> list[str]:
     if text.lstrip().startswith("["):
         names = json_names(text)
         if names is None:
-            raise Refusal(422, "bad_classes", "The class list begins like JSON, but is no array of strings.")
+            raise HttpError(422, "bad_classes", "The class list begins like JSON, but is no array of strings.")
         return names
     return _split(text)
 
@@ -147,10 +147,12 @@ def _split(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-def add_routes(app: FastAPI, ask: Ask, films: FilmDesk, metrics: Metrics, config: Callable[[], ServeConfig]) -> None:
+def add_routes(
+    app: FastAPI, ask: SegmentFunction, films: VideoUploads, metrics: Metrics, config: Callable[[], ServeConfig]
+) -> None:
     """Add all routes of the API to ``app``."""
-    reader = Reader(config)
-    api = APIRouter(responses=_REFUSALS)
+    reader = FormParser(config)
+    api = APIRouter(responses=_ERROR_RESPONSES)
 
     @api.post(
         "/v1/segment",
@@ -160,7 +162,7 @@ def add_routes(app: FastAPI, ask: Ask, films: FilmDesk, metrics: Metrics, config
             200: {
                 "description": "JSON with run-length codes; or the label map, or the overlay, as PNG.",
                 "content": {
-                    "application/json": {"schema": {"$ref": "#/components/schemas/Picture"}},
+                    "application/json": {"schema": {"$ref": "#/components/schemas/ImageResult"}},
                     "image/png": {"schema": {"type": "string", "format": "binary"}},
                 },
             }
@@ -177,7 +179,7 @@ def add_routes(app: FastAPI, ask: Ask, films: FilmDesk, metrics: Metrics, config
         polygons: Annotated[bool, Form(description="Outlines beside the run-length codes.")] = False,
         model: ModelName = None,
     ) -> Response:
-        question = Question(
+        question = SegmentRequest(
             request_id=request_id,
             model=reader.model(model),
             image=await image.read(),
@@ -197,7 +199,7 @@ def add_routes(app: FastAPI, ask: Ask, films: FilmDesk, metrics: Metrics, config
     )
     async def segment_batch(
         request_id: RequestId,
-        images: Annotated[list[UploadFile], File(min_length=1, max_length=PICTURES_A_BATCH)],
+        images: Annotated[list[UploadFile], File(min_length=1, max_length=MAX_BATCH_IMAGES)],
         classes: Classes,
         background: Background = "false",
         threshold: Threshold = 0.0,
@@ -208,7 +210,7 @@ def add_routes(app: FastAPI, ask: Ask, films: FilmDesk, metrics: Metrics, config
         name, vocabulary = reader.model(model), reader.vocabulary(classes, background)
 
         async def one(number: int, image: UploadFile) -> dict[str, Any]:
-            question = Question(
+            question = SegmentRequest(
                 request_id=f"{request_id}-{number}",
                 model=name,
                 image=await image.read(),
@@ -219,7 +221,7 @@ def add_routes(app: FastAPI, ask: Ask, films: FilmDesk, metrics: Metrics, config
             )
             try:
                 answer = await ask(question)
-            except Refusal as refusal:
+            except HttpError as refusal:
                 if refusal.status == 503:
                     raise  # the pictures are all right, so the whole may be sent again
                 metrics.rejected.labels(refusal.code).inc()
@@ -239,9 +241,9 @@ def add_routes(app: FastAPI, ask: Ask, films: FilmDesk, metrics: Metrics, config
         "/v1/videos",
         status_code=202,
         summary="Hand in a film",
-        response_model=schema.Film,
+        response_model=schema.VideoState,
     )
-    async def add_film(
+    async def add_video(
         video: Annotated[UploadFile, File(description="A film of any usual format.")],
         classes: Classes,
         background: Background = "false",
@@ -249,26 +251,26 @@ def add_routes(app: FastAPI, ask: Ask, films: FilmDesk, metrics: Metrics, config
         key_every: Annotated[int, Form(ge=1, le=100, description="The model looks at one frame in so many.")] = 6,
     ) -> Response:
         name, vocabulary = reader.model(model), reader.vocabulary(classes, background)
-        film_id = await films.add(video.file, config().models[name], vocabulary, key_every)
-        return JSONResponse(_film(film_id, {"status": "queued", "frames": 0}), status_code=202)
+        video_id = await films.add(video.file, config().models[name], vocabulary, key_every)
+        return JSONResponse(_film(video_id, {"status": "queued", "frames": 0}), status_code=202)
 
     @api.get(
-        "/v1/videos/{film_id}",
+        "/v1/videos/{video_id}",
         summary="How far a film is",
-        response_model=schema.Film,
+        response_model=schema.VideoState,
     )
-    async def film_state(film_id: FilmId) -> Response:
-        return JSONResponse(_film(film_id, await films.state(film_id)))
+    async def video_state(video_id: VideoId) -> Response:
+        return JSONResponse(_film(video_id, await films.state(video_id)))
 
     @api.delete(
-        "/v1/videos/{film_id}", status_code=204, response_class=Response, summary="Forget a film and what came of it"
+        "/v1/videos/{video_id}", status_code=204, response_class=Response, summary="Forget a film and what came of it"
     )
-    async def delete_film(film_id: FilmId) -> Response:
-        await films.delete(film_id)
+    async def delete_video(video_id: VideoId) -> Response:
+        await films.delete(video_id)
         return Response(status_code=204)
 
     @api.get(
-        "/v1/videos/{film_id}/{name}",
+        "/v1/videos/{video_id}/{name}",
         summary="What came of a film",
         response_class=Response,
         responses={
@@ -278,8 +280,8 @@ def add_routes(app: FastAPI, ask: Ask, films: FilmDesk, metrics: Metrics, config
             }
         },
     )
-    async def film_result(film_id: FilmId, name: Literal["overlay.mp4", "masks.zip"]) -> Response:
-        place = await films.result(film_id, name)
+    async def video_result(video_id: VideoId, name: Literal["overlay.mp4", "masks.zip"]) -> Response:
+        place = await films.result(video_id, name)
         media_type = "video/mp4" if name == OVERLAY else "application/zip"
         return StreamingResponse(_chunks(place), media_type=media_type)
 
@@ -314,34 +316,34 @@ def add_routes(app: FastAPI, ask: Ask, films: FilmDesk, metrics: Metrics, config
         }
         if allowed:
             raise HTTPException(405, headers={"Allow": ", ".join(sorted(allowed))})
-        raise Refusal(404, "unknown_route", "There is no such address; /docs lists those there are.")
+        raise HttpError(404, "unknown_route", "There is no such address; /docs lists those there are.")
 
     _answer_errors(app, metrics)
 
 
 def _answer_errors(app: FastAPI, metrics: Metrics) -> None:
-    """Every error in the one form that `Refusal` has."""
+    """Every error in the one form that `HttpError` has."""
 
-    def respond(request: Request, refusal: Refusal) -> Response:
+    def respond(request: Request, refusal: HttpError) -> Response:
         headers = {} if refusal.retry_after is None else {"Retry-After": str(refusal.retry_after)}
         body = refusal.body(request.scope.get("vilseg.request_id", ""))
         return Response(body, refusal.status, headers, "application/json")
 
-    @app.exception_handler(Refusal)
-    async def refusal(request: Request, error: Refusal) -> Response:
+    @app.exception_handler(HttpError)
+    async def refusal(request: Request, error: HttpError) -> Response:
         metrics.rejected.labels(error.code).inc()
         return respond(request, error)
 
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> Response:
         # The error itself goes on to the guard, which logs it.
-        return respond(request, internal())
+        return respond(request, internal_error())
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"][1:]) or "the request"
-        return respond(request, Refusal(422, "invalid", f"{where}: {first['msg']}."))
+        return respond(request, HttpError(422, "invalid", f"{where}: {first['msg']}."))
 
     @app.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> Response:
@@ -350,18 +352,18 @@ def _answer_errors(app: FastAPI, metrics: Metrics) -> None:
             if error.status_code != 400
             else "bad_request"
         )
-        response = respond(request, Refusal(error.status_code, code, f"{str(error.detail).rstrip('.')}."))
+        response = respond(request, HttpError(error.status_code, code, f"{str(error.detail).rstrip('.')}."))
         response.headers.update(error.headers or {})
         return response
 
 
-def _film(film_id: str, state: dict[str, Any] | None) -> dict[str, Any]:
+def _film(video_id: str, state: dict[str, Any] | None) -> dict[str, Any]:
     if state is None:
-        raise unknown_film()
-    url = f"/v1/videos/{film_id}"
+        raise unknown_video_error()
+    url = f"/v1/videos/{video_id}"
     known = {name: value for name, value in state.items() if name != "updated"}
     results = {"overlay_url": f"{url}/{OVERLAY}", "masks_url": f"{url}/{MASKS}"} if state["status"] == "done" else {}
-    return {"id": film_id, "status_url": url, **known, **results}
+    return {"id": video_id, "status_url": url, **known, **results}
 
 
 async def _chunks(place: str) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 
-class Refusal(Exception):  # noqa: N818  (an answer, though not the one that was hoped for)
+class HttpError(Exception):
     """A status, a code for programs and a sentence for people.
 
     Args:
@@ -25,16 +25,16 @@ class Refusal(Exception):  # noqa: N818  (an answer, though not the one that was
         return json.dumps({"error": error}).encode()
 
 
-def overloaded() -> Refusal:
+def overloaded_error() -> HttpError:
     """All replicas are busy and enough others wait."""
-    return Refusal(503, "overloaded", "The server is busy; try again in a moment.", retry_after=1)
+    return HttpError(503, "overloaded", "The server is busy; try again in a moment.", retry_after=1)
 
 
-def internal() -> Refusal:
+def internal_error() -> HttpError:
     """A fault of ours; the error itself is in the log alone."""
-    return Refusal(500, "internal", "Something went wrong here; the server's log has the request id.")
+    return HttpError(500, "internal", "Something went wrong here; the server's log has the request id.")
 
 
-def unknown_film() -> Refusal:
+def unknown_video_error() -> HttpError:
     """No film has this id, or not any more."""
-    return Refusal(404, "unknown_film", "There is no such film; it may have been deleted after its time.")
+    return HttpError(404, "unknown_film", "There is no such film; it may have been deleted after its time.")

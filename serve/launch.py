@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from cluster.ray_session import Session
-from serve.api_keys import Keys
+from serve.api_keys import ApiKeys
 from serve.config import ServeConfig
 from serve.middleware import is_loopback
 from vilseg import storage
@@ -20,7 +20,7 @@ from vilseg.model.serialization import read_settings
 
 APP = "vilseg"
 
-QUICK = {
+RAY_SERVE_ENVIRONMENT = {
     # Our own threads have the work, so Ray's loops need none of their own: a request changes threads six times less.
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
@@ -33,11 +33,11 @@ QUICK = {
 
 def prepare_environment() -> None:
     """Set what makes Ray Serve quick, as far as the user has not; before Ray is started."""
-    for name, value in QUICK.items():
+    for name, value in RAY_SERVE_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
 
 
-def check(config: ServeConfig, host: str, port: int) -> None:
+def check_config(config: ServeConfig, host: str, port: int) -> None:
     """Say what would not work before anything is started.
 
     Raises:
@@ -51,7 +51,7 @@ def check(config: ServeConfig, host: str, port: int) -> None:
             "'vilseg key NAME --file keys.txt' and give --keys keys.txt, or leave --host at 127.0.0.1"
         )
     if config.keys is not None:
-        Keys(config.keys)
+        ApiKeys(config.keys)
     for uri in config.models.values():
         read_settings(uri)
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
@@ -64,7 +64,7 @@ def check(config: ServeConfig, host: str, port: int) -> None:
             ) from error
 
 
-def fit(config: ServeConfig, session: Session) -> ServeConfig:
+def fit_to_cluster(config: ServeConfig, session: Session) -> ServeConfig:
     """The configuration with places that other processes find, and no more replicas than there is room for."""
     replicas = config.replicas
     gpus = replicas.gpus or float(session.gpus > 0)
@@ -79,16 +79,16 @@ def fit(config: ServeConfig, session: Session) -> ServeConfig:
         )
     return config.model_copy(
         update={
-            "models": {name: _place(uri) for name, uri in config.models.items()},
-            "keys": config.keys and _place(config.keys),
-            "examples": config.examples and _place(config.examples),
+            "models": {name: _absolute(uri) for name, uri in config.models.items()},
+            "keys": config.keys and _absolute(config.keys),
+            "examples": config.examples and _absolute(config.examples),
             "replicas": replicas.model_copy(update={"maximum": most, "gpus": gpus}),
-            "videos": config.videos.model_copy(update={"storage": _place(config.videos.storage)}),
+            "videos": config.videos.model_copy(update={"storage": _absolute(config.videos.storage)}),
         }
     )
 
 
-def _place(uri: str) -> str:
+def _absolute(uri: str) -> str:
     """Absolute where it is a folder of this machine; a hub id stays one."""
     return storage.absolute(uri) if storage.exists(uri) or "/" not in uri or uri.startswith(".") else uri
 
@@ -137,7 +137,7 @@ def main(config: ServeConfig, session: Session, *, host: str, port: int, ready: 
     """Serve until SIGINT or SIGTERM; then what is being worked on is finished, and nothing new is let in.
 
     Args:
-        config: checked by `check`.
+        config: checked by `check_config`.
         session: the connection to Ray.
         host: address to listen on.
         port: port to listen on.
@@ -148,7 +148,7 @@ def main(config: ServeConfig, session: Session, *, host: str, port: int, ready: 
         number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)
     }
     try:
-        with running(fit(config, session), host=host, port=port) as url:
+        with running(fit_to_cluster(config, session), host=host, port=port) as url:
             ready(url)
             while not stop.wait(1):  # a wait without end would not be interrupted by a signal everywhere
                 pass

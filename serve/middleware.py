@@ -16,9 +16,9 @@ from typing import Any
 
 from starlette._utils import get_route_path
 
-from serve.api_keys import Keys
+from serve.api_keys import ApiKeys
 from serve.config import Limits
-from serve.http_errors import Refusal, internal, overloaded
+from serve.http_errors import HttpError, internal_error, overloaded_error
 from serve.metrics import Metrics
 from vilseg.errors import ConfigError
 
@@ -35,7 +35,7 @@ _FORM_MARGIN = 64 << 10
 """Bytes of a form beside its pictures: names, class lists, boundaries."""
 
 
-class Guard:
+class RequestMiddleware:
     """Gives requests an id, checks keys and sizes, bounds the time, counts, logs one line, and turns refusals into answers.
 
     Args:
@@ -51,7 +51,7 @@ class Guard:
         self,
         app: App,
         *,
-        keys: Keys | None,
+        keys: ApiKeys | None,
         limits: Limits,
         metrics: Metrics,
         is_full: Callable[[], bool],
@@ -73,21 +73,21 @@ class Guard:
         request = _Exchange(scope, receive, send, path, self._body_limit(path))
         try:
             if _FETCHES.match(path):
-                raise Refusal(403, "not_fetched", "Nothing is fetched from addresses that callers send.")
+                raise HttpError(403, "not_fetched", "Nothing is fetched from addresses that callers send.")
             self._admit(scope)
             await self._keys_fresh()
             scope["vilseg.holder"] = self._holder(scope, path)
             request.check_length()
             if scope["method"] == "POST" and path.startswith("/v1/segment") and self._is_full():
-                raise overloaded()
+                raise overloaded_error()
             await self._serve(request)
             request.check_length()
-        except Refusal as refusal:
+        except HttpError as refusal:
             await request.refuse(refusal)
             self._metrics.rejected.labels(refusal.code).inc()
         except Exception:
             log.exception("request %s failed", request.id)
-            await request.refuse(internal())
+            await request.refuse(internal_error())
         finally:
             self._note(request)
 
@@ -102,7 +102,7 @@ class Guard:
             sentence = (
                 f"There was no answer within {self._limits.seconds:g} s; try again later or send a smaller picture."
             )
-            raise Refusal(503, "timeout", sentence, retry_after=5) from None
+            raise HttpError(503, "timeout", sentence, retry_after=5) from None
 
     def _admit(self, scope: Scope) -> None:
         """Without keys: this machine, under its own name, so that no web page gets in by a name that leads here."""
@@ -114,7 +114,7 @@ class Guard:
         origin = _header(scope, b"origin")
         at_home = not origin or origin in self._origins or origin.split("://")[-1].rsplit(":", 1)[0] in _LOOPBACK_NAMES
         if not is_loopback(client) or name not in _LOOPBACK_NAMES or not at_home:
-            raise Refusal(
+            raise HttpError(
                 403,
                 "this_machine_only",
                 "This server has no API keys, so it answers requests from its own machine only.",
@@ -131,7 +131,7 @@ class Guard:
         """Whose key came with the request.
 
         Raises:
-            Refusal: the route wants a key and there is none, or a wrong one.
+            HttpError: the route wants a key and there is none, or a wrong one.
         """
         if self._keys is None or not (path.startswith("/v1/") or path == "/metrics"):
             return None  # the page asks for a key itself
@@ -140,7 +140,7 @@ class Guard:
         scheme, _, key = _header(scope, b"authorization").partition(" ")
         holder = self._keys.holder(key.strip()) if scheme.lower() == "bearer" else None
         if holder is None:
-            raise Refusal(401, "unauthorized", "Send an API key that is valid here, as 'Authorization: Bearer KEY'.")
+            raise HttpError(401, "unauthorized", "Send an API key that is valid here, as 'Authorization: Bearer KEY'.")
         return holder
 
     def _body_limit(self, path: str) -> int:
@@ -188,7 +188,7 @@ class _Exchange:
         """Refuse a body that is, or says that it is, over the limit."""
         stated = _header(self.scope, b"content-length")
         if self._received > self._limit or (stated.isdigit() and int(stated) > self._limit):
-            raise Refusal(
+            raise HttpError(
                 413, "body_too_large", f"The request has more than {self._limit:,} bytes, the most that is taken."
             )
 
@@ -202,8 +202,8 @@ class _Exchange:
             message = {**message, "headers": [*headers, (b"x-request-id", self.id.encode())]}
         await self._send(message)
 
-    async def refuse(self, refusal: Refusal) -> None:
-        """Answer with a refusal, unless an answer has begun."""
+    async def refuse(self, refusal: HttpError) -> None:
+        """SegmentResponse with a refusal, unless an answer has begun."""
         if self._answered:
             return
         self._refused = True

@@ -14,7 +14,7 @@ Format = Literal["json", "png", "overlay", "view"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class SeenPicture:
+class EncodedImage:
     """What the encoder made of a picture, kept by the page so that other classes need no second look; see `Look`."""
 
     pixels_3HW: np.ndarray
@@ -24,7 +24,7 @@ class SeenPicture:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Question:
+class SegmentRequest:
     """One picture and what to look for in it."""
 
     request_id: str
@@ -37,11 +37,11 @@ class Question:
     """Pixels of lower scores are given to the background, or to no class where there is none."""
     format: Format = "json"
     polygons: bool = False
-    seen: SeenPicture | None = None
+    seen: EncodedImage | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answer:
+class SegmentResponse:
     """A document, or why there is none."""
 
     status: int = 200
@@ -52,7 +52,7 @@ class Answer:
     """What is wrong, as a sentence."""
     body: bytes = b""
     media_type: str = "application/json"
-    seen: SeenPicture | None = None
+    seen: EncodedImage | None = None
     """Of the format ``view``."""
     batch: int = 0
     """Pictures that shared the pass through the model."""

@@ -10,9 +10,9 @@ from typing import Any
 from ray.exceptions import ActorUnavailableError, RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
-from serve.http_errors import Refusal, overloaded
+from serve.http_errors import HttpError, overloaded_error
 from serve.metrics import Metrics
-from serve.request_types import Answer, Question
+from serve.request_types import SegmentRequest, SegmentResponse
 
 _FULL_S = 1.0
 _TRIES = 3
@@ -28,7 +28,7 @@ async def cancelling(response: Any) -> Any:
         raise
 
 
-class Dispatcher:
+class Router:
     """Sends questions to the replicas that hold, or will load, the model asked for.
 
     Args:
@@ -52,15 +52,15 @@ class Dispatcher:
         """
         return self._full_at is not None and self._in_work >= self._full_at and time.monotonic() < self._full_until
 
-    async def ask(self, question: Question) -> Answer:
+    async def ask(self, question: SegmentRequest) -> SegmentResponse:
         """The answer to one question.
 
         Raises:
-            Refusal: what the replica refused, too many wait, or the picture ends every process that works on it.
+            HttpError: what the replica refused, too many wait, or the picture ends every process that works on it.
         """
         uri = self.models.get(question.model)
         if uri is None:  # it was taken away since the request was read
-            raise Refusal(404, "unknown_model", f"The model '{question.model}' is not served any more.")
+            raise HttpError(404, "unknown_model", f"The model '{question.model}' is not served any more.")
         handle = self._handle.options(multiplexed_model_id=uri)
         self._in_work += 1
         self._metrics.waiting.set(self._in_work)
@@ -70,24 +70,24 @@ class Dispatcher:
             self._in_work -= 1
             self._metrics.waiting.set(self._in_work)
         if answer.status != 200:
-            raise Refusal(answer.status, answer.code, answer.message, retry_after=5 if answer.status == 503 else None)
+            raise HttpError(answer.status, answer.code, answer.message, retry_after=5 if answer.status == 503 else None)
         self._metrics.picture(answer.seconds, answer.batch)
         return answer
 
-    async def _ask(self, handle: Any, question: Question) -> Answer:
+    async def _ask(self, handle: Any, question: SegmentRequest) -> SegmentResponse:
         for _ in range(_TRIES):
             try:
                 return await cancelling(handle.answer.remote(question))
             except BackPressureError:
                 # Replicas may come and go, so what was full a second ago is tried again.
                 self._full_at, self._full_until = self._in_work - 1, time.monotonic() + _FULL_S
-                raise overloaded() from None
+                raise overloaded_error() from None
             except DeploymentUnavailableError:
-                raise Refusal(
+                raise HttpError(
                     503, "unavailable", "The model is not available at the moment; try again later.", retry_after=10
                 ) from None
             except (RayActorError, ActorUnavailableError):
                 self._metrics.retries.inc()
-        raise Refusal(
+        raise HttpError(
             422, "fatal_picture", f"This picture ended {_TRIES} processes that worked on it; it is not tried again."
         )

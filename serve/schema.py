@@ -31,7 +31,7 @@ class Region(BaseModel):
     ] = None
 
 
-class Picture(BaseModel):
+class ImageResult(BaseModel):
     """What was found in one picture."""
 
     request_id: str
@@ -85,7 +85,7 @@ class BatchItem(BaseModel):
 
     name: Annotated[str, Field(description="The file name that came with it.")]
     status: Literal["ok", "rejected"]
-    result: Picture | None = None
+    result: ImageResult | None = None
     error: ErrorBody | None = None
 
 
@@ -109,7 +109,7 @@ class Models(BaseModel):
     models: list[ModelInfo]
 
 
-class FilmClass(BaseModel):
+class VideoClass(BaseModel):
     """A class in a film."""
 
     model_config = ConfigDict(populate_by_name=True)
@@ -119,7 +119,7 @@ class FilmClass(BaseModel):
     score: float
 
 
-class Film(BaseModel):
+class VideoState(BaseModel):
     """A film and how far it is."""
 
     id: str
@@ -130,7 +130,7 @@ class Film(BaseModel):
     seconds: float | None = None
     width: int | None = None
     height: int | None = None
-    classes: list[FilmClass] | None = None
+    classes: list[VideoClass] | None = None
     overlay_url: str | None = None
     masks_url: str | None = None
 

@@ -1,4 +1,4 @@
-"""Films as jobs: a folder each, with the film, its state in ``job.json`` and, in the end, an overlay film and the masks."""
+"""VideoJobs as jobs: a folder each, with the film, its state in ``job.json`` and, in the end, an overlay film and the masks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from vilseg.segmentation.video import segment_file
 from vilseg.text.vocabulary import Vocabulary
 
 OVERLAY, MASKS = "overlay.mp4", "masks.zip"
-_STATE, _FILM = "job.json", "film"
+_STATE, _VIDEO = "job.json", "film"
 _ID = re.compile(r"[0-9a-f]{32}")
 _FRAMES_A_SECOND = 120
 """More are not believed: times may all be 0."""
@@ -34,7 +34,7 @@ _TELL_EVERY = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class FilmJob:
+class VideoJob:
     """A film and what to look for in it."""
 
     id: str
@@ -44,7 +44,7 @@ class FilmJob:
     key_every: int
 
 
-class Films:
+class VideoJobs:
     """The folders of all films under one place.
 
     Args:
@@ -58,22 +58,22 @@ class Films:
 
     def add(self, film: IO[bytes]) -> str:
         """Keep a film; returns its id, which nobody guesses."""
-        film_id = secrets.token_hex(16)
-        with storage.open_atomic(storage.join(self.folder(film_id), _FILM)) as file:
+        video_id = secrets.token_hex(16)
+        with storage.open_atomic(storage.join(self.folder(video_id), _VIDEO)) as file:
             shutil.copyfileobj(film, file, 1 << 20)
-        write_state(self.folder(film_id), {"status": "queued", "frames": 0})
-        return film_id
+        write_state(self.folder(video_id), {"status": "queued", "frames": 0})
+        return video_id
 
-    def folder(self, film_id: str) -> str:
+    def folder(self, video_id: str) -> str:
         """Where a film and its results are."""
-        assert _ID.fullmatch(film_id), "an id becomes a path, so it must be one of ours"
-        return storage.join(self._place, film_id)
+        assert _ID.fullmatch(video_id), "an id becomes a path, so it must be one of ours"
+        return storage.join(self._place, video_id)
 
-    def state(self, film_id: str) -> dict[str, Any] | None:
+    def state(self, video_id: str) -> dict[str, Any] | None:
         """``status`` (queued, running, done, failed), ``frames`` and what came out; None where there is no such film."""
-        if not _ID.fullmatch(film_id):
+        if not _ID.fullmatch(video_id):
             return None
-        place = storage.join(self.folder(film_id), _STATE)
+        place = storage.join(self.folder(video_id), _STATE)
         if not storage.exists(place):
             return None
         state = json.loads(storage.read_text(place))
@@ -81,15 +81,15 @@ class Films:
             return {**state, "status": "failed", "error": "The work was interrupted; send the film again."}
         return state
 
-    def touch(self, film_id: str) -> None:
+    def touch(self, video_id: str) -> None:
         """Note that a film that waits is not forgotten."""
-        state = self.state(film_id)
+        state = self.state(video_id)
         if state is not None and state["status"] == "queued":
-            write_state(self.folder(film_id), state)
+            write_state(self.folder(video_id), state)
 
-    def delete(self, film_id: str) -> None:
+    def delete(self, video_id: str) -> None:
         """Forget a film and its results."""
-        storage.delete(self.folder(film_id))
+        storage.delete(self.folder(video_id))
 
     def delete_old(self) -> int:
         """Delete what is older than may be kept; returns how many."""
@@ -98,12 +98,12 @@ class Films:
         states = [entry for entry in storage.list_files(self._place) if entry.relative.endswith(f"/{_STATE}")]
         count = 0
         for entry in states:
-            film_id = entry.relative.split("/")[0]
+            video_id = entry.relative.split("/")[0]
             if (
-                _ID.fullmatch(film_id)
+                _ID.fullmatch(video_id)
                 and time.time() - json.loads(storage.read_text(entry.uri))["updated"] > self._keep
             ):
-                self.delete(film_id)
+                self.delete(video_id)
                 count += 1
         return count
 
@@ -113,7 +113,9 @@ def write_state(folder: str, state: dict[str, Any]) -> None:
     storage.write_text(storage.join(folder, _STATE), json.dumps({**state, "updated": time.time()}))
 
 
-def segment_film(job: FilmJob, segmenter: Callable[[], Segmenter], limits: Limits, cancelled: threading.Event) -> None:
+def segment_video_job(
+    job: VideoJob, segmenter: Callable[[], Segmenter], limits: Limits, cancelled: threading.Event
+) -> None:
     """Segment a film and write what came out, or why nothing did, into its folder."""
     told = 0.0
 
@@ -133,7 +135,7 @@ def segment_film(job: FilmJob, segmenter: Callable[[], Segmenter], limits: Limit
             masks = Path(scratch) / "masks"
             found = segment_file(
                 segmenter(),
-                storage.join(job.folder, _FILM),
+                storage.join(job.folder, _VIDEO),
                 masks_uri=str(masks),
                 overlay_uri=storage.join(job.folder, OVERLAY),
                 key_every=job.key_every,
@@ -147,7 +149,7 @@ def segment_film(job: FilmJob, segmenter: Callable[[], Segmenter], limits: Limit
         return  # whoever cancelled it deletes the folder
     except DataError as error:
         # Places on the server are nobody's business.
-        sentence = str(error).replace(storage.join(job.folder, _FILM), "the film").partition("; the masks")[0]
+        sentence = str(error).replace(storage.join(job.folder, _VIDEO), "the film").partition("; the masks")[0]
         state = {"status": "failed", "frames": 0, "error": sentence[:1].upper() + sentence[1:] + "."}
     else:
         classes = [

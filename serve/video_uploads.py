@@ -8,8 +8,8 @@ from collections.abc import Awaitable, Callable
 from typing import IO, Any
 
 from serve.config import ServeConfig
-from serve.http_errors import Refusal, overloaded, unknown_film
-from serve.video_jobs import FilmJob, Films, write_state
+from serve.http_errors import HttpError, overloaded_error, unknown_video_error
+from serve.video_jobs import VideoJob, VideoJobs, write_state
 from vilseg import storage
 from vilseg.text.vocabulary import Vocabulary
 
@@ -17,20 +17,20 @@ log = logging.getLogger("ray.serve")
 _TOUCH_EVERY = 30.0
 _TIDY_EVERY = 600.0
 
-Work = Callable[[FilmJob], Awaitable[None]]
+Work = Callable[[VideoJob], Awaitable[None]]
 
 
-class FilmDesk:
+class VideoUploads:
     """Keeps films, has them worked on, and says how far they are.
 
     Args:
         config: where films are kept, how long, and how many may wait.
-        work: segments one film; see `serve.video_jobs.segment_film`.
+        work: segments one film; see `serve.video_jobs.segment_video_job`.
     """
 
     def __init__(self, config: ServeConfig, work: Work) -> None:
         self._config = config.videos
-        self._films = Films(config.videos.storage, config.videos.keep_hours)
+        self._films = VideoJobs(config.videos.storage, config.videos.keep_hours)
         self._work = work
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._tidied = -_TIDY_EVERY
@@ -40,60 +40,60 @@ class FilmDesk:
         """Take a film in; returns its id.
 
         Raises:
-            Refusal: enough others wait.
+            HttpError: enough others wait.
         """
         if len(self._tasks) + self._coming >= self._config.queue + self._config.replicas:
-            raise overloaded()
+            raise overloaded_error()
         self._coming += 1
         try:
             await self._tidy()
-            film_id = await asyncio.to_thread(self._films.add, film)
+            video_id = await asyncio.to_thread(self._films.add, film)
         finally:
             self._coming -= 1
-        job = FilmJob(
-            id=film_id,
-            folder=self._films.folder(film_id),
+        job = VideoJob(
+            id=video_id,
+            folder=self._films.folder(video_id),
             model_uri=model_uri,
             vocabulary=vocabulary,
             key_every=key_every,
         )
         task = asyncio.create_task(self._see_through(job))
-        self._tasks[film_id] = task
-        task.add_done_callback(lambda _: self._tasks.pop(film_id, None))
-        return film_id
+        self._tasks[video_id] = task
+        task.add_done_callback(lambda _: self._tasks.pop(video_id, None))
+        return video_id
 
-    async def state(self, film_id: str) -> dict[str, Any] | None:
-        """See `Films.state`."""
-        return await asyncio.to_thread(self._films.state, film_id)
+    async def state(self, video_id: str) -> dict[str, Any] | None:
+        """See `VideoJobs.state`."""
+        return await asyncio.to_thread(self._films.state, video_id)
 
-    async def delete(self, film_id: str) -> None:
+    async def delete(self, video_id: str) -> None:
         """End the work on a film and forget it.
 
         Raises:
-            Refusal: there is no such film.
+            HttpError: there is no such film.
         """
-        if await self.state(film_id) is None:
-            raise unknown_film()
-        task = self._tasks.get(film_id)
+        if await self.state(video_id) is None:
+            raise unknown_video_error()
+        task = self._tasks.get(video_id)
         if task is not None:
             task.cancel()
             await asyncio.wait([task])
-        await asyncio.to_thread(self._films.delete, film_id)
+        await asyncio.to_thread(self._films.delete, video_id)
 
-    async def result(self, film_id: str, name: str) -> str:
+    async def result(self, video_id: str, name: str) -> str:
         """URI of a result.
 
         Raises:
-            Refusal: there is no such film, or it is not done.
+            HttpError: there is no such film, or it is not done.
         """
-        state = await self.state(film_id)
+        state = await self.state(video_id)
         if state is None:
-            raise unknown_film()
+            raise unknown_video_error()
         if state["status"] != "done":
-            raise Refusal(404, "not_done", f"The film is {state['status']}; there is nothing to fetch.")
-        return storage.join(self._films.folder(film_id), name)
+            raise HttpError(404, "not_done", f"The film is {state['status']}; there is nothing to fetch.")
+        return storage.join(self._films.folder(video_id), name)
 
-    async def _see_through(self, job: FilmJob) -> None:
+    async def _see_through(self, job: VideoJob) -> None:
         work = asyncio.ensure_future(self._work(job))
         try:
             while not (await asyncio.wait([work], timeout=_TOUCH_EVERY))[0]:

@@ -10,13 +10,13 @@ import gradio as gr
 from fastapi import FastAPI
 from gradio.blocks import Block
 
-from serve.api_keys import Keys
+from serve.api_keys import ApiKeys
 from serve.config import ServeConfig
-from serve.http import Ask
+from serve.http import SegmentFunction
 from serve.page import image_tab, other_tabs
-from serve.page.components import Desk
+from serve.page.components import PageBackend
 from serve.page.examples import load_examples
-from serve.video_uploads import FilmDesk
+from serve.video_uploads import VideoUploads
 
 _HERE = Path(__file__).parent
 _FONTS = ["system-ui", "sans-serif"]
@@ -28,7 +28,7 @@ _TIDY_S, _FILES_S = 600, 24 * 3600
 
 
 def mount_page(
-    app: FastAPI, *, ask: Ask, films: FilmDesk, keys: Keys | None, config: Callable[[], ServeConfig]
+    app: FastAPI, *, ask: SegmentFunction, films: VideoUploads, keys: ApiKeys | None, config: Callable[[], ServeConfig]
 ) -> None:
     """Put the page at ``/``.
 
@@ -39,8 +39,8 @@ def mount_page(
         keys: whoever has one may log in, with the key as password.
         config: the present one.
     """
-    desk = Desk(ask, config)
-    kept = image_tab.KeptPictures(load_examples(config().examples))
+    desk = PageBackend(ask, config)
+    kept = image_tab.ImageCache(load_examples(config().examples))
     with gr.Blocks(title="vilseg", analytics_enabled=False, delete_cache=(_TIDY_S, _FILES_S)) as demo:
         gr.Markdown("# vilseg\nName what you look for; the picture is cut into regions of these names.")
         with gr.Tab("Picture"):
@@ -50,7 +50,7 @@ def mount_page(
         with gr.Tab("Several pictures"):
             other_tabs.build_batch(desk)
         with gr.Tab("Film"):
-            other_tabs.build_film(desk, films)
+            other_tabs.build_video(desk, films)
     _harden()
     demo.queue(default_concurrency_limit=16, max_size=64, api_open=False)
     gr.mount_gradio_app(

@@ -19,15 +19,15 @@ from typing import Any
 import gradio as gr
 
 from serve.config import ServeConfig
-from serve.http import Ask, Reader
-from serve.http_errors import Refusal
-from serve.request_types import Answer, Format, Question, SeenPicture
+from serve.http import FormParser, SegmentFunction
+from serve.http_errors import HttpError
+from serve.request_types import EncodedImage, Format, SegmentRequest, SegmentResponse
 
 log = logging.getLogger("ray.serve")
 _FILES_S = 3600
 
 
-class Desk:
+class PageBackend:
     """Between Gradio's handlers and the replicas.
 
     Args:
@@ -35,10 +35,10 @@ class Desk:
         config: the present one.
     """
 
-    def __init__(self, ask: Ask, config: Callable[[], ServeConfig]) -> None:
+    def __init__(self, ask: SegmentFunction, config: Callable[[], ServeConfig]) -> None:
         self._ask = ask
         self.config = config
-        self.reader = Reader(config)
+        self.reader = FormParser(config)
         self._files = tempfile.TemporaryDirectory(prefix="vilseg-page-")
 
     @property
@@ -60,15 +60,15 @@ class Desk:
         bias: float = 0,
         threshold: float = 0,
         format: Format | str = "view",
-        seen: SeenPicture | None = None,
-    ) -> Question:
+        seen: EncodedImage | None = None,
+    ) -> SegmentRequest:
         """A question as the API would ask it.
 
         Raises:
             gr.Error: the class list or the model is wrong, as a sentence.
         """
         try:
-            return Question(
+            return SegmentRequest(
                 request_id=f"page-{secrets.token_hex(6)}",
                 model=self.reader.model(model),
                 image=image,
@@ -78,10 +78,10 @@ class Desk:
                 format=format,  # type: ignore[arg-type]
                 seen=seen,
             )
-        except Refusal as refusal:
+        except HttpError as refusal:
             raise gr.Error(refusal.message, title="Please check") from refusal
 
-    async def ask(self, question: Question) -> Answer:
+    async def ask(self, question: SegmentRequest) -> SegmentResponse:
         """The answer.
 
         Raises:
@@ -89,7 +89,7 @@ class Desk:
         """
         try:
             return await self._ask(question)
-        except Refusal as refusal:
+        except HttpError as refusal:
             title = "Busy" if refusal.status == 503 else "This does not work"
             raise gr.Error(refusal.message, title=title) from refusal
         except Exception as error:

@@ -11,7 +11,7 @@ from typing import Any
 import gradio as gr
 
 from serve.http import json_names
-from serve.page.components import Desk, class_tags, empty, viewer
+from serve.page.components import PageBackend, class_tags, empty, viewer
 from serve.page.examples import Example
 from vilseg.client import arrays_of
 from vilseg.segmentation.result import Segmentation
@@ -23,7 +23,7 @@ _SESSION_S = 3600
 """Seconds after which an idle page's picture is forgotten."""
 
 
-class KeptPictures:
+class ImageCache:
     """Pictures by an id that nobody guesses who has not got the picture, for links that restore what a page showed."""
 
     def __init__(self, examples: Sequence[Example]) -> None:
@@ -49,7 +49,7 @@ class KeptPictures:
         return self._kept.get(name)
 
 
-def build(desk: Desk, kept: KeptPictures, demo: gr.Blocks) -> None:
+def build(desk: PageBackend, kept: ImageCache, demo: gr.Blocks) -> None:
     """Add the tab to the page."""
     session = gr.State({}, time_to_live=_SESSION_S)
     with gr.Row():

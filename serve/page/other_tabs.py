@@ -14,10 +14,10 @@ import gradio as gr
 import numpy as np
 from PIL import Image
 
-from serve.http_errors import Refusal
-from serve.page.components import Desk, class_tags, empty, viewer
+from serve.http_errors import HttpError
+from serve.page.components import PageBackend, class_tags, empty, viewer
 from serve.video_jobs import MASKS, OVERLAY
-from serve.video_uploads import FilmDesk
+from serve.video_uploads import VideoUploads
 from vilseg import storage
 from vilseg.bulk.coco_annotations import write_coco
 from vilseg.client import arrays_of
@@ -32,7 +32,7 @@ _LOOK_EVERY = 1.0
 """Seconds between two looks at how far a film is."""
 
 
-def build_compare(desk: Desk) -> None:
+def build_compare(desk: PageBackend) -> None:
     """Two answers for one picture, side by side."""
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
@@ -64,7 +64,7 @@ def build_compare(desk: Desk) -> None:
     run.click(compare, [image, background, *(part for side in sides for part in side)], shown)
 
 
-def build_batch(desk: Desk) -> None:
+def build_batch(desk: PageBackend) -> None:
     """Several pictures, and a download of all masks."""
     with gr.Row():
         with gr.Column(scale=1, min_width=300):
@@ -125,7 +125,7 @@ def build_batch(desk: Desk) -> None:
     run.click(segment, [files, classes, background, model], [said, gallery, archive])
 
 
-def _fetch(desk: Desk, uri: str, name: str) -> str:
+def _fetch(desk: PageBackend, uri: str, name: str) -> str:
     return desk.file(storage.read_bytes(uri), name)
 
 
@@ -157,7 +157,7 @@ def _zip(rows: list[dict[str, Any]], masks: list[tuple[str, bytes]], classes: tu
     return archive.getvalue()
 
 
-def build_film(desk: Desk, films: FilmDesk) -> None:
+def build_video(desk: PageBackend, films: VideoUploads) -> None:
     """A film as a job: the page says how far it is, and shows it in the end."""
     with gr.Row(elem_classes="vilseg-films"):
         with gr.Column(scale=1, min_width=300):
@@ -181,9 +181,9 @@ def build_film(desk: Desk, films: FilmDesk) -> None:
             vocabulary = desk.reader.vocabulary(names, "true" if has_background else "false")
             uri = desk.config().models[desk.reader.model(model_name)]
             with Path(path).open("rb") as file:
-                film_id = await films.add(file, uri, vocabulary, int(key_every))
+                video_id = await films.add(file, uri, vocabulary, int(key_every))
             while True:
-                state = await films.state(film_id) or {"status": "failed", "error": "The film was deleted."}
+                state = await films.state(video_id) or {"status": "failed", "error": "The film was deleted."}
                 if state["status"] == "failed":
                     raise gr.Error(state["error"], title="This film does not work")
                 if state["status"] == "done":
@@ -191,11 +191,11 @@ def build_film(desk: Desk, films: FilmDesk) -> None:
                 yield f"{state['status'].capitalize()}, {state['frames']} frames so far …", None, None
                 await asyncio.sleep(_LOOK_EVERY)
             overlay_file, masks_file = [
-                await asyncio.to_thread(_fetch, desk, await films.result(film_id, name), name)
+                await asyncio.to_thread(_fetch, desk, await films.result(video_id, name), name)
                 for name in (OVERLAY, MASKS)
             ]
-            await films.delete(film_id)  # the page has it now
-        except Refusal as refusal:
+            await films.delete(video_id)  # the page has it now
+        except HttpError as refusal:
             raise gr.Error(refusal.message, title="Please check") from refusal
         except UserError as error:
             raise gr.Error("The film cannot be kept here; the server's log says why.", title="Sorry") from error

@@ -7,7 +7,7 @@ import pytest
 
 from cluster.object_store import ObjectStore
 from cluster.ray_session import Session, ray_session
-from serve.launch import QUICK
+from serve.launch import RAY_SERVE_ENVIRONMENT
 
 
 @pytest.fixture(scope="session")
@@ -27,7 +27,7 @@ def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectSto
 def ray_cluster(object_store: ObjectStore) -> Iterator[Session]:
     """A local cluster on all CPUs; after the object store, because workers take the AWS_* variables from its start."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in QUICK.items():
+        for name, value in RAY_SERVE_ENVIRONMENT.items():
             patch.setenv(name, value)
         with ray_session() as session:
             yield session

@@ -127,7 +127,7 @@ def served(objects: list[Object]) -> Iterator[str]:
     from ray.serve.schema import ServeDeploySchema
 
     from serve.config import ServeConfig
-    from serve.launch import QUICK
+    from serve.launch import RAY_SERVE_ENVIRONMENT
     from serve.middleware import is_loopback
 
     for one in objects:
@@ -164,7 +164,7 @@ def served(objects: list[Object]) -> Iterator[str]:
             if config.keys and not any(config.keys.startswith(f"{place}/") for place in secret_at):
                 yield f"{name}: args.keys is {config.keys}, where no Secret is mounted"
             variables = {entry["name"]: entry.get("value") for entry in pod["containers"][0].get("env", [])}
-            for key, value in QUICK.items():
+            for key, value in RAY_SERVE_ENVIRONMENT.items():
                 if variables.get(key) != value:
                     yield f"{name}: {key} is to be {value}, as 'vilseg serve' has it"
         yield from _room(cluster, config)

@@ -38,13 +38,13 @@ def start(model_uri: str, tmp_path: Path) -> Iterator[Start]:
     """``start(**config)``: a client of the application; ``ask`` takes the place of the model."""
     from fastapi.testclient import TestClient
 
-    from serve.api_keys import Keys
+    from serve.api_keys import ApiKeys
     from serve.engine import Engine, LoadedModel
     from serve.fastapi_app import make_app
-    from serve.http_errors import Refusal
+    from serve.http_errors import HttpError
     from serve.metrics import Metrics
-    from serve.video_jobs import segment_film
-    from serve.video_uploads import FilmDesk
+    from serve.video_jobs import segment_video_job
+    from serve.video_uploads import VideoUploads
 
     clients: list[Any] = []
 
@@ -63,20 +63,20 @@ def start(model_uri: str, tmp_path: Path) -> Iterator[Start]:
         async def answer(question: Any) -> Any:
             found = await engine.answer(model, question)
             if found.status != 200:
-                raise Refusal(found.status, found.code, found.message)
+                raise HttpError(found.status, found.code, found.message)
             return found
 
         async def work(job: Any) -> None:
             await asyncio.to_thread(
-                segment_film, job, lambda: model.segmenter(job.vocabulary), config.limits, threading.Event()
+                segment_video_job, job, lambda: model.segmenter(job.vocabulary), config.limits, threading.Event()
             )
 
         app = make_app(
             config=lambda: config,
-            keys=Keys(config.keys) if config.keys else None,
+            keys=ApiKeys(config.keys) if config.keys else None,
             metrics=Metrics(),
             ask=ask or answer,
-            films=FilmDesk(config, work),
+            films=VideoUploads(config, work),
         )
         client = TestClient(app, base_url=f"http://{host}", client=(address, 50000), root_path=root_path)
         client.__enter__()

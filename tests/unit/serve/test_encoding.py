@@ -11,7 +11,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from serve.encoding import encode, view
-from serve.request_types import Question
+from serve.request_types import SegmentRequest
 from vilseg.client import arrays_of
 from vilseg.segmentation.result import Segmentation
 from vilseg.text.vocabulary import Vocabulary
@@ -29,8 +29,8 @@ def made(height: int, width: int, classes: tuple[str, ...]) -> Segmentation:
     )
 
 
-def question(**parts: Any) -> Question:
-    return Question(request_id="r", model="m", image=b"", vocabulary=Vocabulary(("a",)), **parts)
+def question(**parts: Any) -> SegmentRequest:
+    return SegmentRequest(request_id="r", model="m", image=b"", vocabulary=Vocabulary(("a",)), **parts)
 
 
 def pixels(url: str) -> np.ndarray:

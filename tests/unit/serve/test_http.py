@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 from serve.api_keys import add_key
-from serve.http_errors import overloaded
-from serve.request_types import Answer, Question
+from serve.http_errors import overloaded_error
+from serve.request_types import SegmentRequest, SegmentResponse
 from vilseg import Segmenter, ViLSeg
 from vilseg.client import arrays_of
 from vilseg.data.decode import decode_image
@@ -139,8 +139,8 @@ def test_a_batch_keeps_the_order_and_refuses_one_by_one(start: Start, photo: byt
 
 
 def test_overload_is_told_with_a_time_to_come_back(start: Start, photo: bytes) -> None:
-    async def ask(_: Question) -> Answer:
-        raise overloaded()
+    async def ask(_: SegmentRequest) -> SegmentResponse:
+        raise overloaded_error()
 
     client = start(ask)
     for response in (post(client, photo), post(client, photo, "/v1/segment/batch", "images")):
@@ -151,13 +151,13 @@ def test_overload_is_told_with_a_time_to_come_back(start: Start, photo: bytes) -
 def test_what_takes_too_long_is_given_up(start: Start, photo: bytes) -> None:
     dropped = []
 
-    async def ask(_: Question) -> Answer:
+    async def ask(_: SegmentRequest) -> SegmentResponse:
         try:
             await asyncio.sleep(30)
         except asyncio.CancelledError:
             dropped.append(True)
             raise
-        return Answer()
+        return SegmentResponse()
 
     # Long enough to be asked at all where other tests have the cores.
     response = post(start(ask, limits={"seconds": 1.5}), photo)
@@ -166,7 +166,7 @@ def test_what_takes_too_long_is_given_up(start: Start, photo: bytes) -> None:
 
 
 def test_errors_of_our_own_tell_nothing_of_the_inside(start: Start, photo: bytes) -> None:
-    async def ask(_: Question) -> Answer:
+    async def ask(_: SegmentRequest) -> SegmentResponse:
         raise RuntimeError("/srv/secret/model.safetensors")
 
     client = start(ask)
@@ -236,15 +236,15 @@ def test_the_schema_shows_every_route_with_an_example(start: Start) -> None:
         "/v1/segment",
         "/v1/segment/batch",
         "/v1/videos",
-        "/v1/videos/{film_id}",
-        "/v1/videos/{film_id}/{name}",
+        "/v1/videos/{video_id}",
+        "/v1/videos/{video_id}/{name}",
         "/v1/models",
         "/healthz",
         "/metrics",
     } == set(schema["paths"])
     form = schema["components"]["schemas"]["Body_segment_v1_segment_post"]["properties"]
     assert form["classes"]["examples"]
-    assert schema["components"]["schemas"]["Picture"]["example"]["regions"]
+    assert schema["components"]["schemas"]["ImageResult"]["example"]["regions"]
 
 
 def test_a_picture_seen_before_is_named_anew_without_a_second_look(model_uri: str, photo: bytes) -> None:
@@ -254,7 +254,7 @@ def test_a_picture_seen_before_is_named_anew_without_a_second_look(model_uri: st
         engine, model = module.Engine(batch=4, max_pixels=10**6), module.LoadedModel(model_uri)
         looks = []
         for names, seen in ((("sky", "sea"), None), (("boat", "sea", "sky"), "kept"), (("boat", "sea", "sky"), None)):
-            question = Question(
+            question = SegmentRequest(
                 request_id="r",
                 model="m",
                 image=photo,
@@ -323,8 +323,8 @@ def test_films_that_cannot_be_used(
 
 def test_film_ids_are_no_paths(start: Start) -> None:
     client = start()
-    for film_id in ("..", "%2e%2e", "a" * 31, "A" * 32):
-        assert client.get(f"/v1/videos/{film_id}").status_code in (404, 405, 422)
+    for video_id in ("..", "%2e%2e", "a" * 31, "A" * 32):
+        assert client.get(f"/v1/videos/{video_id}").status_code in (404, 405, 422)
     refused(client.get(f"/v1/videos/{'0' * 32}"), 404, "unknown_film")
     refused(client.get(f"/v1/videos/{'0' * 32}/overlay.mp4"), 404, "unknown_film")
 
