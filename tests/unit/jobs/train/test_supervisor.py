@@ -22,7 +22,7 @@ class FakeMonitor:
         names = ("clear_stop", "stop", "poll")
         self.clear_stop, self.stop, self.poll = (SimpleNamespace(remote=getattr(self, f"_{name}")) for name in names)
 
-    def _go_on(self) -> None:
+    def _clear_stop(self) -> None:
         return None
 
     def _stop(self) -> None:
