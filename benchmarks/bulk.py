@@ -32,7 +32,7 @@ from cli import console
 from vilseg import storage
 from vilseg.bulk.results_table import SCHEMA
 from vilseg.config import RunConfig
-from vilseg.data.decode import decode_image
+from vilseg.data.image_decoding import decode_image
 from vilseg.data.synthetic import scenes
 from vilseg.model import ViLSeg
 from vilseg.segmentation.segmenter import Segmenter

@@ -141,7 +141,7 @@ def _bare(archive: Path, model: str) -> float:
 
 
 def _bare_worker(archive: Path, model: str, rank: int, workers: int, barrier: Any) -> None:
-    from vilseg.data.decode import decode_image
+    from vilseg.data.image_decoding import decode_image
 
     torch.set_num_threads(1)
     segmenter = Segmenter(ViLSeg.from_pretrained(model), _CLASSES, keep_clusters=False)

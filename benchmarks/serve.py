@@ -113,7 +113,7 @@ class OnePhoto:
     def __call__(self, photo: bytes) -> bytes:
         from serve.encoding import encode
         from serve.request_types import SegmentRequest
-        from vilseg.data.decode import decode_image
+        from vilseg.data.image_decoding import decode_image
 
         question = SegmentRequest(request_id="0", model="default", image=photo, vocabulary=self._segmenter.vocabulary)
         return encode(self._segmenter(decode_image(photo)), question)[0]

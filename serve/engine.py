@@ -15,7 +15,7 @@ from serve.batching import Batcher
 from serve.encoding import encode
 from serve.request_types import EncodedImage, SegmentRequest, SegmentResponse
 from vilseg import ViLSeg
-from vilseg.data.decode import decode_image
+from vilseg.data.image_decoding import decode_image
 from vilseg.device import best_device
 from vilseg.errors import DataError, TooLargeError
 from vilseg.segmentation.dense_features import Look

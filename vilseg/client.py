@@ -208,7 +208,7 @@ def _encoded(image: Picture) -> bytes:
 
 
 def _segmentation(document: dict[str, Any], data: bytes) -> Segmentation:
-    from vilseg.data.decode import decode_image
+    from vilseg.data.image_decoding import decode_image
 
     return Segmentation(**arrays_of(document), image=decode_image(data, max_pixels=1 << 62))
 

@@ -30,7 +30,7 @@ from vilseg import storage
 from vilseg.config import ModelConfig, RunConfig, ViewsConfig
 from vilseg.config.data import ColumnsConfig
 from vilseg.data.cached_views import VIEW_KEYS, column_name, column_of_variant, variant_seed
-from vilseg.data.decode import decode_image, square
+from vilseg.data.image_decoding import decode_image, square
 from vilseg.data.shards import CAPTION_FEATURES, MANIFEST, PARQUET, BadPair, Pair, list_shards, read_shard, write_index
 from vilseg.data.views import make_views
 from vilseg.device import best_device, has_bfloat16_units

@@ -21,7 +21,7 @@ from serve.video_uploads import VideoUploads
 from vilseg import storage
 from vilseg.bulk.coco_annotations import write_coco
 from vilseg.client import arrays_of
-from vilseg.data.decode import decode_image
+from vilseg.data.image_decoding import decode_image
 from vilseg.errors import UserError
 from vilseg.segmentation.result import Segmentation
 from vilseg.segmentation.visualization import draw_overlay

@@ -24,7 +24,7 @@ from jobs.segment import segment_job
 from jobs.segment.plan import estimate, list_inputs, plan
 from vilseg import Segmenter, ViLSeg, Vocabulary, storage
 from vilseg.bulk.outputs import Rules
-from vilseg.data.decode import decode_image
+from vilseg.data.image_decoding import decode_image
 from vilseg.data.shards import write_tar
 from vilseg.data.synthetic import scenes
 from vilseg.data.synthetic.videos import render_moving_scene

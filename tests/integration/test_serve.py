@@ -175,7 +175,7 @@ class Load:
 
 def test_the_client_gets_what_the_segmenter_finds(server: Server, models: dict[str, str], photo: bytes) -> None:
     from vilseg import Segmenter
-    from vilseg.data.decode import decode_image
+    from vilseg.data.image_decoding import decode_image
 
     with Client(server.url) as client:
         assert client.models() == ["default", "second"]

@@ -28,7 +28,7 @@ from vilseg.bulk.gallery import THUMBS, thumbnail
 from vilseg.bulk.listing import Input
 from vilseg.bulk.outputs import MASKS, OVERLAYS, BlockResult, Outputs, Rules
 from vilseg.bulk.results_table import write_part
-from vilseg.data.decode import decode_image
+from vilseg.data.image_decoding import decode_image
 from vilseg.errors import DataError, DiskFullError, StorageError, StoreUnavailable, UserError
 from vilseg.segmentation.geotiff import GeoMask, is_georeferenced, segment_geotiff
 from vilseg.segmentation.result import Segmentation

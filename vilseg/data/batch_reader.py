@@ -18,7 +18,7 @@ import numpy as np
 from vilseg import storage
 from vilseg.config.data import ColumnsConfig, FiltersConfig
 from vilseg.data.cached_views import column_name, column_of_epoch
-from vilseg.data.decode import decode_image, image_size, square
+from vilseg.data.image_decoding import decode_image, image_size, square
 from vilseg.data.sampler import Chunk, Segment, Window, apportion
 from vilseg.data.shards import BadPair, Pair, Shard, count_pairs, list_shards, read_index, read_shard
 from vilseg.data.text_selection import TextRules, choose

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from vilseg import storage
-from vilseg.data.decode import decode_image
+from vilseg.data.image_decoding import decode_image
 from vilseg.errors import DataError
 
 

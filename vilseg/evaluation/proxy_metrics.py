@@ -23,7 +23,7 @@ from torch import Tensor
 
 from vilseg.config import ViewsConfig
 from vilseg.config.data import ColumnsConfig
-from vilseg.data.decode import decode_image, square
+from vilseg.data.image_decoding import decode_image, square
 from vilseg.data.shards import Pair, list_shards, read_shard
 from vilseg.data.views import align, make_views
 from vilseg.errors import DataError

@@ -22,7 +22,7 @@ from PIL import Image
 
 from vilseg import storage
 from vilseg.config.data import ColumnsConfig
-from vilseg.data.decode import decode_image
+from vilseg.data.image_decoding import decode_image
 from vilseg.data.shards import INDEX, PARQUET, TAR, BadPair, tar_groups, texts_of_metadata
 from vilseg.errors import DataError, StorageError
 from vilseg.ingest.caption_files import (

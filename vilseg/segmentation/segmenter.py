@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from vilseg import storage
-from vilseg.data.decode import decode_image, to_rgb
+from vilseg.data.image_decoding import decode_image, to_rgb
 from vilseg.device import best_device
 from vilseg.errors import DataError
 from vilseg.model import ImageEmbeddings, ViLSeg

@@ -13,7 +13,7 @@ import pytest
 
 from vilseg.bulk.listing import Container, Input, scan
 from vilseg.config.data import ColumnsConfig
-from vilseg.data.decode import decode_image
+from vilseg.data.image_decoding import decode_image
 from vilseg.errors import DataError, StorageError, UserError
 
 
@@ -326,7 +326,7 @@ def test_bombs_are_refused_in_little_memory(dirty: Path) -> None:
     bombs = [name for name, row in manifest(dirty).items() if row["kind"] == "bomb"]
     assert len(bombs) >= 8
     code = (
-        "from pathlib import Path\nfrom vilseg.data.decode import decode_image\n"
+        "from pathlib import Path\nfrom vilseg.data.image_decoding import decode_image\n"
         "from vilseg.errors import DataError\n"
         # Not ru_maxrss, which a process takes over from the one that starts it.
         "peak = lambda: next(int(line.split()[1]) for line in open('/proc/self/status') if 'VmHWM' in line)\n"

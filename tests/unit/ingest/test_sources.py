@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from vilseg.config.data import ColumnsConfig
-from vilseg.data.decode import decode_image
+from vilseg.data.image_decoding import decode_image
 from vilseg.data.shards import BadPair, Pair, read_shard, texts_of_metadata, write_tar
 from vilseg.data.text_selection import TextRules
 from vilseg.errors import DataError, StorageError

@@ -18,7 +18,7 @@ from serve.http_errors import overloaded_error
 from serve.request_types import SegmentRequest, SegmentResponse
 from vilseg import Segmenter, ViLSeg
 from vilseg.client import arrays_of
-from vilseg.data.decode import decode_image
+from vilseg.data.image_decoding import decode_image
 from vilseg.text.vocabulary import Vocabulary
 
 Start = Callable[..., Any]

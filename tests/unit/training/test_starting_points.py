@@ -23,7 +23,7 @@ from tests.unit.checkpoints import CONTRASTIVE, MEAN, PATCH, SIDE, STD
 from vilseg import Segmenter, storage
 from vilseg.config import ModelConfig, RunConfig, SegmentationConfig
 from vilseg.data.batch_reader import BatchReader, decode_to_canvas
-from vilseg.data.decode import square
+from vilseg.data.image_decoding import square
 from vilseg.data.sampler import PairOrder
 from vilseg.data.shards import write_tar
 from vilseg.data.synthetic import scenes

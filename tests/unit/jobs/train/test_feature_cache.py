@@ -23,7 +23,7 @@ from vilseg.config import ImageEncoderConfig, RunConfig, ViewsConfig
 from vilseg.config.data import ColumnsConfig
 from vilseg.data.batch_reader import decode_features
 from vilseg.data.cached_views import column_name, column_of_variant
-from vilseg.data.decode import decode_image, square
+from vilseg.data.image_decoding import decode_image, square
 from vilseg.data.shards import Pair, Shard, list_shards, read_shard, write_tar
 from vilseg.device import has_bfloat16_units
 from vilseg.model.image_encoder import LocalConvEncoder, build_image_encoder

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from vilseg.data.decode import decode_image, square
+from vilseg.data.image_decoding import decode_image, square
 from vilseg.errors import DataError
 
 
