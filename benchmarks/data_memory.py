@@ -65,12 +65,12 @@ def read_epochs(source: str, mixed: int, epochs: int) -> list[float]:
     import numpy as np
 
     from vilseg.data.batch_reader import BatchReader, decode_to_canvas, index_shards
-    from vilseg.data.sampler import PairOrder
+    from vilseg.data.sampler import PairSampler
 
     def tokenize(texts: Sequence[str]) -> np.ndarray:
         return np.array([[len(text)] for text in texts], np.int32)
 
-    order = PairOrder(index_shards(source), _BATCH, 0, mixed)
+    order = PairSampler(index_shards(source), _BATCH, 0, mixed)
     reader = BatchReader(
         batch_size=_BATCH,
         workers=1,

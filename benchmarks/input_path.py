@@ -32,7 +32,7 @@ from jobs.train.monitor import TrainingMonitor
 from jobs.train.ray_data import batches_of_steps, count_in_parallel, execution_options, worker_batches
 from vilseg.config import RunConfig
 from vilseg.data.batch_reader import MAX_PHRASES_PER_PAIR, decode_to_canvas
-from vilseg.data.image_decoding import square
+from vilseg.data.image_decoding import crop_to_square
 from vilseg.training import run_setup
 from vilseg.training.run_dir import Prepared
 
@@ -168,7 +168,7 @@ def _collated(
 
 
 def _decode_with_pillow(data: bytes) -> np.ndarray:
-    return square(np.asarray(Image.open(io.BytesIO(data)).convert("RGB")), _CANVAS, np.random.random())
+    return crop_to_square(np.asarray(Image.open(io.BytesIO(data)).convert("RGB")), _CANVAS, np.random.random())
 
 
 def _decode_with_ours(data: bytes) -> np.ndarray:

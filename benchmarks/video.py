@@ -25,7 +25,7 @@ from jobs.train.ray_data import read_batches_locally
 from vilseg.config import ModelConfig, RunConfig, SegmentationConfig
 from vilseg.data.shards import write_tar
 from vilseg.data.synthetic import scenes
-from vilseg.data.synthetic.videos import MovingScene, render_moving_scene
+from vilseg.data.synthetic.videos import SyntheticVideo, render_video
 from vilseg.evaluation.confusion_matrix import ConfusionMatrix
 from vilseg.model import ViLSeg
 from vilseg.segmentation.result import Segmentation
@@ -82,7 +82,7 @@ def _train(out: Path) -> ViLSeg:
 
 def _measure(segmenter: Segmenter) -> dict[str, Any]:
     size = segmenter.config.input_size
-    films = [render_moving_scene(1, index, size, frames=_FRAMES, split="eval") for index in range(_FILMS)]
+    films = [render_video(1, index, size, frames=_FRAMES, split="eval") for index in range(_FILMS)]
     ways: dict[str, Way] = {"frame_by_frame": partial(map, segmenter), "video": partial(segment_video, segmenter)}
     labels: dict[str, list[list[np.ndarray]]] = {}
     milliseconds: dict[str, list[float]] = {name: [] for name in ways}
@@ -110,7 +110,7 @@ def _vit_b16() -> float:
     torch.manual_seed(0)
     model = ViLSeg.from_config(config, ["the sky over the sea", "a boat"], segmentation=settings)
     segmenter = Segmenter(model, _CLASSES, device="cpu", keep_clusters=False)
-    film = render_moving_scene(1, 0, settings.input_size, frames=_FRAMES, split="eval")
+    film = render_video(1, 0, settings.input_size, frames=_FRAMES, split="eval")
     ways: list[Way] = [partial(map, segmenter), partial(segment_video, segmenter)]
     seconds = []
     for way in ways:
@@ -121,7 +121,7 @@ def _vit_b16() -> float:
     return round(seconds[0] / seconds[1], 3)
 
 
-def _quality(films: list[MovingScene], labels: list[list[np.ndarray]], milliseconds: float) -> dict[str, float]:
+def _quality(films: list[SyntheticVideo], labels: list[list[np.ndarray]], milliseconds: float) -> dict[str, float]:
     truth = ConfusionMatrix(_CLASSES)
     consistency, changed, pixels = [], 0, 0
     for film, found in zip(films, labels, strict=True):

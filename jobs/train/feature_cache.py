@@ -30,7 +30,7 @@ from vilseg import storage
 from vilseg.config import ModelConfig, RunConfig, ViewsConfig
 from vilseg.config.data import ColumnsConfig
 from vilseg.data.cached_views import VIEW_KEYS, column_name, column_of_variant, variant_seed
-from vilseg.data.image_decoding import decode_image, square
+from vilseg.data.image_decoding import crop_to_square, decode_image
 from vilseg.data.shards import CAPTION_FEATURES, MANIFEST, PARQUET, BadPair, Pair, list_shards, read_shard, write_index
 from vilseg.data.views import make_views
 from vilseg.device import best_device, has_bfloat16_units
@@ -279,7 +279,7 @@ class FeatureWriter:
         seeds = [variant_seed(pair.key, variant) for pair in pairs]
         # As training without a cache places the canvas and the view on it.
         positions = [(seed & 0xFFFF) / 0xFFFF if variant else 0.5 for seed in seeds]
-        squares = [square(image, self._canvas, at) for image, at in zip(pictures, positions, strict=True)]
+        squares = [crop_to_square(image, self._canvas, at) for image, at in zip(pictures, positions, strict=True)]
         images_BHW3 = torch.from_numpy(np.stack(squares)).to(self._device)
         if not variant:
             return images_BHW3.permute(0, 3, 1, 2).float().div_(255)

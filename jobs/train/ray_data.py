@@ -17,9 +17,9 @@ from vilseg import storage
 from vilseg.config import RunConfig
 from vilseg.config.data import ColumnsConfig
 from vilseg.data.batch_reader import BatchReader, WorkerBatch, decode_features, decode_to_canvas, pack, unpack
-from vilseg.data.sampler import PairOrder
+from vilseg.data.sampler import PairSampler
 from vilseg.data.shards import MANIFEST, BadPair, count_pairs
-from vilseg.data.text_selection import TextRules
+from vilseg.data.text_selection import TextSelector
 from vilseg.errors import DataError
 from vilseg.storage.retry import patiently
 from vilseg.training.run_dir import Prepared, RunFolder
@@ -27,30 +27,30 @@ from vilseg.training.run_dir import Prepared, RunFolder
 _ROW_PAIRS, _ROW_BYTES = 512, 64 << 20
 """Batches of successive steps share a row up to so many pairs and bytes of images."""
 READ_CPUS, _NUMBERING_CPUS = 0.45, 0.05
-"""Reading waits for storage half of its time. Two tasks that read and one that numbers chunks share a CPU."""
+"""Reading waits for storage half of its time. Two tasks that read and one that numbers tasks share a CPU."""
 
 
-def stream_batches(order: PairOrder, reader: BatchReader, first_step: int, last_step: int) -> ray.data.Dataset:
+def stream_batches(order: PairSampler, reader: BatchReader, first_step: int, last_step: int) -> ray.data.Dataset:
     """A dataset whose rows are batches of one worker, one after the other for every worker, in the order of steps.
 
     Every row is a block of its own, so that splitting the dataset over W workers deals them out like cards: worker w gets
     rows w, w + W, … Small batches of successive steps share a row, because every block costs Ray some milliseconds.
-    Nothing is held but the chunks being read and the rows waiting for their worker.
+    Nothing is held but the tasks being read and the rows waiting for their worker.
     """
-    chunks = list(order.chunks(first_step, last_step))
+    tasks = list(order.read_tasks(first_step, last_step))
 
     # The dashboard shows the names of both.
-    def number_chunks(_: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
+    def number_tasks(_: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
         # By one task as they are wanted: a source of so many blocks would be made whole before the first is read.
-        for chunk in range(len(chunks)):
-            yield {"id": np.array([chunk])}
+        for task in range(len(tasks)):
+            yield {"id": np.array([task])}
 
     def read_pairs(rows: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
-        yield from _pack_rows(reader.read(chunks[rows["id"][0]]), reader.workers)
+        yield from _pack_rows(reader.read(tasks[rows["id"][0]]), reader.workers)
 
     dataset = ray.data.from_items([{"id": 0}], override_num_blocks=1)
     dataset.context.target_max_block_size = 1  # byte: a block is closed after every row
-    numbered = dataset.map_batches(number_chunks, num_cpus=_NUMBERING_CPUS)
+    numbered = dataset.map_batches(number_tasks, num_cpus=_NUMBERING_CPUS)
     return numbered.map_batches(read_pairs, batch_size=1, num_cpus=READ_CPUS)
 
 
@@ -81,9 +81,9 @@ def batches_of_steps(config: RunConfig, prepared: Prepared, monitor: Any, first:
     )
 
 
-def make_sampler(config: RunConfig, prepared: Prepared) -> PairOrder:
+def make_sampler(config: RunConfig, prepared: Prepared) -> PairSampler:
     """The order of a run's pairs."""
-    return PairOrder(
+    return PairSampler(
         prepared.shards,
         config.trainer.batch_size,
         config.trainer.seed,
@@ -104,7 +104,7 @@ def make_batch_reader(
         tokenize=prepared.tokenizer,
         nouns=prepared.nouns,
         columns=ColumnsConfig() if config.data.feature_cache else config.data.columns,  # of a cache, the names are ours
-        rules=TextRules(config.data.text, config.data.filters),
+        rules=TextSelector(config.data.text, config.data.filters),
         variants=config.data.cache_variants,
         report=report,
     )
@@ -115,8 +115,8 @@ def read_batches_locally(
 ) -> Iterator[WorkerBatch]:
     """The batches of one worker from step ``first`` on, read in this process without Ray."""
     reader = make_batch_reader(config, prepared, report)
-    for chunk in make_sampler(config, prepared).chunks(first, config.trainer.steps):
-        yield from reader.read(chunk)
+    for task in make_sampler(config, prepared).read_tasks(first, config.trainer.steps):
+        yield from reader.read(task)
 
 
 def _decoder(config: RunConfig, prepared: Prepared) -> Callable[[bytes, int], np.ndarray]:
@@ -129,7 +129,7 @@ def _decoder(config: RunConfig, prepared: Prepared) -> Callable[[bytes, int], np
 
 
 def execution_options() -> ExecutionOptions:
-    """Rows in order, whichever chunk is read first."""
+    """Rows in order, whichever task is read first."""
     options = ExecutionOptions()
     options.preserve_order = True
     return options

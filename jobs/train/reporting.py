@@ -13,7 +13,7 @@ import torch
 
 from vilseg.config import RunConfig
 from vilseg.data.batch_reader import WorkerBatch
-from vilseg.data.sampler import PairOrder
+from vilseg.data.sampler import PairSampler
 from vilseg.evaluation.proxy_metrics import HeldOut, measure
 from vilseg.segmentation.visualization import palette
 from vilseg.storage.retry import patiently
@@ -39,7 +39,9 @@ class TrainingReporter:
         order: says which epoch it is.
     """
 
-    def __init__(self, config: RunConfig, folder: RunFolder, trainer: Trainer, monitor: Any, order: PairOrder) -> None:
+    def __init__(
+        self, config: RunConfig, folder: RunFolder, trainer: Trainer, monitor: Any, order: PairSampler
+    ) -> None:
         self._config, self._folder, self._trainer, self._monitor, self._order = config, folder, trainer, monitor, order
         self._metrics = MetricsFile(folder, config, trainer.step)
         self._last = (read_metrics(folder) or [{}])[-1] if trainer.step else {}

@@ -37,7 +37,7 @@ from vilseg import storage
 from vilseg.bulk import results_table
 from vilseg.config import RunConfig
 from vilseg.data.batch_reader import BatchReader, decode_to_canvas
-from vilseg.data.sampler import PairOrder
+from vilseg.data.sampler import PairSampler
 from vilseg.data.shards import write_index, write_tar
 from vilseg.data.synthetic import scenes
 from vilseg.training import run_setup
@@ -305,7 +305,7 @@ def unbroken(folder: RunFolder) -> list[dict[str, float]]:
         tokenize=prepared.tokenizer,
         nouns=prepared.nouns,
     )
-    chunks = PairOrder(prepared.shards, config.trainer.batch_size, config.trainer.seed).chunks(0, STEPS)
+    chunks = PairSampler(prepared.shards, config.trainer.batch_size, config.trainer.seed).read_tasks(0, STEPS)
     reports: list[dict[str, float]] = []
     batches = itertools.chain.from_iterable(map(reader.read, chunks))
     trainer.train(batches, on_report=reports.append, on_checkpoint=lambda: None)

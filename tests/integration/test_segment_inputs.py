@@ -27,7 +27,7 @@ from vilseg.bulk.outputs import Rules
 from vilseg.data.image_decoding import decode_image
 from vilseg.data.shards import write_tar
 from vilseg.data.synthetic import scenes
-from vilseg.data.synthetic.videos import render_moving_scene
+from vilseg.data.synthetic.videos import render_video
 from vilseg.errors import ConfigError, DataError
 from vilseg.segmentation.video_io import Frame, write_video
 
@@ -76,7 +76,7 @@ def test_everything_in_one_call(ray_cluster: Session, model: str, tmp_path: Path
         (tmp_path / "local" / f"photo {number}.png").write_bytes(png(number))
     (tmp_path / "list.txt").write_text(f"# two more\n{tmp_path}/local/photo 4.png\n{ROOT}/single.png\n")
     storage.write_bytes(f"{ROOT}/single.png", png(6))
-    film = render_moving_scene(1, 0, 64, frames=8)
+    film = render_video(1, 0, 64, frames=8)
     frames = (Frame(i, Fraction(i, 10), image) for i, image in enumerate(film.images))
     write_video(str(tmp_path / "film.mp4"), frames)
     with rasterio.open(

@@ -95,7 +95,7 @@ class _Place:
 
         def after(_: int, last: storage.FileEntry | None) -> Iterator[storage.FileEntry]:
             seen = last.relative if last else ""
-            return storage.stream_files(folder, after=seen, beginning=beginning, enter=enters)
+            return storage.stream_files(folder, after=seen, prefix=beginning, enter=enters)
 
         return stream_patiently(after, seconds=patience_s)
 

@@ -24,7 +24,7 @@ from vilseg.config.tree import (
     Tree,
 )
 from vilseg.errors import ConfigError
-from vilseg.text.prompt_templates import templates
+from vilseg.text.prompt_templates import resolve_templates
 
 
 class ViewsConfig(Part):
@@ -283,12 +283,12 @@ class SegmentationConfig(Part):
     @field_validator("prompts", mode="before")
     @classmethod
     def _named_set(cls, prompts: Any) -> Any:
-        return list(templates(prompts)) if isinstance(prompts, str) else prompts
+        return list(resolve_templates(prompts)) if isinstance(prompts, str) else prompts
 
     @field_validator("prompts")
     @classmethod
     def _prompts_hold_the_name(cls, prompts: list[str]) -> list[str]:
-        return list(templates(prompts))
+        return list(resolve_templates(prompts))
 
 
 class RunConfig(Tree):

@@ -18,10 +18,10 @@ import numpy as np
 from vilseg import storage
 from vilseg.config.data import ColumnsConfig, FiltersConfig
 from vilseg.data.cached_views import column_name, column_of_epoch
-from vilseg.data.image_decoding import decode_image, image_size, square
-from vilseg.data.sampler import Chunk, Segment, Window, apportion
+from vilseg.data.image_decoding import crop_to_square, decode_image, image_size
+from vilseg.data.sampler import ReadTask, Segment, Window, apportion
 from vilseg.data.shards import BadPair, Pair, Shard, count_pairs, list_shards, read_index, read_shard
-from vilseg.data.text_selection import TextRules, choose
+from vilseg.data.text_selection import TextSelector, choose_text
 from vilseg.errors import DataError, FilteredError
 from vilseg.storage.retry import patiently
 from vilseg.text.noun_phrases import NounPhrases
@@ -82,7 +82,7 @@ def decode_to_canvas(
     if filters is not None and (filters.min_side > 1 or filters.max_aspect is not None):
         _check_shape(*image_size(data), filters)
     image = decode_image(data, max_pixels=max_pixels, min_side=canvas)
-    return square(image, canvas, (seed & 0xFFFF) / 0xFFFF)
+    return crop_to_square(image, canvas, (seed & 0xFFFF) / 0xFFFF)
 
 
 def _check_shape(width: int, height: int, filters: FiltersConfig) -> None:
@@ -110,7 +110,7 @@ _Sample = tuple[np.ndarray, "str | np.ndarray", list[int], int, str]
 
 @dataclass(frozen=True, kw_only=True)
 class BatchReader:
-    """Reads chunks into worker batches; made once, sent to whoever reads.
+    """Reads tasks into worker batches; made once, sent to whoever reads.
 
     Args:
         batch_size: pairs a step over all workers.
@@ -122,7 +122,7 @@ class BatchReader:
         columns: names of the columns of Parquet shards.
         rules: which texts of a pair are used.
         variants: of every picture in a feature cache, of which an epoch reads one.
-        report: told of every chunk (pairs read, bad and filtered pairs); may raise to stop the run.
+        report: told of every task (pairs read, bad and filtered pairs); may raise to stop the run.
     """
 
     batch_size: int
@@ -132,12 +132,12 @@ class BatchReader:
     tokenize: Callable[[Sequence[str]], np.ndarray]
     nouns: NounPhrases = field(default_factory=NounPhrases)
     columns: ColumnsConfig = field(default_factory=ColumnsConfig)
-    rules: TextRules = field(default_factory=TextRules)
+    rules: TextSelector = field(default_factory=TextSelector)
     variants: int = 1
     report: Callable[[int, list[BadPair]], None] | None = None
 
-    def read(self, chunk: Chunk) -> Iterator[WorkerBatch]:
-        """The batches of a chunk, step by step and in each step worker by worker.
+    def read(self, task: ReadTask) -> Iterator[WorkerBatch]:
+        """The batches of a task, step by step and in each step worker by worker.
 
         A pair that cannot be used is replaced by another one of its window, so that every batch is full.
 
@@ -145,11 +145,11 @@ class BatchReader:
             DataError: no pair of a window can be used, or ``report`` has had enough.
         """
         streams = _Streams(self._begin)
-        wanted = chunk.first_step + chunk.skip
-        for number, window in enumerate(chunk.windows):
+        wanted = task.first_step + task.skip
+        for number, window in enumerate(task.windows):
             if window.first_step + window.steps > wanted:
                 yield from self._read_window(window, max(0, wanted - window.first_step), streams)
-            streams.keep({_place(segment) for later in chunk.windows[number + 1 :] for segment in later.segments})
+            streams.keep({_place(segment) for later in task.windows[number + 1 :] for segment in later.segments})
 
     def _begin(self, segment: Segment) -> Iterator[Pair | BadPair]:
         columns = self.columns
@@ -222,7 +222,7 @@ class BatchReader:
             bad.append(BadPair(pair.key, str(error), filtered=isinstance(error, FilteredError)))
             pool[index] = None
             return None
-        chosen = choose(pair.chances, seed) if pair.chances else seed % len(pair.captions)
+        chosen = choose_text(pair.probabilities, seed) if pair.probabilities else seed % len(pair.captions)
         text = pair.captions[chosen] if pair.caption_features is None else _caption_row(pair, chosen)
         return image, text, self.nouns.find(pair.captions)[:MAX_PHRASES_PER_PAIR], seed, pair.key
 
@@ -304,7 +304,7 @@ def index_shards(
 
 
 def sample_pairs(
-    shards: Sequence[Shard], columns: ColumnsConfig, limit: int, rules: TextRules | None = None
+    shards: Sequence[Shard], columns: ColumnsConfig, limit: int, rules: TextSelector | None = None
 ) -> tuple[list[Pair], list[BadPair]]:
     """Up to ``limit`` readable pairs of the set, without their pictures, and the bad ones met on the way.
 

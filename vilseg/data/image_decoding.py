@@ -89,7 +89,7 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
         raise DataError(f"the image is damaged: {str(error).strip() or type(error).__name__}") from error
 
 
-def square(image: np.ndarray, side: int, position: float = 0.5) -> np.ndarray:
+def crop_to_square(image: np.ndarray, side: int, position: float = 0.5) -> np.ndarray:
     """Resize the shorter side to ``side`` and crop the longer one; ``position`` 0..1 says where along it.
 
     Shape: (H, W, 3) -> (side, side, 3).

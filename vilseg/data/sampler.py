@@ -2,7 +2,7 @@
 
 The order is a pure function of the shards, the batch size, the seed and the weights of the sources. Epochs of a source follow
 each other without a gap, each with its own order of shards, and every pair comes once an epoch. The stream is cut into
-:class:`Chunk` s, which are read in parallel, and these into :class:`Window` s, whose pairs are shuffled together. So a step
+:class:`ReadTask` s, which are read in parallel, and these into :class:`Window` s, whose pairs are shuffled together. So a step
 holds the same pairs for any number of workers, and a run resumes at any step.
 
 Shards that are written topic by topic need more than the shuffling of one shard. ``shuffle_shards`` of them are then read
@@ -50,7 +50,7 @@ class Window:
 
 
 @dataclass(frozen=True)
-class Chunk:
+class ReadTask:
     """The pairs of ``steps`` steps from ``first_step`` on, of which the first ``skip`` are not wanted any more.
 
     A shard's segments in successive windows follow on each other, so that it is read once.
@@ -68,10 +68,10 @@ class Chunk:
 
 
 @dataclass(frozen=True)
-class PairOrder:
+class PairSampler:
     """The order of all pairs over all epochs.
 
-    With several sources a chunk is about as large as ``shuffle_shards`` shards of each, and ends where the source of the
+    With several sources a task is about as large as ``shuffle_shards`` shards of each, and ends where the source of the
     largest weight has given whole shards.
 
     Args:
@@ -110,12 +110,12 @@ class PairOrder:
             for source, count in zip(self.weights, drawn, strict=True)
         }
 
-    def chunks(self, first_step: int, last_step: int) -> Iterator[Chunk]:
-        """The chunks that cover steps ``first_step`` up to, not including, ``last_step``."""
+    def read_tasks(self, first_step: int, last_step: int) -> Iterator[ReadTask]:
+        """The tasks that cover steps ``first_step`` up to, not including, ``last_step``."""
         weights = _integers(self.weights.values())
         queues = [_Queue(self._groups(number, source)) for number, source in enumerate(self.weights)]
         leader = weights.index(max(weights))
-        repeat = self._groups_a_chunk(weights, leader)
+        repeat = self._groups_a_task(weights, leader)
 
         def drawn(step: int) -> list[int]:
             return apportion(weights, step * self.batch_size)
@@ -138,7 +138,7 @@ class PairOrder:
                 segments = [segment for queue, before, after in shares for segment in queue.take(after - before)]
                 windows.append(Window(begin, end - begin, tuple(segments)))
             if step + steps > first_step:
-                yield Chunk(step, steps, max(0, first_step - step), tuple(windows))
+                yield ReadTask(step, steps, max(0, first_step - step), tuple(windows))
             step += steps
 
     def _shards_of(self, source: str) -> list[Shard]:
@@ -158,8 +158,8 @@ class PairOrder:
             for group in range(groups):  # of sizes that differ by one at most
                 yield _Group(visits[len(visits) * group // groups : len(visits) * (group + 1) // groups])
 
-    def _groups_a_chunk(self, weights: Sequence[int], leader: int) -> int:
-        """Groups of the leader in a chunk that is as large as one group of every source."""
+    def _groups_a_task(self, weights: Sequence[int], leader: int) -> int:
+        """Groups of the leader in a task that is as large as one group of every source."""
         held = [[shard.pairs for shard in self._shards_of(source) if shard.pairs] for source in self.weights]
         means = [Fraction(sum(pairs), len(pairs)) for pairs in held]
         return math.ceil(Fraction(weights[leader], sum(weights)) * sum(means) / means[leader])

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from vilseg import storage
 from vilseg.config.data import ColumnsConfig, FiltersConfig
-from vilseg.data.text_selection import TextRules
+from vilseg.data.text_selection import TextSelector
 from vilseg.errors import DataError, StorageError, StoreUnavailable, UserError
 
 TAR, PARQUET = ".tar", ".parquet"
@@ -45,7 +45,7 @@ class Pair:
     """Its usable texts, cleaned; alt-text and hashtags among them where the rules say so."""
     caption_features: bytes | None = None
     """From a feature cache: one row of float16 for each caption, as the text encoder gave it."""
-    chances: tuple[float, ...] = ()
+    probabilities: tuple[float, ...] = ()
     """How often each of the captions is the text of an epoch; all alike where empty."""
 
 
@@ -97,7 +97,7 @@ def list_shards(source: str, *, without: str | None = None) -> list[storage.File
 
 
 def read_shard(
-    uri: str, columns: ColumnsConfig | None = None, rules: TextRules | None = None
+    uri: str, columns: ColumnsConfig | None = None, rules: TextSelector | None = None
 ) -> Iterator[Pair | BadPair]:
     """Every pair of a shard in stored order, one at a time; a file that breaks off ends in a :class:`BadPair`.
 
@@ -110,9 +110,9 @@ def read_shard(
         StoreUnavailable: the object store does not answer.
     """
     if uri.endswith(PARQUET):
-        yield from _read_parquet(uri, columns or ColumnsConfig(), rules or TextRules())
+        yield from _read_parquet(uri, columns or ColumnsConfig(), rules or TextSelector())
     else:
-        yield from _read_tar(uri, rules or TextRules())
+        yield from _read_tar(uri, rules or TextSelector())
 
 
 def count_pairs(uri: str) -> int:
@@ -163,7 +163,7 @@ def read_index(folder: str) -> dict[str, int]:
         raise DataError(f"{uri} is damaged; delete it, and the pairs are counted anew") from error
 
 
-def _read_tar(uri: str, rules: TextRules) -> Iterator[Pair | BadPair]:
+def _read_tar(uri: str, rules: TextSelector) -> Iterator[Pair | BadPair]:
     for key, members in tar_groups(uri):
         if isinstance(members, str):
             yield BadPair(key, members)
@@ -180,11 +180,11 @@ def _read_tar(uri: str, rules: TextRules) -> Iterator[Pair | BadPair]:
         yield _pair(key, image, texts, rules)
 
 
-def _pair(key: str, image: bytes, texts: dict[str, list[str]], rules: TextRules) -> Pair | BadPair:
-    chances = rules.usable(texts)
-    if chances:
-        alike = len(set(chances.values())) == 1
-        return Pair(key, image, tuple(chances), chances=() if alike else tuple(chances.values()))
+def _pair(key: str, image: bytes, texts: dict[str, list[str]], rules: TextSelector) -> Pair | BadPair:
+    probabilities = rules.probabilities(texts)
+    if probabilities:
+        alike = len(set(probabilities.values())) == 1
+        return Pair(key, image, tuple(probabilities), probabilities=() if alike else tuple(probabilities.values()))
     if not any(texts.values()):
         return BadPair(key, "no caption")
     if rules.filters == FiltersConfig():
@@ -224,7 +224,7 @@ def _texts_of(members: dict[str, bytes]) -> dict[str, list[str]]:
         metadata = json.loads(members["json"])
         if not isinstance(metadata, dict):
             raise ValueError("the JSON is not an object")
-        texts = texts_of_metadata(metadata)
+        texts = texts_from_metadata(metadata)
     if "txt" in members:
         caption = members["txt"].decode("utf-8").strip()
         captions = texts.setdefault("caption", [])
@@ -233,7 +233,7 @@ def _texts_of(members: dict[str, bytes]) -> dict[str, list[str]]:
     return texts
 
 
-def texts_of_metadata(metadata: dict[str, Any]) -> dict[str, list[str]]:
+def texts_from_metadata(metadata: dict[str, Any]) -> dict[str, list[str]]:
     """The texts among a pair's fields by kind: ``captions`` and ``caption``, ``alt``, ``tags``; only kinds that it has."""
     found: dict[str, list[str]] = {}
     for name in _TEXT_FIELDS:
@@ -245,7 +245,7 @@ def texts_of_metadata(metadata: dict[str, Any]) -> dict[str, list[str]]:
     return {kind: texts for kind, texts in found.items() if texts}
 
 
-def _read_parquet(uri: str, columns: ColumnsConfig, rules: TextRules) -> Iterator[Pair | BadPair]:
+def _read_parquet(uri: str, columns: ColumnsConfig, rules: TextSelector) -> Iterator[Pair | BadPair]:
     try:
         with storage.reading(uri) as source:
             file = pq.ParquetFile(source)
@@ -269,11 +269,11 @@ def _read_parquet(uri: str, columns: ColumnsConfig, rules: TextRules) -> Iterato
 
 
 def _pair_of_row(
-    uri: str, row: int, values: dict[str, Any], columns: ColumnsConfig, rules: TextRules
+    uri: str, row: int, values: dict[str, Any], columns: ColumnsConfig, rules: TextSelector
 ) -> Pair | BadPair:
     key = str(values.get(columns.key) or f"{storage.name(uri)}:{row}")
     fields = {"caption": values.get(columns.caption), "captions": values.get(columns.captions)}
-    texts = texts_of_metadata({**values, **fields})
+    texts = texts_from_metadata({**values, **fields})
     if not texts:
         return BadPair(key, "no caption")
     image = values.get(columns.image)

@@ -12,7 +12,7 @@ KINDS = ("caption", "alt", "tags")
 
 
 @dataclass(frozen=True)
-class TextRules:
+class TextSelector:
     """Cleans a pair's texts and says how often each is the text of an epoch.
 
     Args:
@@ -23,8 +23,8 @@ class TextRules:
     weights: TextConfig = field(default_factory=TextConfig)
     filters: FiltersConfig = field(default_factory=FiltersConfig)
 
-    def usable(self, texts: Mapping[str, Sequence[str]]) -> dict[str, float]:
-        """Texts with their chances, which sum to 1; empty where nothing usable is said.
+    def probabilities(self, texts: Mapping[str, Sequence[str]]) -> dict[str, float]:
+        """Texts with their probabilities, which sum to 1; empty where nothing usable is said.
 
         Args:
             texts: as they were stored, by kind (`KINDS`).
@@ -34,11 +34,11 @@ class TextRules:
         if not any(weights.values()):
             weights = dict.fromkeys(list(weights)[:1], 1.0)
         total = sum(weights.values())
-        chances: dict[str, float] = {}
+        probabilities: dict[str, float] = {}
         for kind, weight in weights.items():
             for text in found[kind] if weight else ():
-                chances[text] = chances.get(text, 0) + weight / total / len(found[kind])
-        return chances
+                probabilities[text] = probabilities.get(text, 0) + weight / total / len(found[kind])
+        return probabilities
 
     def _cleaned(self, kind: str, texts: Sequence[str]) -> list[str]:
         if kind == "tags":
@@ -59,11 +59,11 @@ class TextRules:
         return not (filters.junk and is_junk(text))
 
 
-def choose(chances: Sequence[float], seed: int) -> int:
+def choose_text(probabilities: Sequence[float], seed: int) -> int:
     """Index of the text that a seed chooses."""
     point = (seed >> 8 & 0xFFFFFFFF) / 2**32
-    for index, chance in enumerate(chances):
+    for index, chance in enumerate(probabilities):
         point -= chance
         if point < 0:
             return index
-    return len(chances) - 1  # the chances' sum fell short of 1 by rounding
+    return len(probabilities) - 1  # the probabilities' sum fell short of 1 by rounding

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from vilseg.config import ViewsConfig
 from vilseg.config.data import ColumnsConfig
-from vilseg.data.image_decoding import decode_image, square
+from vilseg.data.image_decoding import crop_to_square, decode_image
 from vilseg.data.shards import Pair, list_shards, read_shard
 from vilseg.data.views import align, make_views
 from vilseg.errors import DataError
@@ -76,7 +76,7 @@ class HeldOut:
         images, captions = [], []
         for pair in _pairs(source, columns or ColumnsConfig()):
             try:
-                images.append(square(decode_image(pair.image, max_pixels=max_pixels, min_side=side), side))
+                images.append(crop_to_square(decode_image(pair.image, max_pixels=max_pixels, min_side=side), side))
             except DataError:
                 continue  # training counts and names bad pairs; here they only make fewer
             captions.append(pair.captions)

@@ -23,7 +23,7 @@ from PIL import Image
 from vilseg import storage
 from vilseg.config.data import ColumnsConfig
 from vilseg.data.image_decoding import decode_image
-from vilseg.data.shards import INDEX, PARQUET, TAR, BadPair, tar_groups, texts_of_metadata
+from vilseg.data.shards import INDEX, PARQUET, TAR, BadPair, tar_groups, texts_from_metadata
 from vilseg.errors import DataError, StorageError
 from vilseg.ingest.caption_files import (
     CSV_SUFFIXES,
@@ -187,7 +187,7 @@ def _add_caption_file(
     unusable = [row for row in rows if isinstance(row, BadPair)]
     if unusable and len(unusable) == len(rows):
         raise DataError(f"{uri} makes no pairs; at {unusable[0].key}: {unusable[0].reason}")
-    if not any(texts_of_metadata(row.metadata) for row in rows if not isinstance(row, BadPair)):
+    if not any(texts_from_metadata(row.metadata) for row in rows if not isinstance(row, BadPair)):
         raise DataError(f"{uri} has no captions; name the column caption, captions, text, alt or tags")
     folder = storage.parent(uri)
     for row in rows:
@@ -356,7 +356,7 @@ def _pair_of_row(folder: str, key: str, values: dict[str, Any], columns: Columns
 def _finish(
     key: str, image: bytes, metadata: dict[str, Any], check: bool, max_pixels: int | None
 ) -> SourcePair | BadPair:
-    if not texts_of_metadata(metadata):
+    if not texts_from_metadata(metadata):
         return BadPair(key, "no caption")
     suffix = _suffix_of(image)
     try:

@@ -224,12 +224,12 @@ def list_files(uri: str, suffixes: Collection[str] | None = None) -> list[FileEn
 
 
 def stream_files(
-    uri: str, *, after: str = "", beginning: str = "", enter: Callable[[str], bool] = lambda folder: True
+    uri: str, *, after: str = "", prefix: str = "", enter: Callable[[str], bool] = lambda folder: True
 ) -> Iterator[FileEntry]:
     """Every file under the folder ``uri``, hidden ones too, while it is being listed; of a file, that file alone.
 
     The order is the store's own and the same each time: ``after``, the relative path of the last file seen, goes on with
-    a listing that broke. A folder without files gives none; one that cannot be listed is a `StorageError`. ``beginning``
+    a listing that broke. A folder without files gives none; one that cannot be listed is a `StorageError`. ``prefix``
     keeps the relative paths that begin so. ``enter`` is asked for the relative paths of local folders. The URI of a local
     name that is not UTF-8 is a ``file://`` URI.
     """
@@ -238,9 +238,9 @@ def stream_files(
         yield FileEntry(root, name(uri), info.size)
         return
     try:
-        found = local.walk(root, after, enter) if is_local(uri) else s3.list_keys(uri, root[5:], after, beginning)
+        found = local.walk(root, after, enter) if is_local(uri) else s3.list_keys(uri, root[5:], after, prefix)
         for relative, size in found:
-            if relative.startswith(beginning):
+            if relative.startswith(prefix):
                 yield FileEntry(local.portable(f"{root.rstrip('/')}/{relative}"), relative, size)
     except OSError as error:
         raise _failure(error.filename or uri, "list", error) from error

@@ -116,14 +116,14 @@ def boto_client(settings: Settings, *, timeout_s: float = ANSWER_TIMEOUT_S) -> A
     )
 
 
-def list_keys(uri: str, path: str, after: str, beginning: str) -> Iterator[tuple[str, int]]:
+def list_keys(uri: str, path: str, after: str, prefix: str) -> Iterator[tuple[str, int]]:
     """(Key below the folder ``path``, size) for every object, by pages of 1,000, in the order of the store.
 
     Args:
         uri: for messages.
         path: "bucket" or "bucket/folder".
         after: go on after this key below the folder; "" for all.
-        beginning: only keys that go on so below the folder.
+        prefix: only keys that go on so below the folder.
 
     Raises:
         StorageError: the store does not answer or refuses.
@@ -131,8 +131,8 @@ def list_keys(uri: str, path: str, after: str, beginning: str) -> Iterator[tuple
     from botocore.exceptions import BotoCoreError, ClientError  # as slow as boto3, and needed by few
 
     bucket, _, folder = path.partition("/")
-    prefix = f"{folder}/" if folder else ""
-    request = {"Bucket": bucket, "Prefix": prefix + beginning, **({"StartAfter": prefix + after} if after else {})}
+    base = f"{folder}/" if folder else ""
+    request = {"Bucket": bucket, "Prefix": base + prefix, **({"StartAfter": base + after} if after else {})}
     while True:
         try:
             # boto3 has the keys percent-encoded on the way, since XML cannot hold every character.
@@ -141,7 +141,7 @@ def list_keys(uri: str, path: str, after: str, beginning: str) -> Iterator[tuple
             raise failure(uri, path, "list", error) from error
         for found in page.get("Contents", ()):
             if not found["Key"].endswith("/"):  # the mark of a folder
-                yield found["Key"][len(prefix) :], found["Size"]
+                yield found["Key"][len(base) :], found["Size"]
         if not page["IsTruncated"]:
             return
         request = {"Bucket": bucket, "Prefix": request["Prefix"], "ContinuationToken": page["NextContinuationToken"]}

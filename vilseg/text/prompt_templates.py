@@ -16,7 +16,7 @@ def prompt_sets() -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in _SETS.glob("*.txt")))
 
 
-def templates(given: str | Sequence[str]) -> tuple[str, ...]:
+def resolve_templates(given: str | Sequence[str]) -> tuple[str, ...]:
     """Templates from the name of a set, one template, or a list of templates.
 
     Raises:

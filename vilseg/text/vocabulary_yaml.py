@@ -22,7 +22,7 @@ from typing import Any
 import yaml
 
 from vilseg.errors import DataError
-from vilseg.text.prompt_templates import templates
+from vilseg.text.prompt_templates import resolve_templates
 
 _BUILT_IN = Path(__file__).parent / "vocabularies"
 _KEYS = ("classes", "background", "negatives", "prompts")
@@ -100,7 +100,7 @@ def _prompts(tree: dict[str, Any], place: str, prefix: str) -> tuple[str, ...]:
     if not isinstance(value, str):
         value = _names(value, place, key)
     try:
-        return templates(value)
+        return resolve_templates(value)
     except ValueError as error:
         raise DataError(f"{place}: {key}: {error}") from error
 

@@ -18,9 +18,9 @@ from vilseg.config.data import MixPart
 from vilseg.config.loss import CrossModalConfig
 from vilseg.config.tree import flat
 from vilseg.data.batch_reader import index_shards, sample_pairs
-from vilseg.data.sampler import PairOrder
+from vilseg.data.sampler import PairSampler
 from vilseg.data.shards import Pair, Shard, list_shards
-from vilseg.data.text_selection import TextRules
+from vilseg.data.text_selection import TextSelector
 from vilseg.device import precision_dtype
 from vilseg.errors import ConfigError, DataError, StorageError
 from vilseg.model import ViLSeg
@@ -119,7 +119,7 @@ def prepare(
             index_shards(uri, count, without=without, name=name) for name, uri in uris.items()
         )
     )
-    PairOrder(shards, 1, 0, weights={name: part.weight for name, part in sources.items()})  # says which have no pair
+    PairSampler(shards, 1, 0, weights={name: part.weight for name, part in sources.items()})  # says which have no pair
     pairs = _sample(config, shards, cached=cache is not None)
     captions = [caption for pair in pairs for caption in pair.captions]
     nouns = NounPhrases()
@@ -165,7 +165,7 @@ def _check_temperature(config: RunConfig) -> None:
 
 def _sample(config: RunConfig, shards: Sequence[Shard], *, cached: bool) -> list[Pair]:
     """Pairs of every source by its weight."""
-    rules = TextRules(config.data.text, config.data.filters)
+    rules = TextSelector(config.data.text, config.data.filters)
     sources = config.data.sources
     total = sum(part.weight for part in sources.values())
     pairs: list[Pair] = []

@@ -15,9 +15,9 @@ from vilseg import storage
 from vilseg.config.data import ColumnsConfig, FiltersConfig
 from vilseg.data import batch_reader
 from vilseg.data.batch_reader import BatchReader, _pair_seed, decode_to_canvas, index_shards, pack, sample_pairs, unpack
-from vilseg.data.sampler import Chunk, PairOrder
+from vilseg.data.sampler import PairSampler, ReadTask
 from vilseg.data.shards import BadPair, Pair, Shard, read_shard, write_tar
-from vilseg.data.text_selection import TextRules
+from vilseg.data.text_selection import TextSelector
 from vilseg.errors import DataError, StoreUnavailable
 from vilseg.storage import retry
 from vilseg.text.noun_phrases import NounPhrases
@@ -58,9 +58,9 @@ def reader(batch_size: int, **options: Any) -> BatchReader:
     )
 
 
-def steps_of(reader: BatchReader, chunks: Sequence[Chunk]) -> list[dict[str, np.ndarray]]:
+def steps_of(reader: BatchReader, tasks: Sequence[ReadTask]) -> list[dict[str, np.ndarray]]:
     """Content of every step, the batches of its workers put together."""
-    batches = [batch for chunk in chunks for batch in reader.read(chunk)]
+    batches = [batch for task in tasks for batch in reader.read(task)]
     steps = []
     for start in range(0, len(batches), reader.workers):
         parts = batches[start : start + reader.workers]
@@ -81,7 +81,7 @@ def assert_same(first: list[dict[str, np.ndarray]], second: list[dict[str, np.nd
 
 def test_an_epoch_is_read_once_and_shuffled(tmp_path: Path) -> None:
     shards = write_shards(tmp_path, [5, 9, 0, 2, 8])
-    steps = steps_of(reader(6), list(PairOrder(shards, 6, 0).chunks(0, 8)))
+    steps = steps_of(reader(6), list(PairSampler(shards, 6, 0).read_tasks(0, 8)))
     keys = [key for step in steps for key in step["keys"].tolist()]
     everything = Counter(f"{shard}-{i}" for shard, size in enumerate([5, 9, 0, 2, 8]) for i in range(size))
     assert Counter(keys[:24]) == Counter(keys[24:]) == everything
@@ -91,19 +91,19 @@ def test_an_epoch_is_read_once_and_shuffled(tmp_path: Path) -> None:
 
 def test_a_step_is_the_same_for_any_number_of_workers(tmp_path: Path) -> None:
     shards = write_shards(tmp_path, [7, 12, 3], bad=["1-4", "0-0"])
-    chunks = list(PairOrder(shards, 4, 0).chunks(0, 11))
-    alone = steps_of(reader(4, nouns=NOUNS), chunks)
+    tasks = list(PairSampler(shards, 4, 0).read_tasks(0, 11))
+    alone = steps_of(reader(4, nouns=NOUNS), tasks)
     assert alone[0]["phrases"].max() == 1
     for workers in (2, 4):
-        assert_same(steps_of(reader(4, workers=workers, nouns=NOUNS), chunks), alone)
+        assert_same(steps_of(reader(4, workers=workers, nouns=NOUNS), tasks), alone)
 
 
 @pytest.mark.parametrize("bad", [(), ("0-1", "1-0", "1-1", "1-7", "2-2")], ids=["good", "bad pairs"])
 def test_a_run_resumes_at_any_step(tmp_path: Path, bad: tuple[str, ...]) -> None:
-    order = PairOrder(write_shards(tmp_path, [7, 12, 3], bad=bad), 4, 0)
-    unbroken = steps_of(reader(4, nouns=NOUNS), list(order.chunks(0, 12)))
+    order = PairSampler(write_shards(tmp_path, [7, 12, 3], bad=bad), 4, 0)
+    unbroken = steps_of(reader(4, nouns=NOUNS), list(order.read_tasks(0, 12)))
     for step in range(12):
-        assert_same(steps_of(reader(4, nouns=NOUNS), list(order.chunks(step, 12))), unbroken[step:])
+        assert_same(steps_of(reader(4, nouns=NOUNS), list(order.read_tasks(step, 12))), unbroken[step:])
 
 
 RAGGED = [7, 1, 0, 12, 4, 9]
@@ -116,14 +116,14 @@ EVERYTHING = [f"{shard}-{i}" for shard, size in enumerate(RAGGED) for i in range
 def test_every_pair_comes_once_an_epoch_over_all_workers(
     tmp_path: Path, workers: int, mixed: int, broken_at: int | None
 ) -> None:
-    order = PairOrder(write_shards(tmp_path, RAGGED), 6, 0, mixed)
+    order = PairSampler(write_shards(tmp_path, RAGGED), 6, 0, mixed)
     steps, own = 3 * order.pairs // 6 + 1, reader(6, workers=workers)
     if broken_at is None:
-        read = steps_of(own, list(order.chunks(0, steps)))
+        read = steps_of(own, list(order.read_tasks(0, steps)))
     else:
-        # The first try is lost in the middle of a chunk; what it had read ahead is read again.
-        read = steps_of(own, list(order.chunks(0, steps)))[:broken_at]
-        read += steps_of(own, list(order.chunks(broken_at, steps)))
+        # The first try is lost in the middle of a task; what it had read ahead is read again.
+        read = steps_of(own, list(order.read_tasks(0, steps)))[:broken_at]
+        read += steps_of(own, list(order.read_tasks(broken_at, steps)))
     assert all(len(step["keys"]) == 6 for step in read)
     seeds = {_pair_seed(5, epoch, key): (epoch, key) for epoch in range(4) for key in EVERYTHING}
     found = Counter(seeds[seed] for step in read for seed in step["seeds"].tolist())
@@ -134,30 +134,30 @@ def test_every_pair_comes_once_an_epoch_over_all_workers(
 
 @pytest.mark.parametrize("bad", [(), ("0-1", "3-0", "3-1", "4-2")], ids=["good", "bad pairs"])
 def test_a_run_with_mixed_shards_resumes_at_any_step(tmp_path: Path, bad: tuple[str, ...]) -> None:
-    order = PairOrder(write_shards(tmp_path, RAGGED, bad=bad), 4, 0, 3)
-    unbroken = steps_of(reader(4, nouns=NOUNS), list(order.chunks(0, 20)))
+    order = PairSampler(write_shards(tmp_path, RAGGED, bad=bad), 4, 0, 3)
+    unbroken = steps_of(reader(4, nouns=NOUNS), list(order.read_tasks(0, 20)))
     for step in range(20):
-        assert_same(steps_of(reader(4, nouns=NOUNS), list(order.chunks(step, 20))), unbroken[step:])
+        assert_same(steps_of(reader(4, nouns=NOUNS), list(order.read_tasks(step, 20))), unbroken[step:])
 
 
 def test_sources_are_read_by_weight_and_their_keys_told_apart(tmp_path: Path) -> None:
     shards = write_shards(tmp_path / "a", [5, 8], bad=["0-2"], source="photos")
     shards += write_shards(tmp_path / "b", [6, 4], bad=["1-1"], source="scenes")
-    order = PairOrder(shards, 6, 0, 2, {"photos": 2.0, "scenes": 1.0})
+    order = PairSampler(shards, 6, 0, 2, {"photos": 2.0, "scenes": 1.0})
     told: list[tuple[int, list[BadPair]]] = []
-    alone = steps_of(reader(6, report=reports(told)), list(order.chunks(0, 13)))
+    alone = steps_of(reader(6, report=reports(told)), list(order.read_tasks(0, 13)))
     keys = Counter(key.partition("/")[0] for step in alone for key in step["keys"].tolist())
     assert keys.keys() == {"photos", "scenes"}
     assert keys["photos"] == pytest.approx(52, abs=3), "two of three, but for what stands in for bad pairs"
     assert {bad.key for _, pairs in told for bad in pairs} == {"photos/0-2", "scenes/1-1"}
     assert len({seed for step in alone for seed in step["seeds"].tolist()}) > 70, "equal keys have seeds of their own"
-    assert_same(steps_of(reader(6, workers=3), list(order.chunks(0, 13))), alone)
-    assert_same(steps_of(reader(6), list(order.chunks(5, 13))), alone[5:])
+    assert_same(steps_of(reader(6, workers=3), list(order.read_tasks(0, 13))), alone)
+    assert_same(steps_of(reader(6), list(order.read_tasks(5, 13))), alone[5:])
 
 
 def test_a_shard_goes_on_where_the_store_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    order = PairOrder(write_shards(tmp_path, [12, 12, 12]), 4, 0, 3)
-    unbroken = steps_of(reader(4), list(order.chunks(0, 9)))
+    order = PairSampler(write_shards(tmp_path, [12, 12, 12]), 4, 0, 3)
+    unbroken = steps_of(reader(4), list(order.read_tasks(0, 9)))
     failures = iter([False] * 20 + [True] + [False] * 1000)
     opened: list[str] = []
 
@@ -170,13 +170,13 @@ def test_a_shard_goes_on_where_the_store_failed(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(batch_reader, "read_shard", failing)
     monkeypatch.setattr(retry, "_PAUSES_S", (0.01, 0.01))
-    assert_same(steps_of(reader(4), list(order.chunks(0, 9))), unbroken)
+    assert_same(steps_of(reader(4), list(order.read_tasks(0, 9))), unbroken)
     assert sorted(Counter(opened).values()) == [1, 1, 2], "the one that failed is opened once more"
 
 
 def test_captions_and_seeds_follow_from_seed_epoch_and_key(tmp_path: Path) -> None:
-    order = PairOrder(write_shards(tmp_path, [6]), 6, 0)
-    first, again, other = (steps_of(reader(6, seed=seed), list(order.chunks(0, 3))) for seed in (1, 1, 2))
+    order = PairSampler(write_shards(tmp_path, [6]), 6, 0)
+    first, again, other = (steps_of(reader(6, seed=seed), list(order.read_tasks(0, 3))) for seed in (1, 1, 2))
     assert_same(first, again)
     seeds = [dict(zip(s["keys"].tolist(), s["seeds"].tolist(), strict=True)) for s in (*first, *other)]
     assert len({of_step["0-1"] for of_step in seeds}) == 6
@@ -194,7 +194,7 @@ def reports(collected: list[tuple[int, list[BadPair]]]) -> Callable[[int, list[B
 def test_bad_pairs_are_replaced_and_reported(tmp_path: Path) -> None:
     shards = write_shards(tmp_path, [8, 8], bad=["0-3", "1-5"])
     told: list[tuple[int, list[BadPair]]] = []
-    steps = steps_of(reader(4, report=reports(told)), list(PairOrder(shards, 4, 0).chunks(0, 4)))
+    steps = steps_of(reader(4, report=reports(told)), list(PairSampler(shards, 4, 0).read_tasks(0, 4)))
     assert [len(step["keys"]) for step in steps] == [4] * 4
     keys = Counter(key for step in steps for key in step["keys"].tolist())
     assert not {"0-3", "1-5"} & keys.keys()
@@ -212,7 +212,7 @@ def test_bad_pairs_are_never_ahead_of_the_good_ones_read_with_them(tmp_path: Pat
     )
     shards = index_shards(str(tmp_path))
     told: list[tuple[int, list[BadPair]]] = []
-    steps_of(reader(8, report=reports(told)), list(PairOrder(shards, 8, 0).chunks(0, 4)))
+    steps_of(reader(8, report=reports(told)), list(PairSampler(shards, 8, 0).read_tasks(0, 4)))
     read = bad = 0
     for more, worse in told:
         read, bad = read + more, bad + len(worse)
@@ -222,7 +222,7 @@ def test_bad_pairs_are_never_ahead_of_the_good_ones_read_with_them(tmp_path: Pat
 def test_a_shard_that_has_shrunk_is_reported_and_made_up_for(tmp_path: Path) -> None:
     (shard,) = write_shards(tmp_path, [6])
     told: list[tuple[int, list[BadPair]]] = []
-    steps = steps_of(reader(8, report=reports(told)), list(PairOrder((Shard(shard.uri, 8),), 8, 0).chunks(0, 1)))
+    steps = steps_of(reader(8, report=reports(told)), list(PairSampler((Shard(shard.uri, 8),), 8, 0).read_tasks(0, 1)))
     assert len(steps[0]["keys"]) == 8
     assert [bad.reason for _, pairs in told for bad in pairs] == ["2 pairs fewer than when the run began"]
 
@@ -231,17 +231,17 @@ def test_nothing_readable_is_an_error_that_names_the_shard(tmp_path: Path) -> No
     shards = write_shards(tmp_path, [3], bad=["0-0", "0-1", "0-2"])
     told: list[tuple[int, list[BadPair]]] = []
     with pytest.raises(DataError, match=r"no readable pair in .*0\.tar; the first failed because its bytes say so"):
-        steps_of(reader(3, report=reports(told)), list(PairOrder(shards, 3, 0).chunks(0, 1)))
+        steps_of(reader(3, report=reports(told)), list(PairSampler(shards, 3, 0).read_tasks(0, 1)))
     assert len(told[-1][1]) == 3
 
 
 def test_filters_that_leave_nothing_are_an_error_that_says_so(tmp_path: Path) -> None:
     shards = write_shards(tmp_path, [3])
-    rules = TextRules(filters=FiltersConfig(min_words=9))
+    rules = TextSelector(filters=FiltersConfig(min_words=9))
     with pytest.raises(
         DataError, match=r"data\.filters leave out every pair of .*0\.tar.*no text passes.*shuffle_shards"
     ):
-        steps_of(reader(3, rules=rules), list(PairOrder(shards, 3, 0).chunks(0, 1)))
+        steps_of(reader(3, rules=rules), list(PairSampler(shards, 3, 0).read_tasks(0, 1)))
 
 
 def test_the_report_may_stop_the_run(tmp_path: Path) -> None:
@@ -250,7 +250,7 @@ def test_the_report_may_stop_the_run(tmp_path: Path) -> None:
 
     shards = write_shards(tmp_path, [8], bad=["0-3"])
     with pytest.raises(DataError, match="pairs are bad"):
-        steps_of(reader(4, report=stop), list(PairOrder(shards, 4, 0).chunks(0, 2)))
+        steps_of(reader(4, report=stop), list(PairSampler(shards, 4, 0).read_tasks(0, 2)))
 
 
 # ----------------------------------------------------------------------------------------------------------- batches
@@ -258,7 +258,7 @@ def test_the_report_may_stop_the_run(tmp_path: Path) -> None:
 
 def test_batches_survive_being_a_row_of_a_table(tmp_path: Path) -> None:
     shards = write_shards(tmp_path, [12])
-    batches = list(reader(4, nouns=NOUNS).read(next(PairOrder(shards, 4, 0).chunks(0, 3))))
+    batches = list(reader(4, nouns=NOUNS).read(next(PairSampler(shards, 4, 0).read_tasks(0, 3))))
     row = pack(batches)
     assert {len(column) for column in row.values()} == {1}
     again = list(unpack(row))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from vilseg.data.image_decoding import decode_image, square
+from vilseg.data.image_decoding import crop_to_square, decode_image
 from vilseg.errors import DataError
 
 
@@ -162,12 +162,12 @@ def test_a_bomb_is_refused_from_its_header(data: bytes) -> None:
 def big_png(side: int) -> bytes:
     """A whole PNG of ``side`` x ``side`` black pixels, one bit each."""
 
-    def chunk(kind: bytes, data: bytes) -> bytes:
+    def task(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
     rows = zlib.compress(bytes((side // 8 + 1) * side), 9)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + task(b"IHDR", header) + task(b"IDAT", rows) + task(b"IEND", b"")
 
 
 @pytest.mark.parametrize("icon", ["ico", "icns"])
@@ -239,16 +239,16 @@ def test_damage_of_any_kind_is_a_data_error() -> None:
 @pytest.mark.parametrize(("position", "expected"), [(0.0, 0), (0.5, 10), (1.0, 20)])
 def test_square_crops_the_longer_side_where_it_is_told(position: float, expected: int) -> None:
     wide = picture(40, 60)
-    np.testing.assert_array_equal(square(wide, 40, position), wide[:, expected : expected + 40])
+    np.testing.assert_array_equal(crop_to_square(wide, 40, position), wide[:, expected : expected + 40])
     tall = np.ascontiguousarray(wide.swapaxes(0, 1))
-    np.testing.assert_array_equal(square(tall, 40, position), tall[expected : expected + 40])
+    np.testing.assert_array_equal(crop_to_square(tall, 40, position), tall[expected : expected + 40])
 
 
 def test_square_resizes_the_shorter_side() -> None:
     expected = picture(20, 30)[:, 5:25]
-    assert difference(square(picture(40, 60), 20), expected) < 4
-    assert square(picture(), 40).shape == (40, 40, 3)
-    assert square(picture(1, 500), 8).shape == (8, 8, 3)
+    assert difference(crop_to_square(picture(40, 60), 20), expected) < 4
+    assert crop_to_square(picture(), 40).shape == (40, 40, 3)
+    assert crop_to_square(picture(1, 500), 8).shape == (8, 8, 3)
 
 
 def test_what_pillow_does_not_expect_is_damage_too() -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vilseg.data.sampler import Chunk, PairOrder, apportion
+from vilseg.data.sampler import PairSampler, ReadTask, apportion
 from vilseg.data.shards import Shard
 from vilseg.errors import DataError
 
@@ -22,9 +22,9 @@ def shards_of(sizes: Sequence[int], source: str = "") -> tuple[Shard, ...]:
     return tuple(Shard(f"{source}{number}", size, source) for number, size in enumerate(sizes))
 
 
-def pairs_of(chunks: Sequence[Chunk]) -> list[tuple[str, int, str, int]]:
+def pairs_of(tasks: Sequence[ReadTask]) -> list[tuple[str, int, str, int]]:
     """(source, epoch, shard, position) of every pair."""
-    return [(s.source, s.epoch, s.uri, i) for c in chunks for s in c.segments for i in range(s.start, s.stop)]
+    return [(s.source, s.epoch, s.uri, i) for c in tasks for s in c.segments for i in range(s.start, s.stop)]
 
 
 # -------------------------------------------------------------------------------------------------------- apportion
@@ -57,12 +57,12 @@ def test_shares_never_fall_and_are_off_by_half_the_number_of_kinds(weights: list
 @settings(max_examples=80, deadline=None)
 @given(sizes=SIZES, batch_size=st.integers(1, 17), mixed=st.integers(1, 9), steps=st.integers(1, 40))
 def test_every_pair_comes_once_an_epoch(sizes: list[int], batch_size: int, mixed: int, steps: int) -> None:
-    order = PairOrder(shards_of(sizes), batch_size, 0, mixed)
-    chunks = list(order.chunks(0, steps))
-    windows = [window for chunk in chunks for window in chunk.windows]
+    order = PairSampler(shards_of(sizes), batch_size, 0, mixed)
+    tasks = list(order.read_tasks(0, steps))
+    windows = [window for task in tasks for window in task.windows]
     assert [w.first_step for w in windows] == [0, *accumulate(w.steps for w in windows)][:-1]
     assert all(sum(map(len, window.segments)) == window.steps * batch_size for window in windows)
-    pairs = pairs_of(chunks)
+    pairs = pairs_of(tasks)
     assert len(set(pairs)) == len(pairs) == steps * batch_size
     whole = len(pairs) // order.pairs
     for epoch in range(whole):
@@ -76,32 +76,32 @@ def test_the_stream_from_a_later_step_is_that_of_the_whole_run(
     sizes: list[int], others: list[int], mixed: int, weight: float, first: int
 ) -> None:
     shards = shards_of(sizes, "a") + shards_of(others, "b")
-    order = PairOrder(shards, 6, 0, mixed, {"a": 1.0, "b": weight})
-    whole = [chunk for chunk in order.chunks(0, 31) if chunk.first_step + chunk.steps > first]
-    later = list(order.chunks(first, 31))
+    order = PairSampler(shards, 6, 0, mixed, {"a": 1.0, "b": weight})
+    whole = [task for task in order.read_tasks(0, 31) if task.first_step + task.steps > first]
+    later = list(order.read_tasks(first, 31))
     assert [(c.first_step, c.windows) for c in later] == [(c.first_step, c.windows) for c in whole]
     assert later[0].first_step + later[0].skip == first
-    assert all(chunk.skip == 0 for chunk in later[1:])
+    assert all(task.skip == 0 for task in later[1:])
 
 
 def test_a_shard_is_read_once_and_on_from_where_it_was() -> None:
-    order = PairOrder(shards_of([100, 90, 110, 70, 100, 1, 0, 80]), 8, 0, 4)
-    chunks = list(order.chunks(0, 150))
-    for chunk in chunks:
+    order = PairSampler(shards_of([100, 90, 110, 70, 100, 1, 0, 80]), 8, 0, 4)
+    tasks = list(order.read_tasks(0, 150))
+    for task in tasks:
         ends: dict[tuple[str, int], int] = {}
-        for segment in chunk.segments:
+        for segment in task.segments:
             place = segment.uri, segment.epoch
             assert segment.start == ends.get(place, segment.start)
             ends[place] = segment.stop
-    begun_inside = [s for chunk in chunks for s in chunk.windows[0].segments if s.start]
+    begun_inside = [s for task in tasks for s in task.windows[0].segments if s.start]
     # Only what the batch before borrowed is passed over.
     assert all(segment.start < 8 for segment in begun_inside)
 
 
 @pytest.mark.parametrize("mixed", [1, 4, 12])
 def test_windows_hold_pairs_of_so_many_shards_and_are_no_larger_than_one(mixed: int) -> None:
-    order = PairOrder(shards_of([60] * 24), 10, 0, mixed)
-    windows = [window for chunk in order.chunks(0, 24 * 6) for window in chunk.windows]
+    order = PairSampler(shards_of([60] * 24), 10, 0, mixed)
+    windows = [window for task in order.read_tasks(0, 24 * 6) for window in task.windows]
     assert {len({segment.uri for segment in window.segments}) for window in windows} == {mixed}
     assert {sum(map(len, window.segments)) for window in windows} == {60}
 
@@ -110,10 +110,10 @@ def test_shards_sorted_by_topic_make_mixed_batches() -> None:
     """Shards of a topic each: topics in a batch of 32, drawn as a window's shuffling draws them."""
     topics = {}
     for mixed in (1, 8):
-        order = PairOrder(shards_of([320] * 16), 32, 0, mixed)
+        order = PairSampler(shards_of([320] * 16), 32, 0, mixed)
         found = []
-        for chunk in order.chunks(0, 160):
-            for window in chunk.windows:
+        for task in order.read_tasks(0, 160):
+            for window in task.windows:
                 pool = np.repeat([s.uri for s in window.segments], [len(s) for s in window.segments])
                 np.random.default_rng(window.first_step).shuffle(pool)
                 found += [len(set(batch)) for batch in pool.reshape(window.steps, 32)]
@@ -138,11 +138,11 @@ def test_sources_give_their_shares_and_have_epochs_of_their_own(
     names = [f"source{number}" for number in range(len(sources))]
     weights = {name: weight for name, (_, weight) in zip(names, sources, strict=True)}
     shards = [shard for name, (sizes, _) in zip(names, sources, strict=True) for shard in shards_of(sizes, name)]
-    order = PairOrder(tuple(shards), batch_size, 0, mixed, weights)
-    chunks = list(order.chunks(0, steps))
-    pairs = pairs_of(chunks)
+    order = PairSampler(tuple(shards), batch_size, 0, mixed, weights)
+    tasks = list(order.read_tasks(0, steps))
+    pairs = pairs_of(tasks)
     assert len(set(pairs)) == len(pairs) == steps * batch_size
-    for window in (window for chunk in chunks for window in chunk.windows):
+    for window in (window for task in tasks for window in task.windows):
         done = (window.first_step + window.steps) * batch_size
         drawn = Counter(source for source, *_ in pairs[:done])
         for name in names:
@@ -158,26 +158,24 @@ def test_sources_give_their_shares_and_have_epochs_of_their_own(
 
 def test_little_is_passed_over_of_a_source_that_gives_little() -> None:
     shards = shards_of([100] * 30, "large") + shards_of([100] * 30, "small")
-    order = PairOrder(shards, 10, 0, 4, {"large": 0.9, "small": 0.1})
-    chunks = list(order.chunks(0, 1000))
-    firsts = [segment for chunk in chunks for segment in {(s.uri, s.epoch): s for s in chunk.segments[::-1]}.values()]
+    order = PairSampler(shards, 10, 0, 4, {"large": 0.9, "small": 0.1})
+    tasks = list(order.read_tasks(0, 1000))
+    firsts = [segment for task in tasks for segment in {(s.uri, s.epoch): s for s in task.segments[::-1]}.values()]
     passed_over = sum(segment.start for segment in firsts)
-    assert passed_over < 0.25 * len(pairs_of(chunks)), (
-        "each chunk reads its shards of the small source from their starts"
-    )
+    assert passed_over < 0.25 * len(pairs_of(tasks)), "each task reads its shards of the small source from their starts"
 
 
 def test_one_source_alone_is_as_without_a_mix() -> None:
     sizes = [7, 12, 3, 0, 9]
-    alone = pairs_of(list(PairOrder(shards_of(sizes), 4, 3).chunks(0, 20)))
-    named = pairs_of(list(PairOrder(shards_of(sizes, "x"), 4, 3, 1, {"x": 0.3}).chunks(0, 20)))
+    alone = pairs_of(list(PairSampler(shards_of(sizes), 4, 3).read_tasks(0, 20)))
+    named = pairs_of(list(PairSampler(shards_of(sizes, "x"), 4, 3, 1, {"x": 0.3}).read_tasks(0, 20)))
     assert [(e, uri, i) for _, e, uri, i in alone] == [(e, uri.removeprefix("x"), i) for _, e, uri, i in named]
 
 
 def test_epochs_and_seeds_have_orders_of_their_own() -> None:
     def uris(seed: int, epoch: int) -> list[str]:
-        chunks = PairOrder(shards_of([1] * 30), 30, seed).chunks(epoch, epoch + 1)
-        return [segment.uri for chunk in chunks for segment in chunk.segments]
+        tasks = PairSampler(shards_of([1] * 30), 30, seed).read_tasks(epoch, epoch + 1)
+        return [segment.uri for task in tasks for segment in task.segments]
 
     orders = [uris(seed, epoch) for seed in range(2) for epoch in range(2)]
     assert len({tuple(order) for order in orders}) == 4
@@ -186,7 +184,7 @@ def test_epochs_and_seeds_have_orders_of_their_own() -> None:
 
 def test_two_sources_of_equal_shards_have_orders_of_their_own() -> None:
     shards = shards_of([1] * 20, "a") + shards_of([1] * 20, "b")
-    pairs = pairs_of(list(PairOrder(shards, 4, 0, 1, {"a": 1.0, "b": 1.0}).chunks(0, 10)))
+    pairs = pairs_of(list(PairSampler(shards, 4, 0, 1, {"a": 1.0, "b": 1.0}).read_tasks(0, 10)))
     a, b = ([uri[1:] for source, _, uri, _ in pairs if source == name] for name in "ab")
     assert sorted(a) == sorted(b)
     assert a != b
@@ -194,11 +192,11 @@ def test_two_sources_of_equal_shards_have_orders_of_their_own() -> None:
 
 def test_shards_without_a_pair_are_an_error() -> None:
     with pytest.raises(DataError, match="hold no pair"):
-        PairOrder((Shard("a", 0),), 4, 0)
+        PairSampler((Shard("a", 0),), 4, 0)
     with pytest.raises(DataError, match=r"hold no pair at b of data\.mix"):
-        PairOrder((Shard("a", 3, "a"), Shard("b", 0, "b")), 4, 0, 1, {"a": 1.0, "b": 1.0})
+        PairSampler((Shard("a", 3, "a"), Shard("b", 0, "b")), 4, 0, 1, {"a": 1.0, "b": 1.0})
 
 
-def test_chunks_are_covered_without_a_gap() -> None:
-    chunks = list(PairOrder(shards_of([7, 12, 3]), 4, 0, 2).chunks(0, 30))
-    assert all(a.first_step + a.steps == b.first_step for a, b in pairwise(chunks))
+def test_tasks_are_covered_without_a_gap() -> None:
+    tasks = list(PairSampler(shards_of([7, 12, 3]), 4, 0, 2).read_tasks(0, 30))
+    assert all(a.first_step + a.steps == b.first_step for a, b in pairwise(tasks))

@@ -11,9 +11,9 @@ from PIL import Image
 from vilseg.config import RunConfig
 from vilseg.config.data import FiltersConfig, TextConfig
 from vilseg.data.batch_reader import BatchReader, decode_to_canvas, index_shards
-from vilseg.data.sampler import PairOrder
+from vilseg.data.sampler import PairSampler
 from vilseg.data.shards import BadPair, Pair, read_shard, write_tar
-from vilseg.data.text_selection import TextRules, choose
+from vilseg.data.text_selection import TextSelector, choose_text
 from vilseg.errors import ConfigError, FilteredError
 
 EVERYTHING = {"caption": ["a dog", "one dog"], "alt": ["Photo of a brown dog"], "tags": ["#goodDog", "park"]}
@@ -29,34 +29,34 @@ EVERYTHING = {"caption": ["a dog", "one dog"], "alt": ["Photo of a brown dog"], 
     ],
 )
 def test_weights_of_the_kinds(weights: dict[str, float], expected: dict[str, float]) -> None:
-    assert TextRules(TextConfig.model_validate(weights)).usable(EVERYTHING) == expected
+    assert TextSelector(TextConfig.model_validate(weights)).probabilities(EVERYTHING) == expected
 
 
 def test_alt_text_and_then_tags_stand_in_for_captions() -> None:
-    rules = TextRules()
-    assert rules.usable({"alt": ["a cat"], "tags": ["sea"]}) == {"a cat": 1.0}
-    assert rules.usable({"tags": ["sea, old town"]}) == {"sea, old town": 1.0}
-    assert rules.usable({"alt": ["IMG_12.jpg"], "tags": ["#sea"]}) == {"sea": 1.0}
-    assert rules.usable({}) == {}
+    rules = TextSelector()
+    assert rules.probabilities({"alt": ["a cat"], "tags": ["sea"]}) == {"a cat": 1.0}
+    assert rules.probabilities({"tags": ["sea, old town"]}) == {"sea, old town": 1.0}
+    assert rules.probabilities({"alt": ["IMG_12.jpg"], "tags": ["#sea"]}) == {"sea": 1.0}
+    assert rules.probabilities({}) == {}
 
 
 def test_texts_are_chosen_as_often_as_their_chances_say() -> None:
     seeds = np.random.default_rng(0).integers(0, 2**62, 20_000).tolist()
-    found = Counter(choose([0.5, 0.2, 0.3], seed) for seed in seeds)
+    found = Counter(choose_text([0.5, 0.2, 0.3], seed) for seed in seeds)
     assert [found[index] / len(seeds) for index in range(3)] == pytest.approx([0.5, 0.2, 0.3], abs=0.015)
 
 
 def test_filters_on_texts() -> None:
     texts = {"caption": ["dog", "a dog on a mat", "IMG 0001 0002 0003 0004"]}
     wanted = FiltersConfig(min_words=2, max_words=5, junk=True)
-    assert list(TextRules(filters=wanted).usable(texts)) == ["a dog on a mat"]
-    assert len(TextRules().usable(texts)) == 3
+    assert list(TextSelector(filters=wanted).probabilities(texts)) == ["a dog on a mat"]
+    assert len(TextSelector().probabilities(texts)) == 3
 
 
 def test_filters_on_letters_are_for_languages_without_spaces() -> None:
     texts = {"caption": ["犬", "犬が公園で遊んでいます", "犬" * 40]}
     wanted = FiltersConfig(min_characters=3, max_characters=30)
-    assert list(TextRules(filters=wanted).usable(texts)) == ["犬が公園で遊んでいます"]
+    assert list(TextSelector(filters=wanted).probabilities(texts)) == ["犬が公園で遊んでいます"]
 
 
 def picture(width: int, height: int) -> bytes:
@@ -83,7 +83,7 @@ def test_filtered_pairs_are_told_apart_from_bad_ones_and_replaced(tmp_path: Path
     ]
     write_tar(f"{tmp_path}/0.tar", iter(members))
     filters = FiltersConfig(min_words=2, min_side=16)
-    rules = TextRules(filters=filters)
+    rules = TextSelector(filters=filters)
     found = {pair.key: pair for pair in read_shard(f"{tmp_path}/0.tar", rules=rules)}
     assert isinstance(found["good0"], Pair)
     assert isinstance(found["short"], BadPair)
@@ -102,8 +102,8 @@ def test_filtered_pairs_are_told_apart_from_bad_ones_and_replaced(tmp_path: Path
         rules=rules,
         report=lambda read, some: missing.extend(some),
     )
-    chunks = PairOrder(index_shards(str(tmp_path)), 3, 0).chunks(0, 3)
-    keys = [key for chunk in chunks for batch in reader.read(chunk) for key in batch.keys]
+    tasks = PairSampler(index_shards(str(tmp_path)), 3, 0).read_tasks(0, 3)
+    keys = [key for task in tasks for batch in reader.read(task) for key in batch.keys]
     assert len(keys) == 9
     assert set(keys) == {f"good{i}" for i in range(6)}
     assert {pair.key: pair.filtered for pair in missing} == {"short": True, "small": True, "bad": False}

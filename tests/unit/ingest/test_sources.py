@@ -12,8 +12,8 @@ from PIL import Image
 
 from vilseg.config.data import ColumnsConfig
 from vilseg.data.image_decoding import decode_image
-from vilseg.data.shards import BadPair, Pair, read_shard, texts_of_metadata, write_tar
-from vilseg.data.text_selection import TextRules
+from vilseg.data.shards import BadPair, Pair, read_shard, texts_from_metadata, write_tar
+from vilseg.data.text_selection import TextSelector
 from vilseg.errors import DataError, StorageError
 from vilseg.ingest.sources import SourcePair, find_pairs, read_part
 
@@ -49,7 +49,7 @@ def captions(pairs: list[SourcePair | BadPair]) -> dict[str, list[str]]:
     """Captions by key, after a check that nothing is bad."""
     assert [pair for pair in pairs if isinstance(pair, BadPair)] == []
     return {
-        pair.key: list(TextRules().usable(texts_of_metadata(pair.metadata)))
+        pair.key: list(TextSelector().probabilities(texts_from_metadata(pair.metadata)))
         for pair in pairs
         if isinstance(pair, SourcePair)
     }

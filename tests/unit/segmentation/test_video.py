@@ -16,7 +16,7 @@ from PIL import Image
 
 from vilseg.config import RefinementConfig, SegmentationConfig
 from vilseg.data.synthetic import scenes
-from vilseg.data.synthetic.videos import MovingScene, render_moving_scene
+from vilseg.data.synthetic.videos import SyntheticVideo, render_video
 from vilseg.errors import ConfigError, DataError, StorageError, UserError
 from vilseg.model import ViLSeg
 from vilseg.segmentation import video_io
@@ -40,7 +40,7 @@ def _exact(monkeypatch: pytest.MonkeyPatch) -> None:
 class Oracle(Segmenter):
     """Knows the classes of every frame it is asked for, and notes which these were."""
 
-    def __init__(self, model: ViLSeg, *films: MovingScene) -> None:
+    def __init__(self, model: ViLSeg, *films: SyntheticVideo) -> None:
         super().__init__(model, NAMES, device="cpu")
         self.asked: list[bytes] = []
         self._truth = {
@@ -55,8 +55,8 @@ class Oracle(Segmenter):
 
 
 @pytest.fixture(scope="module")
-def films() -> list[MovingScene]:
-    return [render_moving_scene(5, index, SIZE, frames=13) for index in range(4)]
+def films() -> list[SyntheticVideo]:
+    return [render_video(5, index, SIZE, frames=13) for index in range(4)]
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def keys_of(oracle: Oracle, frames: np.ndarray) -> list[int]:
     return [place[asked] for asked in oracle.asked]
 
 
-def frames_of(film: MovingScene, rate: float = 25) -> list[Frame]:
+def frames_of(film: SyntheticVideo, rate: float = 25) -> list[Frame]:
     return [Frame(index, index / rate, image) for index, image in enumerate(film.images)]
 
 
@@ -103,7 +103,7 @@ def test_painted_scores_are_the_segmentation(make_model: Make, iterations: int) 
 # ------------------------------------------------------------------------------------------------------- segment_video
 
 
-def test_carried_labels_follow_what_moves(make_model: Make, films: list[MovingScene]) -> None:
+def test_carried_labels_follow_what_moves(make_model: Make, films: list[SyntheticVideo]) -> None:
     wrong, kept = [], []
     for film in films:
         oracle = Oracle(make_model(), film)
@@ -116,7 +116,7 @@ def test_carried_labels_follow_what_moves(make_model: Make, films: list[MovingSc
     assert np.mean(wrong) < 0.25 * np.mean(kept)
 
 
-def test_frame_by_frame_is_a_special_case(segmenter: Segmenter, films: list[MovingScene]) -> None:
+def test_frame_by_frame_is_a_special_case(segmenter: Segmenter, films: list[SyntheticVideo]) -> None:
     images = films[0].images[:4]
     for result, image in zip(segment_video(segmenter, images, key_every=1, smoothing=0), images, strict=True):
         expected = segmenter(image)
@@ -125,16 +125,16 @@ def test_frame_by_frame_is_a_special_case(segmenter: Segmenter, films: list[Movi
         assert np.abs(result.scores - expected.scores).mean() < 0.01
 
 
-def test_a_still_film_has_still_labels(segmenter: Segmenter, films: list[MovingScene]) -> None:
+def test_a_still_film_has_still_labels(segmenter: Segmenter, films: list[SyntheticVideo]) -> None:
     results = list(segment_video(segmenter, [films[0].images[0]] * 9, key_every=4))
     assert len(results) == 9
     changed = [(result.labels != results[0].labels).mean() for result in results]
     assert max(changed) < 0.03
 
 
-def test_a_flickering_key_frame_is_evened_out(make_model: Make, films: list[MovingScene]) -> None:
+def test_a_flickering_key_frame_is_evened_out(make_model: Make, films: list[SyntheticVideo]) -> None:
     """The scores of one key frame are wrong where they are weak; what was carried there outweighs them."""
-    film = MovingScene(
+    film = SyntheticVideo(
         images=np.concatenate([films[0].images[:1]] * 5), masks=films[0].masks[:5], sources=films[0].sources[:5]
     )
     calls = []
@@ -153,7 +153,7 @@ def test_a_flickering_key_frame_is_evened_out(make_model: Make, films: list[Movi
     assert (flickering[2].labels == film.masks[0]).mean() < 0.05
 
 
-def test_a_cut_begins_anew(make_model: Make, films: list[MovingScene]) -> None:
+def test_a_cut_begins_anew(make_model: Make, films: list[SyntheticVideo]) -> None:
     one, other = films[0], films[2]
     images = np.concatenate([one.images[:9], other.images[:5]])
     oracle = Oracle(make_model(), one, other)
@@ -165,14 +165,14 @@ def test_a_cut_begins_anew(make_model: Make, films: list[MovingScene]) -> None:
         np.testing.assert_array_equal(result.scores, alone.scores)
 
 
-def test_another_size_begins_anew(segmenter: Segmenter, films: list[MovingScene]) -> None:
+def test_another_size_begins_anew(segmenter: Segmenter, films: list[SyntheticVideo]) -> None:
     images = [*films[0].images[:3], *(image[:40] for image in films[0].images[3:5])]
     results = list(segment_video(segmenter, images))
     assert [result.labels.shape for result in results] == [(64, 64)] * 3 + [(40, 64)] * 2
     assert list(segment_video(segmenter, [])) == []
 
 
-def test_no_more_than_the_distance_of_keys_is_held(make_model: Make, films: list[MovingScene]) -> None:
+def test_no_more_than_the_distance_of_keys_is_held(make_model: Make, films: list[SyntheticVideo]) -> None:
     read = 0
 
     def counted() -> Iterator[np.ndarray]:
@@ -196,7 +196,7 @@ def test_settings_out_of_range(segmenter: Segmenter, settings: dict[str, Any]) -
         segment_video(segmenter, [], **settings)
 
 
-def test_what_is_no_frame_is_told(segmenter: Segmenter, films: list[MovingScene]) -> None:
+def test_what_is_no_frame_is_told(segmenter: Segmenter, films: list[SyntheticVideo]) -> None:
     with pytest.raises(DataError, match="an image must be"):
         list(segment_video(segmenter, [films[0].images[0], films[0].images[1].astype(np.float32)]))
 
@@ -249,7 +249,7 @@ def test_frames_are_upright(tmp_path: Path, clockwise: int) -> None:
 
 
 @pytest.fixture
-def film_bytes(films: list[MovingScene], tmp_path: Path) -> Callable[[str], bytes]:
+def film_bytes(films: list[SyntheticVideo], tmp_path: Path) -> Callable[[str], bytes]:
     """The first film as MP4 with its index in front, or as Matroska."""
 
     def encode(kind: str) -> bytes:
@@ -344,7 +344,7 @@ def test_the_extra_is_named_when_missing(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_file_becomes_masks_times_and_an_overlay(
-    tmp_path: Path, segmenter: Segmenter, films: list[MovingScene]
+    tmp_path: Path, segmenter: Segmenter, films: list[SyntheticVideo]
 ) -> None:
     source, masks, overlay = str(tmp_path / "film.mp4"), tmp_path / "masks", tmp_path / "overlay.mp4"
     write_video(source, frames_of(films[0], rate=10))
@@ -392,7 +392,7 @@ def test_masks_before_the_damage_are_kept(
 
 
 def test_pixels_without_a_class_are_no_area_of_a_film(
-    tmp_path: Path, segmenter: Segmenter, films: list[MovingScene]
+    tmp_path: Path, segmenter: Segmenter, films: list[SyntheticVideo]
 ) -> None:
     source = str(tmp_path / "film.mp4")
     write_video(source, frames_of(films[0])[:3])
@@ -411,7 +411,7 @@ def test_a_damaged_head_leaves_nothing(tmp_path: Path, segmenter: Segmenter) -> 
     assert not (tmp_path / "masks").exists()
 
 
-def test_other_masks_are_not_mixed_in(tmp_path: Path, segmenter: Segmenter, films: list[MovingScene]) -> None:
+def test_other_masks_are_not_mixed_in(tmp_path: Path, segmenter: Segmenter, films: list[SyntheticVideo]) -> None:
     source = str(tmp_path / "film.mp4")
     write_video(source, frames_of(films[0])[:2])
     (tmp_path / "masks").mkdir()

@@ -104,7 +104,7 @@ def test_files_are_streamed_in_the_order_of_keys(tree: Path) -> None:
     for position, last in enumerate(relatives):
         assert [file.relative for file in storage.stream_files(str(tree), after=last)] == relatives[position + 1 :]
     begin_so = [one for one in relatives if one.startswith("a/")]
-    assert [file.relative for file in storage.stream_files(str(tree), beginning="a/")] == begin_so
+    assert [file.relative for file in storage.stream_files(str(tree), prefix="a/")] == begin_so
     visible = [file.relative for file in storage.stream_files(str(tree), enter=lambda folder: folder == "a")]
     assert visible == ["a.jpg", "a/.y.jpg", "a/one.jpg", "a/two.png", "b.JPG"]
     (single,) = storage.stream_files(str(tree / "b.JPG"))

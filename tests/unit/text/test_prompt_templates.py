@@ -9,13 +9,13 @@ import pytest
 import vilseg
 from vilseg.config import RunConfig
 from vilseg.errors import ConfigError
-from vilseg.text.prompt_templates import prompt_sets, templates
+from vilseg.text.prompt_templates import prompt_sets, resolve_templates
 
 PACKAGE = Path(vilseg.__file__).parent
 
 
 def test_clip_is_the_published_list() -> None:
-    clip = templates("clip")
+    clip = resolve_templates("clip")
     assert len(clip) == len(set(clip)) == 80
     assert clip[0] == "a bad photo of a {}."
     assert clip[-1] == "a tattoo of the {}."
@@ -25,13 +25,13 @@ def test_clip_is_the_published_list() -> None:
 
 def test_the_short_set_is_a_part_of_it() -> None:
     assert prompt_sets() == ("clip", "short")
-    assert len(templates("short")) == 7
-    assert set(templates("short")) < set(templates("clip"))
+    assert len(resolve_templates("short")) == 7
+    assert set(resolve_templates("short")) < set(resolve_templates("clip"))
 
 
 def test_own_templates() -> None:
-    assert templates("a map of {}") == ("a map of {}",)
-    assert templates(["{}", "the {}."]) == ("{}", "the {}.")
+    assert resolve_templates("a map of {}") == ("a map of {}",)
+    assert resolve_templates(["{}", "the {}."]) == ("{}", "the {}.")
 
 
 @pytest.mark.parametrize(
@@ -47,11 +47,11 @@ def test_own_templates() -> None:
 )
 def test_wrong_templates_are_told(given: str | list[str], words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        templates(given)
+        resolve_templates(given)
 
 
 def test_a_configuration_takes_the_name_of_a_set() -> None:
-    assert RunConfig.load(None, ["segmentation.prompts=clip"]).segmentation.prompts == list(templates("clip"))
+    assert RunConfig.load(None, ["segmentation.prompts=clip"]).segmentation.prompts == list(resolve_templates("clip"))
     assert RunConfig.load(None, ["segmentation.prompts=the {}"]).segmentation.prompts == ["the {}"]
     resolved = RunConfig.load(None, ["segmentation.prompts=short"])
     assert RunConfig.load(None).with_values(**resolved.model_dump()) == resolved

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from vilseg.errors import DataError
-from vilseg.text.prompt_templates import templates
+from vilseg.text.prompt_templates import resolve_templates
 from vilseg.text.vocabulary import Vocabulary
 
 FILE = """
@@ -35,7 +35,7 @@ def test_everything_a_file_can_say(parse: Callable[[str], Vocabulary]) -> None:
     assert vocabulary.synonyms == ((), ("couch", "settee"), ("clouds",), ())
     assert vocabulary.background_words == ("wall", "floor")
     assert vocabulary.negatives == ("watermark", "armchair")
-    assert vocabulary.prompts == templates("short")
+    assert vocabulary.prompts == resolve_templates("short")
     assert vocabulary.class_prompts == ((), ("a photo of a {}", "the {}"), (), ())
     assert vocabulary.entries == ("cat", "sofa|couch|settee", "sky|clouds", "background")
 

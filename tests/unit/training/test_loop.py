@@ -16,7 +16,7 @@ from torch import nn
 from vilseg.config import OptimizerConfig, TrainerConfig, ViewsConfig
 from vilseg.config.loss import LossConfig
 from vilseg.data.batch_reader import BatchReader, WorkerBatch, decode_to_canvas, index_shards
-from vilseg.data.sampler import PairOrder
+from vilseg.data.sampler import PairSampler
 from vilseg.data.shards import write_tar
 from vilseg.distributed import rank, world_size
 from vilseg.errors import DataError
@@ -93,7 +93,7 @@ def batches(folder: str, first_step: int, last_step: int) -> Iterator[WorkerBatc
         tokenize=model.text_encoder.fixed_tokenizer(),
         nouns=NOUNS,
     )
-    for chunk in PairOrder(index_shards(f"{folder}/pairs"), BATCH, 0).chunks(first_step, last_step):
+    for chunk in PairSampler(index_shards(f"{folder}/pairs"), BATCH, 0).read_tasks(first_step, last_step):
         for number, batch in enumerate(reader.read(chunk)):
             if number % world_size() == rank():
                 yield batch

@@ -23,8 +23,8 @@ from tests.unit.checkpoints import CONTRASTIVE, MEAN, PATCH, SIDE, STD
 from vilseg import Segmenter, storage
 from vilseg.config import ModelConfig, RunConfig, SegmentationConfig
 from vilseg.data.batch_reader import BatchReader, decode_to_canvas
-from vilseg.data.image_decoding import square
-from vilseg.data.sampler import PairOrder
+from vilseg.data.image_decoding import crop_to_square
+from vilseg.data.sampler import PairSampler
 from vilseg.data.shards import write_tar
 from vilseg.data.synthetic import scenes
 from vilseg.errors import ConfigError, ModelError
@@ -136,7 +136,7 @@ def test_a_picture_takes_the_same_way_through_both_preparations(
 
     model = ViLSeg.from_pretrained(str(tmp_path))
     model.segmentation.input_size, model.segmentation.attention = SIDE, "plain"
-    resized = torch.from_numpy(square(np.asarray(picture), SIDE).copy()).permute(2, 0, 1)[None]
+    resized = torch.from_numpy(crop_to_square(np.asarray(picture), SIDE).copy()).permute(2, 0, 1)[None]
     with torch.no_grad():
         np.testing.assert_allclose(model.encode_image(resized / 255).pooled, whole, atol=1e-5)
     look = Segmenter(model, classes=["dog", "cat"], device="cpu").look([np.asarray(picture)])[0]
@@ -419,7 +419,7 @@ def test_three_steps_of_training_from_each(tmp_path: Path, make_model: Make, kin
         tokenize=prepared.tokenizer,
         nouns=prepared.nouns,
     )
-    chunks = PairOrder(prepared.shards, 8, 0).chunks(0, 3)
+    chunks = PairSampler(prepared.shards, 8, 0).read_tasks(0, 3)
     reports: list[dict[str, float]] = []
     trainer.train(
         (batch for chunk in chunks for batch in reader.read(chunk)),

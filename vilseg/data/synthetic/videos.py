@@ -27,7 +27,7 @@ _NOTHING = 255
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class MovingScene:
+class SyntheticVideo:
     """A film of T frames with its exact masks and motion."""
 
     images: np.ndarray
@@ -39,9 +39,9 @@ class MovingScene:
     pixels; -1 where it was hidden or outside, and everywhere in the first frame."""
 
 
-def render_moving_scene(
+def render_video(
     seed: int, index: int, size: int = 96, *, frames: int = 24, split: scenes.Split = "eval"
-) -> MovingScene:
+) -> SyntheticVideo:
     """Draw film ``index`` of the stream (``seed``, ``split``).
 
     Args:
@@ -96,7 +96,7 @@ def render_moving_scene(
         if before is not None:
             sources[t] = _sources(owners, places, *before)
         before = owners, places
-    return MovingScene(images=images, masks=masks, sources=sources)
+    return SyntheticVideo(images=images, masks=masks, sources=sources)
 
 
 def _velocity(rng: random.Random, highest: float) -> tuple[float, float]:
@@ -127,7 +127,7 @@ def _light(rng: random.Random, size: int) -> tuple[np.ndarray, float]:
 def _sources(
     owners: np.ndarray, places: np.ndarray, owners_before: np.ndarray, places_before: np.ndarray
 ) -> np.ndarray:
-    """Where each pixel's thing was in the frame before; see `MovingScene.sources`."""
+    """Where each pixel's thing was in the frame before; see `SyntheticVideo.sources`."""
     size = len(owners)
     shift = np.rint(places - places_before).astype(int)[owners]
     y, x = np.indices(owners.shape)

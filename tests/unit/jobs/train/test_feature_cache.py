@@ -23,7 +23,7 @@ from vilseg.config import ImageEncoderConfig, RunConfig, ViewsConfig
 from vilseg.config.data import ColumnsConfig
 from vilseg.data.batch_reader import decode_features
 from vilseg.data.cached_views import column_name, column_of_variant
-from vilseg.data.image_decoding import decode_image, square
+from vilseg.data.image_decoding import crop_to_square, decode_image
 from vilseg.data.shards import Pair, Shard, list_shards, read_shard, write_tar
 from vilseg.device import has_bfloat16_units
 from vilseg.model.image_encoder import LocalConvEncoder, build_image_encoder
@@ -288,7 +288,7 @@ def test_the_encoders_own_embedding_of_the_whole_is_cached_too(tmp_path: Path) -
     assert isinstance(pair, Pair)
     rows = torch.tensor(decode_features(pair.image, 0, patches=17, features=16)).unsqueeze(0)
     cached = cached_features(rows)
-    picture = square(decode_image(photo(1)), SIDE)
+    picture = crop_to_square(decode_image(photo(1)), SIDE)
     pixels = torch.tensor(picture).permute(2, 0, 1).unsqueeze(0) / 255
     half = has_bfloat16_units(torch.device("cpu"))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=half):
