@@ -27,7 +27,7 @@ from vilseg.data.synthetic import scenes
 from vilseg.evaluation.datasets import FolderDataset
 from vilseg.evaluation.evaluate import evaluate
 from vilseg.model import ViLSeg
-from vilseg.segmentation.dense_features import Look
+from vilseg.segmentation.dense_features import DenseFeatures
 from vilseg.segmentation.result import Segmentation
 from vilseg.segmentation.segmenter import Segmenter
 from vilseg.segmentation.visualization import class_colours
@@ -156,20 +156,20 @@ def _datasets(out: Path, data: Path) -> list[tuple[str, FolderDataset, Vocabular
 class _Kept:
     """A segmenter that has looked at a dataset's pictures already; they come in their order."""
 
-    def __init__(self, segmenter: Segmenter, looks: Sequence[Look]) -> None:
+    def __init__(self, segmenter: Segmenter, looks: Sequence[DenseFeatures]) -> None:
         self._segmenter, self._looks = segmenter, iter(looks)
         self.classes, self.vocabulary = segmenter.classes, segmenter.vocabulary
         self.seconds = 0.0
 
     def batch(self, images: list[np.ndarray], /) -> list[Segmentation]:
         begun = time.perf_counter()
-        named = [self._segmenter.name(next(self._looks), image) for image in images]
+        named = [self._segmenter.classify(next(self._looks), image) for image in images]
         self.seconds += time.perf_counter() - begun
         return named
 
 
 def _measure(name: str, dataset: FolderDataset, vocabulary: Vocabulary, uri: str) -> list[dict[str, Any]]:
-    looks: dict[tuple[Any, ...], tuple[list[Look], float]] = {}
+    looks: dict[tuple[Any, ...], tuple[list[DenseFeatures], float]] = {}
     found = []
     for row in ROWS:
         if name not in row.datasets:
@@ -180,7 +180,7 @@ def _measure(name: str, dataset: FolderDataset, vocabulary: Vocabulary, uri: str
         if seen not in looks:
             looks.clear()  # rows that see alike stand together
             begun = time.perf_counter()
-            looks[seen] = [segmenter.look([item.image])[0] for item in dataset], time.perf_counter() - begun
+            looks[seen] = [segmenter.encode([item.image])[0] for item in dataset], time.perf_counter() - begun
         kept = _Kept(segmenter, looks[seen][0])
         measured = evaluate(kept, dataset)
         seconds = (looks[seen][1] + kept.seconds) / measured.images

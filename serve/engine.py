@@ -18,7 +18,7 @@ from vilseg import ViLSeg
 from vilseg.data.image_decoding import decode_image
 from vilseg.device import best_device
 from vilseg.errors import DataError, TooLargeError
-from vilseg.segmentation.dense_features import Look
+from vilseg.segmentation.dense_features import DenseFeatures
 from vilseg.segmentation.result import Segmentation
 from vilseg.segmentation.segmenter import Segmenter
 from vilseg.text.vocabulary import Vocabulary
@@ -85,31 +85,31 @@ class Engine:
     @staticmethod
     def _run(
         model: Hashable, items: Sequence[tuple[SegmentRequest, np.ndarray]]
-    ) -> Iterator[tuple[Segmentation, Look, float, float, int]]:
+    ) -> Iterator[tuple[Segmentation, DenseFeatures, float, float, int]]:
         assert isinstance(model, LoadedModel)
         started = time.perf_counter()
         segmenters = [model.segmenter(question.vocabulary) for question, _ in items]
         fresh = [image for question, image in items if question.seen is None]
-        looked = iter(segmenters[0].look(fresh))
+        looked = iter(segmenters[0].encode(fresh))
         for segmenter, (question, image) in zip(segmenters, items, strict=True):
             look = next(looked) if question.seen is None else _recall(question.seen)
-            result = segmenter.name(
+            result = segmenter.classify(
                 look, image, background_bias=question.background_bias, keep_clusters=question.format == "view"
             )
             yield result, look, started, time.perf_counter(), len(items)
 
 
-def _keep(look: Look) -> EncodedImage:
+def _keep(look: DenseFeatures) -> EncodedImage:
     pixels, patches, assignments = (part.cpu().numpy() for part in look[:3])
     return EncodedImage(pixels_3HW=pixels, patches_ND=patches, assignments_NK=assignments, grid=look.grid)
 
 
-def _recall(seen: EncodedImage) -> Look:
+def _recall(seen: EncodedImage) -> DenseFeatures:
     # Arrays from Ray's object store are read-only, and torch warns of those.
     pixels, patches, assignments = (
         torch.from_numpy(np.array(part)) for part in (seen.pixels_3HW, seen.patches_ND, seen.assignments_NK)
     )
-    return Look(pixels, patches, assignments, seen.grid)
+    return DenseFeatures(pixels, patches, assignments, seen.grid)
 
 
 def _sentence(error: DataError) -> str:

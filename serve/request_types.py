@@ -15,7 +15,7 @@ Format = Literal["json", "png", "overlay", "view"]
 
 @dataclass(frozen=True, kw_only=True)
 class EncodedImage:
-    """What the encoder made of a picture, kept by the page so that other classes need no second look; see `Look`."""
+    """What the encoder made of a picture, kept by the page so that other classes need no second pass; see `DenseFeatures`."""
 
     pixels_3HW: np.ndarray
     patches_ND: np.ndarray

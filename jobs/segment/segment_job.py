@@ -205,7 +205,7 @@ def _load(job: Job) -> tuple[TakenApart, str]:
     weights = take_apart(model.state_dict()).digest()
     model.segmentation = job.segmentation
     segmenter = Segmenter(model, job.classes, device="cpu", keep_clusters=False)
-    segmenter.forget_texts()
+    segmenter.release_text_encoder()
     return take_apart(segmenter), weights
 
 

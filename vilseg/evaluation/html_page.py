@@ -10,7 +10,7 @@ from html import escape
 
 from PIL import Image
 
-from vilseg.segmentation.visualization import LegendEntry, share_text
+from vilseg.segmentation.visualization import LegendEntry, percent_text
 
 _MOST_NAMES = 8  # in the legend of one picture: a noisy prediction has dozens of classes with a few pixels each
 
@@ -119,9 +119,9 @@ def key(entries: Iterable[tuple[str, str, str]]) -> str:
 
 def class_key(entries: Sequence[LegendEntry]) -> str:
     """The legend of a label map: its largest classes, each with its colour and its share of the area."""
-    shown = [(css_colour(entry.colour), entry.name, share_text(entry.share)) for entry in entries[:_MOST_NAMES]]
+    shown = [(css_colour(entry.colour), entry.name, percent_text(entry.fraction)) for entry in entries[:_MOST_NAMES]]
     if rest := entries[_MOST_NAMES:]:
-        shown.append(("none", "", f"+ {len(rest)} more, {share_text(sum(entry.share for entry in rest))}"))
+        shown.append(("none", "", f"+ {len(rest)} more, {percent_text(sum(entry.fraction for entry in rest))}"))
     return key(shown)
 
 

@@ -163,7 +163,7 @@ def _example(example: Example) -> str:
     image, classes = truth.image, result.classes
     # The value to ignore of an 8-bit mask may be the index of a class, where there are more than 255.
     true_labels = np.where(truth.mask == truth.ignore, np.uint16(no_class(np.uint16)), truth.mask)
-    factor = visualization.enlarging_factor(*result.labels.shape)
+    factor = visualization.upscale_factor(*result.labels.shape)
     crisp = factor > 1
 
     pictures = [html_page.picture(_fit(Image.fromarray(image)), "image", crisp=crisp)]
@@ -181,7 +181,7 @@ def _example(example: Example) -> str:
     mean = "" if math.isnan(example.miou) else f", mIoU {100 * example.miou:.1f} %"
     return (
         f'<article class="card example"><header><h3>{html_page.escape(truth.name)}</h3>'
-        f'<span class="note">{visualization.share_text(right)} of the pixels right{mean}</span></header>'
+        f'<span class="note">{visualization.percent_text(right)} of the pixels right{mean}</span></header>'
         f'<div class="pictures">{"".join(pictures)}</div></article>'
     )
 
@@ -211,7 +211,7 @@ def _class_table(evaluation: Evaluation) -> str:
     rows = [
         (
             name,
-            visualization.share_text(float(counts[index].sum()) / total),
+            visualization.percent_text(float(counts[index].sum()) / total),
             "".join(_per_cent(iou)),
             "".join(_per_cent(evaluation.boundary_per_class.get(name, math.nan))),
         )
@@ -232,7 +232,7 @@ def _confusions(evaluation: Evaluation) -> str:
         true, predicted = np.unravel_index(cell, wrong.shape)
         if wrong[true, predicted]:
             share = float(wrong[true, predicted] / counts[true].sum())
-            rows.append((names[true], names[predicted], visualization.share_text(share)))
+            rows.append((names[true], names[predicted], visualization.percent_text(share)))
     if not rows:
         return ""
     content = html_page.table(("in truth", "taken for", "of its pixels"), rows)

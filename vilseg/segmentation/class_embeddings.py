@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vilseg.config import SegmentationConfig
 from vilseg.model import ViLSeg
-from vilseg.segmentation.class_scores import ClassTexts, calibrate
+from vilseg.segmentation.class_scores import ClassEmbeddings, standardized_embeddings
 from vilseg.text.vocabulary import Vocabulary
 
 _KEPT_NAMES = 1 << 16
@@ -23,17 +23,17 @@ _BATCH = 256
 _COCO_MARKS = ("-merged", "-other", "-stuff")
 """What COCO's panoptic class names say of how the classes were made, not of what they show."""
 
-_kept: WeakKeyDictionary[ViLSeg, OrderedDict[Hashable, ClassTexts]] = WeakKeyDictionary()
+_kept: WeakKeyDictionary[ViLSeg, OrderedDict[Hashable, ClassEmbeddings]] = WeakKeyDictionary()
 
 
 class _Name(NamedTuple):
     """A name as it is embedded."""
 
-    spoken: str
+    text: str
     prompts: tuple[str, ...]
 
 
-def class_texts(model: ViLSeg, vocabulary: Vocabulary, config: SegmentationConfig) -> ClassTexts:
+def embed_classes(model: ViLSeg, vocabulary: Vocabulary, config: SegmentationConfig) -> ClassEmbeddings:
     """The embeddings of a vocabulary, on the model's device; computed once, as long as the weights stay as they are.
 
     Args:
@@ -53,7 +53,7 @@ def class_texts(model: ViLSeg, vocabulary: Vocabulary, config: SegmentationConfi
     return texts
 
 
-def spoken(name: str) -> str:
+def normalize_class_name(name: str) -> str:
     """A class name as a caption would have it: ``wall-other-merged`` (COCO) is wall, ``tv_monitor`` tv monitor."""
     for mark in _COCO_MARKS:
         name = name.replace(mark, "")
@@ -70,25 +70,27 @@ def _weights(model: ViLSeg) -> Hashable:
 
 
 @torch.inference_mode()
-def _embed(model: ViLSeg, vocabulary: Vocabulary, config: SegmentationConfig) -> ClassTexts:
+def _embed(model: ViLSeg, vocabulary: Vocabulary, config: SegmentationConfig) -> ClassEmbeddings:
     count = len(vocabulary.classes)
     usual = vocabulary.prompts or tuple(config.prompts)
     own = vocabulary.class_prompts or ((),) * count
-    classes = [_Name(spoken(name), own[index] or usual) for index, name in enumerate(vocabulary.classes)]
+    classes = [_Name(normalize_class_name(name), own[index] or usual) for index, name in enumerate(vocabulary.classes)]
     owners = [index for index in range(count) for _ in vocabulary.names(index)[1:]]
     synonyms = [
-        _Name(spoken(name), own[index] or usual) for index in range(count) for name in vocabulary.names(index)[1:]
+        _Name(normalize_class_name(name), own[index] or usual)
+        for index in range(count)
+        for name in vocabulary.names(index)[1:]
     ]
-    negatives = [_Name(spoken(word), usual) for word in vocabulary.negatives]
+    negatives = [_Name(normalize_class_name(word), usual) for word in vocabulary.negatives]
     words: list[_Name] = []
     if vocabulary.background is not None:
-        asked_for = {name.spoken.casefold() for name in [*classes, *synonyms]}
-        candidates = [spoken(word) for word in vocabulary.background_words or config.background_words]
+        asked_for = {name.text.casefold() for name in [*classes, *synonyms]}
+        candidates = [normalize_class_name(word) for word in vocabulary.background_words or config.background_words]
         words = [_Name(word, usual) for word in candidates if word.casefold() not in asked_for]
     mean_TD = _mean_over_prompts(model, [*classes, *synonyms, *negatives, *words])
     if config.center_text:
         mean_TD = mean_TD - model.caption_mean
-    return calibrate(
+    return standardized_embeddings(
         F.normalize(mean_TD, dim=-1),
         model.patch_mean,
         model.patch_covariance,
@@ -102,6 +104,6 @@ def _embed(model: ViLSeg, vocabulary: Vocabulary, config: SegmentationConfig) ->
 
 def _mean_over_prompts(model: ViLSeg, names: list[_Name]) -> Tensor:
     """Shape: names (T) -> (T, D)."""
-    texts = [prompt.format(name.spoken) for name in names for prompt in name.prompts]
+    texts = [prompt.format(name.text) for name in names for prompt in name.prompts]
     embedded = torch.cat([model.encode_text(texts[i : i + _BATCH]) for i in range(0, len(texts), _BATCH)])
     return torch.stack([part.mean(0) for part in embedded.split([len(name.prompts) for name in names])])

@@ -47,7 +47,7 @@ _EPS = 1e-6
 
 
 @dataclass(frozen=True, eq=False)
-class ClassTexts:
+class ClassEmbeddings:
     """What patches are compared with: class names, their synonyms, negative words, and background words, in this order."""
 
     embeddings_TD: Tensor
@@ -64,7 +64,7 @@ class ClassTexts:
     gain_T: Tensor
     """(T,) what the difference is multiplied with."""
 
-    def to(self, device: torch.device) -> ClassTexts:
+    def to(self, device: torch.device) -> ClassEmbeddings:
         """The same on another device."""
         return replace(
             self,
@@ -75,7 +75,7 @@ class ClassTexts:
         )
 
 
-def calibrate(
+def standardized_embeddings(
     embeddings_TD: Tensor,
     mean_D: Tensor,
     covariance_DD: Tensor,
@@ -85,7 +85,7 @@ def calibrate(
     background: int | None,
     synonym_of_S: Tensor | None = None,
     negatives: int = 0,
-) -> ClassTexts:
+) -> ClassEmbeddings:
     """Texts with the calibration that the statistics of patch embeddings give them; see the module for the formula.
 
     Args:
@@ -98,23 +98,23 @@ def calibrate(
         synonym_of_S: classes that the synonyms stand for, where there are any. Shape: (S,).
         negatives: how many of the texts are negative words.
     """
-    deviation_T = deviations(embeddings_TD, covariance_DD)
+    deviation_T = score_deviations(embeddings_TD, covariance_DD)
     gain_T = (deviation_T.mean() / deviation_T) ** strength
     if synonym_of_S is None:
         synonym_of_S = torch.empty(0, dtype=torch.long, device=embeddings_TD.device)
     offset_T = strength * (embeddings_TD @ mean_D)
-    return ClassTexts(embeddings_TD, classes, synonym_of_S, negatives, background, offset_T, gain_T)
+    return ClassEmbeddings(embeddings_TD, classes, synonym_of_S, negatives, background, offset_T, gain_T)
 
 
-def deviations(embeddings_TD: Tensor, covariance_DD: Tensor) -> Tensor:
+def score_deviations(embeddings_TD: Tensor, covariance_DD: Tensor) -> Tensor:
     """sigma_c of the module: how far the cosine with each text spreads over the patches. Shape: -> (T,), above 0."""
     return ((embeddings_TD @ covariance_DD) * embeddings_TD).sum(1).clamp(min=0).sqrt().clamp(min=_EPS)
 
 
-def class_similarities(
+def compute_class_scores(
     embeddings: ImageEmbeddings,
     assignments_BNK: Tensor,
-    texts: ClassTexts,
+    texts: ClassEmbeddings,
     config: SegmentationConfig,
     background_bias: float | None = None,
 ) -> Tensor:
@@ -178,11 +178,11 @@ def objectness(assignments_BNK: Tensor, grid: tuple[int, int]) -> Tensor:
     return torch.einsum("bnk,bk->bn", assignments_BNK, (-connectivity_BK.square() / 2).exp())
 
 
-def gate(scores_Chw: Tensor, most: int | None, background: int | None, classes: int) -> Tensor:
+def select_top_classes(scores_Chw: Tensor, most: int | None, background: int | None, classes: int) -> Tensor:
     """Indices, ascending, of the rows that a picture keeps: the ``most`` classes of the highest scores anywhere in it.
 
     Args:
-        scores_Chw: as from `class_similarities`, of one picture. Shape: (C, h, w) or (C + 1, h, w).
+        scores_Chw: as from `compute_class_scores`, of one picture. Shape: (C, h, w) or (C + 1, h, w).
         most: how many; all where None.
         background: index of the class ``background``, which is kept and not counted, like the row of no class.
         classes: C.
@@ -197,7 +197,7 @@ def gate(scores_Chw: Tensor, most: int | None, background: int | None, classes: 
     return torch.cat([best_R.topk(most).indices, rows_R[~counted_R]]).sort().values
 
 
-def _join_synonyms(names_BNn: Tensor, texts: ClassTexts, config: SegmentationConfig) -> Tensor:
+def _join_synonyms(names_BNn: Tensor, texts: ClassEmbeddings, config: SegmentationConfig) -> Tensor:
     """Shape: classes and synonyms (B, N, C + S) -> (B, N, C)."""
     classes_BNC, synonyms_BNS = names_BNn.tensor_split((texts.classes,), dim=2)
     if not synonyms_BNS.shape[2]:

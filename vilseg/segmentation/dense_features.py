@@ -20,10 +20,10 @@ from torch import Tensor
 from vilseg.config import SegmentationConfig
 from vilseg.device import has_bfloat16_units
 from vilseg.model import ViLSeg
-from vilseg.segmentation.sliding_window import Axis
+from vilseg.segmentation.sliding_window import WindowAxis
 
 
-class Look(NamedTuple):
+class DenseFeatures(NamedTuple):
     """What the encoder and the clustering head made of one picture: all that naming its pixels takes, whatever the classes."""
 
     pixels_3HW: Tensor
@@ -41,8 +41,8 @@ def patch_size(model: ViLSeg) -> int:
 
 
 @torch.inference_mode()
-def look_at(model: ViLSeg, pixels_B3HW: Tensor, config: SegmentationConfig) -> list[Look]:
-    """Look at pictures of one size, in one pass or window by window.
+def encode_images(model: ViLSeg, pixels_B3HW: Tensor, config: SegmentationConfig) -> list[DenseFeatures]:
+    """Encode images of one size, in one pass or window by window.
 
     Args:
         model: in evaluation mode.
@@ -55,7 +55,7 @@ def look_at(model: ViLSeg, pixels_B3HW: Tensor, config: SegmentationConfig) -> l
     else:
         patches_BND, assignments_BNK, grid = _encode_windows(model, pixels_B3HW, config, config.window)
     parts = zip(pixels_B3HW, patches_BND, assignments_BNK, strict=True)
-    return [Look(pixels, patches, assignments, grid) for pixels, patches, assignments in parts]
+    return [DenseFeatures(pixels, patches, assignments, grid) for pixels, patches, assignments in parts]
 
 
 def _encode(model: ViLSeg, pixels_B3HW: Tensor, config: SegmentationConfig) -> tuple[Tensor, Tensor, tuple[int, int]]:
@@ -77,7 +77,7 @@ def _encode_windows(
     patch = patch_size(model)
     side = max(1, window // patch)
     overlap = side // 4 if config.overlap is None else min(config.overlap // patch, side // 2)
-    rows, columns = (Axis.cover(length // patch, side, overlap) for length in pixels_B3HW.shape[2:])
+    rows, columns = (WindowAxis.cover(length // patch, side, overlap) for length in pixels_B3HW.shape[2:])
     grid = (rows.length, columns.length)
     sums: list[Tensor] = []
     for row, top in enumerate(rows.starts):

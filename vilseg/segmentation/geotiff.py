@@ -24,7 +24,7 @@ from vilseg import storage
 from vilseg.errors import ConfigError, DataError, StorageError, UserError
 from vilseg.segmentation.result import label_dtype, no_class, to_labels
 from vilseg.segmentation.segmenter import Segmenter
-from vilseg.segmentation.sliding_window import Axis, BlendedScores
+from vilseg.segmentation.sliding_window import SlidingWindowScores, WindowAxis
 from vilseg.segmentation.visualization import class_colours, rgb
 
 CLASS_NAMES_TAG = "CLASS_NAMES"
@@ -134,16 +134,16 @@ def segment_geotiff(
         rasterio.Env(GDAL_CACHEMAX=_GDAL_CACHE_BYTES),
     ):
         mask = Path(folder) / "mask.tif"
-        with _damage_told(source), _open(picture) as dataset:
-            raster = _Raster(dataset, source)
-            scores_at = BlendedScores(
-                Axis.cover(dataset.height, tile, overlap),
-                Axis.cover(dataset.width, tile, overlap),
+        with _gdal_errors_as_data_error(source), _open(picture) as dataset:
+            raster = _RasterReader(dataset, source)
+            scores_at = SlidingWindowScores(
+                WindowAxis.cover(dataset.height, tile, overlap),
+                WindowAxis.cover(dataset.width, tile, overlap),
                 lambda *window: (
                     segmenter.class_scores(raster.image(*window), whole=False) / segmenter.config.temperature
                 ),
             )
-            with _failure_told(target):
+            with _gdal_errors_as_storage_error(target):
                 done = _write_mask(raster, segmenter.classes, segmenter.config.threshold, scores_at, mask, progress)
                 _require_whole(mask, done, target)
         with mask.open("rb") as content, storage.open_atomic(target) as stream:
@@ -191,7 +191,7 @@ def _gdal_errors() -> tuple[type[Exception], ...]:
 
 
 @contextmanager
-def _damage_told(source: str) -> Iterator[None]:
+def _gdal_errors_as_data_error(source: str) -> Iterator[None]:
     try:
         yield
     except _gdal_errors() as error:
@@ -199,7 +199,7 @@ def _damage_told(source: str) -> Iterator[None]:
 
 
 @contextmanager
-def _failure_told(target: str) -> Iterator[None]:
+def _gdal_errors_as_storage_error(target: str) -> Iterator[None]:
     try:
         yield
     except _gdal_errors() as error:
@@ -216,7 +216,7 @@ def _detail(error: Exception) -> str:
     return str(error.__cause__ or error).strip().rstrip(".")
 
 
-class _Raster:
+class _RasterReader:
     """The picture and the validity of an open dataset, by windows of (top, bottom, left, right) pixels."""
 
     def __init__(self, dataset: Any, source: str) -> None:
@@ -267,12 +267,12 @@ class _Raster:
         """Where there is data. Shape: (bottom - top, right - left), bool."""
         if self.all_valid:
             return np.ones((bottom - top, right - left), bool)
-        with _damage_told(self.source):
+        with _gdal_errors_as_data_error(self.source):
             valid = self.dataset.dataset_mask(window=((top, bottom), (left, right))) > 0
         return valid & np.isfinite(self._read(top, bottom, left, right)).any(0) if self.has_nan else valid
 
     def _read(self, top: int, bottom: int, left: int, right: int) -> np.ndarray:
-        with _damage_told(self.source):
+        with _gdal_errors_as_data_error(self.source):
             return self.dataset.read(self.bands, window=((top, bottom), (left, right)))
 
 
@@ -285,7 +285,7 @@ def _colour_bands(interpretations: list[str]) -> list[int]:
 
 
 def _write_mask(
-    raster: _Raster,
+    raster: _RasterReader,
     classes: tuple[str, ...],
     threshold: float,
     scores_at: Callable[[int, int, int, int], Tensor],
@@ -308,7 +308,7 @@ def _write_mask(
                 valid = raster.valid(*part)
                 if not valid.any():
                     continue
-                winners, scores = (array[valid] for array in _winners(scores_at(*part)))
+                winners, scores = (array[valid] for array in _best_class_and_probability(scores_at(*part)))
                 found = to_labels(winners, scores, classes, threshold)
                 labels[part[0] - top : part[1] - top, part[2] - left : part[3] - left][valid] = found
                 found = np.minimum(found, count)  # no class falls into one bin after the last class, which is cut off
@@ -342,7 +342,7 @@ def _require_whole(mask: Path, done: GeoMask, target: str) -> None:
 
 
 @torch.inference_mode()
-def _winners(logits_CHW: Tensor) -> tuple[np.ndarray, np.ndarray]:
+def _best_class_and_probability(logits_CHW: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Index of the best class and its soft-max, (H, W) each."""
     best_HW, winner_HW = logits_CHW.max(0)
     total_HW = logits_CHW.sub_(best_HW).exp_().sum(0)

@@ -36,7 +36,7 @@ class RefinedScores(NamedTuple):
     """(W, upscale h, upscale w) unless the image is smaller."""
 
 
-def winners(scores_Chw: Tensor) -> Tensor:
+def best_classes(scores_Chw: Tensor) -> Tensor:
     """Indices, ascending, of the classes that are best at some place. Shape: (C, h, w) -> (W,)."""
     # `argmax` over the first axis takes ten times as long as `max` on a CPU.
     return scores_Chw.max(0).indices.unique()
@@ -50,7 +50,7 @@ def refine(scores_Chw: Tensor, image_3HW: Tensor, config: RefinementConfig) -> R
         image_3HW: the picture, floats of any range. Shape: (3, H, W).
         config: method, iterations and what the method takes.
     """
-    classes_W = winners(scores_Chw)
+    classes_W = best_classes(scores_Chw)
     patches, pixels = scores_Chw.shape[1:], image_3HW.shape[1:]
     size = tuple(min(config.upscale * p, pixel) for p, pixel in zip(patches, pixels, strict=True))
     few_Whw = scores_Chw[classes_W]

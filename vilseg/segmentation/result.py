@@ -145,7 +145,7 @@ class Segmentation:
             opacity: of the tint, from 0 (the image in grey) to 1 (the class colours alone).
             legend: whether to draw the legend.
         """
-        factor = visualization.enlarging_factor(*self.labels.shape) if legend else 1
+        factor = visualization.upscale_factor(*self.labels.shape) if legend else 1
         picture = visualization.draw_overlay(self.image, self.labels, self.classes, opacity=opacity, factor=factor)
         return (
             visualization.add_legend(picture, visualization.legend_entries(self.labels, self.classes))

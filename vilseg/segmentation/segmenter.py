@@ -19,10 +19,10 @@ from vilseg.data.image_decoding import decode_image, to_rgb
 from vilseg.device import best_device
 from vilseg.errors import DataError
 from vilseg.model import ImageEmbeddings, ViLSeg
-from vilseg.segmentation.class_embeddings import class_texts
-from vilseg.segmentation.class_scores import class_similarities, gate
-from vilseg.segmentation.dense_features import Look, look_at, patch_size
-from vilseg.segmentation.refinement import refine, winners
+from vilseg.segmentation.class_embeddings import embed_classes
+from vilseg.segmentation.class_scores import compute_class_scores, select_top_classes
+from vilseg.segmentation.dense_features import DenseFeatures, encode_images, patch_size
+from vilseg.segmentation.refinement import best_classes, refine
 from vilseg.segmentation.result import Segmentation, label_dtype, to_labels
 from vilseg.text.vocabulary import Vocabulary
 
@@ -33,7 +33,7 @@ in the cache, which makes it quicker than more would be."""
 ImageLike = Image.Image | np.ndarray | str | Path
 
 
-class _Contenders(NamedTuple):
+class _PixelLogits(NamedTuple):
     """What is compared at the pixels of one picture."""
 
     logits_Whw: Tensor
@@ -76,9 +76,9 @@ class Segmenter:
         self.model = model.to(self.device).eval()
         model.check_attention()
         self.config = model.segmentation
-        self._texts = class_texts(model, self.vocabulary, self.config)
+        self._texts = embed_classes(model, self.vocabulary, self.config)
 
-    def forget_texts(self) -> None:
+    def release_text_encoder(self) -> None:
         """Let go of the text encoder: the classes are embedded, and they cannot change any more."""
         self.model.text_encoder = None  # type: ignore[assignment]
 
@@ -102,7 +102,7 @@ class Segmenter:
         """
         other = copy(self)
         other.vocabulary = Vocabulary.of(classes)
-        other._texts = class_texts(self.model, other.vocabulary, self.config)
+        other._texts = embed_classes(self.model, other.vocabulary, self.config)
         return other
 
     def __call__(self, image: ImageLike) -> Segmentation:
@@ -117,10 +117,10 @@ class Segmenter:
     def batch(self, images: Sequence[ImageLike]) -> list[Segmentation]:
         """Segment pictures of any sizes together; those that come to one size share a pass through the model."""
         arrays = [to_array(image, self._max_pixels) for image in images]
-        return [self.name(look, array) for look, array in zip(self.look(arrays), arrays, strict=True)]
+        return [self.classify(look, array) for look, array in zip(self.encode(arrays), arrays, strict=True)]
 
     @torch.inference_mode()
-    def look(self, images: Sequence[np.ndarray]) -> list[Look]:
+    def encode(self, images: Sequence[np.ndarray]) -> list[DenseFeatures]:
         """The part of the work that does not depend on the classes: pictures of one model size share a pass.
 
         Args:
@@ -129,16 +129,16 @@ class Segmenter:
         groups: dict[tuple[int, int], list[int]] = {}
         for index, image in enumerate(images):
             groups.setdefault(self._model_size(image), []).append(index)
-        looks: dict[int, Look] = {}
+        looks: dict[int, DenseFeatures] = {}
         for size, members in groups.items():
             pixels_B3HW = torch.stack([_resize(images[index], size) for index in members]).to(self.device)
-            looks.update(zip(members, look_at(self.model, pixels_B3HW, self.config), strict=True))
+            looks.update(zip(members, encode_images(self.model, pixels_B3HW, self.config), strict=True))
         return [looks[index] for index in range(len(images))]
 
     @torch.inference_mode()
-    def name(
+    def classify(
         self,
-        look: Look,
+        look: DenseFeatures,
         image: np.ndarray,
         *,
         background_bias: float | None = None,
@@ -147,7 +147,7 @@ class Segmenter:
         """Name the pixels of a picture that was looked at, by this segmenter or one of the same model with other classes.
 
         Args:
-            look: from `look`.
+            look: from `encode`.
             image: the picture. Shape: (H, W, 3), uint8 RGB.
             background_bias: takes the place of the one in the model's settings.
             keep_clusters: takes the place of what the segmenter was made with.
@@ -160,11 +160,11 @@ class Segmenter:
         contenders = self._contenders(look.pixels_3HW, self._similarity(look, background_bias))
         keep = self._keep_clusters if keep_clusters is None else keep_clusters
         clusters_Khw = look.assignments_NK.T.unflatten(1, look.grid) if keep else None
-        return self._paint(image, contenders, clusters_Khw)
+        return self._label_pixels(image, contenders, clusters_Khw)
 
     @torch.inference_mode()
     def class_scores(self, image: ImageLike, *, whole: bool = True) -> Tensor:
-        """Cosine of every class at every place of one picture, before the best one is taken; `paint` does that.
+        """Cosine of every class at every place of one picture, before the best one is taken; `label_pixels` does that.
 
         Args:
             image: as for `__call__`.
@@ -181,7 +181,7 @@ class Segmenter:
             DataError, StorageError: as `__call__`.
         """
         array = to_array(image, self._max_pixels)
-        [look] = self.look([array])
+        [look] = self.encode([array])
         similarity_Chw = self._similarity(look, whole=whole)
         if not self.config.refinement.iterations:
             return similarity_Chw
@@ -190,7 +190,7 @@ class Segmenter:
         return torch.minimum(enlarged, scores_Whw.amax(0)).index_copy_(0, classes_W, scores_Whw)
 
     @torch.inference_mode()
-    def paint(self, image: np.ndarray, scores_Chw: Tensor) -> Segmentation:
+    def label_pixels(self, image: np.ndarray, scores_Chw: Tensor) -> Segmentation:
         """Name every pixel of a picture after the class of the best score.
 
         Args:
@@ -200,17 +200,17 @@ class Segmenter:
         scores_Rhw, rows_R = self._gated(scores_Chw)
         # As in `__call__`: where scores are refined, those count at full size that are best at some place of the grid.
         refined = bool(self.config.refinement.iterations)
-        best_W = winners(scores_Rhw) if refined else torch.arange(len(rows_R), device=self.device)
+        best_W = best_classes(scores_Rhw) if refined else torch.arange(len(rows_R), device=self.device)
         contenders = self._contest(scores_Rhw, rows_R, best_W, scores_Rhw[best_W] if refined else scores_Rhw)
-        return self._paint(image, contenders, None)
+        return self._label_pixels(image, contenders, None)
 
-    def _similarity(self, look: Look, background_bias: float | None = None, *, whole: bool = True) -> Tensor:
+    def _similarity(self, look: DenseFeatures, background_bias: float | None = None, *, whole: bool = True) -> Tensor:
         """Shape: -> (C, h, w)."""
         config = self.config if whole else self.config.model_copy(update={"objectness": 0.0})
         # Of the image as a whole only the mean of its patches counts.
         embeddings = ImageEmbeddings(look.patches_ND.mean(0, keepdim=True), look.patches_ND.unsqueeze(0), look.grid)
         assignments_1NK = look.assignments_NK.unsqueeze(0)
-        return class_similarities(embeddings, assignments_1NK, self._texts, config, background_bias)[0]
+        return compute_class_scores(embeddings, assignments_1NK, self._texts, config, background_bias)[0]
 
     def _model_size(self, image: np.ndarray) -> tuple[int, int]:
         """(H, W) that the model sees: shorter side ``input_size``, both multiples of the patch, the longer side bounded."""
@@ -223,26 +223,26 @@ class Segmenter:
 
     def _gated(self, scores_Chw: Tensor) -> tuple[Tensor, Tensor]:
         """What the gate leaves of the scores, and the indices of these rows. Shape: -> (R, h, w), (R,)."""
-        rows_R = gate(scores_Chw, self.config.gate, self.vocabulary.background, len(self.classes))
+        rows_R = select_top_classes(scores_Chw, self.config.gate, self.vocabulary.background, len(self.classes))
         return (scores_Chw if len(rows_R) == len(scores_Chw) else scores_Chw[rows_R]), rows_R
 
     @torch.inference_mode()
-    def _contenders(self, image_3HW: Tensor, similarity_Chw: Tensor) -> _Contenders:
+    def _contenders(self, image_3HW: Tensor, similarity_Chw: Tensor) -> _PixelLogits:
         scores_Rhw, rows_R = self._gated(similarity_Chw)
         if not self.config.refinement.iterations:
             return self._contest(scores_Rhw, rows_R, torch.arange(len(rows_R), device=self.device), scores_Rhw)
         return self._contest(scores_Rhw, rows_R, *refine(scores_Rhw, image_3HW.float(), self.config.refinement))
 
-    def _contest(self, scores_Rhw: Tensor, rows_R: Tensor, best_W: Tensor, scores_Whw: Tensor) -> _Contenders:
+    def _contest(self, scores_Rhw: Tensor, rows_R: Tensor, best_W: Tensor, scores_Whw: Tensor) -> _PixelLogits:
         """``best_W`` (places in ``rows_R``) may win by their scores on a grid of any size; the other rows only count."""
         others = torch.ones(len(rows_R), dtype=torch.bool, device=self.device)
         others[best_W] = False
         count, temperature = len(rows_R) - len(best_W), self.config.temperature
         rest_1hw = (scores_Rhw[others] / temperature).logsumexp(0, keepdim=True) if count else None
-        return _Contenders(scores_Whw / temperature, rows_R[best_W], rest_1hw, count)
+        return _PixelLogits(scores_Whw / temperature, rows_R[best_W], rest_1hw, count)
 
     @torch.inference_mode()
-    def _paint(self, image: np.ndarray, contenders: _Contenders, clusters_Khw: Tensor | None) -> Segmentation:
+    def _label_pixels(self, image: np.ndarray, contenders: _PixelLogits, clusters_Khw: Tensor | None) -> Segmentation:
         """Bring class scores to the picture's own size, strip by strip, and let the best class win."""
         height, width = image.shape[:2]
         logits_Whw, classes_W, others_1hw, other_count = contenders

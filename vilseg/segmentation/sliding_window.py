@@ -34,7 +34,7 @@ _KEPT_LEAST = 9
 
 
 @dataclass(frozen=True)
-class Axis:
+class WindowAxis:
     """Overlapping windows along one side of a picture; all numbers are pixels."""
 
     length: int
@@ -43,7 +43,7 @@ class Axis:
     starts: tuple[int, ...]
 
     @classmethod
-    def cover(cls, length: int, window: int, overlap: int) -> Axis:
+    def cover(cls, length: int, window: int, overlap: int) -> WindowAxis:
         """The fewest windows for a side: each ``window - overlap`` after the one before, the last ends with the side.
 
         A side shorter than a window is one window. ``overlap`` is at most half a window.
@@ -51,13 +51,13 @@ class Axis:
         last = max(0, length - window)
         return cls(length, min(window, length), overlap, (*range(0, last, window - overlap), last))
 
-    def reaching(self, start: int, stop: int) -> range:
+    def overlapping(self, start: int, stop: int) -> range:
         """The windows that hold a pixel of start..stop."""
         return range(bisect_right(self.starts, start - self.window), bisect_left(self.starts, stop))
 
     def weights(self, index: int, start: int, stop: int) -> np.ndarray:
         """How much a window counts at pixels start..stop; over all windows the sum is 1. Shape: (stop - start,)."""
-        total = sum(self._ramp(other, start, stop) for other in self.reaching(start, stop))
+        total = sum(self._ramp(other, start, stop) for other in self.overlapping(start, stop))
         return self._ramp(index, start, stop) / total
 
     def _ramp(self, index: int, start: int, stop: int) -> np.ndarray:
@@ -67,7 +67,7 @@ class Axis:
         fall = (self.window - inside) / max(self.overlap, 1e-9) if index < len(self.starts) - 1 else np.inf
         return np.sin(np.pi / 2 * np.clip(2 * np.minimum(rise, fall) - 0.5, 0, 1)) ** 2 * np.ones(len(inside))
 
-    def enlarging(self, index: int, start: int, stop: int, cells: int) -> Tensor:
+    def upsampling_matrix(self, index: int, start: int, stop: int, cells: int) -> Tensor:
         """Bilinear interpolation of a window's ``cells`` at pixels start..stop, times the weights.
 
         Cell centres lie as in ``interpolate(align_corners=False)``. Shape: (stop - start, cells), float32.
@@ -79,7 +79,7 @@ class Axis:
         return torch.from_numpy(matrix.astype(np.float32))
 
 
-class BlendedScores:
+class SlidingWindowScores:
     """Class scores at any pixels of a picture, from windows that are computed when they are first needed.
 
     Args:
@@ -88,7 +88,9 @@ class BlendedScores:
         scores_of: (top, bottom, left, right) of a window in pixels -> its class scores on a coarser grid, (C, h, w).
     """
 
-    def __init__(self, rows: Axis, columns: Axis, scores_of: Callable[[int, int, int, int], Tensor]) -> None:
+    def __init__(
+        self, rows: WindowAxis, columns: WindowAxis, scores_of: Callable[[int, int, int, int], Tensor]
+    ) -> None:
         self.rows = rows
         self.columns = columns
         self._scores_of = scores_of
@@ -98,15 +100,15 @@ class BlendedScores:
     def __call__(self, top: int, bottom: int, left: int, right: int) -> Tensor:
         """Scores of the pixels of a block. Shape: (C, bottom - top, right - left)."""
         total_CHW: Tensor | None = None
-        for row in self.rows.reaching(top, bottom):
-            for column in self.columns.reaching(left, right):
+        for row in self.rows.overlapping(top, bottom):
+            for column in self.columns.overlapping(left, right):
                 map_Chw = self._map(row, column)
                 device = map_Chw.device
                 if total_CHW is None:
                     total_CHW = torch.zeros((len(map_Chw), bottom - top, right - left), device=device)
                 ys, xs = _part(self.rows, row, top, bottom), _part(self.columns, column, left, right)
-                rows_Hh = self.rows.enlarging(row, *ys, map_Chw.shape[1]).to(device)
-                columns_Ww = self.columns.enlarging(column, *xs, map_Chw.shape[2]).to(device)
+                rows_Hh = self.rows.upsampling_matrix(row, *ys, map_Chw.shape[1]).to(device)
+                columns_Ww = self.columns.upsampling_matrix(column, *xs, map_Chw.shape[2]).to(device)
                 part_CHW = rows_Hh @ map_Chw @ columns_Ww.T
                 total_CHW[:, ys[0] - top : ys[1] - top, xs[0] - left : xs[1] - left] += part_CHW
         assert total_CHW is not None, "windows cover every pixel"
@@ -125,6 +127,6 @@ class BlendedScores:
         return self._maps[place]
 
 
-def _part(axis: Axis, index: int, start: int, stop: int) -> tuple[int, int]:
+def _part(axis: WindowAxis, index: int, start: int, stop: int) -> tuple[int, int]:
     """The pixels of start..stop that lie in a window."""
     return max(start, axis.starts[index]), min(stop, axis.starts[index] + axis.window)

@@ -22,11 +22,11 @@ from torch import Tensor
 from vilseg import storage
 from vilseg.errors import ConfigError, DataError, StorageError, TooLargeError
 from vilseg.segmentation import video_propagation
-from vilseg.segmentation.refinement import winners
+from vilseg.segmentation.refinement import best_classes
 from vilseg.segmentation.result import Segmentation
 from vilseg.segmentation.segmenter import Segmenter, to_array
 from vilseg.segmentation.video_io import Frame, read_frames, write_video
-from vilseg.segmentation.video_propagation import Carried
+from vilseg.segmentation.video_propagation import PropagatedScores
 
 __all__ = ["Frame", "VideoResult", "read_frames", "segment_file", "segment_video", "write_video"]
 
@@ -34,16 +34,16 @@ _MIN_GRID = 48
 """Places along the shorter side on which scores are carried; on a coarser patch grid motion would not be seen."""
 
 _CUT = 0.35
-"""Share of a frame that looks like nothing around it in the frame before: more means another scene. In synthetic films
+"""Share of a frame that looks like nothing around it in the frame before: more means another shot. In synthetic films
 it is below 0.19 even two frames apart, and above 0.85 at every cut (0.41 at a fifth of the light)."""
 
 
 @dataclass(frozen=True, eq=False)
-class _Step:
+class _PendingFrame:
     """A frame that waits for the next key frame."""
 
     image: np.ndarray
-    differences_Ohw: Tensor
+    distances_Ohw: Tensor
     """To the frame before."""
 
 
@@ -56,7 +56,7 @@ def segment_video(
 
     Args:
         segmenter: of single pictures.
-        frames: (H, W, 3) uint8 RGB each; where the size changes a new scene begins.
+        frames: (H, W, 3) uint8 RGB each; where the size changes a new shot begins.
         key_every: distance of the key frames; more is cheaper and steadier, and follows quick motion less well.
         smoothing: weight, in 0..1 (1 excluded), that what was carried to a key frame has against the frame's own scores
             where it matched perfectly.
@@ -75,93 +75,97 @@ def segment_video(
 def _segment(
     segmenter: Segmenter, frames: Iterable[np.ndarray], key_every: int, smoothing: float
 ) -> Iterator[Segmentation]:
-    scene: _Scene | None = None
+    shot: _Shot | None = None
     for frame in frames:
         image = to_array(frame)
-        if scene is None or not scene.add(image):
-            if scene is not None:
-                yield from scene.finish()
-            scene = _Scene(segmenter, image)
-            yield segmenter.paint(image, scene.key_Chw)
-        elif len(scene.waiting) == key_every:
-            yield from scene.reach_key(smoothing)
-    if scene is not None:
-        yield from scene.finish()
+        if shot is None or not shot.add(image):
+            if shot is not None:
+                yield from shot.finish()
+            shot = _Shot(segmenter, image)
+            yield segmenter.label_pixels(image, shot.keyframe_Chw)
+        elif len(shot.waiting) == key_every:
+            yield from shot.finish_keyframe(smoothing)
+    if shot is not None:
+        yield from shot.finish()
 
 
-class _Scene:
+class _Shot:
     """Frames between two cuts: the scores of the last key frame, and the frames seen since."""
 
     def __init__(self, segmenter: Segmenter, image: np.ndarray) -> None:
-        self.waiting: list[_Step] = []
-        self.key_Chw = _look(segmenter, image)
+        self.waiting: list[_PendingFrame] = []
+        self.keyframe_Chw = _keyframe_scores(segmenter, image)
         self._segmenter = segmenter
         self._image = image
-        self._small_3hw = _reduce(image, self.key_Chw)
+        self._small_3hw = _downsample(image, self.keyframe_Chw)
 
     @torch.inference_mode()
     def add(self, image: np.ndarray) -> bool:
-        """Take in the next frame; False if it is not of this scene."""
+        """Take in the next frame; False if it is not of this shot."""
         if image.shape != self._image.shape:
             return False
-        small_3hw = _reduce(image, self.key_Chw)
-        differences_Ohw = video_propagation.differences(small_3hw, self._small_3hw)
-        if video_propagation.unmatched(differences_Ohw, small_3hw) > _CUT:
+        small_3hw = _downsample(image, self.keyframe_Chw)
+        distances_Ohw = video_propagation.patch_distances(small_3hw, self._small_3hw)
+        if video_propagation.unmatched_fraction(distances_Ohw, small_3hw) > _CUT:
             return False
-        self.waiting.append(_Step(image, differences_Ohw))
+        self.waiting.append(_PendingFrame(image, distances_Ohw))
         self._image, self._small_3hw = image, small_3hw
         return True
 
-    def reach_key(self, smoothing: float) -> Iterator[Segmentation]:
+    def finish_keyframe(self, smoothing: float) -> Iterator[Segmentation]:
         """Make the last frame that waits a key frame; all that wait have their labels then."""
-        own_Chw = _look(self._segmenter, self.waiting[-1].image)
-        classes_W = torch.cat([winners(self.key_Chw), winners(own_Chw)]).unique()
-        ahead = self._ahead(classes_W)
-        key_Chw = own_Chw.clone()
-        key_Chw[classes_W] = torch.lerp(own_Chw[classes_W], ahead[-1].scores_Whw, smoothing * ahead[-1].trust_1hw)
-        back = _back(video_propagation.begin(key_Chw[classes_W]), self.waiting)
+        own_Chw = _keyframe_scores(self._segmenter, self.waiting[-1].image)
+        classes_W = torch.cat([best_classes(self.keyframe_Chw), best_classes(own_Chw)]).unique()
+        ahead = self._propagate_forward(classes_W)
+        keyframe_Chw = own_Chw.clone()
+        keyframe_Chw[classes_W] = torch.lerp(
+            own_Chw[classes_W], ahead[-1].scores_Whw, smoothing * ahead[-1].confidence_1hw
+        )
+        back = _propagate_backward(video_propagation.initial_scores(keyframe_Chw[classes_W]), self.waiting)
         for number, step in enumerate(self.waiting[:-1], start=1):
             position = number / len(self.waiting)
-            scores_Whw = video_propagation.between(ahead[number - 1], back[number - 1], position)
-            others_Chw = torch.lerp(self.key_Chw, key_Chw, position)
-            yield self._segmenter.paint(step.image, _complete(scores_Whw, classes_W, others_Chw))
-        yield self._segmenter.paint(self.waiting[-1].image, key_Chw)
-        self.key_Chw, self.waiting = key_Chw, []
+            scores_Whw = video_propagation.interpolate(ahead[number - 1], back[number - 1], position)
+            others_Chw = torch.lerp(self.keyframe_Chw, keyframe_Chw, position)
+            yield self._segmenter.label_pixels(step.image, _fill_other_classes(scores_Whw, classes_W, others_Chw))
+        yield self._segmenter.label_pixels(self.waiting[-1].image, keyframe_Chw)
+        self.keyframe_Chw, self.waiting = keyframe_Chw, []
 
     def finish(self) -> Iterator[Segmentation]:
         """Labels of the frames that wait, when no key frame follows any more."""
-        classes_W = winners(self.key_Chw)
-        for step, carried in zip(self.waiting, self._ahead(classes_W), strict=True):
-            yield self._segmenter.paint(step.image, _complete(carried.scores_Whw, classes_W, self.key_Chw))
+        classes_W = best_classes(self.keyframe_Chw)
+        for step, carried in zip(self.waiting, self._propagate_forward(classes_W), strict=True):
+            yield self._segmenter.label_pixels(
+                step.image, _fill_other_classes(carried.scores_Whw, classes_W, self.keyframe_Chw)
+            )
 
     @torch.inference_mode()
-    def _ahead(self, classes_W: Tensor) -> list[Carried]:
+    def _propagate_forward(self, classes_W: Tensor) -> list[PropagatedScores]:
         """The key frame's scores at every frame that waits."""
-        carried, ahead = video_propagation.begin(self.key_Chw[classes_W]), []
+        carried, ahead = video_propagation.initial_scores(self.keyframe_Chw[classes_W]), []
         for step in self.waiting:
-            carried = video_propagation.carry(carried, step.differences_Ohw)
+            carried = video_propagation.propagate(carried, step.distances_Ohw)
             ahead.append(carried)
         return ahead
 
 
 @torch.inference_mode()
-def _back(carried: Carried, steps: list[_Step]) -> list[Carried]:
+def _propagate_backward(carried: PropagatedScores, steps: list[_PendingFrame]) -> list[PropagatedScores]:
     """The scores of the last of these frames at all of them."""
     back = [carried]
     for step in reversed(steps[1:]):
-        carried = video_propagation.carry(carried, video_propagation.backwards(step.differences_Ohw))
+        carried = video_propagation.propagate(carried, video_propagation.reverse_distances(step.distances_Ohw))
         back.append(carried)
     return back[::-1]
 
 
 @torch.inference_mode()
-def _complete(scores_Whw: Tensor, classes_W: Tensor, others_Chw: Tensor) -> Tensor:
+def _fill_other_classes(scores_Whw: Tensor, classes_W: Tensor, others_Chw: Tensor) -> Tensor:
     """Scores of all classes: those carried, and others that are not best anywhere and are not to become it."""
     return torch.minimum(others_Chw, scores_Whw.amax(0)).index_copy_(0, classes_W, scores_Whw)
 
 
 @torch.inference_mode()
-def _look(segmenter: Segmenter, image: np.ndarray) -> Tensor:
+def _keyframe_scores(segmenter: Segmenter, image: np.ndarray) -> Tensor:
     """Class scores of a key frame on the grid on which they are carried. Shape: (C, h, w)."""
     scores_Chw = segmenter.class_scores(image)
     patches = scores_Chw.shape[1:]
@@ -170,7 +174,7 @@ def _look(segmenter: Segmenter, image: np.ndarray) -> Tensor:
     return F.interpolate(scores_Chw.unsqueeze(0), size=size, mode="bilinear")[0] if factor > 1 else scores_Chw
 
 
-def _reduce(image: np.ndarray, scores_Chw: Tensor) -> Tensor:
+def _downsample(image: np.ndarray, scores_Chw: Tensor) -> Tensor:
     """A frame on the grid of scores, (3, h, w) float32 grey levels."""
     height, width = scores_Chw.shape[1:]
     if image.shape[:2] != (height, width):
@@ -229,25 +233,25 @@ def segment_file(
     """
     if storage.exists(masks_uri) and storage.list_files(masks_uri):
         raise StorageError(f"{masks_uri} holds files already; choose another folder for the masks or delete this one")
-    tally = _Tally(len(segmenter.classes))
+    statistics = _VideoStatistics(len(segmenter.classes))
     results = segment_video(
         segmenter,
-        _images(read_frames(source_uri, max_pixels=max_pixels), tally, progress),
+        _images(read_frames(source_uri, max_pixels=max_pixels), statistics, progress),
         key_every=key_every,
         smoothing=smoothing,
     )
-    written = _write_masks(results, masks_uri, tally)
+    written = _write_masks(results, masks_uri, statistics)
     if overlay_uri is None:
         for _ in written:
             pass
     else:
         overlays = (np.asarray(result.overlay(legend=False)) for result in written)
-        write_video(overlay_uri, (Frame(i, tally.seconds[i], image) for i, image in enumerate(overlays)))
-    _write_times(masks_uri, tally.seconds)
-    return tally.result(segmenter.classes)
+        write_video(overlay_uri, (Frame(i, statistics.seconds[i], image) for i, image in enumerate(overlays)))
+    _write_times(masks_uri, statistics.seconds)
+    return statistics.result(segmenter.classes)
 
 
-class _Tally:
+class _VideoStatistics:
     """What is known of a film so far."""
 
     def __init__(self, classes: int) -> None:
@@ -279,28 +283,34 @@ class _Tally:
         )
 
 
-def _images(frames: Iterator[Frame], tally: _Tally, progress: Callable[[int, float], None]) -> Iterator[np.ndarray]:
+def _images(
+    frames: Iterator[Frame], statistics: _VideoStatistics, progress: Callable[[int, float], None]
+) -> Iterator[np.ndarray]:
     """The frames' images; damage after the first of them ends the film rather than losing those that wait for a key."""
     try:
         for frame in frames:
-            tally.seconds.append(frame.seconds)
-            progress(len(tally.seconds), frame.seconds)
+            statistics.seconds.append(frame.seconds)
+            progress(len(statistics.seconds), frame.seconds)
             yield frame.image
     except TooLargeError:
         raise
     except DataError as error:
-        if not tally.seconds:
+        if not statistics.seconds:
             raise
-        tally.damage = error
+        statistics.damage = error
 
 
-def _write_masks(results: Iterator[Segmentation], masks_uri: str, tally: _Tally) -> Iterator[Segmentation]:
+def _write_masks(
+    results: Iterator[Segmentation], masks_uri: str, statistics: _VideoStatistics
+) -> Iterator[Segmentation]:
     for index, result in enumerate(results):
         result.to_png(storage.join(masks_uri, f"{index:06d}.png"))
-        tally.add(result)
+        statistics.add(result)
         yield result
-    if tally.damage:
-        raise DataError(f"{tally.damage}; the masks of the frames before that are in {masks_uri}") from tally.damage
+    if statistics.damage:
+        raise DataError(
+            f"{statistics.damage}; the masks of the frames before that are in {masks_uri}"
+        ) from statistics.damage
 
 
 def _write_times(masks_uri: str, seconds: list[float]) -> None:

@@ -89,7 +89,7 @@ def _decode(av: Any, container: Any, uri: str, limit: int) -> Iterator[Frame]:
         try:
             frame = next(decoded, None)
         except (av.error.FFmpegError, OSError) as error:
-            raise DataError(f"{uri} is damaged after {_so_far(index, seconds + lasts)}") from error
+            raise DataError(f"{uri} is damaged after {_decoded_extent(index, seconds + lasts)}") from error
         if frame is None:
             break
         if frame.time is None:
@@ -109,10 +109,10 @@ def _decode(av: Any, container: Any, uri: str, limit: int) -> Iterator[Frame]:
         raise DataError(f"{uri} has a video stream without a frame that can be decoded")
     stated, shown = _stated_seconds(container, stream), seconds + lasts
     if stated is not None and stated - shown > max(0.5, 0.02 * stated):
-        raise DataError(f"{uri} is cut short after {_so_far(index, shown)}: its header says {stated:.2f} s")
+        raise DataError(f"{uri} is cut short after {_decoded_extent(index, shown)}: its header says {stated:.2f} s")
 
 
-def _so_far(frames: int, seconds: float) -> str:
+def _decoded_extent(frames: int, seconds: float) -> str:
     return f"{frames} frames ({max(0.0, seconds):.2f} s)"
 
 

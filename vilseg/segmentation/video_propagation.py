@@ -43,21 +43,21 @@ _NO_MATCH = (3.0, 15.0)
 """Grey levels between which the difference lies that is no match any more: half the standard deviation of the frame."""
 
 
-class Carried(NamedTuple):
+class PropagatedScores(NamedTuple):
     """Scores on their way through the film."""
 
     scores_Whw: Tensor
     """(W, h, w) of the classes that are carried."""
-    trust_1hw: Tensor
+    confidence_1hw: Tensor
     """(1, h, w) in 0..1: how well the matches fitted on the way."""
 
 
-def begin(scores_Whw: Tensor) -> Carried:
+def initial_scores(scores_Whw: Tensor) -> PropagatedScores:
     """Scores at the frame that they were computed for."""
-    return Carried(scores_Whw, torch.ones_like(scores_Whw[:1]))
+    return PropagatedScores(scores_Whw, torch.ones_like(scores_Whw[:1]))
 
 
-def differences(frame_3hw: Tensor, other_3hw: Tensor) -> Tensor:
+def patch_distances(frame_3hw: Tensor, other_3hw: Tensor) -> Tensor:
     """d of the module's formula: of every place to the places around it in the other frame, the border repeated.
 
     Shape: (3, h, w), (3, h, w) -> (O, h, w).
@@ -72,47 +72,47 @@ def differences(frame_3hw: Tensor, other_3hw: Tensor) -> Tensor:
     return (rows[:, :, :-2] + rows[:, :, 1:-1]).add_(rows[:, :, 2:]).div_(27)
 
 
-def backwards(differences_Ohw: Tensor) -> Tensor:
-    """From `differences` of a frame to another, those of the other to it: the same numbers at other places.
+def reverse_distances(distances_Ohw: Tensor) -> Tensor:
+    """From `patch_distances` of a frame to another, those of the other to it: the same numbers at other places.
 
     What leads out of the frame is infinitely different. Shape: (O, h, w) -> (O, h, w).
     """
-    height, width = differences_Ohw.shape[1:]
-    padded = F.pad(differences_Ohw, (_RADIUS,) * 4, value=torch.inf)
-    result = torch.empty_like(differences_Ohw)
+    height, width = distances_Ohw.shape[1:]
+    padded = F.pad(distances_Ohw, (_RADIUS,) * 4, value=torch.inf)
+    result = torch.empty_like(distances_Ohw)
     for offset, (y, x) in enumerate(_OFFSETS):
         result[-1 - offset] = padded[offset, _RADIUS - y :, _RADIUS - x :][:height, :width]
     return result
 
 
-def carry(carried: Carried, differences_Ohw: Tensor) -> Carried:
+def propagate(carried: PropagatedScores, distances_Ohw: Tensor) -> PropagatedScores:
     """One frame further; the differences are of the next frame to the one where the scores are."""
-    best_hw = differences_Ohw.amin(0)
+    best_hw = distances_Ohw.amin(0)
     # The soft-max, normalised at the end: there are more offsets than classes.
-    weights_Ohw = (best_hw - differences_Ohw).div_(_TOLERANCE).exp_()
+    weights_Ohw = (best_hw - distances_Ohw).div_(_TOLERANCE).exp_()
     maps = torch.cat(carried)
     total = torch.zeros_like(maps)
     for weight_hw, shifted in zip(weights_Ohw, _shifted(maps), strict=True):
         total.addcmul_(shifted, weight_hw)
     total /= weights_Ohw.sum(0)
-    return Carried(total[:-1], total[-1:] * (best_hw / -_DOUBT).exp_())
+    return PropagatedScores(total[:-1], total[-1:] * (best_hw / -_DOUBT).exp_())
 
 
-def between(before: Carried, after: Carried, position: float) -> Tensor:
+def interpolate(before: PropagatedScores, after: PropagatedScores, position: float) -> Tensor:
     """Scores from both sides, weighted by trust and nearness in time; ``position`` 0 is at ``before``, 1 at ``after``.
 
     Shape: (W, h, w).
     """
-    first, second = before.trust_1hw * (1 - position), after.trust_1hw * position
+    first, second = before.confidence_1hw * (1 - position), after.confidence_1hw * position
     # Trust may have fallen to nothing on both sides; then time alone decides.
     share_1hw = torch.where(first + second > 0, second / (first + second), position)
     return torch.lerp(before.scores_Whw, after.scores_Whw, share_1hw)
 
 
-def unmatched(differences_Ohw: Tensor, frame_3hw: Tensor) -> float:
+def unmatched_fraction(distances_Ohw: Tensor, frame_3hw: Tensor) -> float:
     """Share of the places of a frame, in 0..1, that look like nothing around them in the other frame."""
     limit = (frame_3hw.std() / 2).clamp(*_NO_MATCH)
-    return float((differences_Ohw.amin(0) > limit).float().mean())
+    return float((distances_Ohw.amin(0) > limit).float().mean())
 
 
 def _shifted(map_Chw: Tensor) -> Iterator[Tensor]:

@@ -94,7 +94,7 @@ class LegendEntry:
     name: str
     colour: tuple[int, int, int]
     """8-bit sRGB."""
-    share: float
+    fraction: float
     """Part of all pixels of the picture, in 0..1."""
 
 
@@ -104,7 +104,7 @@ def legend_entries(labels: np.ndarray, classes: Sequence[str]) -> list[LegendEnt
     colours = class_colours(classes)
     present = [(int(value), int(count)) for value, count in zip(values, counts, strict=True) if value < len(classes)]
     return [
-        LegendEntry(name=classes[index], colour=rgb(colours[index]), share=count / labels.size)
+        LegendEntry(name=classes[index], colour=rgb(colours[index]), fraction=count / labels.size)
         for index, count in sorted(present, key=lambda item: (-item[1], item[0]))
     ]
 
@@ -115,7 +115,7 @@ def rgb(colour: np.ndarray) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def enlarging_factor(height: int, width: int, min_side: int = _MIN_SIDE) -> int:
+def upscale_factor(height: int, width: int, min_side: int = _MIN_SIDE) -> int:
     """The whole factor that makes the shorter side at least min_side px, without passing 2048 px on the longer one."""
     wanted = -(-min_side // min(height, width))
     return max(1, min(wanted, _MAX_SIDE // max(height, width)))
@@ -205,9 +205,9 @@ def add_legend(picture: Image.Image, entries: Sequence[LegendEntry]) -> Image.Im
     return canvas
 
 
-def share_text(share: float) -> str:
-    """A share in 0..1 as whole per cent, "<1 %" for what is there but would round to nothing."""
-    return "<1 %" if 0 < share < 0.005 else f"{share:.0%}".replace("%", " %")
+def percent_text(fraction: float) -> str:
+    """Return a fraction in 0..1 as whole per cent, "<1 %" for what is there but would round to nothing."""
+    return "<1 %" if 0 < fraction < 0.005 else f"{fraction:.0%}".replace("%", " %")
 
 
 def _font(size: int, *, ascii_only: bool) -> ImageFont.FreeTypeFont:
@@ -220,7 +220,7 @@ def _font(size: int, *, ascii_only: bool) -> ImageFont.FreeTypeFont:
 
 
 def _entry_text(entry: LegendEntry) -> str:
-    return f"{entry.name}  {share_text(entry.share)}"
+    return f"{entry.name}  {percent_text(entry.fraction)}"
 
 
 def _fit(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:

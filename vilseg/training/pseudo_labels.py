@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vilseg.model import ImageEmbeddings, ImageFeatures, ViLSeg
-from vilseg.segmentation.class_scores import calibrate, class_similarities, deviations
+from vilseg.segmentation.class_scores import compute_class_scores, score_deviations, standardized_embeddings
 
 UNSURE = -1
 
@@ -69,13 +69,13 @@ class PseudoLabels:
             self._phrases_PD = F.normalize(phrases_PD - centre, dim=-1)
         # Fully calibrated scores of all texts have one standard deviation, that of the mean over the texts.
         texts_PD = self._phrases_PD[present_P]
-        texts = calibrate(
+        texts = standardized_embeddings(
             texts_PD, model.patch_mean, model.patch_covariance, 1.0, classes=len(texts_PD), background=None
         )
-        deviation = deviations(texts_PD, model.patch_covariance).mean()
+        deviation = score_deviations(texts_PD, model.patch_covariance).mean()
         patches_BND = model.embed_patches(features)
         embeddings = ImageEmbeddings(patches_BND.mean(1), patches_BND, features.grid)
-        scores_BPhw = class_similarities(embeddings, model.cluster_logits(features).softmax(-1), texts, settings)
+        scores_BPhw = compute_class_scores(embeddings, model.cluster_logits(features).softmax(-1), texts, settings)
         scores_BPN = scores_BPhw.flatten(2).masked_fill(~own_BP.unsqueeze(2), -torch.inf)
         best_BN, labels_BN = scores_BPN.max(1)
         return labels_BN.masked_fill(best_BN < self._confidence * deviation, UNSURE)

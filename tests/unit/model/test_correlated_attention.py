@@ -221,7 +221,7 @@ def test_a_segmenter_names_the_patches_that_the_settings_ask_for(
     clusters = []
     for attention in ATTENTIONS:
         model.segmentation = model.segmentation.model_copy(update={"attention": attention})
-        look = Segmenter(model, classes=["dog", "cat"], device="cpu").look([picture])[0]
+        look = Segmenter(model, classes=["dog", "cat"], device="cpu").encode([picture])[0]
         grid = (SIDE // PATCH, 48 // PATCH)
         tokens = last_hidden_state(attention, original.vision_model, seen_by("clip", images), grid)
         np.testing.assert_allclose(look.patches_ND, embedded("clip", original, tokens)[0], atol=1e-5)

@@ -8,8 +8,13 @@ import torch.nn.functional as F
 
 from vilseg.config import SegmentationConfig
 from vilseg.model import ImageEmbeddings
-from vilseg.segmentation.class_embeddings import spoken
-from vilseg.segmentation.class_scores import calibrate, class_similarities, gate, objectness
+from vilseg.segmentation.class_embeddings import normalize_class_name
+from vilseg.segmentation.class_scores import (
+    compute_class_scores,
+    objectness,
+    select_top_classes,
+    standardized_embeddings,
+)
 
 B, GRID, D, K, C, WORDS = 2, (2, 3), 6, 4, 5, 3
 N = GRID[0] * GRID[1]
@@ -54,8 +59,8 @@ def slow(scene: tuple, config: SegmentationConfig, image: int, patch: int, text:
 def test_scores_are_those_of_the_formula(scene: tuple, weight: float, mix: float, calibration: float) -> None:
     config = SegmentationConfig(region_weight=weight, image_mix=mix, calibration=calibration)
     embeddings, assignments, texts, mean, covariance = scene
-    classes = calibrate(texts, mean, covariance, calibration, classes=C, background=None)
-    scores = class_similarities(embeddings, assignments, classes, config)
+    classes = standardized_embeddings(texts, mean, covariance, calibration, classes=C, background=None)
+    scores = compute_class_scores(embeddings, assignments, classes, config)
     assert scores.shape == (B, C, *GRID)
     for image in range(B):
         for patch in range(N):
@@ -67,10 +72,10 @@ def test_scores_are_those_of_the_formula(scene: tuple, weight: float, mix: float
 def test_background_takes_the_best_of_its_words_and_the_bias(scene: tuple) -> None:
     config = SegmentationConfig(background_bias=0.1)
     embeddings, assignments, texts, mean, covariance = scene
-    plain = calibrate(texts, mean, covariance, 0.0, classes=C + WORDS, background=None)
-    every = class_similarities(embeddings, assignments, plain, config)
-    classes = calibrate(texts, mean, covariance, 0.0, classes=C, background=2)
-    scores = class_similarities(embeddings, assignments, classes, config)
+    plain = standardized_embeddings(texts, mean, covariance, 0.0, classes=C + WORDS, background=None)
+    every = compute_class_scores(embeddings, assignments, plain, config)
+    classes = standardized_embeddings(texts, mean, covariance, 0.0, classes=C, background=2)
+    scores = compute_class_scores(embeddings, assignments, classes, config)
     assert torch.allclose(scores[:, 2], every[:, C:].amax(1) + 0.1)
     others = [index for index in range(C) if index != 2]
     assert torch.equal(scores[:, others], every[:, others])
@@ -78,9 +83,9 @@ def test_background_takes_the_best_of_its_words_and_the_bias(scene: tuple) -> No
 
 def test_background_without_words_is_the_word_itself_with_the_bias(scene: tuple) -> None:
     embeddings, assignments, texts, mean, covariance = scene
-    classes = calibrate(texts[:C], mean, covariance, 0.0, classes=C, background=0)
-    biased = class_similarities(embeddings, assignments, classes, SegmentationConfig(background_bias=0.1))
-    plain = class_similarities(embeddings, assignments, classes, SegmentationConfig())
+    classes = standardized_embeddings(texts[:C], mean, covariance, 0.0, classes=C, background=0)
+    biased = compute_class_scores(embeddings, assignments, classes, SegmentationConfig(background_bias=0.1))
+    plain = compute_class_scores(embeddings, assignments, classes, SegmentationConfig())
     assert torch.allclose(biased[:, 0], plain[:, 0] + 0.1)
     assert torch.equal(biased[:, 1:], plain[:, 1:])
 
@@ -110,9 +115,9 @@ def test_a_region_within_the_picture_is_an_object_and_its_surroundings_are_not()
 
 def test_objectness_moves_the_background_alone(scene: tuple) -> None:
     embeddings, assignments, texts, mean, covariance = scene
-    classes = calibrate(texts, mean, covariance, 0.0, classes=C, background=2)
+    classes = standardized_embeddings(texts, mean, covariance, 0.0, classes=C, background=2)
     plain, moved = (
-        class_similarities(embeddings, assignments, classes, SegmentationConfig(objectness=weight))
+        compute_class_scores(embeddings, assignments, classes, SegmentationConfig(objectness=weight))
         for weight in (0, 0.3)
     )
     change = (0.3 * (1 - 2 * objectness(assignments, GRID))).unflatten(1, GRID)
@@ -125,10 +130,12 @@ def test_full_calibration_gives_all_classes_one_mean_and_spread_over_the_picture
     torch.manual_seed(1)
     patches = F.normalize(torch.randn(1, 400, D, dtype=torch.float64) * torch.arange(1, D + 1) + 1, dim=-1)
     texts = unit(C, D)
-    classes = calibrate(texts, patches[0].mean(0), torch.cov(patches[0].T), 1.0, classes=C, background=None)
+    classes = standardized_embeddings(
+        texts, patches[0].mean(0), torch.cov(patches[0].T), 1.0, classes=C, background=None
+    )
     config = SegmentationConfig(region_weight=0)
     embeddings = ImageEmbeddings(patches.mean(1), patches, (20, 20))
-    scores = class_similarities(embeddings, torch.ones(1, 400, 1, dtype=torch.float64), classes, config).flatten(2)[0]
+    scores = compute_class_scores(embeddings, torch.ones(1, 400, 1, dtype=torch.float64), classes, config).flatten(2)[0]
     assert torch.allclose(scores.mean(1), torch.zeros(C, dtype=torch.float64), atol=1e-9)
     assert torch.allclose(scores.std(1), scores.std(1)[0].expand(C))
 
@@ -137,8 +144,10 @@ def test_directions_that_are_all_alike_leave_the_cosines_as_they_are(scene: tupl
     embeddings, assignments, texts, *_ = scene
     isotropic = torch.eye(D, dtype=torch.float64) / D
     zero = torch.zeros(D, dtype=torch.float64)
-    pair = [calibrate(texts, zero, isotropic, strength, classes=C, background=None) for strength in (0.0, 1.0)]
-    first, second = (class_similarities(embeddings, assignments, classes, SegmentationConfig()) for classes in pair)
+    pair = [
+        standardized_embeddings(texts, zero, isotropic, strength, classes=C, background=None) for strength in (0.0, 1.0)
+    ]
+    first, second = (compute_class_scores(embeddings, assignments, classes, SegmentationConfig()) for classes in pair)
     assert torch.allclose(first, second)
 
 
@@ -154,16 +163,16 @@ def test_directions_that_are_all_alike_leave_the_cosines_as_they_are(scene: tupl
     ],
 )
 def test_class_names_are_said_as_captions_would_say_them(name: str, wanted: str) -> None:
-    assert spoken(name) == wanted
+    assert normalize_class_name(name) == wanted
 
 
 def test_a_class_has_the_score_of_its_best_synonym(scene: tuple) -> None:
     embeddings, assignments, texts, mean, covariance = scene
-    plain = calibrate(texts, mean, covariance, 0.0, classes=C + WORDS, background=None)
-    every = class_similarities(embeddings, assignments, plain, SegmentationConfig())
+    plain = standardized_embeddings(texts, mean, covariance, 0.0, classes=C + WORDS, background=None)
+    every = compute_class_scores(embeddings, assignments, plain, SegmentationConfig())
     owners = torch.tensor([1] * WORDS)
-    classes = calibrate(texts, mean, covariance, 0.0, classes=C, background=None, synonym_of_S=owners)
-    scores = class_similarities(embeddings, assignments, classes, SegmentationConfig())
+    classes = standardized_embeddings(texts, mean, covariance, 0.0, classes=C, background=None, synonym_of_S=owners)
+    scores = compute_class_scores(embeddings, assignments, classes, SegmentationConfig())
     assert torch.equal(scores[:, 1], every[:, [1, *range(C, C + WORDS)]].amax(1))
     others = [index for index in range(C) if index != 1]
     assert torch.equal(scores[:, others], every[:, others])
@@ -173,10 +182,12 @@ def test_a_class_has_the_score_of_its_best_synonym(scene: tuple) -> None:
 def test_synonyms_are_joined_by_the_formula(scene: tuple, how: str) -> None:
     embeddings, assignments, texts, mean, covariance = scene
     config = SegmentationConfig(synonyms=how, temperature=0.07)
-    plain = calibrate(texts, mean, covariance, 0.0, classes=C + WORDS, background=None)
-    every = class_similarities(embeddings, assignments, plain, config)
-    classes = calibrate(texts, mean, covariance, 0.0, classes=C, background=None, synonym_of_S=torch.tensor([1, 4, 1]))
-    scores = class_similarities(embeddings, assignments, classes, config)
+    plain = standardized_embeddings(texts, mean, covariance, 0.0, classes=C + WORDS, background=None)
+    every = compute_class_scores(embeddings, assignments, plain, config)
+    classes = standardized_embeddings(
+        texts, mean, covariance, 0.0, classes=C, background=None, synonym_of_S=torch.tensor([1, 4, 1])
+    )
+    scores = compute_class_scores(embeddings, assignments, classes, config)
     for index, rows in {0: [0], 1: [1, C, C + 2], 2: [2], 3: [3], 4: [4, C + 1]}.items():
         for image in range(B):
             for patch in range(N):
@@ -190,13 +201,13 @@ def test_synonyms_are_joined_by_the_formula(scene: tuple, how: str) -> None:
 
 def test_log_sum_exp_lies_between_mean_and_maximum_and_does_not_overflow(scene: tuple) -> None:
     embeddings, assignments, texts, mean, covariance = scene
-    classes = calibrate(
+    classes = standardized_embeddings(
         texts, mean, covariance, 0.0, classes=C, background=None, synonym_of_S=torch.tensor([0] * WORDS)
     )
 
     def scores(how: str, temperature: float) -> torch.Tensor:
         config = SegmentationConfig(synonyms=how, temperature=temperature)
-        return class_similarities(embeddings, assignments, classes, config)[:, 0]
+        return compute_class_scores(embeddings, assignments, classes, config)[:, 0]
 
     assert torch.allclose(scores("logsumexp", 1e-6), scores("max", 1e-6), atol=1e-5)
     assert torch.allclose(scores("logsumexp", 1e4), scores("mean", 1e4), atol=1e-3)
@@ -206,14 +217,14 @@ def test_log_sum_exp_lies_between_mean_and_maximum_and_does_not_overflow(scene: 
 
 def test_negative_words_are_a_row_of_their_own(scene: tuple) -> None:
     embeddings, assignments, texts, mean, covariance = scene
-    every = class_similarities(
+    every = compute_class_scores(
         embeddings,
         assignments,
-        calibrate(texts, mean, covariance, 0.0, classes=C + WORDS, background=None),
+        standardized_embeddings(texts, mean, covariance, 0.0, classes=C + WORDS, background=None),
         SegmentationConfig(),
     )
-    classes = calibrate(texts, mean, covariance, 0.0, classes=C, background=None, negatives=WORDS)
-    scores = class_similarities(embeddings, assignments, classes, SegmentationConfig())
+    classes = standardized_embeddings(texts, mean, covariance, 0.0, classes=C, background=None, negatives=WORDS)
+    scores = compute_class_scores(embeddings, assignments, classes, SegmentationConfig())
     assert scores.shape == (B, C + 1, *GRID)
     assert torch.equal(scores[:, :C], every[:, :C])
     assert torch.equal(scores[:, C], every[:, C:].amax(1))
@@ -221,14 +232,14 @@ def test_negative_words_are_a_row_of_their_own(scene: tuple) -> None:
 
 def test_negative_words_are_background_without_its_bias(scene: tuple) -> None:
     embeddings, assignments, texts, mean, covariance = scene
-    every = class_similarities(
+    every = compute_class_scores(
         embeddings,
         assignments,
-        calibrate(texts, mean, covariance, 0.0, classes=C + WORDS, background=None),
+        standardized_embeddings(texts, mean, covariance, 0.0, classes=C + WORDS, background=None),
         SegmentationConfig(),
     )
-    classes = calibrate(texts, mean, covariance, 0.0, classes=C, background=3, negatives=1)
-    scores = class_similarities(embeddings, assignments, classes, SegmentationConfig(background_bias=-0.2))
+    classes = standardized_embeddings(texts, mean, covariance, 0.0, classes=C, background=3, negatives=1)
+    scores = compute_class_scores(embeddings, assignments, classes, SegmentationConfig(background_bias=-0.2))
     assert scores.shape == (B, C, *GRID)
     assert torch.allclose(scores[:, 3], torch.maximum(every[:, C], every[:, C + 1 :].amax(1) - 0.2))
 
@@ -241,5 +252,5 @@ def test_the_gate_keeps_the_classes_of_the_highest_scores() -> None:
         for most in range(1, 8):
             counted = sorted((index for index in range(6) if index != background), key=lambda index: -best[index])
             wanted = sorted([*counted[:most], 6, *([] if background is None else [background])])
-            assert gate(scores, most, background, 6).tolist() == wanted
-    assert gate(scores, None, 2, 6).tolist() == list(range(7))
+            assert select_top_classes(scores, most, background, 6).tolist() == wanted
+    assert select_top_classes(scores, None, 2, 6).tolist() == list(range(7))

@@ -10,7 +10,7 @@ from torch import Tensor
 from vilseg.config import RunConfig, SegmentationConfig
 from vilseg.errors import ConfigError
 from vilseg.model import ViLSeg
-from vilseg.segmentation.dense_features import look_at
+from vilseg.segmentation.dense_features import encode_images
 from vilseg.segmentation.segmenter import Segmenter
 
 Make = Callable[..., ViLSeg]
@@ -33,8 +33,8 @@ def settings(window: int | None, overlap: int | None = None) -> SegmentationConf
 def test_windows_of_a_local_encoder_see_what_one_pass_sees(make_model: Make) -> None:
     model = make_model()  # its patches see about 10 pixels around them, less than a quarter of the overlap
     pixels = noise(2, 3, 128, 192)
-    whole = look_at(model, pixels, settings(None))
-    windows = look_at(model, pixels, settings(96, 48))
+    whole = encode_images(model, pixels, settings(None))
+    windows = encode_images(model, pixels, settings(96, 48))
     assert len(windows) == 2
     for one, other in zip(whole, windows, strict=True):
         assert one.grid == other.grid == (128 // 4, 192 // 4)
@@ -44,7 +44,7 @@ def test_windows_of_a_local_encoder_see_what_one_pass_sees(make_model: Make) -> 
 
 def test_labels_by_windows_are_those_of_one_pass(make_model: Make) -> None:
     model = make_model()
-    model.patch_mean = look_at(model, noise(1, 3, 64, 64), settings(None))[0].patches_ND.mean(0)
+    model.patch_mean = encode_images(model, noise(1, 3, 64, 64), settings(None))[0].patches_ND.mean(0)
     image = noise(200, 312, 3).numpy()
     results = []
     for window in (None, 96):
@@ -60,8 +60,8 @@ def test_of_an_encoder_that_sees_everything_windows_are_blended_as_the_formula_s
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     model = make_model(image_encoder={"architecture": "vit", "sizes": {**sizes, "patch_size": 8, "image_size": 32}})
     pixels = noise(1, 3, 32, 48)
-    [found] = look_at(model, pixels, settings(32, 16))
-    left, right = (look_at(model, pixels[..., start : start + 32], settings(None))[0] for start in (0, 16))
+    [found] = encode_images(model, pixels, settings(32, 16))
+    left, right = (encode_images(model, pixels[..., start : start + 32], settings(None))[0] for start in (0, 16))
     # Two patches are shared: their centres lie half a patch and one and a half from either end.
     rise = [np.sin(np.pi / 2 * np.clip(2 * (x + 0.5) / 2 - 0.5, 0, 1)) ** 2 for x in range(2)]
     for name, size in (("patches_ND", 8), ("assignments_NK", 5)):

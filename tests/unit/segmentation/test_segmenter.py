@@ -97,7 +97,7 @@ def test_strips_equal_the_whole(segmenter: Segmenter, monkeypatch: pytest.Monkey
 def test_scores_and_labels_are_the_soft_max_of_enlarged_similarities(segmenter: Segmenter) -> None:
     image = picture(50, 70)
     result = segmenter(image)
-    [look] = segmenter.look([image])
+    [look] = segmenter.encode([image])
     similarity = segmenter._similarity(look).unsqueeze(0)
     clusters = look.assignments_NK.T.unflatten(1, look.grid).unsqueeze(0)
     size = {"size": (50, 70), "mode": "bilinear", "align_corners": False}
@@ -191,9 +191,9 @@ def test_a_look_serves_every_class_list_of_one_model(make_model: Make) -> None:
     model.segmentation = SegmentationConfig(input_size=32, region_weight=0.5)
     first, second = (Segmenter(model, names, device="cpu") for names in ("cat,sofa", "sky|clouds,sea,background"))
     image = picture(40, 60)
-    [look] = first.look([image])
-    assert_alike(second.name(look, image), second(image))
-    labels = second.name(look, image, background_bias=1.0).labels
+    [look] = first.encode([image])
+    assert_alike(second.classify(look, image), second(image))
+    labels = second.classify(look, image, background_bias=1.0).labels
     assert (labels == 2).all()
 
 
@@ -226,7 +226,7 @@ def test_the_gate_gives_what_the_classes_that_it_leaves_give_alone(make_model: M
     np.testing.assert_allclose(result.scores, alone.scores, atol=1e-5)
     assert (result.labels == np.array(kept)[alone.labels]).mean() > 0.999
     if not iterations:  # films take this way
-        assert (gated.paint(image, gated.class_scores(image)).labels == result.labels).mean() > 0.999
+        assert (gated.label_pixels(image, gated.class_scores(image)).labels == result.labels).mean() > 0.999
 
 
 @pytest.mark.parametrize(("rest", "label"), [((), 255), (("background",), 2)])
@@ -260,7 +260,9 @@ def test_what_a_negative_word_names_best_has_no_class(make_model: Make, iteratio
     np.testing.assert_allclose(result.scores, shown.scores, atol=1e-5)
     assert sum(region.area for region in result.regions) == (shown.labels != unwanted).sum()
     if not iterations:
-        np.testing.assert_array_equal(segmenter.paint(image, segmenter.class_scores(image)).labels, result.labels)
+        np.testing.assert_array_equal(
+            segmenter.label_pixels(image, segmenter.class_scores(image)).labels, result.labels
+        )
     background = Segmenter(model, vocabulary.with_background(), device="cpu")(image)
     assert (background.labels[shown.labels == unwanted] == 2).all()
 

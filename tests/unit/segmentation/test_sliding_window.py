@@ -9,14 +9,14 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from vilseg.segmentation import sliding_window
-from vilseg.segmentation.sliding_window import Axis, BlendedScores
+from vilseg.segmentation.sliding_window import SlidingWindowScores, WindowAxis
 
 SIDES = [(100, 30, 10), (100, 30, 15), (101, 30, 0), (100, 30, 1), (31, 30, 15), (30, 30, 7), (12, 30, 7), (1, 2, 1)]
 
 
 @pytest.mark.parametrize(("length", "window", "overlap"), SIDES)
 def test_windows_cover_a_side_and_overlap_as_asked(length: int, window: int, overlap: int) -> None:
-    axis = Axis.cover(length, window, overlap)
+    axis = WindowAxis.cover(length, window, overlap)
     assert axis.starts[0] == 0
     assert axis.starts[-1] + axis.window == length
     assert axis.window == min(window, length)
@@ -26,7 +26,7 @@ def test_windows_cover_a_side_and_overlap_as_asked(length: int, window: int, ove
 
 @pytest.mark.parametrize(("length", "window", "overlap"), SIDES)
 def test_weights_sum_to_one_and_lie_within_the_window(length: int, window: int, overlap: int) -> None:
-    axis = Axis.cover(length, window, overlap)
+    axis = WindowAxis.cover(length, window, overlap)
     weights = np.array([axis.weights(index, 0, length) for index in range(len(axis.starts))])
     np.testing.assert_allclose(weights.sum(0), 1)
     for start, row in zip(axis.starts, weights, strict=True):
@@ -37,7 +37,7 @@ def test_weights_sum_to_one_and_lie_within_the_window(length: int, window: int, 
 
 
 def test_the_outer_quarter_of_an_overlap_is_context_alone() -> None:
-    axis = Axis.cover(100, 40, 20)  # windows from 0, 20, 40 and 60
+    axis = WindowAxis.cover(100, 40, 20)  # windows from 0, 20, 40 and 60
     weights = axis.weights(1, 20, 60)
     assert (weights[:5] == 0).all()
     assert (weights[-5:] == 0).all()
@@ -52,7 +52,7 @@ def ramp(inside: float, window: int, overlap: int, first: bool, last: bool) -> f
     return math.sin(math.pi / 2 * min(max(2 * nearest / overlap - 0.5, 0), 1)) ** 2
 
 
-def naive(maps: dict[tuple[int, int], Tensor], rows: Axis, columns: Axis) -> np.ndarray:
+def naive(maps: dict[tuple[int, int], Tensor], rows: WindowAxis, columns: WindowAxis) -> np.ndarray:
     """Every window enlarged as a whole, weighted pixel by pixel and divided by the sum of weights."""
     count = len(next(iter(maps.values())))
     total, weights = np.zeros((count, rows.length, columns.length)), np.zeros((rows.length, columns.length))
@@ -83,10 +83,10 @@ class Windows:
         return self.maps[top, left]
 
 
-ROWS, COLUMNS = Axis.cover(47, 20, 6), Axis.cover(50, 24, 12)
+ROWS, COLUMNS = WindowAxis.cover(47, 20, 6), WindowAxis.cover(50, 24, 12)
 
 
-def whole(blended: BlendedScores, side: int) -> np.ndarray:
+def whole(blended: SlidingWindowScores, side: int) -> np.ndarray:
     """The picture from blocks of `side` pixels."""
     scores = np.empty((3, blended.rows.length, blended.columns.length))
     for y in range(0, blended.rows.length, side):
@@ -99,17 +99,17 @@ def whole(blended: BlendedScores, side: int) -> np.ndarray:
 @pytest.mark.parametrize("side", [7, 16, 50])
 def test_blocks_of_any_size_are_the_weighted_mean_of_enlarged_windows(side: int) -> None:
     windows = Windows()
-    scores = whole(BlendedScores(ROWS, COLUMNS, windows), side)
+    scores = whole(SlidingWindowScores(ROWS, COLUMNS, windows), side)
     assert len(windows.maps) == len(ROWS.starts) * len(COLUMNS.starts) == windows.calls, "each window is computed once"
     np.testing.assert_allclose(scores, naive(windows.maps, ROWS, COLUMNS), atol=1e-5)
 
 
 def test_few_maps_are_kept_and_the_scores_stay_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    columns = Axis.cover(400, 20, 6)
-    expected = whole(BlendedScores(ROWS, columns, Windows()), 16)
+    columns = WindowAxis.cover(400, 20, 6)
+    expected = whole(SlidingWindowScores(ROWS, columns, Windows()), 16)
     monkeypatch.setattr(sliding_window, "_KEPT_BYTES", 0)
     windows = Windows()
-    blended = BlendedScores(ROWS, columns, windows)
+    blended = SlidingWindowScores(ROWS, columns, windows)
     np.testing.assert_array_equal(whole(blended, 16), expected)
     assert len(blended._maps) == sliding_window._KEPT_LEAST < len(columns.starts)
     assert windows.calls > len(windows.maps)

@@ -88,7 +88,7 @@ def test_painted_scores_are_the_segmentation(make_model: Make, iterations: int) 
     for image in (scenes.render_scene(0, 0, 50).image, scenes.render_scene(0, 1, 60).image[:33]):
         scores = segmenter.class_scores(image)
         assert scores.shape[0] == len(WORDS)
-        painted, expected = segmenter.paint(image, scores), segmenter(image)
+        painted, expected = segmenter.label_pixels(image, scores), segmenter(image)
         assert len(np.unique(expected.labels)) > 1
         if iterations == 0:
             np.testing.assert_array_equal(painted.labels, expected.labels)

@@ -5,7 +5,15 @@ import pytest
 import torch
 
 from vilseg.segmentation import video_propagation
-from vilseg.segmentation.video_propagation import Carried, backwards, begin, between, carry, differences, unmatched
+from vilseg.segmentation.video_propagation import (
+    PropagatedScores,
+    initial_scores,
+    interpolate,
+    patch_distances,
+    propagate,
+    reverse_distances,
+    unmatched_fraction,
+)
 
 H, W = 9, 11
 OFFSETS = [(y, x) for y in range(-2, 3) for x in range(-2, 3) if np.hypot(y, x) < 2.5]
@@ -32,7 +40,7 @@ def naive_difference(frame_3hw: np.ndarray, other_3hw: np.ndarray, y: int, x: in
 
 def test_differences_equal_loops() -> None:
     one, other = frame(0), frame(1)
-    found = differences(one, other)
+    found = patch_distances(one, other)
     assert found.shape == (len(OFFSETS), H, W)
     for number, offset in enumerate(OFFSETS):
         for y in range(H):
@@ -43,7 +51,7 @@ def test_differences_equal_loops() -> None:
 
 def test_backwards_is_the_other_way_round() -> None:
     one, other = frame(0), frame(1)
-    found, direct = backwards(differences(one, other)), differences(other, one)
+    found, direct = reverse_distances(patch_distances(one, other)), patch_distances(other, one)
     y, x = np.indices((H, W))
     for number, (down, right) in enumerate(OFFSETS):
         inside = (y + down >= 0) & (y + down < H) & (x + right >= 0) & (x + right < W)
@@ -60,7 +68,7 @@ def test_carry_equals_loops() -> None:
     d = chance.uniform(0, 20, (len(OFFSETS), H, W)).astype(np.float32)
     d[3, :4] = np.inf
     scores, trust = chance.normal(size=(4, H, W)).astype(np.float32), chance.uniform(0, 1, (1, H, W)).astype(np.float32)
-    found = carry(Carried(torch.from_numpy(scores), torch.from_numpy(trust)), torch.from_numpy(d))
+    found = propagate(PropagatedScores(torch.from_numpy(scores), torch.from_numpy(trust)), torch.from_numpy(d))
     for y in range(H):
         for x in range(W):
             weights = np.exp(-d[:, y, x].astype(np.float64) / 1.5)
@@ -69,7 +77,7 @@ def test_carry_equals_loops() -> None:
             np.testing.assert_allclose(found.scores_Whw[:, y, x], weights @ np.array(moved), rtol=1e-4, atol=1e-5)
             expected = weights @ np.array([at(trust, y + a, x + b)[0] for a, b in OFFSETS])
             expected *= np.exp(-d[:, y, x].min() / 30)
-            assert float(found.trust_1hw[0, y, x]) == pytest.approx(expected, rel=1e-4)
+            assert float(found.confidence_1hw[0, y, x]) == pytest.approx(expected, rel=1e-4)
 
 
 def test_scores_follow_what_moves() -> None:
@@ -78,40 +86,43 @@ def test_scores_follow_what_moves() -> None:
     labels = np.random.default_rng(6).integers(0, 3, (30, 30))
     before, now = (torch.from_numpy(big[:, a : a + 20, b : b + 20].copy()) for a, b in ((5, 5), (7, 4)))
     one_hot = torch.from_numpy(np.eye(3, dtype=np.float32)[labels[5:25, 5:25]].transpose(2, 0, 1).copy())
-    moved = carry(begin(one_hot), differences(now, before))
+    moved = propagate(initial_scores(one_hot), patch_distances(now, before))
     inner = np.s_[4:-4, 4:-4]
     np.testing.assert_array_equal(moved.scores_Whw.argmax(0).numpy()[inner], labels[7:27, 4:24][inner])
-    assert float(moved.trust_1hw[0][inner].min()) == pytest.approx(1, abs=1e-4)
-    assert unmatched(differences(now, before), now) < 0.4, "only the rows and columns that came in"
+    assert float(moved.confidence_1hw[0][inner].min()) == pytest.approx(1, abs=1e-4)
+    assert unmatched_fraction(patch_distances(now, before), now) < 0.4, "only the rows and columns that came in"
 
 
 def test_huge_differences_leave_numbers() -> None:
     black, white = torch.zeros(3, H, W), torch.full((3, H, W), 255.0)
-    carried = carry(begin(torch.ones(2, H, W)), differences(white, black))
+    carried = propagate(initial_scores(torch.ones(2, H, W)), patch_distances(white, black))
     torch.testing.assert_close(carried.scores_Whw, torch.ones(2, H, W))
     for _ in range(20):
-        carried = carry(carried, differences(white, black))
-    both = between(carried, carried, 0.25)
+        carried = propagate(carried, patch_distances(white, black))
+    both = interpolate(carried, carried, 0.25)
     assert torch.isfinite(both).all()
 
 
 def test_between_weighs_nearness_and_trust() -> None:
     zeros, ones = torch.zeros(1, 1, 3), torch.ones(1, 1, 3)
-    before, after = Carried(zeros, torch.tensor([[[1.0, 0.0, 0.5]]])), Carried(ones, torch.tensor([[[1.0, 0.5, 0.0]]]))
-    torch.testing.assert_close(between(before, after, 0.25), torch.tensor([[[0.25, 1.0, 0.0]]]))
-    lost = Carried(ones, zeros)
-    torch.testing.assert_close(between(Carried(zeros, zeros), lost, 0.25), torch.full((1, 1, 3), 0.25))
+    before, after = (
+        PropagatedScores(zeros, torch.tensor([[[1.0, 0.0, 0.5]]])),
+        PropagatedScores(ones, torch.tensor([[[1.0, 0.5, 0.0]]])),
+    )
+    torch.testing.assert_close(interpolate(before, after, 0.25), torch.tensor([[[0.25, 1.0, 0.0]]]))
+    lost = PropagatedScores(ones, zeros)
+    torch.testing.assert_close(interpolate(PropagatedScores(zeros, zeros), lost, 0.25), torch.full((1, 1, 3), 0.25))
 
 
 def test_what_has_no_match_is_told() -> None:
-    assert unmatched(differences(frame(0), frame(0)), frame(0)) == 0
+    assert unmatched_fraction(patch_distances(frame(0), frame(0)), frame(0)) == 0
     # In the dark, too, where all differences are small.
-    assert unmatched(differences(frame(0) / 16, frame(1) / 16), frame(0) / 16) > 0.9
+    assert unmatched_fraction(patch_distances(frame(0) / 16, frame(1) / 16), frame(0) / 16) > 0.9
     left = torch.zeros(3, 20, 40)
     left[:, :, 20:] = 200
     other = left.clone()
     other[:, :, :20] = 100
-    assert unmatched(differences(left, other), left) == pytest.approx(0.45, abs=0.1)
+    assert unmatched_fraction(patch_distances(left, other), left) == pytest.approx(0.45, abs=0.1)
 
 
 def test_the_disc_is_symmetric() -> None:

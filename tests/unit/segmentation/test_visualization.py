@@ -7,10 +7,10 @@ from vilseg.segmentation.visualization import (
     class_colours,
     draw_clusters,
     draw_overlay,
-    enlarging_factor,
     legend_entries,
     palette,
-    share_text,
+    percent_text,
+    upscale_factor,
 )
 
 
@@ -45,7 +45,7 @@ def test_background_is_grey_and_others_keep_their_colour() -> None:
 def test_legend_lists_the_largest_first_and_skips_what_is_no_class() -> None:
     labels = np.array([[0, 2, 2, 2], [255, 255, 2, 0]], np.uint8)
     entries = legend_entries(labels, ("cat", "dog", "sofa"))
-    assert [(entry.name, entry.share) for entry in entries] == [("sofa", 0.5), ("cat", 0.25)]
+    assert [(entry.name, entry.fraction) for entry in entries] == [("sofa", 0.5), ("cat", 0.25)]
     assert entries[0].colour == tuple(class_colours(("cat", "dog", "sofa"))[2])
 
 
@@ -53,7 +53,7 @@ def test_legend_lists_the_largest_first_and_skips_what_is_no_class() -> None:
     ("size", "factor"), [((64, 64), 4), ((100, 300), 3), ((256, 256), 1), ((2000, 3000), 1), ((10, 2000), 1)]
 )
 def test_small_pictures_are_enlarged(size: tuple[int, int], factor: int) -> None:
-    assert enlarging_factor(*size) == factor
+    assert upscale_factor(*size) == factor
 
 
 def test_enlarged_overlay_keeps_square_pixels_apart_from_borders() -> None:
@@ -94,4 +94,4 @@ def test_a_picture_without_classes_gets_no_legend() -> None:
 
 @pytest.mark.parametrize(("share", "text"), [(0.0, "0 %"), (0.001, "<1 %"), (0.344, "34 %"), (1.0, "100 %")])
 def test_shares_are_rounded_but_never_to_nothing(share: float, text: str) -> None:
-    assert share_text(share) == text
+    assert percent_text(share) == text

@@ -139,7 +139,7 @@ def test_a_picture_takes_the_same_way_through_both_preparations(
     resized = torch.from_numpy(crop_to_square(np.asarray(picture), SIDE).copy()).permute(2, 0, 1)[None]
     with torch.no_grad():
         np.testing.assert_allclose(model.encode_image(resized / 255).pooled, whole, atol=1e-5)
-    look = Segmenter(model, classes=["dog", "cat"], device="cpu").look([np.asarray(picture)])[0]
+    look = Segmenter(model, classes=["dog", "cat"], device="cpu").encode([np.asarray(picture)])[0]
     np.testing.assert_allclose(look.patches_ND, patches[0], atol=1e-5)
 
 
