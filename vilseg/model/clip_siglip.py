@@ -77,9 +77,9 @@ def load(cls: type[ViLSeg], folder: Path, source: str, *, clusters: int | None =
         raise ModelError(
             f"the image tower of {source} has no pooling head, so it does not share the space of the texts"
         )
-    usual: Any = (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD) if clip else (IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD)
-    mean, std = read_normalisation(str(folder), *usual)
-    image_encoder = HuggingFaceImageEncoder(whole.vision_model, mean=tuple(mean), std=tuple(std), head=True)
+    usual = (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD) if clip else (IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD)
+    mean, std = read_normalisation(str(folder), *(tuple(values) for values in usual))
+    image_encoder = HuggingFaceImageEncoder(whole.vision_model, mean=mean, std=std, head=True)
     text_config = whole.config.text_config
     text_encoder = TextEncoder(
         whole.text_model, tokenizer, pooling="pooler", max_tokens=text_config.max_position_embeddings

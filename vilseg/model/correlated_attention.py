@@ -25,6 +25,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
 
 _DEVIATION = 5.0
@@ -100,7 +101,7 @@ class LastBlock:
 
     @contextmanager
     def watched(self) -> Iterator[list[Tensor]]:
-        """A list that gets what goes into the block, where the model runs within the ``with``. Shape: (B, L, F)."""
+        """A list that gets what goes into the block, where the model runs within the ``with``. Shape: (B, T, F)."""
         # transformers would keep the input of every block, and leaves hooks that cannot be pickled.
         if _catch not in self.layer._forward_pre_hooks.values():
             self.layer.register_forward_pre_hook(_catch, with_kwargs=True)
@@ -111,33 +112,33 @@ class LastBlock:
         finally:
             _caught.reset(token)
 
-    def __call__(self, tokens_BLF: Tensor, grid: tuple[int, int], attention: Literal["sclip", "naclip"]) -> Tensor:
+    def __call__(self, tokens_BTF: Float[Tensor, "B T F"], grid: tuple[int, int], attention: Literal["sclip", "naclip"]) -> Float[Tensor, "B T F"]:
         """The model's last hidden state with another attention.
 
         Args:
-            tokens_BLF: what goes into the block: L tokens, the last h x w of them patches. Shape: (B, L, F).
+            tokens_BTF: what goes into the block: T tokens, the last h x w of them patches. Shape: (B, T, F).
             grid: (h, w).
             attention: see the module.
 
         Returns:
-            Shape: (B, L, F).
+            Shape: (B, T, F).
         """
-        seen_BLF = self.norm(tokens_BLF)
+        seen_BTF = self.norm(tokens_BTF)
         projections = (self.attention.q_proj, self.attention.k_proj, self.attention.v_proj)
         q, k, v = (
-            project(seen_BLF).unflatten(-1, (-1, self.attention.head_dim)).transpose(1, 2) for project in projections
+            project(seen_BTF).unflatten(-1, (-1, self.attention.head_dim)).transpose(1, 2) for project in projections
         )
         # The rows of weights never stand in memory at once.
         if attention == "sclip":
             mixed = F.scaled_dot_product_attention(q, q, v) + F.scaled_dot_product_attention(k, k, v)
         else:
-            bias_LL = neighbourhood(tokens_BLF.shape[1], grid, tokens_BLF.device).to(k.dtype)
-            mixed = F.scaled_dot_product_attention(k, k, v, attn_mask=bias_LL)
-        added_BLF = self.scale(self.out(mixed.transpose(1, 2).flatten(2)))
+            bias_TT = neighbourhood(tokens_BTF.shape[1], grid, tokens_BTF.device).to(k.dtype)
+            mixed = F.scaled_dot_product_attention(k, k, v, attn_mask=bias_TT)
+        added_BTF = self.scale(self.out(mixed.transpose(1, 2).flatten(2)))
         if attention == "naclip":
-            return self.last_norm(added_BLF)
-        tokens_BLF = tokens_BLF + added_BLF
-        return self.last_norm(tokens_BLF + self.scale_after(self.mlp(self.norm_after(tokens_BLF))))
+            return self.last_norm(added_BTF)
+        tokens_BTF = tokens_BTF + added_BTF
+        return self.last_norm(tokens_BTF + self.scale_after(self.mlp(self.norm_after(tokens_BTF))))
 
 
 def _catch(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -146,8 +147,8 @@ def _catch(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> N
         found.append(args[0] if args else kwargs["hidden_states"])
 
 
-def neighbourhood(tokens: int, grid: tuple[int, int], device: torch.device) -> Tensor:
-    """G of the module: how near patches are, 0 for the tokens that come before them. Shape: -> (L, L), float32."""
+def neighbourhood(tokens: int, grid: tuple[int, int], device: torch.device) -> Float[Tensor, "T T"]:
+    """G of the module: how near patches are, 0 for the tokens that come before them. Shape: -> (T, T), float32."""
     h, w = grid
     near_hh, near_ww = (_gaussian(side, device) for side in grid)
     near_NN = torch.einsum("ik,jl->ijkl", near_hh, near_ww).reshape(h * w, h * w)

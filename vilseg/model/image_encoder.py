@@ -20,6 +20,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassError
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel
@@ -36,9 +37,9 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 class ImageFeatures(NamedTuple):
     """What an encoder sees in a batch of images."""
 
-    patches: Tensor
+    patches: Float[Tensor, "B N F"]
     """(B, N, F), row by row over the grid."""
-    pooled: Tensor | None
+    pooled: Float[Tensor, "B F"] | None
     """(B, F) global feature (class token); None where the encoder has none, and the mean of the patches stands in."""
     grid: tuple[int, int]
     """(h, w) with h x w = N."""
@@ -108,7 +109,7 @@ class LocalConvEncoder(nn.Module):
         self._checkpointed = False
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing from torch's annotations
 
-    def forward(self, images_B3HW: Tensor) -> ImageFeatures:
+    def forward(self, images_B3HW: Float[Tensor, "B 3 H W"]) -> ImageFeatures:
         """Shape: (B, 3, H, W) in 0..1 -> patches (B, H/patch x W/patch, width)."""
         x_BFhw = (images_B3HW - 0.5) / 0.25
         for block in (self.stem, *self.blocks):
@@ -127,14 +128,14 @@ class _ResidualBlock(nn.Sequential):
     def __init__(self, width: int, kernel: int) -> None:
         super().__init__(nn.Conv2d(width, width, kernel, padding=kernel // 2), ChannelNorm(width), nn.GELU())
 
-    def forward(self, x_BFhw: Tensor) -> Tensor:
+    def forward(self, x_BFhw: Float[Tensor, "B F h w"]) -> Float[Tensor, "B F h w"]:
         return x_BFhw + super().forward(x_BFhw)
 
 
 class ChannelNorm(nn.LayerNorm):
     """Layer norm over the channels of (B, F, h, w); unlike batch norm it keeps every sample independent of its batch."""
 
-    def forward(self, x_BFhw: Tensor) -> Tensor:
+    def forward(self, x_BFhw: Float[Tensor, "B F h w"]) -> Float[Tensor, "B F h w"]:
         """Shape: (B, F, h, w) -> same."""
         return super().forward(x_BFhw.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
@@ -198,7 +199,7 @@ class HuggingFaceImageEncoder(nn.Module):
         """What rebuilds the architecture without its checkpoint."""
         return self.model.config.to_dict()
 
-    def forward(self, images_B3HW: Tensor) -> ImageFeatures:
+    def forward(self, images_B3HW: Float[Tensor, "B 3 H W"]) -> ImageFeatures:
         """Shape: (B, 3, H, W) in 0..1 -> patches (B, N, F); position embeddings are interpolated to the image's size."""
         output, grid = self._run(images_B3HW)
         return self._features(output.last_hidden_state, output, grid)
@@ -208,7 +209,7 @@ class HuggingFaceImageEncoder(nn.Module):
         """Whether the last block is of a form that :meth:`correlated` knows."""
         return LastBlock.of(self.model) is not None
 
-    def correlated(self, images_B3HW: Tensor, attention: Literal["sclip", "naclip"]) -> tuple[ImageFeatures, Tensor]:
+    def correlated(self, images_B3HW: Float[Tensor, "B 3 H W"], attention: Literal["sclip", "naclip"]) -> tuple[ImageFeatures, Float[Tensor, "B N F"]]:
         """Features as `forward` gives them, and from the same pass patches with another attention in the last block.
 
         Args:
@@ -225,7 +226,7 @@ class HuggingFaceImageEncoder(nn.Module):
         features = self._features(output.last_hidden_state, output, grid)
         return features, self._features(block(entering[0], grid, attention), output, grid).patches
 
-    def _run(self, images_B3HW: Tensor) -> tuple[Any, tuple[int, int]]:
+    def _run(self, images_B3HW: Float[Tensor, "B 3 H W"]) -> tuple[Any, tuple[int, int]]:
         """What the model makes of images, and the patch grid."""
         pixels = (images_B3HW - self.mean) / self.std
         grid = (images_B3HW.shape[2] // self.patch_size, images_B3HW.shape[3] // self.patch_size)
@@ -247,7 +248,7 @@ class HuggingFaceImageEncoder(nn.Module):
         """Keep only what goes into the layers, and compute the rest again in the backward pass; ConfigError without layers."""
         checkpoint_layers(self.model, key="model.image_encoder")
 
-    def _pool_each(self, tokens_BNF: Tensor) -> Tensor:
+    def _pool_each(self, tokens_BNF: Float[Tensor, "B N F"]) -> Float[Tensor, "B N F"]:
         """Attention pooling of every token alone: its weight is 1, whatever the query. Shape: (B, N, F) -> same."""
         head = self.model.head
         values = slice(2 * head.attention.embed_dim, None)
@@ -256,7 +257,7 @@ class HuggingFaceImageEncoder(nn.Module):
         return pooled_BNF + head.mlp(head.layernorm(pooled_BNF))
 
 
-def _as_patches(pixels_B3HW: Tensor, grid: tuple[int, int], patch: int) -> dict[str, Tensor]:
+def _as_patches(pixels_B3HW: Float[Tensor, "B 3 H W"], grid: tuple[int, int], patch: int) -> dict[str, Tensor]:
     """Pixels as SigLIP 2 takes them, patch by patch with their grid; channels are the fastest. Shape: -> (B, N, patch² 3)."""
     (h, w), count = grid, pixels_B3HW.shape[0]  # an export traces shapes, and not len
     cut = pixels_B3HW[:, :, : h * patch, : w * patch].unflatten(3, (w, patch)).unflatten(2, (h, patch))

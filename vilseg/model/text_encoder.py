@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedTokenizerBase
 
@@ -57,7 +58,7 @@ class TextEncoder(nn.Module):
         """Whether rows must be ``max_tokens`` long, padding and all, because the padding counts."""
         return self._pools_padding
 
-    def tokenize(self, texts: Sequence[str]) -> Tensor:
+    def tokenize(self, texts: Sequence[str]) -> Int[Tensor, "B T"]:
         """Token ids, padded to ``max_tokens``. Shape: texts (B) -> (B, T) int64."""
         return torch.from_numpy(self.fixed_tokenizer()(texts)).long()
 
@@ -65,13 +66,13 @@ class TextEncoder(nn.Module):
         """The tokenizer alone, light enough to be sent to whoever reads captions."""
         return FixedTokenizer(self.tokenizer.backend_tokenizer.to_str(), self.max_tokens, self.tokenizer.pad_token_id)
 
-    def trim(self, tokens_BT: Tensor) -> Tensor:
+    def trim(self, tokens_BT: Int[Tensor, "B T"]) -> Int[Tensor, "B longest"]:
         """Cut the padding that no row needs. Shape: (B, T) -> (B, longest)."""
         if self._pools_padding:
             return tokens_BT
         return tokens_BT[:, : int(self._real(tokens_BT).sum(1).max())]
 
-    def forward(self, tokens_BT: Tensor) -> Tensor:
+    def forward(self, tokens_BT: Int[Tensor, "B T"]) -> Float[Tensor, "B F"]:
         """Shape: (B, T) -> (B, F)."""
         if self._pools_padding:
             return self.model(input_ids=tokens_BT).pooler_output
@@ -89,7 +90,7 @@ class TextEncoder(nn.Module):
         """See :meth:`ViLSeg.checkpoint_activations`; word embeddings without a layer have nothing to compute again."""
         checkpoint_layers(self.model, key="model.text_encoder", optional=True)
 
-    def _real(self, tokens_BT: Tensor) -> Tensor:
+    def _real(self, tokens_BT: Int[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
         """Which tokens are no padding. Shape: (B, T) -> same, bool."""
         padding_BT = tokens_BT == self.tokenizer.pad_token_id
         if self.tokenizer.eos_token_id == self.tokenizer.pad_token_id:

@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from vilseg.config import ModelConfig, SegmentationConfig
@@ -24,9 +25,9 @@ MAX_LOGIT_SCALE = math.log(100.0)
 class ImageEmbeddings(NamedTuple):
     """Images in the text space; every embedding has unit length."""
 
-    pooled: Tensor
+    pooled: Float[Tensor, "B D"]
     """(B, D), the image as a whole."""
-    patches: Tensor
+    patches: Float[Tensor, "B N D"]
     """(B, N, D), row by row over the grid."""
     grid: tuple[int, int]
 
@@ -38,10 +39,10 @@ class ViLSeg(nn.Module):
     """
 
     logit_bias: nn.Parameter | None
-    caption_mean: Tensor
-    patch_mean: Tensor
-    patch_covariance: Tensor
-    recorded_steps: Tensor
+    caption_mean: Float[Tensor, " D"]
+    patch_mean: Float[Tensor, " D"]
+    patch_covariance: Float[Tensor, "D D"]
+    recorded_steps: Int[Tensor, ""]
 
     def __init__(
         self,
@@ -178,7 +179,7 @@ class ViLSeg(nn.Module):
             return self.logit_scale.exp()
         return self.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
 
-    def image_features(self, images: Tensor) -> ImageFeatures:
+    def image_features(self, images: Float[Tensor, "B 3 H W"]) -> ImageFeatures:
         """Features of the image encoder. Shape: (B, 3, H, W) RGB in 0..1 -> patches (B, N, F)."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.image_encoder.frozen):
             return self.image_encoder(images)
@@ -196,8 +197,8 @@ class ViLSeg(nn.Module):
         )
 
     def dense_features(
-        self, images: Tensor, attention: Literal["plain", "sclip", "naclip"]
-    ) -> tuple[ImageFeatures, Tensor]:
+        self, images: Float[Tensor, "B 3 H W"], attention: Literal["plain", "sclip", "naclip"]
+    ) -> tuple[ImageFeatures, Float[Tensor, "B N F"]]:
         """Features of the image encoder as it was trained, and the patches that are to be named; one pass.
 
         Args:
@@ -218,39 +219,39 @@ class ViLSeg(nn.Module):
         """Bring features into the text space."""
         return ImageEmbeddings(self.embed_pooled(features), self.embed_patches(features), features.grid)
 
-    def embed_pooled(self, features: ImageFeatures) -> Tensor:
+    def embed_pooled(self, features: ImageFeatures) -> Float[Tensor, "B D"]:
         """Bring the images as wholes into the text space. Shape: -> (B, D), unit length."""
         pooled_BF = features.patches.mean(1) if features.pooled is None else features.pooled
         return F.normalize(self.image_projection(pooled_BF), dim=-1)
 
-    def embed_patches(self, features: ImageFeatures) -> Tensor:
+    def embed_patches(self, features: ImageFeatures) -> Float[Tensor, "B N D"]:
         """Bring the patches into the text space. Shape: -> (B, N, D), unit length."""
         return F.normalize(self.image_projection(features.patches), dim=-1)
 
-    def cluster_logits(self, features: ImageFeatures) -> Tensor:
+    def cluster_logits(self, features: ImageFeatures) -> Float[Tensor, "B N K"]:
         """What the head thinks of every patch. Shape: -> (B, N, K)."""
         return self.clustering_head(features.patches)
 
-    def encode_image(self, images: Tensor) -> ImageEmbeddings:
+    def encode_image(self, images: Float[Tensor, "B 3 H W"]) -> ImageEmbeddings:
         """Global and patch embeddings. Shape: (B, 3, H, W) RGB in 0..1 -> (B, D) and (B, N, D), unit length."""
         return self.embed(self.image_features(images))
 
-    def assignments(self, images: Tensor) -> Tensor:
+    def assignments(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B K h w"]:
         """Soft cluster assignments of the patches. Shape: (B, 3, H, W) -> (B, K, h, w), summing to 1 over K."""
         features = self.image_features(images)
         h, w = features.grid
         return self.cluster_logits(features).softmax(-1).transpose(1, 2).unflatten(2, (h, w))
 
-    def text_features(self, tokens: Tensor) -> Tensor:
+    def text_features(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B F"]:
         """Features of the text encoder. Shape: (B, T) -> (B, F)."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.text_encoder.frozen):
             return self.text_encoder(tokens)
 
-    def embed_text(self, features_BF: Tensor) -> Tensor:
+    def embed_text(self, features_BF: Float[Tensor, "B F"]) -> Float[Tensor, "B D"]:
         """Bring text features into the shared space. Shape: (B, F) -> (B, D), unit length."""
         return F.normalize(self.text_projection(features_BF), dim=-1)
 
-    def encode_text(self, texts: Sequence[str] | Tensor) -> Tensor:
+    def encode_text(self, texts: Sequence[str] | Int[Tensor, "B T"]) -> Float[Tensor, "B D"]:
         """Embeddings of texts, or of token rows. Shape: texts (B) or (B, T) -> (B, D), unit length."""
         tokens = texts if isinstance(texts, Tensor) else self.text_encoder.tokenize(texts)
         return self.embed_text(self.text_features(tokens.to(self.device)))
