@@ -1,7 +1,7 @@
 """Print every docstring that opens with a question word, and exit with 1 if there is one; run by ``make lint``.
 
-A docstring opens with a verb ("Return", "Compute") or with the noun that is returned or represented. Folders or files may be named
-as arguments: ``python tools/check_docstrings.py vilseg/model``.
+A docstring opens with a verb ("Return", "Compute") or with the noun that is returned or represented. Folders or files may be
+named as arguments: ``python tools/check_docstrings.py vilseg/model``.
 """
 
 import ast

@@ -112,7 +112,9 @@ class LastBlock:
         finally:
             _caught.reset(token)
 
-    def __call__(self, tokens_BTF: Float[Tensor, "B T F"], grid: tuple[int, int], attention: Literal["sclip", "naclip"]) -> Float[Tensor, "B T F"]:
+    def __call__(
+        self, tokens_BTF: Float[Tensor, "B T F"], grid: tuple[int, int], attention: Literal["sclip", "naclip"]
+    ) -> Float[Tensor, "B T F"]:
         """The model's last hidden state with another attention.
 
         Args:

@@ -209,7 +209,9 @@ class HuggingFaceImageEncoder(nn.Module):
         """Whether the last block is of a form that :meth:`correlated` knows."""
         return LastBlock.of(self.model) is not None
 
-    def correlated(self, images_B3HW: Float[Tensor, "B 3 H W"], attention: Literal["sclip", "naclip"]) -> tuple[ImageFeatures, Float[Tensor, "B N F"]]:
+    def correlated(
+        self, images_B3HW: Float[Tensor, "B 3 H W"], attention: Literal["sclip", "naclip"]
+    ) -> tuple[ImageFeatures, Float[Tensor, "B N F"]]:
         """Features as `forward` gives them, and from the same pass patches with another attention in the last block.
 
         Args:
