@@ -1,7 +1,7 @@
 """Run every code block of README.md and docs/, as written, on small data at the places that the blocks name.
 
 Commands that take minutes (a training, a sweep, a cluster, a job) are checked against the command line and the configuration, and
-run in ``make slow``. Commands of other programs (kubectl, ray) are checked by these programs where they can do so without a cluster.
+run in ``make slow``. Commands of other programs (kubectl, ray) are checked by these programs where that needs no cluster.
 """
 
 import csv
