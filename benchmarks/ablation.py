@@ -208,7 +208,7 @@ def _run(out: Path, jobs: list[Job]) -> dict[Job, dict[str, Any]]:
             known[job.key] = found[job] = future.result()
             storage.write_text(str(FIGURES), json.dumps(known, indent=1, sort_keys=True) + "\n")
             minutes = (time.monotonic() - started) / 60
-            console.say(
+            console.log(
                 f"{number}/{len(left)} {job.name}, seed {job.seed}: mIoU {found[job]['miou']:.4f} ({minutes:.0f} min)"
             )
     return found

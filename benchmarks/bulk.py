@@ -72,7 +72,7 @@ def main(out: Path) -> dict[str, Any]:
                 finished = segment(place, names)
                 whole[way].append(round(time.time() - started, 1))
                 rates[way].append(round(steady(finished), 2))
-                console.say(f"{way}: {rates[way][-1]} photos/s, {whole[way][-1]} s with its start")
+                console.log(f"{way}: {rates[way][-1]} photos/s, {whole[way][-1]} s with its start")
                 _check(place, names)
     rate = {way: median(found) for way, found in rates.items()}
     return {

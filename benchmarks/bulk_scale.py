@@ -81,7 +81,7 @@ def main(out: Path) -> dict[str, Any]:
                 "all_mb": round(ours["all_mb"]),
             }
         )
-        console.say(str(figures[-1]))
+        console.log(str(figures[-1]))
     return {
         "benchmark": "bulk_scale",
         "ratio": round(0.3 / figures[-1]["overhead_ms"], 3),

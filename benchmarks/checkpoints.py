@@ -74,7 +74,7 @@ def _measure() -> dict[str, Any]:
         for kept in (False, True) if number % 2 else (True, False):  # a steady drift favours neither
             seconds[kept].append(_block(trainer, folder, batches, _STEPS, kept=kept))
         if number % _SAID_EVERY == 0:
-            console.say(f"round {number} of {_ROUNDS}: {_cost(seconds)[0]:.3f} s a checkpoint")
+            console.log(f"round {number} of {_ROUNDS}: {_cost(seconds)[0]:.3f} s a checkpoint")
     cost, error = _cost(seconds)
     hundred = median(seconds[False]) * _EVERY / _STEPS
     return {

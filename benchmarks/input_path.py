@@ -100,7 +100,7 @@ def _measure(names: Sequence[str]) -> dict[str, Any]:
     for number in range(_ROUNDS):
         for name, read in ways.items():
             rates[name].append(round(_rate(read()), 1))
-            console.say(f"round {number}, {name}: {rates[name][-1]} photos/s")
+            console.log(f"round {number}, {name}: {rates[name][-1]} photos/s")
 
     def ratio(other: str) -> float:
         return round(median(ours / theirs for ours, theirs in zip(rates["ray"], rates[other], strict=True)), 4)

@@ -45,7 +45,7 @@ def main(out: Path) -> dict[str, Any]:
 
 def table(config: RunConfig) -> dict[str, Any]:
     """Gigabytes a worker of ``config`` holds, by what for, without and with sharding."""
-    workers = config.trainer.fewest_workers
+    workers = config.trainer.min_workers
     pairs = config.trainer.batch_size // workers
     objective = _on_meta(config)
     counts = _count(objective)
@@ -190,7 +190,7 @@ def _losses(config: RunConfig, objective: Objective, pairs: int) -> int:
 
     Those of the clustering head and of the teacher are a thousandth of these.
     """
-    workers, settings = config.trainer.fewest_workers, config.loss
+    workers, settings = config.trainer.min_workers, config.loss
     patches = (config.views.global_size // objective.model.image_encoder.patch_size) ** 2
     phrases = int(_PHRASES_IN_BATCH * settings.nouns.max_phrases)
 

@@ -128,7 +128,7 @@ def _scene_model(out: Path) -> str:
     place = out / "scenes_model"
     if not (place / "config.json").exists():
         scene_runs.draw(out / "scenes")
-        with console.stage("train on scenes", {}):
+        with console.timed_stage("train on scenes", {}):
             scene_runs.train(scene_runs.config(out / "scenes", "name=quality")).save_pretrained(str(place))
     return str(place)
 
@@ -195,7 +195,7 @@ def _measure(name: str, dataset: FolderDataset, vocabulary: Vocabulary, uri: str
                 "vocabulary": measured.vocabulary,
             }
         )
-        console.say(f"{name}, {row.axis} {row.name}: mIoU {measured.miou:.4f}, boundary {measured.boundary_iou:.4f}")
+        console.log(f"{name}, {row.axis} {row.name}: mIoU {measured.miou:.4f}, boundary {measured.boundary_iou:.4f}")
     return found
 
 

@@ -53,17 +53,17 @@ def main(out: Path) -> dict[str, Any]:
     shutil.rmtree(out / MODEL, ignore_errors=True)
     datasets = link_datasets(data / "coco_mini_dev", out / "coco")
     with embedded_store(out / "store"):
-        with console.stage("upload", seconds):
+        with console.timed_stage("upload", seconds):
             upload(data)
         with ray_session() as session:
             outcome = train(session, seconds)
             uncached = _train_uncached(session, seconds)
             trained = outcome.folder.model
             ViLSeg.from_pretrained(trained).save_pretrained(str(out / MODEL))
-            with console.stage("segment", seconds):
+            with console.timed_stage("segment", seconds):
                 bulk = _segment(session, trained, data)
         # Ray is gone by now: evaluation has the cores for itself.
-        with console.stage("evaluate", seconds):
+        with console.timed_stage("evaluate", seconds):
             figures = _evaluate({"trained": trained, "untrained": outcome.folder.initial}, datasets)
         # The last report: by then everything runs.
         rates = {
@@ -116,9 +116,9 @@ def train(session: Session, seconds: dict[str, float]) -> TrainingResult:
     from jobs.train import feature_cache
 
     config = _config("flickr8k", f"data.feature_cache={_ROOT}/features")
-    with console.stage("cache", seconds):  # training would do it by itself; apart, its time is seen
+    with console.timed_stage("cache", seconds):  # training would do it by itself; apart, its time is seen
         feature_cache.main(config, session, progress=train_job.log_cache_progress)
-    with console.stage("train", seconds), console.TrainingProgress(config.trainer.steps) as shown:
+    with console.timed_stage("train", seconds), console.TrainingProgress(config.trainer.steps) as shown:
         return train_job.main(config, session, progress=shown)
 
 
@@ -126,7 +126,7 @@ def _train_uncached(session: Session, seconds: dict[str, float]) -> TrainingResu
     """A few steps without the cache, to see what it saves."""
     steps = ("trainer.steps=16", "trainer.checkpoint_every=16", "trainer.log_every=8")
     config = _config("uncached", "trainer.batch_size=128", *steps)
-    with console.stage("train without cache", seconds):
+    with console.timed_stage("train without cache", seconds):
         return train_job.main(config, session)
 
 
@@ -155,7 +155,7 @@ def _evaluate(models: dict[str, str], datasets: dict[str, str]) -> dict[str, dic
         for name, uri in models.items():
             found = evaluate.main(uri, f"folder:{folder}", classes=classes[task])
             counted[name, task] = found.confusion
-            console.say(f"{name}, {task}, {found.images} images: mIoU {found.miou:.4f}")
+            console.log(f"{name}, {task}, {found.images} images: mIoU {found.miou:.4f}")
         counted["largest_class", task] = _largest_class(counted["trained", task])
     return {
         name: {

@@ -70,7 +70,7 @@ def main(out: Path) -> dict[str, Any]:
                 for kind, found in rates.items():
                     place = str(out / f"{kind}-{nodes}-{number}")
                     found[nodes].append(_driver(cluster, hosts[0], f"run_{kind}({str(out)!r}, {place!r}, {nodes})"))
-                    console.say(f"{kind} on {nodes} nodes: {found[nodes][-1]} images/s")
+                    console.log(f"{kind} on {nodes} nodes: {found[nodes][-1]} images/s")
             finally:
                 cluster.stop()
     ratios = {kind: round(median(found[2]) / median(found[1]), 4) for kind, found in rates.items()}

@@ -27,7 +27,7 @@ def draw(out: Path) -> None:
     size = config(out).data.canvas
     if (out / "unseen" / "classes.txt").exists():
         return
-    console.say("[scenes]")
+    console.log("[scenes]")
     shards = []
     for start in range(0, _PAIRS, _SHARD):
         drawn = scenes.pairs(_SHARD, 0, size, start=start)

@@ -43,13 +43,13 @@ def main(out: Path) -> dict[str, Any]:
     scene_runs.draw(out)
     base = str(out / "base")
     if not Path(base, "config.json").exists():
-        with console.stage("train", {}):
+        with console.timed_stage("train", {}):
             scene_runs.train(scene_runs.config(out, "name=base")).save_pretrained(base)
     found = {"before": _measure(ViLSeg.from_pretrained(base), out)}
     for name, overrides in STAGES.items():
-        with console.stage(name, {}):
+        with console.timed_stage(name, {}):
             found[name] = _measure(scene_runs.train(_stage(out, base, overrides)), out)
-            console.say(f"{name}: mIoU {found[name]['blend']:.4f}, patches {found[name]['patches']:.4f}")
+            console.log(f"{name}: mIoU {found[name]['blend']:.4f}, patches {found[name]['patches']:.4f}")
     plain, *labelled = (found[name]["blend"] for name in STAGES)
     rows = "\n".join(f"| {name} | {row['blend']:.4f} | {row['patches']:.4f} |" for name, row in found.items())
     table = f"| stage | mIoU | patches alone |\n|---|---|---|\n{rows}"

@@ -58,7 +58,7 @@ def main(out: Path) -> dict[str, Any]:
         with _served("litserve", model) as port:
             found["litserve"] = {clients: asyncio.run(_closed(port, photos, clients)) for clients in _CLIENTS}
         rounds.append(found)
-        console.say(f"round {number + 1}: {json.dumps(found)}")
+        console.log(f"round {number + 1}: {json.dumps(found)}")
     middle = {way: median(found[way][8]["per_second"] for found in rounds) for way in ("vilseg", "litserve")}
     bare = median(found["bare"]["per_second"] for found in rounds)
     return {

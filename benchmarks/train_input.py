@@ -61,12 +61,12 @@ def _measure(session: Session) -> dict[str, Any]:
     config = RunConfig.load(
         str(CONFIG), [*overrides, f"trainer.steps={_WARM_UP + _ROUNDS * (_FED_STEPS + _MEMORY_STEPS) + 1}"]
     )
-    console.say("[scenes]")
+    console.log("[scenes]")
     synthetic_scenes.main(f"{_ROOT}/pairs", f"{_ROOT}/unseen", pairs=_PAIRS, unseen=1, size=config.data.canvas, seed=0)
     folder = run_setup.open_folder(config, resume=False)
     prepared = run_setup.prepare(config, folder, count=count_in_parallel)
     monitor = TrainingMonitor.remote(config.data.max_bad_share)
-    console.say("[steps]")
+    console.log("[steps]")
     streams = {
         f"block-{number}": partial(
             batches_of_steps, config, prepared, monitor, number * _FED_STEPS, (number + 1) * _FED_STEPS

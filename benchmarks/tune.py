@@ -56,7 +56,7 @@ def main(out: Path) -> dict[str, Any]:
     out = out.absolute()
     shutil.rmtree(out, ignore_errors=True)
     with ray_session() as session:
-        console.say("[scenes]")
+        console.log("[scenes]")
         synthetic_scenes.main(f"{out}/pairs", f"{out}/unseen", pairs=_PAIRS, unseen=_UNSEEN, size=64, seed=0)
         overhead = _overhead(out, session)
         searches = {scheduler: _search(out, session, scheduler) for scheduler in ("none", "asha")}
@@ -106,7 +106,7 @@ def _space(out: Path, parameters: dict[str, Any], trials: int, **values: Any) ->
 
 def _overhead(out: Path, session: Session) -> dict[str, Any]:
     """Seconds that one more trial costs beyond its training, and those that a sweep costs whatever its trials."""
-    console.say("[overhead]")
+    console.log("[overhead]")
     config = _config(out, "alone", _OVERHEAD_STEPS)
     alone = [_alone(out, config, number) for number in range(_ALONE)]
     one, many = (_sweep_seconds(out, session, trials) for trials in (1, _OVERHEAD_TRIALS))
@@ -157,7 +157,7 @@ def _alone(out: Path, config: RunConfig, number: int) -> float:
 
 def _search(out: Path, session: Session, scheduler: str) -> dict[str, Any]:
     """Seconds and score of every finished trial, and what the search took."""
-    console.say(f"[search, scheduler {scheduler}]")
+    console.log(f"[search, scheduler {scheduler}]")
     ended: dict[int, tuple[float, float]] = {}
     started = time.perf_counter()
 
@@ -165,7 +165,7 @@ def _search(out: Path, session: Session, scheduler: str) -> dict[str, Any]:
         for record in records:
             if record.status == "done" and record.number not in ended:
                 ended[record.number] = (time.perf_counter() - started, record.score(objective))
-                console.say(f"trial {record.number} {ended[record.number]}")
+                console.log(f"trial {record.number} {ended[record.number]}")
 
     config = _config(out, scheduler, _SEARCH_STEPS)
     config.data.held_out = f"{out}/pairs/00000.tar"

@@ -16,8 +16,8 @@ import typer
 from cli.cluster import cluster_app
 from cli.evaluate import evaluate
 from cli.export import export
-from cli.options import CLASSES, Address, Json, Overrides, Overwrite, Resume, quiet_stdout
-from cli.overrides import columns_of, segmentation_overrides, split_overrides
+from cli.options import CLASSES, Address, Json, Overrides, Overwrite, Resume, stdout_to_stderr
+from cli.overrides import columns_from_overrides, segmentation_overrides, split_overrides
 from cli.store import store_app
 from cli.submit.commands import submit_app
 from cli.tune import tune
@@ -64,9 +64,9 @@ def run(arguments: Sequence[str], *, log: TextIO | None = None) -> int:
 
 
 def _failed(error: Exception, log: TextIO | None) -> int:
-    from cluster.ray_session import user_error_in
+    from cluster.ray_session import find_user_error
 
-    mistake = user_error_in(error)
+    mistake = find_user_error(error)
     if mistake is not None:
         print(f"vilseg: {mistake}", file=sys.stderr)
         return 2
@@ -97,13 +97,13 @@ def demo(
     from cli import console
     from cli import demo as job
 
-    with quiet_stdout():
+    with stdout_to_stderr():
         summary = job.main(out, quick=quick)
     text = (
         f"mIoU {summary['miou']:.3f} (untrained {summary['miou_untrained']:.3f})\n"
         f"model   {summary['model_uri']}\nreport  {out / 'report.html'}"
     )
-    console.result(summary, as_json=json, text=text)
+    console.print_result(summary, as_json=json, text=text)
 
 
 @app.command()
@@ -129,11 +129,11 @@ def ingest(
     from jobs.ingest import ingest_job as job
 
     places, overrides = split_overrides(places)
-    columns = columns_of(overrides)
+    columns = columns_from_overrides(overrides)
     if len(places) < 2:
         raise UserError("ingest needs at least one SOURCE and a DEST")
     *sources, dest = places
-    with quiet_stdout(), console.CountProgress("ingest", "parts") as shown, ray_session(address) as session:
+    with stdout_to_stderr(), console.CountProgress("ingest", "parts") as shown, ray_session(address) as session:
         done = job.main(
             sources,
             dest,
@@ -147,9 +147,9 @@ def ingest(
             progress=lambda done, total, bad: shown(done, total, f"{bad} bad" if bad else ""),
         )
     for note in done.passed_over:
-        console.say(f"passed over: {note}")
+        console.log(f"passed over: {note}")
     value = {"pairs": done.pairs, "bad": done.bad, "shards": done.shards, "uri": done.uri}
-    console.result(
+    console.print_result(
         value, as_json=json, text=f"{done.pairs} pairs in {done.shards} shards at {done.uri}, {done.bad} bad"
     )
 
@@ -178,10 +178,10 @@ def train(
     from vilseg.training.run_setup import preflight
 
     if address is None:
-        check_workers(settings.trainer.fewest_workers, os.cpu_count() or 1)
+        check_workers(settings.trainer.min_workers, os.cpu_count() or 1)
     preflight(settings, resume=resume)
     with (
-        quiet_stdout(),
+        stdout_to_stderr(),
         console.TrainingProgress(settings.trainer.steps) as progress,
         ray_session(address) as session,
     ):
@@ -189,11 +189,11 @@ def train(
 
         done = job.main(settings, session, resume=resume, progress=progress)
     if done.stopped:
-        console.say(
+        console.log(
             f"stopped after step {done.metrics.get('step', 0):.0f}; go on with --resume --name {storage.name(done.folder.uri)}"
         )
         return 130
-    console.result({"model": done.folder.model, **done.metrics}, as_json=json, text=done.folder.model)
+    console.print_result({"model": done.folder.model, **done.metrics}, as_json=json, text=done.folder.model)
     return 0
 
 
@@ -261,12 +261,12 @@ def segment(
             guess = estimate(wishes, scratch)
         workers = os.cpu_count() or 1
         value = {**vars(guess), "workers": workers, "seconds": round(guess.seconds(workers), 1)}
-        console.result(value, as_json=json, text=console.estimate_text(guess, workers))
+        console.print_result(value, as_json=json, text=console.format_estimate(guess, workers))
         return
-    with quiet_stdout(), console.SegmentationProgress() as progress, ray_session(address) as session:
+    with stdout_to_stderr(), console.SegmentationProgress() as progress, ray_session(address) as session:
         done = job.main(wishes, session, max_rejected=max_rejected, progress=progress)
     text = f"{done.ok} of {done.images} inputs segmented to {done.uri}, {done.rejected} rejected"
-    console.result({**done.to_dict(), "out": done.uri}, as_json=json, text=text)
+    console.print_result({**done.to_dict(), "out": done.uri}, as_json=json, text=text)
 
 
 @app.command()
@@ -295,15 +295,15 @@ def serve(
     job.check_config(settings, host, port)
 
     def ready(url: str) -> None:
-        console.say("Ctrl-C stops it" + ("" if settings.keys else "; without --keys it answers this machine only"))
+        console.log("Ctrl-C stops it" + ("" if settings.keys else "; without --keys it answers this machine only"))
         value = {"url": url, "api": f"{url}/docs", "models": list(settings.models)}
         with redirect_stdout(stdout):
-            console.result(value, as_json=json, text=f"page {url}\nAPI  {url}/docs")
+            console.print_result(value, as_json=json, text=f"page {url}\nAPI  {url}/docs")
 
     job.prepare_environment()
-    console.say("starting; this takes some 20 seconds")
+    console.log("starting; this takes some 20 seconds")
     stdout = sys.stdout
-    with quiet_stdout(), ray_session(address) as session:
+    with stdout_to_stderr(), ray_session(address) as session:
         job.main(settings, session, host=host, port=port, ready=ready)
 
 
@@ -321,8 +321,8 @@ def key(
     from serve.api_keys import add_key
 
     made = add_key(file, name)
-    console.say(f"the key of {name}; delete the line {name} of {file} to take it back")
-    console.result({"name": name, "key": made, "file": file}, as_json=json, text=made)
+    console.log(f"the key of {name}; delete the line {name} of {file} to take it back")
+    console.print_result({"name": name, "key": made, "file": file}, as_json=json, text=made)
 
 
 @app.command()
@@ -343,13 +343,13 @@ def doctor(
     from cli import console
     from cli import doctor as job
 
-    with quiet_stdout():
+    with stdout_to_stderr():
         found = list(job.main(address=address or os.environ.get("RAY_ADDRESS"), stores=store or []))
     healthy = all(finding.status != "missing" for finding in found)
     if json:
-        console.result({"ok": healthy, "found": [vars(finding) for finding in found]}, as_json=True, text="")
+        console.print_result({"ok": healthy, "found": [vars(finding) for finding in found]}, as_json=True, text="")
     else:
-        console.findings(found)
+        console.print_findings(found)
     return 0 if healthy else 1
 
 

@@ -32,13 +32,13 @@ def up(
     from serve.launch import prepare_environment
 
     prepare_environment()  # or Serve would be slower on these nodes than on those that `vilseg serve` starts
-    console.say("starting; this takes some 20 seconds")
+    console.log("starting; this takes some 20 seconds")
     cluster = LocalCluster.start(folder, nodes, cpus)
     variables = cluster.environment()
-    console.say(f"{cluster.size} nodes at {cluster.address}, dashboard and jobs at {cluster.dashboard}")
+    console.log(f"{cluster.size} nodes at {cluster.address}, dashboard and jobs at {cluster.dashboard}")
     exports = "\n".join(f"export {name}={value}" for name, value in variables.items())
     value = {"address": cluster.address, "dashboard": cluster.dashboard, "nodes": cluster.nodes(), **variables}
-    console.result(value, as_json=json, text=exports)
+    console.print_result(value, as_json=json, text=exports)
 
 
 @cluster_app.command()
@@ -52,7 +52,7 @@ def status(folder: ClusterFolder = Path("runs/cluster"), json: Json = False) -> 
 
     cluster = LocalCluster.attach(folder)
     if cluster is None:
-        console.result({"running": False, "nodes": []}, as_json=json, text=f"no cluster runs in {folder}")
+        console.print_result({"running": False, "nodes": []}, as_json=json, text=f"no cluster runs in {folder}")
         return
     nodes = cluster.nodes()
     value = {"running": True, "address": cluster.address, "dashboard": cluster.dashboard, "nodes": nodes}
@@ -64,7 +64,7 @@ def status(folder: ClusterFolder = Path("runs/cluster"), json: Json = False) -> 
         has += f", object store {resources.get('object_store_memory', 0) / 1e9:.1f} GB"
         role = "head" if node["index"] == 0 else "node"
         lines.append(f"  {role} {node['index']}  process {node['pid']}  {has if node['alive'] else 'lost'}")
-    console.result(value, as_json=json, text="\n".join(lines))
+    console.print_result(value, as_json=json, text="\n".join(lines))
 
 
 @cluster_app.command()
@@ -80,4 +80,4 @@ def down(folder: ClusterFolder = Path("runs/cluster"), json: Json = False) -> No
     if cluster is not None:
         cluster.stop()
     text = "stopped" if cluster else f"no cluster runs in {folder}"
-    console.result({"stopped": cluster is not None}, as_json=json, text=text)
+    console.print_result({"stopped": cluster is not None}, as_json=json, text=text)

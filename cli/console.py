@@ -20,12 +20,12 @@ from jobs.train.monitor import ProgressUpdate
 stderr = Console(stderr=True, highlight=False)
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     """A line of progress."""
     stderr.print(text, markup=False, soft_wrap=True)
 
 
-def result(value: dict[str, Any], *, as_json: bool, text: str) -> None:
+def print_result(value: dict[str, Any], *, as_json: bool, text: str) -> None:
     """The result of a verb: one JSON object, or a text for people."""
     sys.stdout.write((json.dumps(value, ensure_ascii=False) if as_json else text) + "\n")
     sys.stdout.flush()
@@ -71,7 +71,7 @@ class CountProgress(_Shown):
         now = time.monotonic()
         if not stderr.is_terminal and (now >= self._last_line + _SECONDS_BETWEEN_LINES or done == total):
             self._last_line = now
-            say(f"{self._title}: {done:,}/{total:,} {self._things}{note and '  '}{note}")
+            log(f"{self._title}: {done:,}/{total:,} {self._things}{note and '  '}{note}")
 
 
 class SegmentationProgress(_Shown):
@@ -87,7 +87,7 @@ class SegmentationProgress(_Shown):
     def __call__(self, progress: Any) -> None:
         """Show what is new."""
         for name, reason in progress.new_rejected:
-            say(f"rejected {name!r}: {reason}")
+            log(f"rejected {name!r}: {reason}")
         now = time.monotonic()
         # From the first block on: what comes before it is starting.
         since, count = self._before = self._before or (now, progress.done)
@@ -95,7 +95,7 @@ class SegmentationProgress(_Shown):
         if progress.done > count:
             rate = (progress.done - count) / (now - since)
             left = (progress.listed - progress.done) / rate if progress.listing_ended else None
-            text += f"  {rate:.1f} images/s" + ("" if left is None else f"  {duration(left)} left")
+            text += f"  {rate:.1f} images/s" + ("" if left is None else f"  {format_duration(left)} left")
         if progress.rejected:
             text += f"  {progress.rejected:,} rejected"
         self._bar.update(
@@ -106,17 +106,17 @@ class SegmentationProgress(_Shown):
         )
         if not stderr.is_terminal and now >= self._last_line + _SECONDS_BETWEEN_LINES:
             self._last_line = now
-            say(f"segmented {text}")
+            log(f"segmented {text}")
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """``40 s``, ``12 min`` or ``3.5 h``."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
-def estimate_text(guess: Any, workers: int) -> str:
+def format_estimate(guess: Any, workers: int) -> str:
     """What a dry run found, for people."""
     text = f"{guess.images:,} inputs, {guess.bytes / 1e6:,.1f} MB"
     if guess.containers:
@@ -124,13 +124,13 @@ def estimate_text(guess: Any, workers: int) -> str:
     tried = f"{guess.tried} of them took {guess.seconds_per_image * 1000:.0f} ms each"
     if guess.rejected_of_tried:
         tried += f" ({guess.rejected_of_tried} were rejected)"
-    return f"{text}; {tried}: about {duration(guess.seconds(workers))} on {workers} CPUs. Nothing was written."
+    return f"{text}; {tried}: about {format_duration(guess.seconds(workers))} on {workers} CPUs. Nothing was written."
 
 
 _MARKS = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "missing": "[red]missing[/]", "optional": "optional"}
 
 
-def findings(found: Sequence[Any]) -> None:
+def print_findings(found: Sequence[Any]) -> None:
     """What the doctor found, as a table on stdout, and what to do about it below."""
     table = Table(box=None, pad_edge=False, show_header=False)
     for finding in found:
@@ -143,9 +143,9 @@ def findings(found: Sequence[Any]) -> None:
 
 
 @contextmanager
-def stage(name: str, seconds: dict[str, float]) -> Iterator[None]:
+def timed_stage(name: str, seconds: dict[str, float]) -> Iterator[None]:
     """Say that a stage begins, and note its wall time in ``seconds`` when it ends well."""
-    say(f"[{name}]")
+    log(f"[{name}]")
     started = time.perf_counter()
     yield
     seconds[name] = time.perf_counter() - started
@@ -164,7 +164,7 @@ class TrainingProgress(_Shown):
     def __call__(self, snapshot: ProgressUpdate) -> None:
         """Show what is new."""
         for key, reason in snapshot.bad:
-            say(f"skipped {key}: {reason}")
+            log(f"skipped {key}: {reason}")
         for metrics in snapshot.metrics:
             now, text = time.monotonic(), self._text(metrics)
             self._bar.update(self._bar.task_ids[0], completed=metrics["step"], text=text)
@@ -172,7 +172,7 @@ class TrainingProgress(_Shown):
             # A terminal keeps the last line too: the bar goes when all is done.
             if ended or (not stderr.is_terminal and now >= self._last_line + _SECONDS_BETWEEN_LINES):
                 self._last_line = now
-                say(text)
+                log(text)
 
     def _text(self, metrics: dict[str, float]) -> str:
         losses = "  ".join(
@@ -185,5 +185,5 @@ class TrainingProgress(_Shown):
         return (
             f"step {metrics['step']:.0f}/{self._steps}  loss {metrics['loss']:.3f}  {losses}  "
             f"{metrics['images_per_second']:.0f} images/s  waiting for data {metrics['data_wait']:.0%}{bad}  "
-            f"{duration(left)} left"
+            f"{format_duration(left)} left"
         )

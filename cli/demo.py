@@ -65,7 +65,7 @@ def main(out: Path, *, quick: bool = False) -> dict[str, Any]:
         ) from error
     if any(out.iterdir()) and not (out / "store").is_dir():
         raise StorageError(f"{out} holds other things; give the demo a folder of its own by --out")
-    with console.stage("store", seconds):
+    with console.timed_stage("store", seconds):
         store = ObjectStore.start(out / "store")
     try:
         variables = store.environment()
@@ -74,7 +74,7 @@ def main(out: Path, *, quick: bool = False) -> dict[str, Any]:
             summary = _run(session, out, seconds, quick=quick)
     finally:
         store.stop()
-    console.say(f"the report is {out / 'report.html'}; `vilseg store up --dir {out / 'store'}` brings the store back")
+    console.log(f"the report is {out / 'report.html'}; `vilseg store up --dir {out / 'store'}` brings the store back")
     return summary
 
 
@@ -95,21 +95,21 @@ def _run(session: Session, out: Path, seconds: dict[str, float], *, quick: bool)
     overrides = [f"data.source={pairs}", f"trainer.storage={_ROOT}/runs", f"trainer.workers={workers}"]
     overrides += _QUICK if quick else ()
     config = RunConfig.load(str(CONFIG), [*overrides, "name=scenes"])
-    with console.stage("scenes", seconds):
+    with console.timed_stage("scenes", seconds):
         count, held_out = (_QUICK_PAIRS, _QUICK_UNSEEN) if quick else (_PAIRS, _UNSEEN)
         synthetic_scenes.main(
             pairs, unseen, pairs=count, unseen=held_out, size=config.data.canvas, seed=config.trainer.seed
         )
-    with console.stage("train", seconds), console.TrainingProgress(config.trainer.steps) as shown:
+    with console.timed_stage("train", seconds), console.TrainingProgress(config.trainer.steps) as shown:
         outcome = train_job.main(config, session, progress=shown)
         if outcome.stopped:
             raise KeyboardInterrupt
     folder = outcome.folder
     names = Vocabulary.of(scene.name for scene in scenes.CLASSES)
-    with console.stage("segment", seconds), console.SegmentationProgress() as progress:
+    with console.timed_stage("segment", seconds), console.SegmentationProgress() as progress:
         job = plan([storage.join(unseen, "images")], folder.model, names, results)
         segment_job.main(job, session, progress=progress)
-    with console.stage("evaluate", seconds):
+    with console.timed_stage("evaluate", seconds):
         dataset = FolderDataset(unseen)
         trained = _measure(ViLSeg.from_pretrained(folder.model), dataset, keep=_EXAMPLES)
         untrained = _measure(ViLSeg.from_pretrained(folder.initial), dataset)

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from cli.options import CLASSES, Json, Overrides, Overwrite, quiet_stdout
+from cli.options import CLASSES, Json, Overrides, Overwrite, stdout_to_stderr
 from cli.overrides import segmentation_overrides
 
 
@@ -48,7 +48,7 @@ def evaluate(
     from vilseg.text.vocabulary import Vocabulary
 
     cluster = nullcontext() if address is None else ray_session(address)
-    with quiet_stdout(), cluster as session, console.CountProgress("evaluate", "images") as progress:
+    with stdout_to_stderr(), cluster as session, console.CountProgress("evaluate", "images") as progress:
         done = job.main(
             model,
             dataset,
@@ -72,4 +72,4 @@ def evaluate(
         figures += f"\nscores fit these masks best with segmentation.temperature={done.temperature:.4g}"
     if len(done.measured_classes) < len(done.per_class):
         figures += f"\nover {', '.join(done.measured_classes)}"
-    console.result(done.to_dict(), as_json=json, text=f"{figures}\n{per_class}")
+    console.print_result(done.to_dict(), as_json=json, text=f"{figures}\n{per_class}")

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from cli.options import Json, Overrides, Overwrite, quiet_stdout
+from cli.options import Json, Overrides, Overwrite, stdout_to_stderr
 from cli.overrides import segmentation_overrides
 
 
@@ -24,8 +24,8 @@ def export(
     from cli import console
     from jobs import export as job
 
-    with quiet_stdout():
-        done = job.main(model, out, overwrite=overwrite, settings=segmentation_overrides(overrides), say=console.say)
+    with stdout_to_stderr():
+        done = job.main(model, out, overwrite=overwrite, settings=segmentation_overrides(overrides), say=console.log)
     size = "any size" if done.fixed_size is None else "{} x {} pixels".format(*done.fixed_size)
     text = f"{done.uri}\npictures of {size}; largest difference from torch {done.difference:.1e}"
-    console.result(done.to_dict(), as_json=json, text=text)
+    console.print_result(done.to_dict(), as_json=json, text=text)

@@ -15,7 +15,7 @@ Resume = Annotated[bool, typer.Option("--resume", help="Go on with what an earli
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 
 
-def quiet_stdout() -> redirect_stdout[TextIO]:
+def stdout_to_stderr() -> redirect_stdout[TextIO]:
     """Keeps stdout for the result: what Ray prints of workers that died goes to stderr."""
     return redirect_stdout(sys.stderr)
 

@@ -19,7 +19,7 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     return [argument for argument in arguments if not _OVERRIDE.match(argument)], overrides
 
 
-def columns_of(overrides: Sequence[str]) -> ColumnsConfig:
+def columns_from_overrides(overrides: Sequence[str]) -> ColumnsConfig:
     """``data.columns`` as ``data.columns.key=value`` overrides leave it.
 
     Raises:

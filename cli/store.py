@@ -29,9 +29,9 @@ def up(
 
     store = ObjectStore.start(folder, port)
     variables = store.environment()
-    console.say(f"the store answers at {store.endpoint}, bucket s3://vilseg")
+    console.log(f"the store answers at {store.endpoint}, bucket s3://vilseg")
     exports = "\n".join(f"export {name}={value}" for name, value in variables.items())
-    console.result({"endpoint": store.endpoint, **variables}, as_json=json, text=exports)
+    console.print_result({"endpoint": store.endpoint, **variables}, as_json=json, text=exports)
 
 
 @store_app.command()
@@ -46,7 +46,7 @@ def status(folder: StoreFolder = Path("store"), json: Json = False) -> None:
     store = ObjectStore.attach(folder)
     value = {"running": store is not None, "endpoint": store.endpoint if store else None}
     text = f"running at {store.endpoint}" if store else f"no store runs in {folder}"
-    console.result(value, as_json=json, text=text)
+    console.print_result(value, as_json=json, text=text)
 
 
 @store_app.command()
@@ -62,4 +62,4 @@ def down(folder: StoreFolder = Path("store"), json: Json = False) -> None:
     if store is not None:
         store.stop()
     text = "stopped" if store else f"no store runs in {folder}"
-    console.result({"stopped": store is not None}, as_json=json, text=text)
+    console.print_result({"stopped": store is not None}, as_json=json, text=text)

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from cli.options import Address, Json, Overrides, Resume, quiet_stdout
+from cli.options import Address, Json, Overrides, Resume, stdout_to_stderr
 from vilseg import storage
 from vilseg.config import RunConfig
 from vilseg.errors import ConfigError
@@ -50,7 +50,7 @@ def tune(
     from tune.callbacks import SweepTable, format_value
 
     job.check(settings, wishes, resume=resume)
-    with quiet_stdout(), ray_session(address) as session, SweepTable(settings.trainer.steps) as table:
+    with stdout_to_stderr(), ray_session(address) as session, SweepTable(settings.trainer.steps) as table:
         done = job.main(
             settings,
             wishes,
@@ -61,7 +61,7 @@ def tune(
             command=shlex.join(["vilseg", *sys.argv[1:]]),
         )
     if done.interrupted:
-        console.say(f"stopped; go on with --resume --name {storage.name(done.folder)}")
+        console.log(f"stopped; go on with --resume --name {storage.name(done.folder)}")
         return 130
     assert done.best is not None
     point = "  ".join(f"{key}={format_value(value)}" for key, value in done.best.point.items())
@@ -74,7 +74,7 @@ def tune(
         "report": done.report,
     }
     text = f"{wishes.objective_name} {done.best.score:.4f}  {point}\nbest    {done.best_config}\nreport  {done.report}"
-    console.result(value, as_json=json, text=text)
+    console.print_result(value, as_json=json, text=text)
     return 0
 
 

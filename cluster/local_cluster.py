@@ -34,7 +34,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cluster.private_files import exclusive, write_private
+from cluster.private_files import exclusive_lock, write_private
 from vilseg.errors import ClusterError
 
 LOOPBACK = "127.0.0.1"
@@ -403,4 +403,4 @@ def _signal(pids: set[int], number: signal.Signals) -> None:
 
 
 def _exclusive(directory: Path) -> AbstractContextManager[None]:
-    return exclusive(directory, "cluster.lock", ClusterError, "the cluster cannot keep its state")
+    return exclusive_lock(directory, "cluster.lock", ClusterError, "the cluster cannot keep its state")

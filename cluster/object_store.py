@@ -30,7 +30,7 @@ import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
-from cluster.private_files import exclusive, write_private
+from cluster.private_files import exclusive_lock, write_private
 from vilseg.errors import StorageError
 
 HOST = "127.0.0.1"
@@ -273,7 +273,7 @@ def _choose_ports(last: dict[str, int], port: int | None) -> dict[str, int]:
 
 
 def _exclusive(directory: Path) -> AbstractContextManager[None]:
-    return exclusive(directory, "store.lock", StorageError, "the object store cannot keep its data")
+    return exclusive_lock(directory, "store.lock", StorageError, "the object store cannot keep its data")
 
 
 def _prepare_secrets(directory: Path) -> None:

@@ -12,7 +12,7 @@ from vilseg.errors import UserError
 
 
 @contextmanager
-def exclusive(folder: Path, lock: str, error: type[UserError], what: str) -> Iterator[None]:
+def exclusive_lock(folder: Path, lock: str, error: type[UserError], what: str) -> Iterator[None]:
     """Make ``folder`` and keep other commands that ask for the same lock in it waiting.
 
     Args:

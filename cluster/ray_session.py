@@ -19,7 +19,7 @@ _IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """What Ray's job server sets for the process of a job; its runtime environment is in it."""
 
 
-def carried() -> dict[str, str]:
+def forwarded_environment() -> dict[str, str]:
     """The variables of this process that workers on other machines need as well."""
     return {name: value for name, value in os.environ.items() if name.startswith(_CARRIED)}
 
@@ -44,13 +44,13 @@ class Session:
         check_workers(workers, self.cpus)
         here, cpus = math.ceil(workers / self.nodes), self.node_cpus or self.cpus
         share = min(1.0, max(cpus - 1, 0.5 * cpus) / here)
-        return {"CPU": self.reserve(share), **({"GPU": 1.0} if self.gpus >= workers else {})}
+        return {"CPU": self.reserved_cpus(share), **({"GPU": 1.0} if self.gpus >= workers else {})}
 
     def cpus_per_actor(self, actors: int) -> float:
         """The share of each of ``actors``, as far as one machine has it: what no machine has is waited for without end."""
         return min(self.cpus / actors, self.node_cpus or self.cpus)
 
-    def reserve(self, cpus: float) -> float:
+    def reserved_cpus(self, cpus: float) -> float:
         """What Ray is told of a process that takes ``cpus``: where a machine is lost, the others must have room for it.
 
         What ran there is waited for, and with every CPU given away that would be without end.
@@ -85,7 +85,7 @@ def ray_session(address: str | None = None, variables: Mapping[str, str] | None 
     import ray
 
     if ray.is_initialized():
-        yield look()
+        yield current_session()
         return
     options: dict = {"logging_level": logging.ERROR, "log_to_driver": False}
     in_a_job = _IN_A_JOB in os.environ
@@ -96,7 +96,7 @@ def ray_session(address: str | None = None, variables: Mapping[str, str] | None 
             if in_a_job:
                 # Ray gives the job's own variables to its workers; they are not to be said twice, nor to win.
                 os.environ["RAY_OVERRIDE_JOB_RUNTIME_ENV"] = "1"
-            needed = {**({} if in_a_job else carried()), **(variables or {})}
+            needed = {**({} if in_a_job else forwarded_environment()), **(variables or {})}
             ray.init(address=address or "auto", runtime_env={"env_vars": needed}, **options)
     except (ConnectionError, TimeoutError, ValueError) as error:
         if address is None:
@@ -112,7 +112,7 @@ def ray_session(address: str | None = None, variables: Mapping[str, str] | None 
         for name in ("ray.data", "ray.train"):
             logging.getLogger(name).setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", "The minimum number of concurrent actors", UserWarning)
-        yield look()
+        yield current_session()
     finally:
         ray.shutdown()
 
@@ -132,7 +132,7 @@ def _start_local(options: dict) -> None:
             ray.shutdown()
 
 
-def look() -> Session:
+def current_session() -> Session:
     """The cluster connected to, as it is now."""
     import ray
 
@@ -144,7 +144,7 @@ def look() -> Session:
     return Session(int(resources.get("CPU", 0)), gpus, min(sizes, default=None), max(1, len(sizes)))
 
 
-def cpus_here() -> int:
+def node_cpu_count() -> int:
     """CPUs that Ray counts on the machine of this task or actor; in a container or on a local cluster not all there are."""
     import ray
 
@@ -153,7 +153,7 @@ def cpus_here() -> int:
     return max(1, min(int(counted), os.cpu_count() or 1))
 
 
-def beside_driver() -> Any:
+def driver_node_affinity() -> Any:
     """For ``scheduling_strategy``: the machine of the driver, without which a job ends anyway."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -162,7 +162,7 @@ def beside_driver() -> Any:
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
-def user_error_in(error: BaseException | None, depth: int = 8) -> UserError | None:
+def find_user_error(error: BaseException | None, depth: int = 8) -> UserError | None:
     """The user's mistake inside an error that Ray wrapped, if that is what it was."""
     if error is None or depth == 0:
         return None
@@ -173,5 +173,5 @@ def user_error_in(error: BaseException | None, depth: int = 8) -> UserError | No
     inner = [cause, error.__cause__, error.__context__]
     inner += list((getattr(error, "worker_failures", None) or {}).values())
     return next(
-        (found for one in inner if isinstance(one, BaseException) if (found := user_error_in(one, depth - 1))), None
+        (found for one in inner if isinstance(one, BaseException) if (found := find_user_error(one, depth - 1))), None
     )

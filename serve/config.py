@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pydantic import field_validator
 
 from vilseg import storage
-from vilseg.config.tree import NonNegative, Part, Positive, PositiveInt, Tree
+from vilseg.config.base import ConfigPart, ConfigTree, NonNegative, Positive, PositiveInt
 from vilseg.errors import ConfigError
 
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -16,7 +16,7 @@ MAX_BATCH_IMAGES = 16
 """Most pictures that one call of ``POST /v1/segment/batch`` takes."""
 
 
-class Limits(Part):
+class Limits(ConfigPart):
     """What one request may ask for; whatever passes a limit is refused with a sentence."""
 
     body_bytes: PositiveInt = 32 << 20
@@ -36,7 +36,7 @@ class Limits(Part):
     """A longer film is refused."""
 
 
-class Replicas(Part):
+class Replicas(ConfigPart):
     """Processes that hold models. More of them are started while more than ``target_ongoing`` requests wait for each."""
 
     minimum: PositiveInt = 1
@@ -59,7 +59,7 @@ class Replicas(Part):
     comes on top is refused (503). Ray asks the replicas again and again for those, so it is the dearer place to wait."""
 
 
-class Videos(Part):
+class Videos(ConfigPart):
     """The processes that segment films, one at a time each."""
 
     replicas: PositiveInt = 1
@@ -74,7 +74,7 @@ class Videos(Part):
     """After so long a film and its results are deleted."""
 
 
-class ServeConfig(Tree):
+class ServeConfig(ConfigTree):
     """The whole deployment."""
 
     models: dict[str, str] = {}

@@ -125,7 +125,7 @@ class SweepTable:
             now = (record.status, record.step)
             if now != self._said.get(record.number, ("running", 0)):
                 self._said[record.number] = now
-                console.say(self._line(record, objective))
+                console.log(self._line(record, objective))
 
     def _line(self, record: TrialRecord, objective: str) -> str:
         values = "  ".join(f"{key}={format_value(value)}" for key, value in record.point.items())
@@ -140,9 +140,7 @@ class SweepTable:
     def _table(self, records: list[TrialRecord], objective: str) -> Table:
         keys = list(dict.fromkeys(key for record in records for key in record.point))
         ended = sum(record.ended for record in records)
-        title = (
-            f"{ended} of {len(records)} trials begun have ended, {console.duration(time.monotonic() - self._started)}"
-        )
+        title = f"{ended} of {len(records)} trials begun have ended, {console.format_duration(time.monotonic() - self._started)}"
         table = Table(title=title, title_justify="left")
         for name in ("trial", *keys, "step", objective, ""):
             table.add_column(name, justify="left" if name == "" else "right")

@@ -24,7 +24,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from vilseg.config import RunConfig
-from vilseg.config.tree import Part, PositiveInt, Tree
+from vilseg.config.base import ConfigPart, ConfigTree, PositiveInt
 from vilseg.data.cached_views import VIEW_KEYS
 from vilseg.errors import ConfigError, UserError
 from vilseg.evaluation.proxy_metrics import MEASURES
@@ -49,7 +49,7 @@ _Bounds = tuple[int, int]
 """Out here, as the name ``int`` means something else in there."""
 
 
-class Parameter(Part):
+class Parameter(ConfigPart):
     """One of ``choice``, ``uniform``, ``loguniform`` and ``int``."""
 
     choice: Annotated[list[Any], Field(min_length=1)] | None = None
@@ -106,7 +106,7 @@ class Parameter(Part):
         return self.choice[trial.suggest_categorical(name, list(range(len(self.choice))))]
 
 
-class AshaConfig(Part):
+class AshaConfig(ConfigPart):
     """Asynchronous successive halving (Li et al. 2020): at every rung only the best share goes on."""
 
     grace: Annotated[float, Field(gt=0, lt=1)] = 0.125
@@ -115,7 +115,7 @@ class AshaConfig(Part):
     """One in so many goes on from a rung, and rungs are so many times further apart."""
 
 
-class PbtConfig(Part):
+class PbtConfig(ConfigPart):
     """Population based training (Jaderberg et al. 2017): the worst take over the weights of the best, and vary its values."""
 
     interval: Annotated[float, Field(gt=0, lt=1)] = 0.2
@@ -124,7 +124,7 @@ class PbtConfig(Part):
     """Share of the population that counts as the best, and as the worst."""
 
 
-class SearchSpace(Tree):
+class SearchSpace(ConfigTree):
     """What varies, how it is searched, and what counts."""
 
     parameters: Annotated[dict[str, Parameter], Field(min_length=1)]
@@ -217,7 +217,7 @@ class SearchSpace(Tree):
                 f"the space varies {baked}, but pbt hands weights from trial to trial, and they are made for one value "
                 "of it; use asha, or vary loss weights, the learning rate and the like"
             )
-        if config.trainer.most_workers > 1:
+        if config.trainer.max_workers > 1:
             raise ConfigError(
                 f"trainer.workers is {config.trainer.workers}, but pbt trains each trial in one process; "
                 "set trainer.workers=1"

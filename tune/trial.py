@@ -22,7 +22,7 @@ import torch
 from ray import tune
 from ray.tune.result import DONE
 
-from cluster.ray_session import Session, user_error_in
+from cluster.ray_session import Session, find_user_error
 from jobs.train import train_job
 from jobs.train.monitor import BadPairCounter, ProgressUpdate
 from jobs.train.ray_data import read_batches_locally
@@ -102,7 +102,7 @@ class Trial:
             else:
                 _train_in_process(config, self, tell)
         except Exception as error:
-            sentence = str(user_error_in(error) or f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+            sentence = str(find_user_error(error) or f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
             storage.write_text(error_uri(self.records, number), f"{sentence}\n\n{traceback.format_exc()}")
             raise
 

@@ -87,12 +87,12 @@ def run(
         carried["PYTHONPATH"] = os.getcwd()  # own modules, as without a cluster
     name = server.send(job, carried, name=id, code=not image_code, own=working_dir, cpus=cpus, gpus=gpus)
     for note in job.notes:
-        console.say(note)
+        console.log(note)
     if not wait:
-        console.say(f"to see it: vilseg submit logs {name} --follow; to end it: vilseg submit stop {name}")
-        console.result({"id": name, "address": server.url}, as_json=json, text=name)
+        console.log(f"to see it: vilseg submit logs {name} --follow; to end it: vilseg submit stop {name}")
+        console.print_result({"id": name, "address": server.url}, as_json=json, text=name)
         return 0
-    console.say(f"job {name} at {server.url}")
+    console.log(f"job {name} at {server.url}")
     return _follow(server, name, json=json)
 
 
@@ -107,7 +107,7 @@ def status(name: Name, address: Address = None, json: Json = False) -> None:
 
     told = summary(_connect(address).details(_checked(name)))
     text = "\n".join(f"{key:9} {value}" for key, value in told.items() if value not in (None, ""))
-    console.result(told, as_json=json, text=text.replace("exit_code", "exit code"))
+    console.print_result(told, as_json=json, text=text.replace("exit_code", "exit code"))
 
 
 @submit_app.command()
@@ -146,7 +146,7 @@ def stop(name: Name, address: Address = None, json: Json = False) -> None:
     if running:
         server.stop_job(name)
     told = summary(server.wait(name))
-    console.result(told, as_json=json, text=f"{name} {'is' if running else 'was already'} {told['status']}")
+    console.print_result(told, as_json=json, text=f"{name} {'is' if running else 'was already'} {told['status']}")
 
 
 @submit_app.command(name="list")
@@ -160,7 +160,7 @@ def list_(address: Address = None, json: Json = False) -> None:
 
     jobs = [summary(job) for job in _connect(address).all()]
     lines = [f"{job['id']:36} {job['status']:10} {job['started'] or '':25} {job['command']}" for job in jobs]
-    console.result({"jobs": jobs}, as_json=json, text="\n".join(lines) or "no jobs")
+    console.print_result({"jobs": jobs}, as_json=json, text="\n".join(lines) or "no jobs")
 
 
 def _connect(address: str | None) -> JobServer:
@@ -202,7 +202,7 @@ def _follow(server: JobServer, name: str, *, json: bool = False) -> int:
             job = server.follow(name, lines)
             break
         except Unreachable as error:  # no mistake of the user's
-            console.say(f"vilseg: {error}")
+            console.log(f"vilseg: {error}")
             return 1
         except KeyboardInterrupt:
             interrupted = True
@@ -210,11 +210,11 @@ def _follow(server: JobServer, name: str, *, json: bool = False) -> int:
     told = summary(job)
     code = exit_code(job)
     if code == 130:
-        console.say(f"vilseg: the job {name} was stopped")
+        console.log(f"vilseg: the job {name} was stopped")
     elif code and job.driver_exit_code is None:  # of what ran the verb has told by itself
-        console.say(f"vilseg: the job {name} failed: {told['message']}")
+        console.log(f"vilseg: the job {name} failed: {told['message']}")
     if json:
-        console.result({**told, "result": _value("\n".join(lines.results))}, as_json=True, text="")
+        console.print_result({**told, "result": _value("\n".join(lines.results))}, as_json=True, text="")
     return code
 
 
@@ -223,19 +223,19 @@ def _goes_on(server: JobServer, name: str) -> bool:
     from cli import console
 
     if sys.stdin.isatty() and sys.stderr.isatty():
-        console.say("\ns stops the job, Enter follows it on, anything else (Ctrl-C as well) leaves it running:")
+        console.log("\ns stops the job, Enter follows it on, anything else (Ctrl-C as well) leaves it running:")
         try:
             answer = sys.stdin.readline()
         except KeyboardInterrupt:
             answer = ""
         if answer == "\n":
-            console.say("following on")
+            console.log("following on")
             return True
         if answer.strip().lower() == "s":
             server.stop_job(name)
-            console.say("stopping; Ctrl-C again asks again")
+            console.log("stopping; Ctrl-C again asks again")
             return True
-    console.say(
+    console.log(
         f"the job goes on; to see it: vilseg submit logs {name} --follow --address {server.url}; "
         f"to end it: vilseg submit stop {name} --address {server.url}"
     )

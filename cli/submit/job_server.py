@@ -170,7 +170,7 @@ class JobServer(JobSubmissionClient):
             except (aiohttp.ClientError, OSError, Unreachable) as error:
                 if lost_at is None:
                     lost_at = time.monotonic()
-                    console.say(f"lost the connection to {self.url}; trying again for {_PATIENCE_S:.0f} s")
+                    console.log(f"lost the connection to {self.url}; trying again for {_PATIENCE_S:.0f} s")
                 elif time.monotonic() > lost_at + _PATIENCE_S:
                     raise Unreachable(
                         f"the connection to {self.url} is lost, and the job goes on; to see it again: "
@@ -223,7 +223,7 @@ class Lines:
     def _show(self, line: str) -> None:
         if not line.startswith(RESULT):
             if not line.startswith("Running entrypoint for job "):  # Ray's, with a command that nobody typed
-                console.say(line)
+                console.log(line)
         elif self._keep:
             self.results.append(line.removeprefix(RESULT))
         else:

@@ -18,9 +18,9 @@ from urllib.parse import urlsplit
 import typer
 
 from cli.overrides import split_overrides
-from cluster.ray_session import carried
+from cluster.ray_session import forwarded_environment
 from vilseg import storage
-from vilseg.config.tree import flat
+from vilseg.config.base import flatten
 from vilseg.errors import StorageError, UserError
 
 _REFUSED = {
@@ -207,7 +207,7 @@ def _configured(verb: str, parameters: dict[str, Any]) -> Iterator[tuple[str, st
     if verb in ("train", "tune"):
         from vilseg.config import RunConfig
 
-        values = flat(RunConfig.load(parameters["config"], overrides).model_dump())
+        values = flatten(RunConfig.load(parameters["config"], overrides).model_dump())
         if verb == "tune":
             from tune.search_space import SearchSpace
 
@@ -218,7 +218,7 @@ def _configured(verb: str, parameters: dict[str, Any]) -> Iterator[tuple[str, st
         from serve.config import ServeConfig
 
         given = ServeConfig.of(parameters["config"], parameters["model"] or [], None, overrides)
-        values = flat(given.model_dump())
+        values = flatten(given.model_dump())
     else:
         return
     yield from ((f"data.mix.{number}.source", part["source"]) for number, part in enumerate(values.pop("data.mix", [])))
@@ -255,15 +255,15 @@ def variables(*, here: bool) -> tuple[dict[str, str], list[str]]:
         UserError: the object store is one that only this machine reaches.
     """
     if here:
-        return carried(), []
-    found = {name: value for name, value in carried().items() if name not in _OF_THIS_MACHINE}
+        return forwarded_environment(), []
+    found = {name: value for name, value in forwarded_environment().items() if name not in _OF_THIS_MACHINE}
     for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"):
         if _is_loopback(urlsplit(found.get(name, "")).hostname or ""):
             raise UserError(
                 f"{name} is {found[name]}, which only this machine reaches; set it to an address that the cluster "
                 "reaches, or give --no-credentials if its machines have their own"
             )
-    left = sorted(set(carried()) - set(found))
+    left = sorted(set(forwarded_environment()) - set(found))
     notes = [f"{', '.join(left)}: names what is on this machine, so the job does not get it"] if left else []
     return found, notes
 

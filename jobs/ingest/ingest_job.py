@@ -13,7 +13,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayTaskError
 
-from cluster.ray_session import Session, user_error_in
+from cluster.ray_session import Session, find_user_error
 from vilseg import storage
 from vilseg.config.data import ColumnsConfig
 from vilseg.data.shards import INDEX, BadPair, write_index, write_tar
@@ -162,7 +162,7 @@ def _write_parts(
             progress(len(bad), len(parts), len(total.bad))
     except RayTaskError as error:
         # Ray's wrapper passes for an instance of its cause, but its text is a traceback.
-        raise user_error_in(error.cause) or error from error
+        raise find_user_error(error.cause) or error from error
     finally:
         for task in running:
             ray.cancel(task)

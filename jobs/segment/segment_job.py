@@ -23,7 +23,7 @@ import numpy as np
 import ray
 import ray.data
 
-from cluster.ray_session import Session, user_error_in
+from cluster.ray_session import Session, find_user_error
 from jobs.segment.plan import ANNOTATIONS, SUMMARY, Job, begin, list_inputs, open_container
 from vilseg import storage
 from vilseg.bulk import results_table
@@ -115,7 +115,7 @@ def main(
                 progress(Progress(len(done) + finished, listed, ended, rejected, refusals))
                 _check_rejected(rejected, finished, max_rejected, refusals)
         except Exception as error:
-            raise user_error_in(error) or error from error
+            raise find_user_error(error) or error from error
         rate = finished / (time.perf_counter() - started) if finished else 0.0
         held.check()
         summary = _finish(job, round(rate, 2))
@@ -152,7 +152,7 @@ def _stream(
         compute=ray.data.ActorPoolStrategy(
             size=actors, max_concurrent_calls_per_actor=2, enable_true_multi_threading=True
         ),
-        num_cpus=session.reserve(_ACTORS_SHARE * cpus),
+        num_cpus=session.reserved_cpus(_ACTORS_SHARE * cpus),
         num_gpus=1 if session.gpus else 0,
     )
     yield from results.iter_rows()

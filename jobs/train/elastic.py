@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 import ray
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 
-from cluster.ray_session import Session, look
+from cluster.ray_session import Session, current_session
 from vilseg.config import TrainerConfig
 from vilseg.errors import ConfigError
 
@@ -29,7 +29,7 @@ _CAPACITY_TIMEOUT_S = 1800.0
 
 def most_workers_that_fit(trainer: TrainerConfig, session: Session) -> int:
     """Workers that share a step evenly and have a place on the cluster, at most as many as are wished for."""
-    return trainer.even_workers(session.gpus or session.cpus)
+    return trainer.max_even_workers(session.gpus or session.cpus)
 
 
 def wait_for_workers(trainer: TrainerConfig, say: Callable[[str], None]) -> tuple[int, Session]:
@@ -43,7 +43,7 @@ def wait_for_workers(trainer: TrainerConfig, say: Callable[[str], None]) -> tupl
     begun = time.monotonic()
     told = False
     while time.monotonic() < begun + _CAPACITY_TIMEOUT_S:
-        session = look()
+        session = current_session()
         for workers in _worker_counts(trainer, session):
             if _can_place(session, workers):
                 return workers, session
@@ -51,11 +51,11 @@ def wait_for_workers(trainer: TrainerConfig, say: Callable[[str], None]) -> tupl
                 break
         if not told:
             told = True
-            most = max(most_workers_that_fit(trainer, session), trainer.fewest_workers)
+            most = max(most_workers_that_fit(trainer, session), trainer.min_workers)
             say(f"waiting for room for {most} workers; there are {session.cpus} CPUs, {session.gpus} GPUs")
         time.sleep(1)
     raise ConfigError(
-        f"for {_CAPACITY_TIMEOUT_S / 60:.0f} minutes the cluster had no room for trainer.workers={trainer.fewest_workers}, "
+        f"for {_CAPACITY_TIMEOUT_S / 60:.0f} minutes the cluster had no room for trainer.workers={trainer.min_workers}, "
         "the fewest; ask for fewer, or go on with --resume when there are more machines"
     )
 
@@ -79,7 +79,7 @@ class ScaleUpTrigger:
         if time.monotonic() < self._next:
             return False
         self._next = time.monotonic() + _CHECK_INTERVAL_S
-        session = look()
+        session = current_session()
         wished = [workers for workers in _worker_counts(self._trainer, session) if workers > self._workers]
         free = _unreserved_resources() if wished else {}
 
@@ -93,9 +93,9 @@ class ScaleUpTrigger:
 def _worker_counts(trainer: TrainerConfig, session: Session) -> Iterator[int]:
     """Numbers of workers that the cluster has room for in all, the most first."""
     workers = most_workers_that_fit(trainer, session)
-    while workers >= trainer.fewest_workers:
+    while workers >= trainer.min_workers:
         yield workers
-        workers = trainer.even_workers(workers - 1)
+        workers = trainer.max_even_workers(workers - 1)
 
 
 def _total_resources(session: Session, workers: int) -> dict[str, float]:

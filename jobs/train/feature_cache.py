@@ -25,7 +25,7 @@ import ray.data
 import torch
 from torch import Tensor, nn
 
-from cluster.ray_session import Session, user_error_in
+from cluster.ray_session import Session, find_user_error
 from vilseg import storage
 from vilseg.config import ModelConfig, RunConfig, ViewsConfig
 from vilseg.config.data import ColumnsConfig
@@ -173,7 +173,7 @@ def _write_shards(
             done.append(row)
             progress(len(done), len(rows))
     except ray.exceptions.RayError as error:
-        raise user_error_in(error) or error from None
+        raise find_user_error(error) or error from None
     return done
 
 

@@ -98,7 +98,7 @@ def make_batch_reader(
     """What reads a run's pairs; see :class:`BatchReader` for ``report``."""
     return BatchReader(
         batch_size=config.trainer.batch_size,
-        workers=config.trainer.most_workers,
+        workers=config.trainer.max_workers,
         seed=config.trainer.seed,
         decode=_decoder(config, prepared),
         tokenize=prepared.tokenizer,

@@ -14,7 +14,7 @@ import ray
 from ray.train.torch import TorchTrainer
 
 from cli import console
-from cluster.ray_session import user_error_in
+from cluster.ray_session import find_user_error
 from jobs.train.monitor import ProgressUpdate
 from vilseg import storage
 from vilseg.errors import StoreUnavailable
@@ -99,7 +99,7 @@ class TrainingSupervisor:
                     raise KeyboardInterrupt
                 if noted and not told:
                     told = True
-                    console.say("stopping after the next report with a checkpoint; Ctrl-C again stops without one")
+                    console.log("stopping after the next report with a checkpoint; Ctrl-C again stops without one")
                 # Asked while it stops for other workers, too: no other trainer is to follow then.
                 self.asked_to_stop = self.asked_to_stop or bool(noted) or self._should_stop()
                 if not stopping and (self.asked_to_stop or pause()):
@@ -107,7 +107,7 @@ class TrainingSupervisor:
                     self._monitor.stop.remote()
             self.asked_to_stop = self.asked_to_stop or bool(noted)  # since the last look
         if failure:
-            raise user_error_in(failure[0]) or failure[0]
+            raise find_user_error(failure[0]) or failure[0]
         return TrainingResult(self._folder, self._last, stopping and self._last.get("step", 0) < self._steps)
 
     def _poll(self) -> None:

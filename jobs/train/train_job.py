@@ -16,7 +16,7 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from cli import console
-from cluster.ray_session import Session, beside_driver, check_workers, cpus_here, user_error_in
+from cluster.ray_session import Session, check_workers, driver_node_affinity, find_user_error, node_cpu_count
 from jobs.train import feature_cache
 from jobs.train.elastic import ScaleUpTrigger, wait_for_workers
 from jobs.train.monitor import ProgressUpdate, TrainingMonitor
@@ -61,8 +61,8 @@ def main(
         UserError: anything in the configuration, the pairs or the storage that is wrong.
         KeyboardInterrupt: Ctrl-C, after the last checkpoint was written; a second one does not wait for it.
     """
-    check_workers(config.trainer.fewest_workers, session.cpus)
-    config.trainer.check_shares()
+    check_workers(config.trainer.min_workers, session.cpus)
+    config.trainer.check_even_split()
     config = config if config.name else config.model_copy(update={"name": new_name()})
     folder = run_setup.open_folder(config, resume=resume)
     if resume:
@@ -73,7 +73,7 @@ def main(
             cache = feature_cache.main(config, session, progress=log_cache_progress).uri
         prepared = run_setup.prepare(config, folder, count=count_in_parallel, cache=cache)
     monitor = TrainingMonitor.options(  # type: ignore[attr-defined]  # ray.remote hides the class it wraps
-        scheduling_strategy=beside_driver()
+        scheduling_strategy=driver_node_affinity()
     ).remote(config.data.max_bad_share)
     quarantine = QuarantineFile(folder)
 
@@ -96,19 +96,19 @@ def _train_elastic(
     """One trainer after the other, each with as many workers as there is room for."""
     failures = 0
     while True:
-        workers, session = wait_for_workers(config.trainer, console.say)
-        console.say(f"training by {workers} workers")
+        workers, session = wait_for_workers(config.trainer, console.log)
+        console.log(f"training by {workers} workers")
         trainer = _ray_trainer(config, workers, session, folder, prepared, monitor)
         try:
             outcome = watch.run(trainer, ScaleUpTrigger(config.trainer, workers, session))
         except TrainingFailedError as error:
             failures += 1
-            if user_error_in(error) or failures > config.trainer.max_failures:
+            if find_user_error(error) or failures > config.trainer.max_failures:
                 raise
-            console.say(f"a worker was lost; going on from step {folder.last_step}")
+            console.log(f"a worker was lost; going on from step {folder.last_step}")
             continue
         if outcome.stopped and not watch.asked_to_stop:
-            console.say(f"room for more workers; going on from step {folder.last_step}")
+            console.log(f"room for more workers; going on from step {folder.last_step}")
             continue
         return outcome
 
@@ -145,7 +145,7 @@ def _ray_trainer(
 
 def log_cache_progress(done: int, total: int) -> None:
     """A line of progress."""
-    console.say(f"features of {done} of {total} shards cached")
+    console.log(f"features of {done} of {total} shards cached")
 
 
 def train_worker(config: RunConfig, folder: RunFolder, prepared: Prepared, monitor: Any) -> None:
@@ -155,7 +155,7 @@ def train_worker(config: RunConfig, folder: RunFolder, prepared: Prepared, monit
     try:
         _train(config, folder, prepared, monitor)
     except Exception as error:
-        mistake = user_error_in(error)
+        mistake = find_user_error(error)
         if mistake:
             ray.get(monitor.fail.remote(mistake))
         raise
@@ -209,7 +209,7 @@ def _limit_threads(device: torch.device) -> None:
     """Threads beyond the CPUs that a worker holds would fight with its neighbours and with reading."""
     if device.type == "cpu":
         workers_here = ray.train.get_context().get_local_world_size()
-        torch.set_num_threads(max(1, cpus_here() // workers_here))
+        torch.set_num_threads(max(1, node_cpu_count() // workers_here))
 
 
 def _data_parallel(module: torch.nn.Module) -> torch.nn.Module:

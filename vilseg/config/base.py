@@ -12,9 +12,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from vilseg import storage
 from vilseg.errors import ConfigError, UserError
 
-Share = Annotated[float, Field(ge=0, le=1)]
-ShareBelowAll = Annotated[float, Field(ge=0, lt=1)]
-ShareAboveNone = Annotated[float, Field(gt=0, le=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+FractionBelowOne = Annotated[float, Field(ge=0, lt=1)]
+PositiveFraction = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -27,17 +27,17 @@ def _in_order(ends: tuple[float, float]) -> tuple[float, float]:
     return ends
 
 
-Shares = Annotated[tuple[ShareAboveNone, ShareAboveNone], AfterValidator(_in_order)]
+FractionRange = Annotated[tuple[PositiveFraction, PositiveFraction], AfterValidator(_in_order)]
 """From the least to the most of what is left of something."""
 
 
-class Part(BaseModel):
+class ConfigPart(BaseModel):
     """Base of every part: unknown keys are refused, values are checked on assignment, docstrings become descriptions."""
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True, use_attribute_docstrings=True)
 
 
-class Tree(Part):
+class ConfigTree(ConfigPart):
     """Base of a whole configuration, which a file holds."""
 
     @classmethod
@@ -81,11 +81,11 @@ class Tree(Part):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Values of a nested mapping by their dotted keys; an empty mapping counts as a value."""
     values: dict[str, Any] = {}
     for key, value in tree.items():
-        values |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: value}
+        values |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: value}
     return values
 
 
@@ -109,7 +109,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     node[last] = parsed
 
 
-def _sentence(root: type[Part], error: ValidationError, uri: str | None) -> str:
+def _sentence(root: type[ConfigPart], error: ValidationError, uri: str | None) -> str:
     """One of pydantic's complaints as one sentence."""
     # A key that is misspelt is missing too; the former is the better thing to say.
     first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
@@ -125,7 +125,7 @@ def _sentence(root: type[Part], error: ValidationError, uri: str | None) -> str:
     return f"configuration key '{'.'.join(path) or 'top level'}'{where}: {message[0].lower()}{message[1:]}{shown}"
 
 
-def _keys(part: type[Part], prefix: str = "") -> Iterator[str]:
+def _keys(part: type[ConfigPart], prefix: str = "") -> Iterator[str]:
     for name, field in part.model_fields.items():
         yield prefix + name
         kind = field.annotation
@@ -134,5 +134,5 @@ def _keys(part: type[Part], prefix: str = "") -> Iterator[str]:
         if get_origin(kind) is list:
             (kind,) = get_args(kind)
             name = f"{name}.0"
-        if isinstance(kind, type) and issubclass(kind, Part):
+        if isinstance(kind, type) and issubclass(kind, ConfigPart):
             yield from _keys(kind, f"{prefix}{name}.")

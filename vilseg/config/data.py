@@ -7,10 +7,10 @@ from typing import Annotated, Self
 from pydantic import Field, model_validator
 
 from vilseg import storage
-from vilseg.config.tree import NonNegative, NonNegativeInt, Part, Positive, PositiveInt, Share
+from vilseg.config.base import ConfigPart, Fraction, NonNegative, NonNegativeInt, Positive, PositiveInt
 
 
-class ColumnsConfig(Part):
+class ColumnsConfig(ConfigPart):
     """Names of the columns in Parquet pair shards."""
 
     key: str = "key"
@@ -23,7 +23,7 @@ class ColumnsConfig(Part):
     captions: str = "captions"
 
 
-class TextConfig(Part):
+class TextConfig(ConfigPart):
     """How often a pair's text of an epoch is of each kind. Kinds that a pair lacks have no share; those of weight 0 stand in
     where there is nothing else, alt-text before tags."""
 
@@ -34,7 +34,7 @@ class TextConfig(Part):
     """Hashtags and keywords, cleaned and joined by commas."""
 
 
-class FiltersConfig(Part):
+class FiltersConfig(ConfigPart):
     """Pairs to leave out; they are counted by themselves and are not bad pairs. Defaults leave none out."""
 
     min_words: NonNegativeInt = 0
@@ -51,7 +51,7 @@ class FiltersConfig(Part):
     """Longer side over the shorter."""
 
 
-class MixPart(Part):
+class WeightedSource(ConfigPart):
     """One of several sources of pairs."""
 
     source: str
@@ -60,12 +60,12 @@ class MixPart(Part):
     """Relative number of pairs drawn from it; each source goes through its own epochs."""
 
 
-class DataConfig(Part):
+class DataConfig(ConfigPart):
     """Where the pairs come from and how they are read."""
 
     source: str | None = None
     """URI of pair shards (tar or Parquet), a folder or a single file. This or ``mix`` is needed for training."""
-    mix: list[MixPart] = []
+    mix: list[WeightedSource] = []
     """Several sources in the place of one."""
     shuffle_shards: PositiveInt = 1
     """Shards whose pairs are mixed with each other. One of 1,000 to 10,000 pairs is as much as others shuffle in (5,000 pairs,
@@ -77,7 +77,7 @@ class DataConfig(Part):
     """Side in pixels of the square that images are decoded to: shorter side resized, longer side cropped at random."""
     max_pixels: PositiveInt = 100_000_000
     """Pictures whose header announces more pixels are rejected before decoding."""
-    max_bad_share: Share = 0.05
+    max_bad_share: Fraction = 0.05
     """The run stops when more than this share of the pairs read so far could not be read."""
     text: TextConfig = TextConfig()
     filters: FiltersConfig = FiltersConfig()
@@ -89,11 +89,11 @@ class DataConfig(Part):
     are so many times as much; an epoch reads as much as with one."""
 
     @property
-    def sources(self) -> dict[str, MixPart]:
+    def sources(self) -> dict[str, WeightedSource]:
         """The sources by name: the last part of the URI, numbered where two have the same; "" where there is no mix. Empty
         where no source is set."""
         if not self.mix:
-            return {"": MixPart(source=self.source)} if self.source else {}
+            return {"": WeightedSource(source=self.source)} if self.source else {}
         last = [storage.name(part.source) for part in self.mix]
         if len(set(last)) < len(last):
             last = [f"{number}-{name}" for number, name in enumerate(last)]

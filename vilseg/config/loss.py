@@ -6,10 +6,10 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from vilseg.config.tree import NonNegative, NonNegativeInt, Part, Positive, PositiveInt, Share
+from vilseg.config.base import ConfigPart, Fraction, NonNegative, NonNegativeInt, Positive, PositiveInt
 
 
-class CrossModalConfig(Part):
+class CrossModalConfig(ConfigPart):
     """Image-caption contrast (InfoNCE; CLIP, Radford et al. 2021)."""
 
     weight: NonNegative = 1.0
@@ -19,7 +19,7 @@ class CrossModalConfig(Part):
     temperature: Positive = 0.07
     """Start of the learnt temperature; its inverse is capped at 100 (CLIP, section 2.5). 0.1 where ``form`` is sigmoid and
     nothing is set (t' = log 10, SigLIP, section 3.2)."""
-    patch_share: Share = 0.5
+    patch_share: Fraction = 0.5
     """Share of the loss that is taken on pooled patch embeddings, the rest on the global embedding; DESIGN: half and half."""
     patch_pooling: Literal["mean", "softmax"] = "softmax"
     """How patches meet a caption: their mean, or weighted by a soft-max of their similarity with it."""
@@ -33,7 +33,7 @@ class CrossModalConfig(Part):
         return values
 
 
-class NounsConfig(Part):
+class NounsConfig(ConfigPart):
     """Multi-label contrast with the noun phrases of the captions."""
 
     weight: NonNegative = 1.0
@@ -48,7 +48,7 @@ class NounsConfig(Part):
     """Phrases rarer than this in the captions sampled are left out."""
 
 
-class VisionConfig(Part):
+class VisionConfig(ConfigPart):
     """Local against global crops with an EMA teacher (DINO, Caron et al. 2021; defaults of its section 3.2 and appendix)."""
 
     weight: NonNegative = 0.1
@@ -58,15 +58,15 @@ class VisionConfig(Part):
     ``infonce`` takes ``student_temperature`` and has neither prototypes, centre nor teacher temperature."""
     student_temperature: Positive = 0.1
     teacher_temperature: Positive = 0.04
-    center_momentum: Share = 0.9
-    teacher_momentum: Share = 0.996
+    center_momentum: Fraction = 0.9
+    teacher_momentum: Fraction = 0.996
     """Rises to 1 by a cosine over the run."""
     prototypes: PositiveInt = 256
     """Outputs of the projection head (65,536 in DINO; fewer for small data)."""
     hidden_dim: PositiveInt = 256
 
 
-class MutualInformationConfig(Part):
+class MutualInformationConfig(ConfigPart):
     """Mutual information between cluster assignments of two views (IIC, Ji et al. 2019, equations 3 and 5)."""
 
     weight: NonNegative = 0.1
@@ -88,7 +88,7 @@ class MutualInformationConfig(Part):
         return overclusters
 
 
-class SelfTrainingConfig(Part):
+class SelfTrainingConfig(ConfigPart):
     """Cross-entropy with labels that the model itself gave to patches; of ``stage: self-train`` alone. See
     ``vilseg.training.pseudo_labels``."""
 
@@ -97,7 +97,7 @@ class SelfTrainingConfig(Part):
     """A patch has a label where its score is so many standard deviations above what is usual for the phrase."""
 
 
-class LossConfig(Part):
+class LossConfig(ConfigPart):
     """The four losses, and that of self-training; weight 0 switches one off and saves its work."""
 
     cross_modal: CrossModalConfig = CrossModalConfig()

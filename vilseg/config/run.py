@@ -10,42 +10,42 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from vilseg.config.data import DataConfig
-from vilseg.config.loss import LossConfig
-from vilseg.config.tree import (
+from vilseg.config.base import (
+    ConfigPart,
+    ConfigTree,
+    Fraction,
+    FractionBelowOne,
+    FractionRange,
     NonNegative,
     NonNegativeInt,
-    Part,
     Positive,
     PositiveInt,
-    Share,
-    ShareBelowAll,
-    Shares,
-    Tree,
 )
+from vilseg.config.data import DataConfig
+from vilseg.config.loss import LossConfig
 from vilseg.errors import ConfigError
 from vilseg.text.prompt_templates import resolve_templates
 
 
-class ViewsConfig(Part):
+class ViewsConfig(ConfigPart):
     """Augmented views of an image. Crop scales are shares of the area (DINO, Caron et al. 2021, section 3.2)."""
 
     global_size: PositiveInt = 224
-    global_scale: Shares = (0.4, 1.0)
+    global_scale: FractionRange = (0.4, 1.0)
     local_size: PositiveInt = 96
     local_crops: NonNegativeInt = 2
-    local_scale: Shares = (0.05, 0.4)
-    flip: Share = 0.5
-    brightness: Share = 0.3
-    contrast: Share = 0.3
-    saturation: Share = 0.2
+    local_scale: FractionRange = (0.05, 0.4)
+    flip: Fraction = 0.5
+    brightness: Fraction = 0.3
+    contrast: Fraction = 0.3
+    saturation: Fraction = 0.2
     hue: Annotated[float, Field(ge=0, le=0.5)] = 0.03
     """Largest photometric change, as a factor around 1 (hue: share of the circle)."""
-    feature_dropout: ShareBelowAll = 0.0
+    feature_dropout: FractionBelowOne = 0.0
     """Share of a frozen encoder's channels dropped for a whole view; with a feature cache it is what makes two views."""
 
 
-class ImageEncoderConfig(Part):
+class ImageEncoderConfig(ConfigPart):
     """One of ``checkpoint``, ``factory``, or sizes for a network from scratch."""
 
     checkpoint: str | None = None
@@ -70,7 +70,7 @@ class ImageEncoderConfig(Part):
         return self
 
 
-class TextEncoderConfig(Part):
+class TextEncoderConfig(ConfigPart):
     """A Hugging Face text model with its tokenizer, or a small one whose tokenizer is trained on the pairs' own captions."""
 
     checkpoint: str | None = None
@@ -89,7 +89,7 @@ class TextEncoderConfig(Part):
     frozen: bool = False
 
 
-class ModelConfig(Part):
+class ModelConfig(ConfigPart):
     """Both towers and the clustering head."""
 
     init: str | None = None
@@ -104,19 +104,19 @@ class ModelConfig(Part):
     """Outputs of the clustering head; ViL-Seg compares 5 to 35."""
 
 
-class OptimizerConfig(Part):
+class OptimizerConfig(ConfigPart):
     """AdamW with linear warm-up and linear decay to zero (Bergsma et al. 2025)."""
 
     learning_rate: Positive = 5e-4
     weight_decay: NonNegative = 0.05
-    betas: tuple[ShareBelowAll, ShareBelowAll] = (0.9, 0.98)
+    betas: tuple[FractionBelowOne, FractionBelowOne] = (0.9, 0.98)
     """As CLIP for vision transformers (Radford et al. 2021, table 20)."""
     warmup_steps: NonNegativeInt = 100
     gradient_clip: NonNegative = 1.0
     """Largest norm of the gradient; 0 leaves it alone."""
 
 
-class TrainerConfig(Part):
+class TrainerConfig(ConfigPart):
     """Workers, steps and what is kept."""
 
     workers: int | tuple[int, int] = 1
@@ -174,34 +174,34 @@ class TrainerConfig(Part):
         return self
 
     @property
-    def fewest_workers(self) -> int:
+    def min_workers(self) -> int:
         """Workers that training does not begin without."""
         return self.workers if isinstance(self.workers, int) else self.workers[0]
 
     @property
-    def most_workers(self) -> int:
+    def max_workers(self) -> int:
         """Workers that training never has more of."""
         return self.workers if isinstance(self.workers, int) else self.workers[1]
 
-    def check_shares(self) -> None:
+    def check_even_split(self) -> None:
         """Raise ConfigError where a step's pairs cannot be shared evenly.
 
         Not a part of validation: that there are too few CPUs for so many workers is the better thing to say first.
         """
-        fewest = self.fewest_workers
-        if self.batch_size % fewest and self.even_workers(self.most_workers) < fewest:
+        fewest = self.min_workers
+        if self.batch_size % fewest and self.max_even_workers(self.max_workers) < fewest:
             raise ConfigError(
                 f"trainer.batch_size {self.batch_size} cannot be shared evenly by {fewest} workers; "
                 f"the nearest that can is {max(1, round(self.batch_size / fewest)) * fewest}"
             )
 
-    def even_workers(self, possible: int) -> int:
+    def max_even_workers(self, possible: int) -> int:
         """How many of ``possible`` workers, at most as many as are wished for, share a step evenly; 0 of none."""
-        counts = range(1, min(possible, self.most_workers) + 1)
+        counts = range(1, min(possible, self.max_workers) + 1)
         return max((count for count in counts if self.batch_size % count == 0), default=0)
 
 
-class RefinementConfig(Part):
+class RefinementConfig(ConfigPart):
     """Scores brought along the picture's edges; see ``vilseg.segmentation.refinement``."""
 
     method: Literal["pamr", "guided"] = "pamr"
@@ -220,7 +220,7 @@ class RefinementConfig(Part):
     forgive noise and leave fewer specks."""
 
 
-class SegmentationConfig(Part):
+class SegmentationConfig(ConfigPart):
     """How a trained model cuts an image into named regions; travels with the model folder.
 
     The defaults are the paper's: regions of the clustering head, named by the nearest class name. See
@@ -240,11 +240,11 @@ class SegmentationConfig(Part):
     Clusters, the embedding of the whole image and recorded statistics always use the plain one."""
     max_aspect: Positive = 4.0
     """Longer pictures are squeezed to this ratio of sides, so that one strip cannot exhaust the memory."""
-    region_weight: Share = 1.0
+    region_weight: Fraction = 1.0
     """1 names regions only, as in the paper; 0 names every patch by itself; between blends the two scores."""
-    image_mix: Share = 0.0
+    image_mix: Fraction = 0.0
     """Share of the image's mean embedding mixed into every region's and patch's."""
-    calibration: Share = 0.0
+    calibration: Fraction = 0.0
     """How far the cosines of each class are brought to one mean and spread over the patches of the training pictures."""
     refinement: RefinementConfig = RefinementConfig()
     temperature: Positive = 0.05
@@ -269,7 +269,7 @@ class SegmentationConfig(Part):
     """Only so many classes are kept in a picture, ``background`` not counted: those with the highest scores at their best place.
     Hundreds of classes then do not sprinkle a picture that shows five. Frames of films are pictures by themselves; GeoTIFFs,
     which are never seen as a whole, are not gated."""
-    threshold: Share = 0.0
+    threshold: Fraction = 0.0
     """Pixels of lower scores are no class, or ``background`` where there is such a class: the answer "unknown"."""
 
     @model_validator(mode="after")
@@ -291,7 +291,7 @@ class SegmentationConfig(Part):
         return list(resolve_templates(prompts))
 
 
-class RunConfig(Tree):
+class RunConfig(ConfigTree):
     """Everything that a run is made of."""
 
     name: str | None = None

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 from vilseg import storage
 from vilseg.config import ModelConfig, SegmentationConfig
-from vilseg.config.tree import flat
+from vilseg.config.base import flatten
 from vilseg.errors import ConfigError, ModelError, UserError
 from vilseg.model import clip_siglip
 from vilseg.model.image_encoder import build_image_encoder, first_line
@@ -108,7 +108,7 @@ def start(cls: type[ViLSeg], config: ModelConfig, *, segmentation: SegmentationC
         begun = load(cls, config.init, clusters=config.clusters)
     except ModelError as error:
         raise ModelError(f"model.init cannot be taken: {error}") from error
-    asked, usual, brought = (flat(part.model_dump()) for part in (config, ModelConfig(), begun.config))
+    asked, usual, brought = (flatten(part.model_dump()) for part in (config, ModelConfig(), begun.config))
     for key, value in asked.items():
         if key not in _FREE and value not in (usual.get(key), brought.get(key)):
             has = f"has {brought[key]!r}" if key in brought else "has no such key"

@@ -15,7 +15,7 @@ import numpy as np
 
 from vilseg import storage
 from vilseg.config import RunConfig
-from vilseg.config.tree import flat
+from vilseg.config.base import flatten
 from vilseg.errors import ConfigError, UserError
 from vilseg.storage.retry import patiently
 from vilseg.training.run_dir import RunFolder
@@ -118,7 +118,7 @@ class _Mlflow:
             number = experiment.experiment_id if experiment else self._client.create_experiment(name)
             made = self._client.create_run(number, run_name=config.name, tags={"vilseg.folder": folder.uri})
             self._run = made.info.run_id
-            for key, value in flat(config.model_dump()).items():
+            for key, value in flatten(config.model_dump()).items():
                 self._client.log_param(self._run, key, str(value)[:500])
         except mlflow.MlflowException as error:
             raise ConfigError(

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from vilseg import storage
 from vilseg.config import ModelConfig, RunConfig
-from vilseg.config.data import MixPart
+from vilseg.config.base import flatten
+from vilseg.config.data import WeightedSource
 from vilseg.config.loss import CrossModalConfig
-from vilseg.config.tree import flat
 from vilseg.data.batch_reader import index_shards, sample_pairs
 from vilseg.data.sampler import PairSampler
 from vilseg.data.shards import Pair, Shard, list_shards
@@ -63,8 +63,8 @@ def resume(config: RunConfig, folder: RunFolder) -> Prepared:
     Raises:
         ConfigError: ``config`` differs from the run's where it must not, or wants fewer steps than were made.
     """
-    before = flat(RunConfig.load(folder.config).model_dump())
-    now = flat(config.model_dump())
+    before = flatten(RunConfig.load(folder.config).model_dump())
+    now = flatten(config.model_dump())
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key) and not _MAY_CHANGE.fullmatch(key):
             raise ConfigError(
@@ -80,7 +80,7 @@ def resume(config: RunConfig, folder: RunFolder) -> Prepared:
 
 def preflight(config: RunConfig, *, resume: bool) -> None:
     """What can be said against a run before anything is started; raises as :func:`open_folder` and :func:`prepare`."""
-    config.trainer.check_shares()
+    config.trainer.check_even_split()
     for part in require_sources(config).values():
         list_shards(part.source, without=config.data.held_out)
     if config.name:
@@ -184,7 +184,7 @@ def _sample(config: RunConfig, shards: Sequence[Shard], *, cached: bool) -> list
     return pairs
 
 
-def require_sources(config: RunConfig) -> dict[str, MixPart]:
+def require_sources(config: RunConfig) -> dict[str, WeightedSource]:
     """``data.sources``, in buckets that exist.
 
     Raises:

@@ -150,18 +150,18 @@ def test_a_bad_value_is_told_with_its_key(override: str, words: list[str]) -> No
 
 
 def test_a_batch_that_cannot_be_shared_is_told() -> None:
-    RunConfig.load(None, ["trainer.workers=4"]).trainer.check_shares()
+    RunConfig.load(None, ["trainer.workers=4"]).trainer.check_even_split()
     with pytest.raises(ConfigError, match=r"batch_size 256 cannot be shared evenly by 3 workers.*255"):
-        RunConfig.load(None, ["trainer.workers=3"]).trainer.check_shares()
+        RunConfig.load(None, ["trainer.workers=3"]).trainer.check_even_split()
 
 
 def test_elastic_workers_are_as_many_as_share_a_batch_evenly() -> None:
     trainer = RunConfig.load(None, ["trainer.workers=[1, 6]", "trainer.batch_size=20"]).trainer
-    trainer.check_shares()
-    assert (trainer.fewest_workers, trainer.most_workers) == (1, 6)
-    assert [trainer.even_workers(possible) for possible in range(8)] == [0, 1, 2, 2, 4, 5, 5, 5]
+    trainer.check_even_split()
+    assert (trainer.min_workers, trainer.max_workers) == (1, 6)
+    assert [trainer.max_even_workers(possible) for possible in range(8)] == [0, 1, 2, 2, 4, 5, 5, 5]
     with pytest.raises(ConfigError, match="cannot be shared evenly by 6 workers"):
-        RunConfig.load(None, ["trainer.workers=[6, 7]", "trainer.batch_size=20"]).trainer.check_shares()
+        RunConfig.load(None, ["trainer.workers=[6, 7]", "trainer.batch_size=20"]).trainer.check_even_split()
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ EIGHT = Session(cpus=32, gpus=8)
 
 @pytest.fixture(autouse=True)
 def _cluster(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(elastic, "look", lambda: EIGHT)
+    monkeypatch.setattr(elastic, "current_session", lambda: EIGHT)
     monkeypatch.setattr(elastic, "_CHECK_INTERVAL_S", 0.0)
     monkeypatch.setattr(elastic.time, "sleep", lambda seconds: None)
 
