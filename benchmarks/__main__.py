@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from cli import console
 from vilseg.errors import UserError
 
 _NAMES = {
@@ -40,7 +41,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="folder for what the run leaves")
     chosen = parser.parse_args(arguments)
     try:
-        result: dict[str, Any] = importlib.import_module(f"benchmarks.{chosen.name}").main(chosen.out / chosen.name)
+        with console.logging_to_stderr():
+            result: dict[str, Any] = importlib.import_module(f"benchmarks.{chosen.name}").main(chosen.out / chosen.name)
     except UserError as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         return 2

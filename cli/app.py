@@ -13,6 +13,7 @@ from typing import Annotated, TextIO
 
 import typer
 
+from cli import console
 from cli.cluster import cluster_app
 from cli.evaluate import evaluate
 from cli.export import export
@@ -46,7 +47,8 @@ def main() -> None:
 def run(arguments: Sequence[str], *, log: TextIO | None = None) -> int:
     """Run a verb and return its exit code; ``log`` takes the traceback of a failed run, a file of its own where None."""
     try:
-        outcome = app(list(arguments), standalone_mode=False, prog_name="vilseg")
+        with console.logging_to_stderr():
+            outcome = app(list(arguments), standalone_mode=False, prog_name="vilseg")
         return outcome if isinstance(outcome, int) else 0
     except typer.Exit as error:
         return error.exit_code
@@ -94,7 +96,6 @@ def demo(
 
     Example: vilseg demo --out runs/demo
     """
-    from cli import console
     from cli import demo as job
 
     with stdout_to_stderr():
@@ -124,7 +125,6 @@ def ingest(
 
     Example: vilseg ingest photos/captions.csv s3://bucket/pairs
     """
-    from cli import console
     from cluster.ray_session import ray_session
     from jobs.ingest import ingest_job as job
 
@@ -167,7 +167,6 @@ def train(
 
     Example: vilseg train --config configs/demo.yaml --name first data.source=s3://bucket/pairs trainer.workers=2
     """
-    from cli import console
     from cluster.ray_session import check_workers, ray_session
 
     settings = RunConfig.load(config, overrides or [])
@@ -231,7 +230,6 @@ def segment(
 
     Example: vilseg segment s3://bucket/photos --model runs/first/model --classes "cat,sofa" --out s3://bucket/masks
     """
-    from cli import console
     from cluster.ray_session import ray_session
     from jobs.segment import segment_job as job
     from jobs.segment.plan import estimate, plan
@@ -286,7 +284,6 @@ def serve(
 
     Example: vilseg serve --model runs/first/model
     """
-    from cli import console
     from cluster.ray_session import ray_session
     from serve import launch as job
     from serve.config import ServeConfig
@@ -317,7 +314,6 @@ def key(
 
     Example: vilseg key anna --file keys.txt
     """
-    from cli import console
     from serve.api_keys import add_key
 
     made = add_key(file, name)
@@ -340,7 +336,6 @@ def doctor(
 
     Example: vilseg doctor --store s3://bucket --address http://head:8265
     """
-    from cli import console
     from cli import doctor as job
 
     with stdout_to_stderr():

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from jobs.train.monitor import ProgressUpdate
+if TYPE_CHECKING:
+    from jobs.train.monitor import ProgressUpdate
 
 stderr = Console(stderr=True, highlight=False)
 
@@ -23,6 +25,30 @@ stderr = Console(stderr=True, highlight=False)
 def log(text: str) -> None:
     """A line of progress."""
     stderr.print(text, markup=False, soft_wrap=True)
+
+
+class _StderrHandler(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        log(record.getMessage())
+
+
+@contextmanager
+def logging_to_stderr() -> Iterator[None]:
+    """Print what the loggers below ``vilseg`` say from level INFO on as lines of progress, as long as this lasts.
+
+    Jobs and the library report through ``logging`` alone, so that they need no command line.
+    """
+    logger, handler = logging.getLogger("vilseg"), _StderrHandler()
+    level, propagate = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False  # or a handler of the root logger would print the line once more
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagate
 
 
 def print_result(value: dict[str, Any], *, as_json: bool, text: str) -> None:

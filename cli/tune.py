@@ -34,8 +34,9 @@ def tune(
     Example: vilseg tune --config configs/demo.yaml --space configs/spaces/temperature_clusters.yaml data.source=s3://bucket/pairs
     """
     from cli import console
+    from cli.sweep_table import SweepTable
     from cluster.ray_session import ray_session
-    from tune.search_space import SearchSpace
+    from tune.search_space import SearchSpace, format_value
 
     settings = RunConfig.load(config, overrides or [])
     if name is not None:
@@ -47,7 +48,6 @@ def tune(
     wishes = wishes.with_values(**{key: value for key, value in given.items() if value is not None})
     budget = None if time_budget is None else _seconds(time_budget)
     from tune import sweep as job
-    from tune.callbacks import SweepTable, format_value
 
     job.check(settings, wishes, resume=resume)
     with stdout_to_stderr(), ray_session(address) as session, SweepTable(settings.trainer.steps) as table:

@@ -12,8 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from tune.callbacks import format_value
-from tune.search_space import Parameter, Point
+from tune.search_space import Parameter, Point, format_value
 from tune.trial_records import TrialRecord
 from vilseg.evaluation.charts import COLOURS, STYLE, WIDTH, to_svg
 

@@ -263,6 +263,16 @@ def identity(point: Point) -> str:
     return json.dumps(point, sort_keys=True)
 
 
+def format_value(value: Any) -> str:
+    """Return a value of a point as text for people: four significant digits of a float.
+
+    Example:
+        >>> format_value(0.123456), format_value(25)
+        ('0.1235', '25')
+    """
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def config_at_point(config: RunConfig, point: Point) -> RunConfig:
     """The configuration at a point of the space.
 

@@ -6,9 +6,10 @@ step and the loss are the same.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import ray
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
@@ -17,6 +18,7 @@ from cluster.ray_session import Session, current_session
 from vilseg.config import TrainerConfig
 from vilseg.errors import ConfigError
 
+_log = logging.getLogger("vilseg.jobs.train")
 _CHECK_INTERVAL_S = 30.0
 """Between two looks at the cluster for room for more workers: one that begins anew costs a run as much."""
 _PLACEMENT_TIMEOUT_S = 20.0
@@ -32,7 +34,7 @@ def most_workers_that_fit(trainer: TrainerConfig, session: Session) -> int:
     return trainer.max_even_workers(session.gpus or session.cpus)
 
 
-def wait_for_workers(trainer: TrainerConfig, say: Callable[[str], None]) -> tuple[int, Session]:
+def wait_for_workers(trainer: TrainerConfig) -> tuple[int, Session]:
     """The most workers that there is room for now, which must be free, and the cluster as it is.
 
     As many as the cluster has in all are waited for a while, since a lost worker's room is not free at once; then fewer will do.
@@ -52,7 +54,7 @@ def wait_for_workers(trainer: TrainerConfig, say: Callable[[str], None]) -> tupl
         if not told:
             told = True
             most = max(most_workers_that_fit(trainer, session), trainer.min_workers)
-            say(f"waiting for room for {most} workers; there are {session.cpus} CPUs, {session.gpus} GPUs")
+            _log.info(f"waiting for room for {most} workers; there are {session.cpus} CPUs, {session.gpus} GPUs")
         time.sleep(1)
     raise ConfigError(
         f"for {_CAPACITY_TIMEOUT_S / 60:.0f} minutes the cluster had no room for trainer.workers={trainer.min_workers}, "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -13,7 +14,6 @@ from typing import Any
 import ray
 from ray.train.torch import TorchTrainer
 
-from cli import console
 from cluster.ray_session import find_user_error
 from jobs.train.monitor import ProgressUpdate
 from vilseg import storage
@@ -21,6 +21,7 @@ from vilseg.errors import StoreUnavailable
 from vilseg.storage.retry import patiently
 from vilseg.training.run_dir import RunFolder
 
+_log = logging.getLogger("vilseg.jobs.train")
 _POLL_SECONDS = 0.3
 _END_TIMEOUT_S = 30.0
 """How long a trainer may take to end once its run is over: its workers are started anew and find nothing to do."""
@@ -99,7 +100,7 @@ class TrainingSupervisor:
                     raise KeyboardInterrupt
                 if noted and not told:
                     told = True
-                    console.log("stopping after the next report with a checkpoint; Ctrl-C again stops without one")
+                    _log.info("stopping after the next report with a checkpoint; Ctrl-C again stops without one")
                 # Asked while it stops for other workers, too: no other trainer is to follow then.
                 self.asked_to_stop = self.asked_to_stop or bool(noted) or self._should_stop()
                 if not stopping and (self.asked_to_stop or pause()):

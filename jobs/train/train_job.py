@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -15,7 +16,6 @@ from ray.train import DataConfig, FailureConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
-from cli import console
 from cluster.ray_session import Session, check_workers, driver_node_affinity, find_user_error, node_cpu_count
 from jobs.train import feature_cache
 from jobs.train.elastic import ScaleUpTrigger, wait_for_workers
@@ -37,6 +37,8 @@ from vilseg.training.checkpoints import read_checkpoint
 from vilseg.training.fsdp import shard
 from vilseg.training.loop import NonFiniteLossError, Trainer
 from vilseg.training.run_dir import Prepared, RunFolder, new_name
+
+_log = logging.getLogger("vilseg.jobs.train")
 
 
 @sigterm_as_ctrl_c()  # while pairs are counted, features cached and machines waited for, too
@@ -96,8 +98,8 @@ def _train_elastic(
     """One trainer after the other, each with as many workers as there is room for."""
     failures = 0
     while True:
-        workers, session = wait_for_workers(config.trainer, console.log)
-        console.log(f"training by {workers} workers")
+        workers, session = wait_for_workers(config.trainer)
+        _log.info(f"training by {workers} workers")
         trainer = _ray_trainer(config, workers, session, folder, prepared, monitor)
         try:
             outcome = watch.run(trainer, ScaleUpTrigger(config.trainer, workers, session))
@@ -105,10 +107,10 @@ def _train_elastic(
             failures += 1
             if find_user_error(error) or failures > config.trainer.max_failures:
                 raise
-            console.log(f"a worker was lost; going on from step {folder.last_step}")
+            _log.info(f"a worker was lost; going on from step {folder.last_step}")
             continue
         if outcome.stopped and not watch.asked_to_stop:
-            console.log(f"room for more workers; going on from step {folder.last_step}")
+            _log.info(f"room for more workers; going on from step {folder.last_step}")
             continue
         return outcome
 
@@ -144,8 +146,8 @@ def _ray_trainer(
 
 
 def log_cache_progress(done: int, total: int) -> None:
-    """A line of progress."""
-    console.log(f"features of {done} of {total} shards cached")
+    """Log how many shards of the feature cache are written."""
+    _log.info(f"features of {done} of {total} shards cached")
 
 
 def train_worker(config: RunConfig, folder: RunFolder, prepared: Prepared, monitor: Any) -> None:

@@ -27,7 +27,7 @@ def test_fewer_are_taken_where_others_hold_the_rest(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(elastic, "_can_place", is_free)
     monkeypatch.setattr(elastic, "_FULL_SIZE_TIMEOUT_S", 0.05)
-    assert wait_for_workers(TRAINER, lambda line: None) == (4, EIGHT)
+    assert wait_for_workers(TRAINER) == (4, EIGHT)
     assert tried[:2] == [8, 8], "all at first: a lost worker's room is not free at once"
     assert tried[-1] == 4
 
