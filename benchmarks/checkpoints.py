@@ -27,7 +27,7 @@ from vilseg.data.synthetic import scenes
 from vilseg.training import run_setup
 from vilseg.training.checkpoints import CheckpointWriter
 from vilseg.training.loop import Trainer
-from vilseg.training.run_dir import RunFolder
+from vilseg.training.run_dir import RunDirectory
 
 CONFIG = Path(__file__).parent.parent / "configs" / "demo.yaml"
 _ROOT = "s3://vilseg/checkpoints"
@@ -62,7 +62,7 @@ def _measure() -> dict[str, Any]:
     config = RunConfig.load(str(CONFIG), [*overrides, *lengths])
     drawn = scenes.pairs(_PAIRS, 0, config.data.canvas)
     write_tar(f"{_ROOT}/pairs/0.tar", ((p.key, p.image, "jpg", {"captions": list(p.captions)}) for p in drawn))
-    folder = run_setup.open_folder(config, resume=False)
+    folder = run_setup.open_run_directory(config, resume=False)
     prepared = run_setup.prepare(config, folder)
     reader = make_batch_reader(config, prepared, lambda read, bad: None)
     chunk = next(make_sampler(config, prepared).chunks(0, _PAIRS // config.trainer.batch_size))
@@ -101,7 +101,7 @@ def _cost(seconds: dict[bool, list[float]]) -> tuple[float, float]:
     return middle, deviation * math.sqrt(math.pi / 2 / len(longer))
 
 
-def _block(trainer: Trainer, folder: RunFolder, batches: list[WorkerBatch], steps: int, *, kept: bool) -> float:
+def _block(trainer: Trainer, folder: RunDirectory, batches: list[WorkerBatch], steps: int, *, kept: bool) -> float:
     """Seconds of so many steps, and of what is still being written at their end."""
     end = trainer.step + steps
     started = time.perf_counter()

@@ -34,7 +34,7 @@ from vilseg.config import RunConfig
 from vilseg.data.batch_reader import MAX_PHRASES_PER_PAIR, decode_to_canvas
 from vilseg.data.image_decoding import crop_to_square
 from vilseg.training import run_setup
-from vilseg.training.run_dir import Prepared
+from vilseg.training.run_dir import PreparedRun
 
 CONFIG = Path(__file__).parent.parent / "configs" / "demo.yaml"
 _BUCKET, _PREFIX = "vilseg", "input_path/pairs"
@@ -86,7 +86,7 @@ def _measure(names: Sequence[str]) -> dict[str, Any]:
         "name=input",
     ]
     config = RunConfig.load(str(CONFIG), overrides)
-    prepared = run_setup.prepare(config, run_setup.open_folder(config, resume=False), count=count_in_parallel)
+    prepared = run_setup.prepare(config, run_setup.open_run_directory(config, resume=False), count=count_in_parallel)
     urls = [
         _client().generate_presigned_url("get_object", {"Bucket": _BUCKET, "Key": f"{_PREFIX}/{name}"})
         for name in names
@@ -124,7 +124,7 @@ def _rate(counts: Iterator[int]) -> float:
     return read / (time.perf_counter() - started)
 
 
-def _by_ray(config: RunConfig, prepared: Prepared) -> Iterator[int]:
+def _by_ray(config: RunConfig, prepared: PreparedRun) -> Iterator[int]:
     monitor = TrainingMonitor.remote(config.data.max_bad_share)
     dataset = batches_of_steps(config, prepared, monitor, 0, _STEPS)
     dataset.context.execution_options = execution_options()
@@ -133,7 +133,7 @@ def _by_ray(config: RunConfig, prepared: Prepared) -> Iterator[int]:
     ray.kill(monitor)
 
 
-def _by_webdataset(urls: list[str], prepared: Prepared, decode: Callable[[bytes], np.ndarray]) -> Iterator[int]:
+def _by_webdataset(urls: list[str], prepared: PreparedRun, decode: Callable[[bytes], np.ndarray]) -> Iterator[int]:
     pairs = (
         wds.WebDataset(urls, shardshuffle=len(urls), nodesplitter=None, resampled=True)
         .shuffle(_SHUFFLED)
@@ -150,7 +150,7 @@ def _by_webdataset(urls: list[str], prepared: Prepared, decode: Callable[[bytes]
 
 
 def _pair(
-    sample: dict[str, Any], decode: Callable[[bytes], np.ndarray], prepared: Prepared
+    sample: dict[str, Any], decode: Callable[[bytes], np.ndarray], prepared: PreparedRun
 ) -> tuple[np.ndarray, str, list[int]]:
     captions = json.loads(sample["json"])["captions"] if "json" in sample else [sample["txt"].decode()]
     chosen = captions[np.random.randint(len(captions))]
@@ -158,7 +158,7 @@ def _pair(
 
 
 def _collated(
-    samples: list[tuple[np.ndarray, str, list[int]]], prepared: Prepared
+    samples: list[tuple[np.ndarray, str, list[int]]], prepared: PreparedRun
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     images, captions, found = zip(*samples, strict=True)
     phrases = np.full((len(samples), MAX_PHRASES_PER_PAIR), -1, np.int32)

@@ -20,15 +20,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vilseg.losses import (
-    VisionContrast,
-    contrast,
-    mutual_information_loss,
+    DINOLoss,
+    contrastive_loss,
+    crop_info_nce_loss,
+    iic_loss,
     noun_contrast,
     patch_contrast,
-    patch_scores,
-    sigmoid_contrast,
-    sigmoid_contrast_of_scores,
-    vision_info_nce,
+    sigmoid_loss,
+    sigmoid_loss_from_scores,
+    softmax_pooled_scores,
 )
 
 _ROUNDS = 9
@@ -121,19 +121,19 @@ def _cases() -> dict[str, Case]:
     positives = torch.rand(_PAIRS, _PHRASES) < 0.03
     scale, bias = torch.tensor(_SCALE), torch.tensor(_BIAS)
     maps = tuple(torch.randn(_PAIRS, _CLUSTERS, _GRID, _GRID).softmax(1).requires_grad_() for _ in range(2))
-    dino = VisionContrast(_PROTOTYPES, student_temperature=0.1, teacher_temperature=0.04, center_momentum=0.9)
+    dino = DINOLoss(_PROTOTYPES, student_temperature=0.1, teacher_temperature=0.04, center_momentum=0.9)
     student, teacher = _cosines(_VIEWS).requires_grad_(), _cosines(_GLOBALS)
     crops, of_teacher = _unit(_VIEWS, _PAIRS, 64), _unit(_GLOBALS, _PAIRS, 64).detach()
 
     def ours_iic(first: Tensor, second: Tensor) -> Tensor:
-        return mutual_information_loss(first, second, radius=1, entropy_weight=_ENTROPY_WEIGHT)
+        return iic_loss(first, second, radius=1, entropy_weight=_ENTROPY_WEIGHT)
 
     return {
-        "contrast": Case(lambda x, t: contrast(x, t, scale), _info_nce, (images, texts)),
-        "sigmoid_contrast": Case(lambda x, t: sigmoid_contrast(x, t, scale, bias), _sigmoid, (images, texts)),
+        "contrast": Case(lambda x, t: contrastive_loss(x, t, scale), _info_nce, (images, texts)),
+        "sigmoid_contrast": Case(lambda x, t: sigmoid_loss(x, t, scale, bias), _sigmoid, (images, texts)),
         "patch_contrast": Case(lambda p, t: patch_contrast(p, t, scale, _POOLING), _patch_info_nce, (patches, texts)),
         "patch_sigmoid": Case(
-            lambda p, t: sigmoid_contrast_of_scores(patch_scores(p, t, _POOLING), scale, bias),
+            lambda p, t: sigmoid_loss_from_scores(softmax_pooled_scores(p, t, _POOLING), scale, bias),
             lambda p, t: _sigmoid_of(_pooled(p, t)),
             (patches, texts),
         ),
@@ -144,7 +144,7 @@ def _cases() -> dict[str, Case]:
         ),
         "vision_dino": Case(lambda s: dino(s, teacher), lambda s: _dino(s, teacher), (student,)),
         "vision_infonce": Case(
-            lambda s: vision_info_nce(s, of_teacher, 0.1), lambda s: _crops(s, of_teacher), (crops,)
+            lambda s: crop_info_nce_loss(s, of_teacher, 0.1), lambda s: _crops(s, of_teacher), (crops,)
         ),
         "iic": Case(ours_iic, lambda a, b: _iic(_joints_as_written(a, b)), maps),
         "iic_authors": Case(ours_iic, lambda a, b: _iic(_joints_by_convolution(a, b)), maps),

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vilseg.config import RunConfig
-from vilseg.losses import contrast, noun_contrast, patch_contrast
+from vilseg.losses import contrastive_loss, noun_contrast, patch_contrast
 from vilseg.model import ImageFeatures, ViLSeg
 from vilseg.model.image_encoder import build_image_encoder, model_from_config
 from vilseg.model.text_encoder import TextEncoder
@@ -207,7 +207,7 @@ def _losses(config: RunConfig, objective: Objective, pairs: int) -> int:
         positives = torch.zeros(pairs, phrases, dtype=torch.bool, device="meta")
         names = F.normalize(on_meta(phrases, config.model.embedding_dim), dim=-1)
         return [
-            contrast(embeddings.pooled, texts, scale),
+            contrastive_loss(embeddings.pooled, texts, scale),
             patch_contrast(embeddings.patches, texts, scale, settings.cross_modal.pooling_temperature),
             noun_contrast(embeddings.patches, names, positives, scale, settings.nouns.top_patches),
         ]

@@ -42,7 +42,7 @@ def train(name: str, config: RunConfig, dataset: FolderDataset, rate: float) -> 
     """mIoU on ``dataset`` of a peer trained at ``rate``, with the pairs, steps, batch, views and seed of ``config``."""
     with tempfile.TemporaryDirectory() as left:
         config = config.with_overrides([f"trainer.storage={left}", "name=peer"])
-        prepared = run_setup.prepare(config, run_setup.open_folder(config, resume=False))
+        prepared = run_setup.prepare(config, run_setup.open_run_directory(config, resume=False))
     torch.manual_seed(config.trainer.seed)
     words = prepared.tokenizer
     model = _MODELS[name](config.data.canvas, words)

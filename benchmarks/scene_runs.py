@@ -52,7 +52,7 @@ def train(config: RunConfig, on_checkpoint: Callable[[ViLSeg, int], None] = lamb
         on_checkpoint: told the model, which it may put into evaluation mode, and the steps made, whenever a checkpoint is due.
     """
     storage.delete(f"{config.trainer.storage}/{config.name}")  # what was left of it when the benchmark was interrupted
-    folder = run_setup.open_folder(config, resume=False)
+    folder = run_setup.open_run_directory(config, resume=False)
     prepared = run_setup.prepare(config, folder)
     trainer = run_setup.make_trainer(config, folder, prepared, torch.device("cpu"))
     model = trainer.objective.model

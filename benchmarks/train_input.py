@@ -31,7 +31,7 @@ from vilseg import storage
 from vilseg.config import RunConfig
 from vilseg.data.batch_reader import WorkerBatch, pack, unpack
 from vilseg.training import run_setup
-from vilseg.training.run_dir import Prepared, RunFolder
+from vilseg.training.run_dir import PreparedRun, RunDirectory
 
 CONFIG = Path(__file__).parent.parent / "configs" / "demo.yaml"
 _ROOT = "s3://vilseg/train_input"
@@ -63,7 +63,7 @@ def _measure(session: Session) -> dict[str, Any]:
     )
     console.log("[scenes]")
     synthetic_scenes.main(f"{_ROOT}/pairs", f"{_ROOT}/unseen", pairs=_PAIRS, unseen=1, size=config.data.canvas, seed=0)
-    folder = run_setup.open_folder(config, resume=False)
+    folder = run_setup.open_run_directory(config, resume=False)
     prepared = run_setup.prepare(config, folder, count=count_in_parallel)
     monitor = TrainingMonitor.remote(config.data.max_bad_share)
     console.log("[steps]")
@@ -105,7 +105,7 @@ def _measure(session: Session) -> dict[str, Any]:
     }
 
 
-def _worker(config: RunConfig, folder: RunFolder, prepared: Prepared, result: str) -> None:
+def _worker(config: RunConfig, folder: RunDirectory, prepared: PreparedRun, result: str) -> None:
     """What every Ray Train worker runs: the product's own loop, on batches whose coming is timed."""
     trainer = make_trainer(config, folder, prepared)
     seconds: dict[str, list[float]] = {"fed": [], "memory": []}

@@ -136,7 +136,7 @@ def _alone(out: Path, config: RunConfig, number: int) -> float:
     started = time.perf_counter()
     config = config.with_overrides([f"trainer.seed={number}", f"name=alone-{number}", f"trainer.storage={out}/alone"])
     config.trainer.checkpoint_every = config.trainer.steps // _EVALUATIONS
-    folder = run_setup.open_folder(config, resume=False)
+    folder = run_setup.open_run_directory(config, resume=False)
     prepared = run_setup.prepare(config, folder)
     trainer = run_setup.make_trainer(config, folder, prepared, torch.device("cpu"))
     dataset = FirstImages(FolderDataset(f"{out}/unseen"), _UNSEEN)
@@ -150,7 +150,7 @@ def _alone(out: Path, config: RunConfig, number: int) -> float:
         model.train()
 
     trainer.train(read_batches_locally(config, prepared), on_report=metrics_file.add, on_checkpoint=on_checkpoint)
-    run_setup.save_model(trainer.objective.model, config, folder, {})
+    run_setup.save_trained_model(trainer.objective.model, config, folder, {})
     torch.set_num_threads(threads)
     return time.perf_counter() - started
 

@@ -72,11 +72,11 @@ def _train(out: Path) -> ViLSeg:
     config = RunConfig.load(str(CONFIG), [*overrides, "trainer.workers=1", f"trainer.steps={_STEPS}"])
     drawn = scenes.pairs(_PAIRS, seed=0, size=config.data.canvas)
     write_tar(f"{out}/pairs/0.tar", ((pair.key, pair.image, "jpg", {"captions": pair.captions}) for pair in drawn))
-    folder = run_setup.open_folder(config, resume=False)
+    folder = run_setup.open_run_directory(config, resume=False)
     prepared = run_setup.prepare(config, folder)
     trainer = run_setup.make_trainer(config, folder, prepared, torch.device("cpu"))
     trainer.train(read_batches_locally(config, prepared), on_report=lambda metrics: None, on_checkpoint=lambda: None)
-    run_setup.save_model(trainer.objective.model, config, folder, {})
+    run_setup.save_trained_model(trainer.objective.model, config, folder, {})
     return ViLSeg.from_pretrained(folder.model)
 
 

@@ -32,7 +32,7 @@ from vilseg.segmentation.segmenter import Segmenter
 from vilseg.text.vocabulary import Vocabulary
 from vilseg.training import run_setup
 from vilseg.training.metrics_log import read_metrics
-from vilseg.training.run_dir import RunFolder
+from vilseg.training.run_dir import RunDirectory
 
 CONFIG = Path(__file__).parent.parent / "configs" / "demo.yaml"
 _ROOT = "s3://vilseg/demo"
@@ -147,19 +147,19 @@ def _measure(model: ViLSeg, dataset: FolderDataset, *, keep: int = 0) -> Evaluat
     return evaluate(Segmenter(model, dataset.classes), dataset, keep=keep, batch_size=16)
 
 
-def _curve(folder: RunFolder, dataset: FolderDataset) -> list[tuple[int, float]]:
+def _curve(folder: RunDirectory, dataset: FolderDataset) -> list[tuple[int, float]]:
     """mIoU at every checkpoint on the first of the unseen scenes."""
     some = FirstImages(dataset, _CURVE)
     steps = folder.checkpoint_steps()
     points = [
         (0, ViLSeg.from_pretrained(folder.initial)),
-        *((step, run_setup.model_at(folder, step)) for step in steps),
+        *((step, run_setup.load_model_at_step(folder, step)) for step in steps),
     ]
     return [(step, evaluate(Segmenter(model, dataset.classes), some, batch_size=16).miou) for step, model in points]
 
 
 def _commands(
-    out: Path, overrides: list[str], folder: RunFolder, results: str, unseen: str, *, quick: bool
+    out: Path, overrides: list[str], folder: RunDirectory, results: str, unseen: str, *, quick: bool
 ) -> list[str]:
     """The command itself, then the verbs that do its stages one by one."""
     names = ",".join(scene.name for scene in scenes.CLASSES)

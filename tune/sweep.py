@@ -36,7 +36,7 @@ from vilseg import storage
 from vilseg.config import RunConfig
 from vilseg.errors import ConfigError, StorageError, UserError
 from vilseg.evaluation.datasets import open_dataset
-from vilseg.training.run_dir import new_name
+from vilseg.training.run_dir import new_run_name
 from vilseg.training.run_setup import preflight
 
 _TUNE_ENVIRONMENT = {
@@ -111,7 +111,7 @@ def main(
     Raises:
         UserError: what is wrong with the configuration, the space, the pairs or the storage.
     """
-    config = config if config.name else config.model_copy(update={"name": new_name()})
+    config = config if config.name else config.model_copy(update={"name": new_run_name()})
     config, space = _absolute(config), _absolute_dataset(space)
     check(config, space, resume=resume)
     folder = _folder(config)

@@ -42,7 +42,7 @@ from vilseg.segmentation.segmenter import Segmenter
 from vilseg.training import run_setup
 from vilseg.training.checkpoints import CheckpointWriter, read_checkpoint, read_state
 from vilseg.training.metrics_log import MetricsFile
-from vilseg.training.run_dir import Prepared, RunFolder
+from vilseg.training.run_dir import PreparedRun, RunDirectory
 
 Report = Callable[..., None]
 """Takes figures, and what else there is to pass on."""
@@ -161,10 +161,10 @@ def ray_train_trainable(trial: Trial) -> type[RayTrainTrainable]:
 
 
 def _train_in_process(config: RunConfig, trial: Trial, tell: Report) -> None:
-    folder = RunFolder(storage.join(config.trainer.storage, str(config.name)))
+    folder = RunDirectory(storage.join(config.trainer.storage, str(config.name)))
     handed_over = tune.get_checkpoint()
     if handed_over:  # of another trial: its weights, with this one's values
-        prepared = Prepared.from_json(storage.read_text(folder.prepared))
+        prepared = PreparedRun.from_json(storage.read_text(folder.prepared))
         storage.write_text(folder.config, config.to_yaml())
     elif storage.exists(folder.config):
         prepared = run_setup.resume(config, folder)
@@ -193,12 +193,12 @@ def _train_in_process(config: RunConfig, trial: Trial, tell: Report) -> None:
         with tempfile.TemporaryDirectory() as local:
             (Path(local) / _STATE_POINTER).write_text(json.dumps({"uri": folder.state(trainer.step)}))
             if trainer.step == config.trainer.steps:
-                run_setup.save_model(trainer.objective.model, config, folder, last)
+                run_setup.save_trained_model(trainer.objective.model, config, folder, last)
             checkpoint = tune.Checkpoint.from_directory(local) if trial.space.scheduler == "pbt" else None
             tell(last, trainer.objective.model, checkpoint=checkpoint)
 
     with (
-        run_setup.nonfinite_kept(folder),
+        run_setup.record_nonfinite(folder),
         CheckpointWriter(folder, config.trainer.keep_checkpoints, config.trainer.best_by) as writer,
     ):
         trainer.train(_batches(config, prepared, trainer.step), on_report=on_report, on_checkpoint=on_checkpoint)
@@ -206,7 +206,7 @@ def _train_in_process(config: RunConfig, trial: Trial, tell: Report) -> None:
         tell({"step": trainer.step}, trainer.objective.model)
 
 
-def _batches(config: RunConfig, prepared: Prepared, done: int) -> Iterator[WorkerBatch]:
+def _batches(config: RunConfig, prepared: PreparedRun, done: int) -> Iterator[WorkerBatch]:
     count = BadPairCounter(config.data.max_bad_share)
 
     def report(read: int, bad: list[BadPair]) -> None:
@@ -220,7 +220,7 @@ def _batches(config: RunConfig, prepared: Prepared, done: int) -> Iterator[Worke
 def _train_on_ray_workers(
     config: RunConfig, layout: TrialResources, tell: Report, should_stop: Callable[[], bool]
 ) -> None:
-    folder = RunFolder(storage.join(config.trainer.storage, str(config.name)))
+    folder = RunDirectory(storage.join(config.trainer.storage, str(config.name)))
     due: list[dict[str, float]] = []
 
     def progress(snapshot: ProgressUpdate) -> None:
@@ -232,13 +232,13 @@ def _train_on_ray_workers(
                 return
             metrics = due.pop(0)
             if int(metrics["step"]) in kept:
-                tell(metrics, run_setup.model_at(folder, int(metrics["step"])))
+                tell(metrics, run_setup.load_model_at_step(folder, int(metrics["step"])))
 
     session = Session(int(layout.cpus), int(layout.gpus))
     resume = storage.exists(folder.config)
     done = train_job.main(config, session, resume=resume, progress=progress, should_stop=should_stop)
     if not done.stopped:
-        tell(done.metrics or {"step": config.trainer.steps}, run_setup.model_at(folder, config.trainer.steps))
+        tell(done.metrics or {"step": config.trainer.steps}, run_setup.load_model_at_step(folder, config.trainer.steps))
 
 
 def _figures(config: RunConfig, space: SearchSpace, model: ViLSeg) -> dict[str, float]:

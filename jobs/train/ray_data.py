@@ -22,7 +22,7 @@ from vilseg.data.shards import MANIFEST, BadPair, count_pairs
 from vilseg.data.text_selection import TextSelector
 from vilseg.errors import DataError
 from vilseg.storage.retry import patiently
-from vilseg.training.run_dir import Prepared, RunFolder
+from vilseg.training.run_dir import PreparedRun, RunDirectory
 
 _ROW_PAIRS, _ROW_BYTES = 512, 64 << 20
 """Batches of successive steps share a row up to so many pairs and bytes of images."""
@@ -65,8 +65,8 @@ def _pack_rows(batches: Iterator[WorkerBatch], workers: int) -> Iterator[dict[st
 
 def batches_from_last_checkpoint(
     config: RunConfig,
-    folder: RunFolder,
-    prepared: Prepared,
+    folder: RunDirectory,
+    prepared: PreparedRun,
     monitor: Any,
 ) -> ray.data.Dataset:
     """The batches that a run still needs; called whenever its workers (re)start."""
@@ -74,14 +74,14 @@ def batches_from_last_checkpoint(
     return batches_of_steps(config, prepared, monitor, done, max(config.trainer.steps, done + 1))
 
 
-def batches_of_steps(config: RunConfig, prepared: Prepared, monitor: Any, first: int, last: int) -> ray.data.Dataset:
+def batches_of_steps(config: RunConfig, prepared: PreparedRun, monitor: Any, first: int, last: int) -> ray.data.Dataset:
     """The batches of steps ``first`` up to, not including, ``last``."""
     return stream_batches(
         make_sampler(config, prepared), make_batch_reader(config, prepared, make_pair_reporter(monitor)), first, last
     )
 
 
-def make_sampler(config: RunConfig, prepared: Prepared) -> PairSampler:
+def make_sampler(config: RunConfig, prepared: PreparedRun) -> PairSampler:
     """The order of a run's pairs."""
     return PairSampler(
         prepared.shards,
@@ -93,7 +93,7 @@ def make_sampler(config: RunConfig, prepared: Prepared) -> PairSampler:
 
 
 def make_batch_reader(
-    config: RunConfig, prepared: Prepared, report: Callable[[int, list[BadPair]], None] | None
+    config: RunConfig, prepared: PreparedRun, report: Callable[[int, list[BadPair]], None] | None
 ) -> BatchReader:
     """What reads a run's pairs; see :class:`BatchReader` for ``report``."""
     return BatchReader(
@@ -111,7 +111,11 @@ def make_batch_reader(
 
 
 def read_batches_locally(
-    config: RunConfig, prepared: Prepared, first: int = 0, *, report: Callable[[int, list[BadPair]], None] | None = None
+    config: RunConfig,
+    prepared: PreparedRun,
+    first: int = 0,
+    *,
+    report: Callable[[int, list[BadPair]], None] | None = None,
 ) -> Iterator[WorkerBatch]:
     """The batches of one worker from step ``first`` on, read in this process without Ray."""
     reader = make_batch_reader(config, prepared, report)
@@ -119,7 +123,7 @@ def read_batches_locally(
         yield from reader.read(task)
 
 
-def _decoder(config: RunConfig, prepared: Prepared) -> Callable[[bytes, int], np.ndarray]:
+def _decoder(config: RunConfig, prepared: PreparedRun) -> Callable[[bytes, int], np.ndarray]:
     if not config.data.feature_cache:
         data = config.data
         return partial(decode_to_canvas, canvas=data.canvas, max_pixels=data.max_pixels, filters=data.filters)

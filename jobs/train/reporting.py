@@ -18,10 +18,10 @@ from vilseg.evaluation.proxy_metrics import HeldOut, measure
 from vilseg.segmentation.visualization import palette
 from vilseg.storage.retry import patiently
 from vilseg.training import run_setup
-from vilseg.training.checkpoints import CheckpointWriter, require_figure
+from vilseg.training.checkpoints import CheckpointWriter, require_metric
 from vilseg.training.loop import Trainer
 from vilseg.training.metrics_log import MetricsFile, read_metrics
-from vilseg.training.run_dir import RunFolder
+from vilseg.training.run_dir import RunDirectory
 
 _HELD_OUT_PAIRS = 500
 _EXAMPLES = 6
@@ -40,7 +40,7 @@ class TrainingReporter:
     """
 
     def __init__(
-        self, config: RunConfig, folder: RunFolder, trainer: Trainer, monitor: Any, order: PairSampler
+        self, config: RunConfig, folder: RunDirectory, trainer: Trainer, monitor: Any, order: PairSampler
     ) -> None:
         self._config, self._folder, self._trainer, self._monitor, self._order = config, folder, trainer, monitor, order
         self._metrics = MetricsFile(folder, config, trainer.step)
@@ -85,7 +85,7 @@ class TrainingReporter:
             found = measure(self._trainer.objective.model, self._held_out)
             metrics |= {f"held_out/{name}": value for name, value in found.items()}
         if self._is_checkpoint_step(step):
-            require_figure(self._config.trainer.best_by, metrics)
+            require_metric(self._config.trainer.best_by, metrics)
         answer = ray.get(self._monitor.report.remote(metrics))
         metrics |= answer.counts
         self._metrics.add(metrics)
@@ -101,7 +101,7 @@ class TrainingReporter:
     def save_model(self) -> None:
         """Write the trained model."""
         weights = self._trainer.model_weights()
-        run_setup.save_model(self._trainer.objective.model, self._config, self._folder, self._last, weights)
+        run_setup.save_trained_model(self._trainer.objective.model, self._config, self._folder, self._last, weights)
 
     def _is_checkpoint_step(self, step: int) -> bool:
         return step % self._config.trainer.checkpoint_every == 0 or step == self._config.trainer.steps

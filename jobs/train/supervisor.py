@@ -19,7 +19,7 @@ from jobs.train.monitor import ProgressUpdate
 from vilseg import storage
 from vilseg.errors import StoreUnavailable
 from vilseg.storage.retry import patiently
-from vilseg.training.run_dir import RunFolder
+from vilseg.training.run_dir import RunDirectory
 
 _log = logging.getLogger("vilseg.jobs.train")
 _POLL_SECONDS = 0.3
@@ -32,7 +32,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class TrainingResult:
     """How a training ended."""
 
-    folder: RunFolder
+    folder: RunDirectory
     metrics: dict[str, float]
     """The last report."""
     stopped: bool
@@ -53,7 +53,7 @@ class TrainingSupervisor:
     def __init__(
         self,
         monitor: Any,
-        folder: RunFolder,
+        folder: RunDirectory,
         steps: int,
         progress: Callable[[ProgressUpdate], None],
         should_stop: Callable[[], bool],
@@ -161,7 +161,7 @@ def sigterm_as_ctrl_c() -> Iterator[None]:
 class QuarantineFile:
     """``quarantine.jsonl`` of a run: the pairs that could not be read, by key, with the reason; each once."""
 
-    def __init__(self, folder: RunFolder) -> None:
+    def __init__(self, folder: RunDirectory) -> None:
         self._uri = folder.quarantine
         self._lines: dict[str, str] = {}
         if storage.exists(self._uri):

@@ -34,9 +34,9 @@ from vilseg import distributed, storage
 from vilseg.config import RunConfig
 from vilseg.training import run_setup
 from vilseg.training.checkpoints import read_checkpoint
-from vilseg.training.fsdp import shard
+from vilseg.training.fsdp import apply_fsdp
 from vilseg.training.loop import NonFiniteLossError, Trainer
-from vilseg.training.run_dir import Prepared, RunFolder, new_name
+from vilseg.training.run_dir import PreparedRun, RunDirectory, new_run_name
 
 _log = logging.getLogger("vilseg.jobs.train")
 
@@ -65,8 +65,8 @@ def main(
     """
     check_workers(config.trainer.min_workers, session.cpus)
     config.trainer.check_even_split()
-    config = config if config.name else config.model_copy(update={"name": new_name()})
-    folder = run_setup.open_folder(config, resume=resume)
+    config = config if config.name else config.model_copy(update={"name": new_run_name()})
+    folder = run_setup.open_run_directory(config, resume=resume)
     if resume:
         prepared = run_setup.resume(config, folder)
     else:
@@ -93,7 +93,7 @@ def main(
 
 
 def _train_elastic(
-    config: RunConfig, watch: TrainingSupervisor, folder: RunFolder, prepared: Prepared, monitor: Any
+    config: RunConfig, watch: TrainingSupervisor, folder: RunDirectory, prepared: PreparedRun, monitor: Any
 ) -> TrainingResult:
     """One trainer after the other, each with as many workers as there is room for."""
     failures = 0
@@ -116,7 +116,7 @@ def _train_elastic(
 
 
 def _ray_trainer(
-    config: RunConfig, workers: int, session: Session, folder: RunFolder, prepared: Prepared, monitor: Any
+    config: RunConfig, workers: int, session: Session, folder: RunDirectory, prepared: PreparedRun, monitor: Any
 ) -> TorchTrainer:
     resources = session.worker_resources(workers)
     elastic = not isinstance(config.trainer.workers, int)
@@ -150,7 +150,7 @@ def log_cache_progress(done: int, total: int) -> None:
     _log.info(f"features of {done} of {total} shards cached")
 
 
-def train_worker(config: RunConfig, folder: RunFolder, prepared: Prepared, monitor: Any) -> None:
+def train_worker(config: RunConfig, folder: RunDirectory, prepared: PreparedRun, monitor: Any) -> None:
     """What every Ray Train worker runs."""
     if ray.get(monitor.failed.remote()):
         return
@@ -163,7 +163,7 @@ def train_worker(config: RunConfig, folder: RunFolder, prepared: Prepared, monit
         raise
 
 
-def _train(config: RunConfig, folder: RunFolder, prepared: Prepared, monitor: Any) -> None:
+def _train(config: RunConfig, folder: RunDirectory, prepared: PreparedRun, monitor: Any) -> None:
     trainer = make_trainer(config, folder, prepared)
     done = folder.last_step  # the stream of pairs begins after the same one: see batches_from_last_checkpoint
     if done:
@@ -188,7 +188,7 @@ def _train(config: RunConfig, folder: RunFolder, prepared: Prepared, monitor: An
                 trainer.model_weights()
         return
     order = make_sampler(config, prepared)
-    with run_setup.nonfinite_kept(folder), TrainingReporter(config, folder, trainer, monitor, order) as log:
+    with run_setup.record_nonfinite(folder), TrainingReporter(config, folder, trainer, monitor, order) as log:
         trainer.train(
             log.keep_examples(batches),
             on_report=lambda metrics: agree(log.report(metrics)),
@@ -199,11 +199,11 @@ def _train(config: RunConfig, folder: RunFolder, prepared: Prepared, monitor: An
             log.save_model()
 
 
-def make_trainer(config: RunConfig, folder: RunFolder, prepared: Prepared) -> Trainer:
+def make_trainer(config: RunConfig, folder: RunDirectory, prepared: PreparedRun) -> Trainer:
     """A Ray Train worker's trainer of the run's initial model, data-parallel over all workers, its weights whole or sharded."""
     device = ray.train.torch.get_device()
     _limit_threads(device)
-    wrap = shard if config.trainer.sharding == "fsdp" else _data_parallel
+    wrap = apply_fsdp if config.trainer.sharding == "fsdp" else _data_parallel
     return run_setup.make_trainer(config, folder, prepared, device, wrap=wrap)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from vilseg.data.shards import write_tar
 from vilseg.data.synthetic import scenes
-from vilseg.training.run_dir import RunFolder
+from vilseg.training.run_dir import RunDirectory
 
 ROOT = Path(__file__).parents[2]
 STEPS = 100_000  # more than anybody waits for
@@ -41,7 +41,7 @@ def test_interrupted_training_resumes(tmp_path: Path, vilseg: Callable[..., subp
         start_new_session=True,  # a group of its own, as a terminal makes, and Ctrl-C reaches every process in it
     )
     assert process.stderr is not None
-    folder = RunFolder(str(tmp_path / "runs" / "it"))
+    folder = RunDirectory(str(tmp_path / "runs" / "it"))
     try:
         for line in process.stderr:
             if line.startswith("step "):

@@ -18,7 +18,7 @@ from vilseg import storage
 from vilseg.data.shards import write_tar
 from vilseg.data.synthetic import scenes
 from vilseg.training.metrics_log import read_metrics
-from vilseg.training.run_dir import RunFolder
+from vilseg.training.run_dir import RunDirectory
 
 ROOT = Path(__file__).parents[2]
 SIZE = 32
@@ -66,7 +66,7 @@ class Running:
     """`vilseg train` in a process of its own."""
 
     process: subprocess.Popen[str]
-    folder: RunFolder
+    folder: RunDirectory
 
     def wait_for_checkpoint(self, step: int) -> None:
         deadline = time.monotonic() + PROMPTLY_S
@@ -115,7 +115,7 @@ def begin(place: Path, name: str, *options: str, seconds_a_step: float = 0.3) ->
         text=True,
     )
     where = next((o.partition("=")[2] for o in options if o.startswith("trainer.storage")), STORAGE)
-    return Running(process, RunFolder(f"{where}/{name}"))
+    return Running(process, RunDirectory(f"{where}/{name}"))
 
 
 @pytest.fixture
@@ -140,14 +140,14 @@ def unbroken(store: ObjectStore, pairs: str, tmp_path_factory: pytest.TempPathFa
     return losses(running.folder)
 
 
-def losses(folder: RunFolder) -> list[float]:
+def losses(folder: RunDirectory) -> list[float]:
     """By step; every step once."""
     lines = read_metrics(folder)
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     return [line["loss"] for line in lines]
 
 
-def check(folder: RunFolder, expected: list[float]) -> None:
+def check(folder: RunDirectory, expected: list[float]) -> None:
     """The run is whole, and as if nothing had happened."""
     assert losses(folder) == pytest.approx(expected, abs=1e-3)
     assert folder.last_step == STEPS

@@ -42,7 +42,7 @@ from vilseg.data.shards import write_index, write_tar
 from vilseg.data.synthetic import scenes
 from vilseg.training import run_setup
 from vilseg.training.metrics_log import read_metrics
-from vilseg.training.run_dir import Prepared, RunFolder
+from vilseg.training.run_dir import PreparedRun, RunDirectory
 
 pytestmark = pytest.mark.slow
 
@@ -292,10 +292,10 @@ def write_pairs(folder: Path, size: int) -> str:
     return f"{folder}/pairs"
 
 
-def unbroken(folder: RunFolder) -> list[dict[str, float]]:
+def unbroken(folder: RunDirectory) -> list[dict[str, float]]:
     """The reports of the same run, made by one process without an interruption."""
     config = RunConfig.load(folder.config)
-    prepared = Prepared.from_json(storage.read_text(folder.prepared))
+    prepared = PreparedRun.from_json(storage.read_text(folder.prepared))
     trainer = run_setup.make_trainer(config, folder, prepared, torch.device("cpu"))
     reader = BatchReader(
         batch_size=config.trainer.batch_size,
@@ -332,7 +332,7 @@ def test_elastic_training_follows_the_nodes(
 ) -> None:
     long = ["trainer.steps=20000", "trainer.checkpoint_every=20", "trainer.log_every=5"]
     verb = start(*training(tmp_path, "trainer.workers=[1, 2]", *long))
-    folder = RunFolder(str(tmp_path / "run"))
+    folder = RunDirectory(str(tmp_path / "run"))
 
     def saw(*words: str) -> bool:
         verb.goes_on()
@@ -371,7 +371,7 @@ def test_training_goes_on_from_its_last_checkpoint(cluster: LocalCluster, start:
         f"trainer.checkpoint_every={EVERY}",
     ]
     verb = start(*training(tmp_path, *settings))
-    folder = RunFolder(str(tmp_path / "run"))
+    folder = RunDirectory(str(tmp_path / "run"))
 
     def has_checkpoint() -> bool:
         verb.goes_on()

@@ -18,7 +18,7 @@ from vilseg.config import OptimizerConfig, TrainerConfig, ViewsConfig
 from vilseg.config.loss import LossConfig
 from vilseg.distributed import world_size
 from vilseg.model import ViLSeg
-from vilseg.training.fsdp import clip_gradient, part_of, shard
+from vilseg.training.fsdp import apply_fsdp, clip_gradient_norm, local_shard
 from vilseg.training.loop import Trainer
 from vilseg.training.objective import Objective
 
@@ -57,7 +57,7 @@ def make_trainer(folder: str, steps: int, sharding: str, clip: float = 0.0) -> T
         OptimizerConfig(learning_rate=1e-3, warmup_steps=2, gradient_clip=clip),
         TrainerConfig(workers=world_size(), batch_size=BATCH, steps=steps, log_every=1),
         torch.device("cpu"),
-        wrap=shard if sharding == "fsdp" else data_parallel,
+        wrap=apply_fsdp if sharding == "fsdp" else data_parallel,
     )
 
 
@@ -167,9 +167,9 @@ def held_by_a_worker(folder: str) -> dict[str, int]:
     layers = [m for m in trainer.objective.modules() if type(m).__name__.endswith(("ViTLayer", "BertLayer"))]
     return {
         "all": sum(parameter.numel() for parameter in parameters),
-        "here": sum(part_of(parameter).numel() for parameter in trainer.objective.parameters()),
+        "here": sum(local_shard(parameter).numel() for parameter in trainer.objective.parameters()),
         "optimised": sum(p.numel() for p in trainer.objective.parameters() if p.requires_grad),
-        "moments": sum(part_of(value).numel() for value in optimizer),
+        "moments": sum(local_shard(value).numel() for value in optimizer),
         "layers": len(layers),
         "layers alone": sum(type(layer).__name__.startswith("FSDP") for layer in layers),
         "teacher cut": sum(isinstance(p, DTensor) for p in trainer.objective.teacher.parameters()),  # type: ignore[union-attr]
@@ -221,7 +221,7 @@ class Small(nn.Module):
 def clipped_and_stepped(fused: bool) -> dict[str, np.ndarray]:
     """Gradients after clipping and weights after two steps, of the mean over workers."""
     torch.manual_seed(0)
-    module = shard(Small())
+    module = apply_fsdp(Small())
     optimizer = torch.optim.AdamW(module.parameters(), lr=0.1, fused=fused)
     data = torch.randn(2, 4, 5, 4)
     results: dict[str, np.ndarray] = {}
@@ -231,7 +231,7 @@ def clipped_and_stepped(fused: bool) -> dict[str, np.ndarray]:
             (sum(module(part) for part in data[step].chunk(2)) / 2).backward()
         else:
             module(data[step].chunk(2)[torch.distributed.get_rank()]).backward()
-        clip_gradient(module.parameters(), 0.5)
+        clip_gradient_norm(module.parameters(), 0.5)
         for name, parameter in module.named_parameters():
             assert parameter.grad is not None
             gradient = parameter.grad
@@ -253,5 +253,5 @@ def test_clipping_and_optimiser_take_cut_and_whole_weights_together(on_two_worke
 
 def test_one_worker_alone_keeps_what_it_has() -> None:
     module = Small()
-    assert shard(module) is module
+    assert apply_fsdp(module) is module
     assert not any(isinstance(parameter, DTensor) for parameter in module.parameters())

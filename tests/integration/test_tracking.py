@@ -6,14 +6,14 @@ import pytest
 
 from vilseg.config import RunConfig
 from vilseg.training.metrics_log import MetricsFile
-from vilseg.training.run_dir import RunFolder
+from vilseg.training.run_dir import RunDirectory
 
 
 def test_mlflow_is_told_and_goes_on_with_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mlflow = pytest.importorskip("mlflow", reason="MLflow is not installed: pip install 'vilseg[tracking]'")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     (tmp_path / "run").mkdir()
-    folder = RunFolder(str(tmp_path / "run"))
+    folder = RunDirectory(str(tmp_path / "run"))
     config = RunConfig.load(None, ["name=shop", "trainer.tracking=mlflow", "trainer.mlflow_experiment=tests"])
     for start, steps in ((0, (1, 2)), (2, (3,))):
         file = MetricsFile(folder, config, start)

@@ -19,7 +19,7 @@ from vilseg.errors import DataError, StorageError
 from vilseg.model import ViLSeg
 from vilseg.training import run_setup
 from vilseg.training.metrics_log import read_metrics
-from vilseg.training.run_dir import RunFolder
+from vilseg.training.run_dir import RunDirectory
 
 ROOT = "s3://vilseg/test-train"
 SIZE = 32
@@ -84,7 +84,7 @@ def test_resumed_run_goes_on_as_if_it_had_not_stopped(
     ray_cluster: Session, pairs: str, whole: train_job.TrainingResult
 ) -> None:
     settings = eight_steps(pairs, "broken")
-    folder = RunFolder(f"{ROOT}/runs/broken")
+    folder = RunDirectory(f"{ROOT}/runs/broken")
     # As if all had died while step 8 was written, before Ray took note of step 4.
     for entry in storage.list_files(whole.folder.uri):
         if not entry.relative.startswith("model/") and not entry.relative.endswith("snapshot.json"):
@@ -122,7 +122,7 @@ def test_run_folder_holds_what_the_documentation_names(pairs: str, whole: train_
     assert {"config.json", "model.safetensors", "README.md", "tokenizer.json"} <= names
     assert any("events" in entry.relative for entry in storage.list_files(storage.join(folder.uri, "tensorboard")))
     trained = ViLSeg.from_pretrained(folder.model)
-    kept = run_setup.model_at(folder, 8)
+    kept = run_setup.load_model_at_step(folder, 8)
     pictures = torch.rand(2, 3, SIZE, SIZE)
     assert torch.equal(trained.encode_image(pictures).patches, kept.encode_image(pictures).patches)
 

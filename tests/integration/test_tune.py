@@ -17,7 +17,7 @@ from vilseg.errors import ConfigError, StorageError, UserError
 from vilseg.evaluation.proxy_metrics import MEASURES
 from vilseg.model import ViLSeg
 from vilseg.training.metrics_log import read_metrics
-from vilseg.training.run_dir import RunFolder
+from vilseg.training.run_dir import RunDirectory
 
 ROOT = "s3://vilseg/test-tune"
 SIZE = 32
@@ -81,7 +81,7 @@ def test_the_best_of_some_trials_trains_on_and_a_failed_one_is_told_of(ray_clust
             assert all(measure in record.curve[-1] for measure in ("miou", *MEASURES))
             model = ViLSeg.from_pretrained(f"{done.folder}/trials/{record.number:04d}/model")
             assert model.config.clusters == record.point["model.clusters"]
-            assert RunFolder(f"{done.folder}/trials/{record.number:04d}").checkpoint_steps() == [8, 12]
+            assert RunDirectory(f"{done.folder}/trials/{record.number:04d}").checkpoint_steps() == [8, 12]
     best = RunConfig.load(done.best_config)
     assert best.model.clusters == done.best.point["model.clusters"]
     assert best.name is None
@@ -100,7 +100,7 @@ def test_a_sweep_goes_on_from_its_records(ray_cluster: Session) -> None:
     first = sweep.main(made, varied.with_values(trials=1), ray_cluster)
     [ended] = first.records
     # As a driver that was killed leaves a trial: begun, one evaluation made, its checkpoint there.
-    folder = RunFolder(f"{first.folder}/trials/{ended.number:04d}")
+    folder = RunDirectory(f"{first.folder}/trials/{ended.number:04d}")
     points = varied.points()
     storage.write_text(f"{first.folder}/records/0001.json", json.dumps(vars(TrialRecord(1, points[1]))))
     resumed = sweep.main(made, varied.with_values(trials=3), ray_cluster, resume=True)
@@ -129,7 +129,7 @@ def test_trials_on_workers_do_as_those_alone_and_make_room_for_the_next(ray_clus
     assert together.records[0].status == "done"
     assert together.records[1].status == ("done" if together.records[1].step == 12 else "stopped")
     alone = sweep.main(config("alone", *settings), varied.with_values(trials=1), ray_cluster)
-    runs = [read_metrics(RunFolder(f"{done.folder}/trials/0000")) for done in (together, alone)]
+    runs = [read_metrics(RunDirectory(f"{done.folder}/trials/0000")) for done in (together, alone)]
     for ours, theirs in zip(*runs, strict=True):
         losses = {name: value for name, value in theirs.items() if name.startswith("loss")}
         assert {name: ours[name] for name in losses} == pytest.approx(losses, rel=1e-3, abs=1e-4)

@@ -27,7 +27,7 @@ from vilseg.data.image_decoding import crop_to_square, decode_image
 from vilseg.data.shards import Pair, list_shards, read_shard
 from vilseg.data.views import align, make_views
 from vilseg.errors import DataError
-from vilseg.losses import mutual_information_loss
+from vilseg.losses import iic_loss
 from vilseg.model import ImageEmbeddings, ViLSeg
 from vilseg.text.noun_phrases import NounPhrases
 
@@ -122,7 +122,7 @@ def measure(model: ViLSeg, pairs: HeldOut) -> dict[str, float]:
         if scores:
             figures["nouns"] = mean_average_precision(torch.cat(scores).cpu().numpy(), pairs.holds_BP)
         first, second, valid = (torch.cat(parts) for parts in zip(*maps, strict=True))
-        figures["mutual_information"] = -float(mutual_information_loss(first, second, valid, radius=0))
+        figures["mutual_information"] = -float(iic_loss(first, second, valid, radius=0))
         figures["agreement"] = agreement(first.max(1).indices, second.max(1).indices, valid)
         return {name: value for name, value in figures.items() if np.isfinite(value)}
     finally:

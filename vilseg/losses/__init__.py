@@ -5,31 +5,31 @@ parts as well, what each image gives and the loss of that, so that a large batch
 """
 
 from vilseg.losses.contrastive_loss import (
-    contrast,
-    contrast_of_scores,
+    contrastive_loss,
+    contrastive_loss_from_scores,
     patch_contrast,
-    patch_scores,
-    sigmoid_contrast,
-    sigmoid_contrast_of_scores,
+    sigmoid_loss,
+    sigmoid_loss_from_scores,
+    softmax_pooled_scores,
 )
-from vilseg.losses.dino_loss import VisionContrast, vision_info_nce
-from vilseg.losses.iic_loss import cluster_figures, information_loss, joint_sums, mutual_information_loss
-from vilseg.losses.multi_label_loss import noun_contrast, noun_contrast_of_scores, noun_scores
+from vilseg.losses.dino_loss import DINOLoss, crop_info_nce_loss
+from vilseg.losses.iic_loss import cluster_metrics, iic_loss, iic_loss_from_joints, unnormalized_joints
+from vilseg.losses.multi_label_loss import multi_label_loss, noun_contrast, top_k_pooled_scores
 
 __all__ = [
-    "VisionContrast",
-    "cluster_figures",
-    "contrast",
-    "contrast_of_scores",
-    "information_loss",
-    "joint_sums",
-    "mutual_information_loss",
+    "DINOLoss",
+    "cluster_metrics",
+    "contrastive_loss",
+    "contrastive_loss_from_scores",
+    "crop_info_nce_loss",
+    "iic_loss",
+    "iic_loss_from_joints",
+    "multi_label_loss",
     "noun_contrast",
-    "noun_contrast_of_scores",
-    "noun_scores",
     "patch_contrast",
-    "patch_scores",
-    "sigmoid_contrast",
-    "sigmoid_contrast_of_scores",
-    "vision_info_nce",
+    "sigmoid_loss",
+    "sigmoid_loss_from_scores",
+    "softmax_pooled_scores",
+    "top_k_pooled_scores",
+    "unnormalized_joints",
 ]

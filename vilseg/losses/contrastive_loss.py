@@ -22,7 +22,7 @@ from torch import Tensor
 from vilseg.distributed import gather_rows, rank
 
 
-def contrast(images_BD: Tensor, texts_BD: Tensor, scale: Tensor) -> Tensor:
+def contrastive_loss(images_BD: Tensor, texts_BD: Tensor, scale: Tensor) -> Tensor:
     """Symmetric InfoNCE of matching rows, negatives from all workers.
 
     Args:
@@ -43,8 +43,8 @@ def contrast(images_BD: Tensor, texts_BD: Tensor, scale: Tensor) -> Tensor:
     return (F.cross_entropy(by_image, target) + F.cross_entropy(by_text, target)) / 2
 
 
-def sigmoid_contrast(images_BD: Tensor, texts_BD: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    """SigLIP's loss of matching rows, negatives from all workers; arguments and result as for :func:`contrast`.
+def sigmoid_loss(images_BD: Tensor, texts_BD: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    """SigLIP's loss of matching rows, negatives from all workers; arguments and result as for :func:`contrastive_loss`.
 
     Args:
         images_BD: unit-length embeddings of this worker's images. Shape: (B, D).
@@ -53,10 +53,10 @@ def sigmoid_contrast(images_BD: Tensor, texts_BD: Tensor, scale: Tensor, bias: T
         bias: added to every logit, scalar; -10 at the start makes up for the many negatives.
     """
     images, texts = _matching(images_BD, texts_BD)
-    return sigmoid_contrast_of_scores(images @ gather_rows(texts).T, scale, bias)
+    return sigmoid_loss_from_scores(images @ gather_rows(texts).T, scale, bias)
 
 
-def patch_scores(patches_BND: Tensor, texts_QD: Tensor, pooling_temperature: float) -> Tensor:
+def softmax_pooled_scores(patches_BND: Tensor, texts_QD: Tensor, pooling_temperature: float) -> Tensor:
     """Similarity of images and texts, an image's patches pooled for each text by a soft-max over their similarity with it.
 
     With p_in the patches of image i and w = softmax_n(<p_in, t_j> / pooling_temperature) it is sum_n w_n <p_in, t_j>.
@@ -74,7 +74,7 @@ def patch_scores(patches_BND: Tensor, texts_QD: Tensor, pooling_temperature: flo
     return (weights_BNQ * similarity_BNQ).sum(1)
 
 
-def contrast_of_scores(scores_BQ: Tensor, scale: Tensor) -> Tensor:
+def contrastive_loss_from_scores(scores_BQ: Tensor, scale: Tensor) -> Tensor:
     """Symmetric InfoNCE of this worker's rows of the similarities of images with the captions of all workers.
 
     Returns:
@@ -86,7 +86,7 @@ def contrast_of_scores(scores_BQ: Tensor, scale: Tensor) -> Tensor:
     return (F.cross_entropy(logits_QQ, target) + F.cross_entropy(logits_QQ.T, target)) / 2
 
 
-def sigmoid_contrast_of_scores(scores_BQ: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+def sigmoid_loss_from_scores(scores_BQ: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     """SigLIP's loss of this worker's rows of the similarities of images with the captions of all workers.
 
     Returns:
@@ -99,7 +99,7 @@ def sigmoid_contrast_of_scores(scores_BQ: Tensor, scale: Tensor, bias: Tensor) -
 
 
 def patch_contrast(patches_BND: Tensor, texts_BD: Tensor, scale: Tensor, pooling_temperature: float) -> Tensor:
-    """InfoNCE on :func:`patch_scores` of this worker's images with the captions of all.
+    """InfoNCE on :func:`softmax_pooled_scores` of this worker's images with the captions of all.
 
     Args:
         patches_BND: unit-length patch embeddings. Shape: (B, N, D).
@@ -115,7 +115,9 @@ def patch_contrast(patches_BND: Tensor, texts_BD: Tensor, scale: Tensor, pooling
     """
     if patches_BND.ndim != 3 or patches_BND.shape[0] != texts_BD.shape[0]:
         raise ValueError(f"expected (B, N, D) and (B, D), got {tuple(patches_BND.shape)} and {tuple(texts_BD.shape)}")
-    return contrast_of_scores(patch_scores(patches_BND, gather_rows(texts_BD), pooling_temperature), scale)
+    return contrastive_loss_from_scores(
+        softmax_pooled_scores(patches_BND, gather_rows(texts_BD), pooling_temperature), scale
+    )
 
 
 def _matching(images_BD: Tensor, texts_BD: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ With teacher outputs g_t, student outputs g_s and the centre c, for every pair o
 The centre follows the mean teacher output, c <- m c + (1 - m) mean_B g_t (equation 4), and keeps one output from winning.
 ViL-Seg contrasts global against local crops in the same way (section 3.3).
 
-The other form, :func:`vision_info_nce`, asks for the picture instead of a prototype: with unit-length outputs, for every pair
+The other form, :func:`crop_info_nce_loss`, asks for the picture instead of a prototype: with unit-length outputs, for every pair
 of views as above and pictures i, j of all workers,
 
     L = mean_{v, v'} -1/B sum_i log softmax_j(<g_s(v'_i), g_t(v_j)> / tau_s)_i
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from vilseg.distributed import gather_rows, mean_over_workers, rank
 
 
-def vision_info_nce(student_VBD: Tensor, teacher_GBD: Tensor, temperature: float) -> Tensor:
+def crop_info_nce_loss(student_VBD: Tensor, teacher_GBD: Tensor, temperature: float) -> Tensor:
     """InfoNCE of the student's views with the teacher's global views of the same pictures, negatives from all workers.
 
     Args:
@@ -52,7 +52,7 @@ def vision_info_nce(student_VBD: Tensor, teacher_GBD: Tensor, temperature: float
     return torch.stack(terms).mean()
 
 
-class VisionContrast(nn.Module):
+class DINOLoss(nn.Module):
     """The loss with its centre, which is state of the run.
 
     Args:

@@ -26,7 +26,7 @@ _EPS = 1e-12
 """Keeps log finite for pairs of clusters that never meet; far below the smallest joint probability that matters."""
 
 
-def mutual_information_loss(
+def iic_loss(
     first_BKhw: Tensor,
     second_BKhw: Tensor,
     valid_Bhw: Tensor | None = None,
@@ -50,13 +50,15 @@ def mutual_information_loss(
     Raises:
         ValueError: shapes differ, or the grid is not larger than ``radius``.
     """
-    return information_loss(joint_sums(first_BKhw, second_BKhw, valid_Bhw, radius=radius), entropy_weight)
+    return iic_loss_from_joints(unnormalized_joints(first_BKhw, second_BKhw, valid_Bhw, radius=radius), entropy_weight)
 
 
-def joint_sums(first_BKhw: Tensor, second_BKhw: Tensor, valid_Bhw: Tensor | None = None, *, radius: int = 1) -> Tensor:
+def unnormalized_joints(
+    first_BKhw: Tensor, second_BKhw: Tensor, valid_Bhw: Tensor | None = None, *, radius: int = 1
+) -> Tensor:
     """n P_t above for every displacement, neither symmetric nor normalised; a sum over images, so that parts of a batch add up.
 
-    Args and errors: as for :func:`mutual_information_loss`.
+    Args and errors: as for :func:`iic_loss`.
 
     Returns:
         Shape: (S, K, K) with S = (2 radius + 1)^2.
@@ -73,8 +75,8 @@ def joint_sums(first_BKhw: Tensor, second_BKhw: Tensor, valid_Bhw: Tensor | None
     return _JointSums.apply(first, second, radius)
 
 
-def information_loss(joints_SKK: Tensor, entropy_weight: float = 1.0) -> Tensor:
-    """The loss of :func:`mutual_information_loss` from this worker's :func:`joint_sums`."""
+def iic_loss_from_joints(joints_SKK: Tensor, entropy_weight: float = 1.0) -> Tensor:
+    """The loss of :func:`iic_loss` from this worker's :func:`unnormalized_joints`."""
     joints_SKK = mean_over_workers(joints_SKK)
     joints_SKK = joints_SKK + joints_SKK.transpose(1, 2)
     total_S = joints_SKK.sum((1, 2))
@@ -89,8 +91,8 @@ def information_loss(joints_SKK: Tensor, entropy_weight: float = 1.0) -> Tensor:
 
 
 @torch.no_grad()
-def cluster_figures(joints_SKK: Tensor) -> dict[str, Tensor]:
-    """How evenly the clusters share the patches of the whole batch, from this worker's :func:`joint_sums`.
+def cluster_metrics(joints_SKK: Tensor) -> dict[str, Tensor]:
+    """How evenly the clusters share the patches of the whole batch, from this worker's :func:`unnormalized_joints`.
 
     Returns:
         ``entropy``, of the clusters' shares over its largest value log K: 1 where all are alike, 0 where one has everything;

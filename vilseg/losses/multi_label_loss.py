@@ -16,7 +16,7 @@ from torch import Tensor
 from vilseg.distributed import gather_rows
 
 
-def noun_scores(patches_BND: Tensor, phrases_PD: Tensor, top_patches: int) -> Tensor:
+def top_k_pooled_scores(patches_BND: Tensor, phrases_PD: Tensor, top_patches: int) -> Tensor:
     """Mean similarity of each image's best patches with each phrase.
 
     Args:
@@ -34,8 +34,8 @@ def noun_scores(patches_BND: Tensor, phrases_PD: Tensor, top_patches: int) -> Te
     return similarity_BNP.topk(min(top_patches, similarity_BNP.shape[1]), dim=1).values.mean(1)
 
 
-def noun_contrast_of_scores(scores_BP: Tensor, positives_BP: Tensor, scale: Tensor) -> Tensor:
-    """Contrast this worker's images with the phrases that occur in the batch, by their :func:`noun_scores`.
+def multi_label_loss(scores_BP: Tensor, positives_BP: Tensor, scale: Tensor) -> Tensor:
+    """Contrast this worker's images with the phrases that occur in the batch, by their :func:`top_k_pooled_scores`.
 
     Args:
         scores_BP: similarities of this worker's images with the phrases of the whole batch. Shape: (B, P).
@@ -60,8 +60,8 @@ def noun_contrast_of_scores(scores_BP: Tensor, positives_BP: Tensor, scale: Tens
 def noun_contrast(
     patches_BND: Tensor, phrases_PD: Tensor, positives_BP: Tensor, scale: Tensor, top_patches: int
 ) -> Tensor:
-    """:func:`noun_contrast_of_scores` of :func:`noun_scores`; ``phrases_PD`` must be the same on every worker."""
-    return noun_contrast_of_scores(noun_scores(patches_BND, phrases_PD, top_patches), positives_BP, scale)
+    """:func:`multi_label_loss` of :func:`top_k_pooled_scores`; ``phrases_PD`` must be the same on every worker."""
+    return multi_label_loss(top_k_pooled_scores(patches_BND, phrases_PD, top_patches), positives_BP, scale)
 
 
 def _multi_positive(logits_RC: Tensor, positives_RC: Tensor) -> Tensor:

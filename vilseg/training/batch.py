@@ -14,7 +14,7 @@ from vilseg.config import ViewsConfig
 from vilseg.data.batch_reader import WorkerBatch
 from vilseg.data.views import make_views, uniform
 from vilseg.model import ImageFeatures, ViLSeg
-from vilseg.training.feature_dropout import parts_in_cache
+from vilseg.training.feature_dropout import cache_sized_slices
 
 _DROPOUT_DRAW = 1_000
 """Random numbers for feature dropout are drawn far from those of the views."""
@@ -62,7 +62,7 @@ def _owned(array: np.ndarray, *, pinned: bool) -> Tensor:
     return tensor
 
 
-class Seen(NamedTuple):
+class EncodedViews(NamedTuple):
     """Float32 features of a batch's views; cached features stay as they were cached, the same for all views."""
 
     global_: list[ImageFeatures]
@@ -95,9 +95,9 @@ class Seen(NamedTuple):
         return pooled_BF if self.factors_GBF is None else pooled_BF * self.factors_GBF[number]
 
 
-def see(
+def encode_views(
     model: ViLSeg, batch: TensorBatch, views: ViewsConfig, *, global_: int, local: int, second_learns: bool, drop: bool
-) -> Seen:
+) -> EncodedViews:
     """Make the views and encode them; the caller autocasts.
 
     Args:
@@ -112,7 +112,7 @@ def see(
     share = views.feature_dropout if drop else 0.0
     if batch.images.dtype != torch.uint8:
         shared = [cached_features(batch.images)] * global_
-        return Seen(shared, [], None, None, _factors(shared, batch.seeds, share))
+        return EncodedViews(shared, [], None, None, _factors(shared, batch.seeds, share))
     made = make_views(batch.images, batch.seeds, views, global_crops=global_, local_crops=local)
     seen = []
     for number, view in enumerate(made.global_GB3HW):
@@ -120,7 +120,7 @@ def see(
             seen.append(as_float32(model.image_features(view)))
     locals_ = [as_float32(model.image_features(view)) for view in made.local_LB3HW]
     factors_GBF = _factors(seen, batch.seeds, share)
-    return Seen(seen, locals_, made.geometry_GB23, made.global_GB3HW, factors_GBF)
+    return EncodedViews(seen, locals_, made.geometry_GB23, made.global_GB3HW, factors_GBF)
 
 
 def _factors(views: list[ImageFeatures], seeds_B: Tensor, share: float) -> Tensor | None:
@@ -140,7 +140,7 @@ def pooled_features(features: ImageFeatures) -> Tensor:
     patches_BNF = features.patches
     if patches_BNF.dtype == torch.float32:
         return patches_BNF.mean(1)
-    return torch.cat([patches_BNF[part].float().mean(1) for part in parts_in_cache(patches_BNF)])
+    return torch.cat([patches_BNF[part].float().mean(1) for part in cache_sized_slices(patches_BNF)])
 
 
 def as_float32(features: ImageFeatures) -> ImageFeatures:

@@ -2,7 +2,7 @@
 
 A checkpoint is a folder ``step-NNNNNNNN`` with ``state.pt`` and ``manifest.json``. The manifest is written last and says how
 many bytes the state has: without it, or with another size, the checkpoint does not count (see
-:meth:`~vilseg.training.run_dir.RunFolder.checkpoint_steps`).
+:meth:`~vilseg.training.run_dir.RunDirectory.checkpoint_steps`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map_only
 from vilseg import storage
 from vilseg.errors import ConfigError
 from vilseg.storage.retry import patiently
-from vilseg.training.run_dir import Manifest, RunFolder
+from vilseg.training.run_dir import Manifest, RunDirectory
 
 
 class CheckpointWriter:
@@ -36,7 +36,7 @@ class CheckpointWriter:
         best_by: figure of a report by which one more is kept, the best so far; see ``TrainerConfig.best_by``.
     """
 
-    def __init__(self, folder: RunFolder, keep: int | None, best_by: str) -> None:
+    def __init__(self, folder: RunDirectory, keep: int | None, best_by: str) -> None:
         self._folder, self._keep, self._best_by = folder, keep, best_by
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="vilseg-checkpoint")
         self._writing: Future[None] | None = None
@@ -106,7 +106,7 @@ class CheckpointWriter:
                 delete_checkpoint(self._folder, step)
 
 
-def write_checkpoint(folder: RunFolder, state: dict[str, Any], *, figure: float | None = None) -> None:
+def write_checkpoint(folder: RunDirectory, state: dict[str, Any], *, figure: float | None = None) -> None:
     """Write a checkpoint, waiting for a store that does not answer.
 
     Raises:
@@ -121,13 +121,13 @@ def write_checkpoint(folder: RunFolder, state: dict[str, Any], *, figure: float 
     patiently(partial(storage.write_text, folder.manifest(step), manifest.to_json()))
 
 
-def delete_checkpoint(folder: RunFolder, step: int) -> None:
+def delete_checkpoint(folder: RunDirectory, step: int) -> None:
     """Delete a checkpoint; cut off in the middle it no longer counts."""
     storage.delete(folder.manifest(step))
     storage.delete(folder.checkpoint(step))
 
 
-def require_figure(name: str, metrics: Mapping[str, float]) -> None:
+def require_metric(name: str, metrics: Mapping[str, float]) -> None:
     """Whether the best checkpoint can be told by ``name``.
 
     Raises:
@@ -147,7 +147,7 @@ def best_step(kept: Mapping[int, Manifest], *, lower_is_better: bool) -> int | N
     return max(rated)[1] if rated else None
 
 
-def read_checkpoint(folder: RunFolder, step: int) -> dict[str, Any]:
+def read_checkpoint(folder: RunDirectory, step: int) -> dict[str, Any]:
     """What :func:`write_checkpoint` wrote; tensors and plain numbers only, nothing else is unpickled."""
     return read_state(folder.state(step))
 

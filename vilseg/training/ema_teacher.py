@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vilseg.training.fsdp import part_of
+from vilseg.training.fsdp import local_shard
 
 
 class ProjectionHead(nn.Module):
@@ -37,7 +37,7 @@ class ProjectionHead(nn.Module):
         return embedded if self.prototypes is None else embedded @ F.normalize(self.prototypes, dim=-1).T
 
 
-class Teacher(nn.ModuleDict):
+class EMATeacher(nn.ModuleDict):
     """Copies of a student's ``encoder`` and ``head`` that follow it slowly (DINO, section 3.1).
 
     Args:
@@ -55,12 +55,12 @@ class Teacher(nn.ModuleDict):
         self.requires_grad_(False)
 
     @torch.no_grad()
-    def follow(self, encoder: nn.Module | None, head: nn.Module, *, start: float, progress: float) -> None:
+    def update_from(self, encoder: nn.Module | None, head: nn.Module, *, start: float, progress: float) -> None:
         """Move towards the student; ``progress`` in 0..1 raises the momentum from ``start`` to 1 by a cosine (section 3.2)."""
         momentum = 1 - (1 - start) * (math.cos(math.pi * progress) + 1) / 2
         pairs = [(self["head"], head)] + ([] if encoder is None else [(self["encoder"], encoder)])
         for teacher, student in pairs:
             for old, new in zip(teacher.parameters(), student.parameters(), strict=True):
-                part_of(old).lerp_(part_of(new), 1 - momentum)
+                local_shard(old).lerp_(local_shard(new), 1 - momentum)
             for kept, current in zip(teacher.buffers(), student.buffers(), strict=True):
                 kept.copy_(current)

@@ -22,7 +22,7 @@ _CHUNK_VALUES = 1 << 19
 """Features that are held in float32 at once on a CPU (2 MB). A GPU takes all: its memory is quick, its launches are not."""
 
 
-def dropped_logits(head: nn.Sequential, patches_BNF: Tensor, factors_VBF: Tensor) -> Tensor:
+def logits_with_feature_dropout(head: nn.Sequential, patches_BNF: Tensor, factors_VBF: Tensor) -> Tensor:
     """What ``head`` makes of each view; ``head(patches * factors)`` of each in turn, without making the products.
 
     Args:
@@ -52,7 +52,7 @@ class _DroppedLogits(torch.autograd.Function):
         total_K = weight_KF.sum(1)
         logits_VBNK = weight_KF.new_empty(views, pictures, patches, clusters)
         means_VBN, rates_VBN = (weight_KF.new_empty(views, pictures, patches) for _ in range(2))
-        for part in parts_in_cache(patches_BNF):
+        for part in cache_sized_slices(patches_BNF):
             x_bNF, factors_VbF = patches_BNF[part].to(weight_KF.dtype), factors_VBF[:, part]
             # A view's weights and, last, its factors themselves: one product gives both.
             maps_VbKF = torch.cat([factors_VbF.unsqueeze(2) * weight_KF, factors_VbF.unsqueeze(2)], dim=2)
@@ -74,7 +74,7 @@ class _DroppedLogits(torch.autograd.Function):
         scaled_VBNK = gradient_VBNK * rates_VBN.unsqueeze(3)
         by_weight_KF = gradient_VBNK.new_zeros(gradient_VBNK.shape[3], patches_BNF.shape[2])
         views, clusters = gradient_VBNK.shape[0], gradient_VBNK.shape[3]
-        for part in parts_in_cache(patches_BNF):
+        for part in cache_sized_slices(patches_BNF):
             x_bNF = patches_BNF[part].to(gradient_VBNK.dtype)
             products = scaled_VBNK[:, part].permute(1, 0, 3, 2).flatten(1, 2) @ x_bNF  # (b, V K, F)
             products_bVKF = products.unflatten(1, (views, clusters))
@@ -83,7 +83,7 @@ class _DroppedLogits(torch.autograd.Function):
         return by_weight_KF, gradient_VBNK.sum((0, 1, 2)), None, None, None
 
 
-def parts_in_cache(patches_BNF: Tensor) -> list[slice]:
+def cache_sized_slices(patches_BNF: Tensor) -> list[slice]:
     """A few pictures of a batch at a time, whose features stay in the cache; all of them on a GPU. Shape: (B, N, F)."""
     pictures = len(patches_BNF)
     held = pictures if patches_BNF.is_cuda else max(1, _CHUNK_VALUES // (patches_BNF.shape[1] * patches_BNF.shape[2]))

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 
-def shard(module: nn.Module) -> nn.Module:
+def apply_fsdp(module: nn.Module) -> nn.Module:
     """Cut weights, gradients and optimiser states evenly among the workers, in place; returns the module.
 
     The layers of transformers are put together one by one while they compute, all that lies outside of them for a whole
@@ -67,27 +67,27 @@ def _is_cut(value: Any) -> TypeGuard[DTensor]:
     return isinstance(value, Tensor) and hasattr(value, "placements")
 
 
-def part_of(tensor: Tensor) -> Tensor:
+def local_shard(tensor: Tensor) -> Tensor:
     """What this worker holds of a tensor: a view of its part, or the whole where it is not cut."""
     return tensor.to_local() if _is_cut(tensor) else tensor
 
 
-def whole(state: Any) -> Any:
+def full_state(state: Any) -> Any:
     """A state with its tensors put together on the CPU of the first worker; all workers have to ask.
 
     On the others None stands for tensors that are cut. A state of whole tensors comes back as it is.
     """
     if isinstance(state, dict):
-        return {name: whole(value) for name, value in state.items()}
+        return {name: full_state(value) for name, value in state.items()}
     if isinstance(state, (list, tuple)):
-        return type(state)(whole(value) for value in state)
+        return type(state)(full_state(value) for value in state)
     if not _is_cut(state):
         return state
     tensor = state.full_tensor()
     return tensor.cpu() if rank() == 0 else None
 
 
-def cut_like(value: Tensor, pattern: Tensor) -> Tensor:
+def shard_like(value: Tensor, pattern: Tensor) -> Tensor:
     """A whole tensor, the same on every worker, cut as ``pattern`` is; as it is where that is not cut."""
     if not _is_cut(pattern):
         return value
@@ -97,16 +97,16 @@ def cut_like(value: Tensor, pattern: Tensor) -> Tensor:
     return distribute_tensor(here, pattern.device_mesh, pattern.placements, src_data_rank=None)
 
 
-def clip_gradient(parameters: Iterable[Tensor], largest: float) -> Tensor:
+def clip_gradient_norm(parameters: Iterable[Tensor], largest: float) -> Tensor:
     """``torch.nn.utils.clip_grad_norm_`` where some gradients are cut and some are not; the norm before, shape ()."""
     parameters = list(parameters)
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not any(_is_cut(gradient) for gradient in gradients):
         return torch.nn.utils.clip_grad_norm_(parameters, largest)
-    square = torch.nn.utils.get_total_norm([part_of(g) for g in gradients if _is_cut(g)]).square()
+    square = torch.nn.utils.get_total_norm([local_shard(g) for g in gradients if _is_cut(g)]).square()
     dist.all_reduce(square)
     kept = torch.nn.utils.get_total_norm([g for g in gradients if not _is_cut(g)])
     norm = (square + kept.to(square.device).square()).sqrt()
     factor = (largest / (norm + 1e-6)).clamp(max=1.0)  # the summand is torch's
-    torch._foreach_mul_([part_of(gradient) for gradient in gradients], factor)
+    torch._foreach_mul_([local_shard(gradient) for gradient in gradients], factor)
     return norm

@@ -26,10 +26,11 @@ from vilseg.training.objective import Objective, Representations
 Part = TypeVar("Part", Tensor, TensorBatch)
 
 
-def backward_by_chunks(objective: Objective, batch: TensorBatch, size: int) -> dict[str, Tensor]:
+def backward_in_chunks(objective: Objective, batch: TensorBatch, size: int) -> dict[str, Tensor]:
     """Losses as ``objective(batch)`` gives them, their gradient added to the parameters and averaged over the workers.
 
-    The gradient is exact where encoders treat every picture and text by itself; see :func:`require_independence`. Workers talk
+    The gradient is exact where encoders treat every picture and text by itself; see
+    :func:`require_per_sample_encoders`. Workers talk
     in the losses, between texts and pictures, and once at the end, however many chunks there are.
 
     Args:
@@ -63,7 +64,7 @@ def backward_by_chunks(objective: Objective, batch: TensorBatch, size: int) -> d
     return {name: value.detach() for name, value in losses.items()}
 
 
-def require_independence(objective: Objective) -> None:
+def require_per_sample_encoders(objective: Objective) -> None:
     """Raise ConfigError where a picture's features depend on the others of its chunk."""
     for name, module in objective.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:

@@ -17,11 +17,11 @@ from vilseg.device import require_compiler
 from vilseg.distributed import gather_objects, mean_over_workers, rank
 from vilseg.errors import DataError, UserError
 from vilseg.training.batch import TensorBatch
-from vilseg.training.fsdp import clip_gradient, cut_like, whole
-from vilseg.training.grad_cache import backward_by_chunks, require_independence
+from vilseg.training.fsdp import clip_gradient_norm, full_state, shard_like
+from vilseg.training.grad_cache import backward_in_chunks, require_per_sample_encoders
 from vilseg.training.lr_schedule import learning_rate, parameter_groups
 from vilseg.training.objective import Objective
-from vilseg.training.prefetch import on_device
+from vilseg.training.prefetch import copy_to_device
 
 
 class NonFiniteLossError(UserError):
@@ -29,7 +29,7 @@ class NonFiniteLossError(UserError):
 
     Args:
         message: the sentence.
-        found: the step, its losses by name and the keys of all its pairs; see :attr:`RunFolder.nonfinite`.
+        found: the step, its losses by name and the keys of all its pairs; see :attr:`RunDirectory.nonfinite`.
     """
 
     def __init__(self, message: str, found: dict[str, Any]) -> None:
@@ -81,23 +81,25 @@ class Trainer:
         """
         return {
             "step": self.step,
-            "objective": whole(dict(self.objective.state_dict())),
-            "optimizer": whole(self._adamw.state_dict()),
+            "objective": full_state(dict(self.objective.state_dict())),
+            "optimizer": full_state(self._adamw.state_dict()),
         }
 
     def model_weights(self) -> dict[str, Any]:
         """The model's weights by name, whole on the first worker; every worker has to ask where they are sharded."""
-        return whole(dict(self.objective.model.state_dict()))
+        return full_state(dict(self.objective.model.state_dict()))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go back to where :meth:`state_dict` was taken; the optimiser's settings are those of now."""
         self.step = state["step"]
         present = self.objective.state_dict()
         weights = state["objective"].items()
-        self.objective.load_state_dict({k: cut_like(v, present[k]) if k in present else v for k, v in weights})
+        self.objective.load_state_dict({k: shard_like(v, present[k]) if k in present else v for k, v in weights})
         optimised = [parameter for group in self._adamw.param_groups for parameter in group["params"]]
         moments = {
-            index: {name: value if name == "step" else cut_like(value, optimised[index]) for name, value in of.items()}
+            index: {
+                name: value if name == "step" else shard_like(value, optimised[index]) for name, value in of.items()
+            }
             for index, of in state["optimizer"]["state"].items()
         }
         settings = [{name: group[name] for name in ("weight_decay", "betas")} for group in self._adamw.param_groups]
@@ -129,14 +131,14 @@ class Trainer:
         """
         self._module.train()
         if self.trainer.chunk_size is not None:
-            require_independence(self.objective)
+            require_per_sample_encoders(self.objective)
         meter = _Meter(self.trainer.batch_size)
-        stream = on_device(meter.timed(batches), self.device)
+        stream = copy_to_device(meter.timed(batches), self.device)
         while self.step < self.trainer.steps:
             batch = next(stream, None)
             if batch is None:
                 raise DataError(f"the pairs ended after step {self.step} of {self.trainer.steps}")
-            meter.add(self._optimise(batch), batch.keys)
+            meter.add(self.train_step(batch), batch.keys)
             self.step += 1
             due = self.step == self.trainer.steps or self.step % self.trainer.checkpoint_every == 0
             if due or self.step % self.trainer.log_every == 0:
@@ -147,7 +149,7 @@ class Trainer:
             if stop:
                 return
 
-    def _optimise(self, batch: TensorBatch) -> dict[str, Tensor]:
+    def train_step(self, batch: TensorBatch) -> dict[str, Tensor]:
         """One optimiser step."""
         # Dropout inside the encoders draws from torch's generator: so a resumed run draws what the unbroken one does,
         # and every worker something else.
@@ -156,7 +158,7 @@ class Trainer:
             group["lr"] = learning_rate(self.optimizer, self.step, self.trainer.steps)
         self._adamw.zero_grad(set_to_none=True)
         losses = self._backward(batch)
-        norm = clip_gradient(self.objective.parameters(), self.optimizer.gradient_clip or math.inf)
+        norm = clip_gradient_norm(self.objective.parameters(), self.optimizer.gradient_clip or math.inf)
         self._adamw.step()
         self.objective.update_teacher(self.step / self.trainer.steps)
         return {name: value.detach() for name, value in losses.items()} | {"gradient_norm": norm.detach()}
@@ -165,7 +167,7 @@ class Trainer:
         """Losses, with their gradient in the parameters."""
         size = self.trainer.chunk_size
         if size is not None and size < len(batch):
-            return backward_by_chunks(self.objective, batch, size)
+            return backward_in_chunks(self.objective, batch, size)
         losses = self._module(batch)
         losses["loss"].backward()
         return losses

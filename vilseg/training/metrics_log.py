@@ -18,7 +18,7 @@ from vilseg.config import RunConfig
 from vilseg.config.base import flatten
 from vilseg.errors import ConfigError, UserError
 from vilseg.storage.retry import patiently
-from vilseg.training.run_dir import RunFolder
+from vilseg.training.run_dir import RunDirectory
 
 _MLFLOW_RUN = "mlflow_run.txt"
 """In the run's folder: the id that a resumed run goes on with."""
@@ -38,7 +38,7 @@ class MetricsFile:
         ConfigError: MLflow is wished for and not installed, or its server does not answer when the run begins.
     """
 
-    def __init__(self, folder: RunFolder, config: RunConfig, from_step: int) -> None:
+    def __init__(self, folder: RunDirectory, config: RunConfig, from_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self._folder = folder
@@ -76,7 +76,7 @@ class MetricsFile:
             self._mlflow.end()
 
 
-def read_metrics(folder: RunFolder) -> list[dict[str, float]]:
+def read_metrics(folder: RunDirectory) -> list[dict[str, float]]:
     """The reports of a run, oldest first; waits for a store that does not answer.
 
     Raises:
@@ -96,7 +96,7 @@ def _text(uri: str) -> str | None:
 class _Mlflow:
     """A run on the server that ``MLFLOW_TRACKING_URI`` names."""
 
-    def __init__(self, folder: RunFolder, config: RunConfig) -> None:
+    def __init__(self, folder: RunDirectory, config: RunConfig) -> None:
         try:
             import mlflow
         except ImportError as error:

@@ -17,24 +17,24 @@ from vilseg.data.views import align
 from vilseg.distributed import gather_rows, mean_over_workers, world_size
 from vilseg.errors import ConfigError
 from vilseg.losses import (
-    VisionContrast,
-    cluster_figures,
-    contrast,
-    contrast_of_scores,
-    information_loss,
-    joint_sums,
-    noun_contrast_of_scores,
-    noun_scores,
-    patch_scores,
-    sigmoid_contrast,
-    sigmoid_contrast_of_scores,
-    vision_info_nce,
+    DINOLoss,
+    cluster_metrics,
+    contrastive_loss,
+    contrastive_loss_from_scores,
+    crop_info_nce_loss,
+    iic_loss_from_joints,
+    multi_label_loss,
+    sigmoid_loss,
+    sigmoid_loss_from_scores,
+    softmax_pooled_scores,
+    top_k_pooled_scores,
+    unnormalized_joints,
 )
 from vilseg.model import ImageFeatures, ViLSeg
-from vilseg.training.batch import Seen, TensorBatch, as_float32, pooled_features, see
-from vilseg.training.ema_teacher import ProjectionHead, Teacher
-from vilseg.training.feature_dropout import dropped_logits
-from vilseg.training.pseudo_labels import PseudoLabels, label_losses
+from vilseg.training.batch import EncodedViews, TensorBatch, as_float32, encode_views, pooled_features
+from vilseg.training.ema_teacher import EMATeacher, ProjectionHead
+from vilseg.training.feature_dropout import logits_with_feature_dropout
+from vilseg.training.pseudo_labels import PseudoLabeler, pseudo_label_losses
 
 _MEMORY = 100
 """Steps that the running statistics look back on."""
@@ -60,7 +60,7 @@ class Objective(nn.Module):
         self_training: let the model, as it is now, label patches for itself.
     """
 
-    teacher: Teacher | None
+    teacher: EMATeacher | None
     logit_bias: nn.Parameter | None
     overclustering_head: nn.Sequential | None
     _phrase_tokens_PT: Tensor
@@ -83,22 +83,22 @@ class Objective(nn.Module):
         tokens = model.text_encoder.tokenize(phrases)
         self.register_buffer("_phrase_tokens_PT", tokens, persistent=False)
         self._frozen_phrases_PF: Tensor | None = None
-        self._labels: PseudoLabels | None = None
+        self._labels: PseudoLabeler | None = None
         if self_training and loss.self_training.weight:
-            self._labels = PseudoLabels(model, tokens, loss.self_training.confidence)
+            self._labels = PseudoLabeler(model, tokens, loss.self_training.confidence)
         features = model.image_projection.in_features
         self.teacher = None
         if loss.vision.weight:
             prototypes = loss.vision.prototypes if loss.vision.form == "dino" else 0
             self.vision_head = ProjectionHead(features, loss.vision.hidden_dim, prototypes)
             if loss.vision.form == "dino":
-                self.vision_loss = VisionContrast(
+                self.vision_loss = DINOLoss(
                     prototypes,
                     student_temperature=loss.vision.student_temperature,
                     teacher_temperature=loss.vision.teacher_temperature,
                     center_momentum=loss.vision.center_momentum,
                 )
-            self.teacher = Teacher(self._trained_encoder, self.vision_head)
+            self.teacher = EMATeacher(self._trained_encoder, self.vision_head)
         # Both serve training alone: they travel with its checkpoints, not with the model.
         sigmoid = loss.cross_modal.weight and loss.cross_modal.form == "sigmoid"
         # A model that began as SigLIP has its own, and keeps it.
@@ -126,10 +126,10 @@ class Objective(nn.Module):
 
     @torch.no_grad()
     def update_teacher(self, progress: float) -> None:
-        """Move the teacher towards the student; see :meth:`Teacher.follow`."""
+        """Move the teacher towards the student; see :meth:`EMATeacher.update_from`."""
         if self.teacher is not None:
             start = self.config.vision.teacher_momentum
-            self.teacher.follow(self._trained_encoder, self.vision_head, start=start, progress=progress)
+            self.teacher.update_from(self._trained_encoder, self.vision_head, start=start, progress=progress)
 
     def compile_encoders(self) -> None:
         """Have ``torch.compile`` make one program of each encoder; the weights keep their names."""
@@ -203,7 +203,7 @@ class Objective(nn.Module):
         """
         config, model = self.config, self.model
         with self._autocast():
-            seen = see(
+            seen = encode_views(
                 model,
                 batch,
                 self.views,
@@ -223,20 +223,20 @@ class Objective(nn.Module):
             found["patch_means_BD"] = F.normalize(patches_BND.mean(1), dim=-1)
         elif on_patches:
             temperature = config.cross_modal.pooling_temperature
-            found["caption_scores_BQ"] = patch_scores(patches_BND, compared_QD, temperature)
+            found["caption_scores_BQ"] = softmax_pooled_scores(patches_BND, compared_QD, temperature)
         if config.nouns.weight:
-            found["noun_scores_BP"] = noun_scores(patches_BND, phrases_PD, config.nouns.top_patches)
+            found["noun_scores_BP"] = top_k_pooled_scores(patches_BND, phrases_PD, config.nouns.top_patches)
         if self._labels is not None:
             own_BP = self.positives(batch, present_P)
             labels_BN = self._labels(self._labelled_features(seen), present_P, own_BP)
-            found["label_losses_B2"] = label_losses(patches_BND, phrases_PD, labels_BN, model.scale)
+            found["label_losses_B2"] = pseudo_label_losses(patches_BND, phrases_PD, labels_BN, model.scale)
         if config.mutual_information.weight:
             found |= self._joint_sums(seen)
         if config.vision.weight:
             found |= self._vision_representations(batch, seen)
         return found
 
-    def _labelled_features(self, seen: Seen) -> ImageFeatures:
+    def _labelled_features(self, seen: EncodedViews) -> ImageFeatures:
         """What the labelling model sees in the first view."""
         assert self._labels is not None
         if self._trained_encoder is None or seen.cached:
@@ -245,7 +245,7 @@ class Objective(nn.Module):
         with torch.no_grad(), self._autocast():
             return as_float32(self._labels.features(seen.pixels_GB3HW[0]))
 
-    def _joint_sums(self, seen: Seen) -> Representations:
+    def _joint_sums(self, seen: EncodedViews) -> Representations:
         heads = {"joints_1SKK": self.model.clustering_head, "over_joints_1SKK": self.overclustering_head}
         views = [] if seen.cached else [seen.view(number) for number in range(2)]
         if not self.config.mutual_information.train_encoder:
@@ -255,7 +255,7 @@ class Objective(nn.Module):
             if head is None:
                 continue
             if seen.cached and seen.factors_GBF is not None:
-                logits = list(dropped_logits(head, seen.global_[0].patches, seen.factors_GBF[:2]))
+                logits = list(logits_with_feature_dropout(head, seen.global_[0].patches, seen.factors_GBF[:2]))
             elif seen.cached:
                 logits = [head(seen.global_[0].patches.float())] * 2
             else:
@@ -263,7 +263,7 @@ class Objective(nn.Module):
             found[name] = self._joints(seen, logits)
         return found
 
-    def _joints(self, seen: Seen, logits: list[Tensor]) -> Tensor:
+    def _joints(self, seen: EncodedViews, logits: list[Tensor]) -> Tensor:
         grids = [view.grid for view in seen.global_[:2]]
         radius = self.config.mutual_information.radius
         if radius >= min(grids[0]):
@@ -277,9 +277,9 @@ class Objective(nn.Module):
         valid = None
         if seen.geometry_GB23 is not None:
             second, valid = align(second, seen.geometry_GB23[1], seen.geometry_GB23[0], grids[0])
-        return joint_sums(first, second, valid, radius=radius).unsqueeze(0)
+        return unnormalized_joints(first, second, valid, radius=radius).unsqueeze(0)
 
-    def _vision_representations(self, batch: TensorBatch, seen: Seen) -> Representations:
+    def _vision_representations(self, batch: TensorBatch, seen: EncodedViews) -> Representations:
         student_VBK = torch.stack(
             [
                 *(self.vision_head(seen.pooled(number)) for number in range(len(seen.global_))),
@@ -296,7 +296,7 @@ class Objective(nn.Module):
         }
 
     @torch.no_grad()
-    def _ask_teacher(self, batch: TensorBatch, seen: Seen) -> Tensor:
+    def _ask_teacher(self, batch: TensorBatch, seen: EncodedViews) -> Tensor:
         assert self.teacher is not None
         views = seen.global_
         if self._trained_encoder is not None and not seen.cached:
@@ -320,7 +320,7 @@ class Objective(nn.Module):
         if config.cross_modal.weight:
             terms["cross_modal"] = config.cross_modal.weight, self._cross_modal(seen, captions_BD)
         if config.nouns.weight:
-            nouns = noun_contrast_of_scores(seen["noun_scores_BP"], positives_BP, self.model.scale)
+            nouns = multi_label_loss(seen["noun_scores_BP"], positives_BP, self.model.scale)
             terms["nouns"] = config.nouns.weight, nouns
         if "label_losses_B2" in seen:
             # Over all workers: one may have no label at all.
@@ -330,13 +330,16 @@ class Objective(nn.Module):
             information = config.mutual_information
             for name, joints in (("mutual_information", "joints_1SKK"), ("overclustering", "over_joints_1SKK")):
                 if joints in seen:
-                    terms[name] = information.weight, information_loss(seen[joints].sum(0), information.entropy_weight)
+                    terms[name] = (
+                        information.weight,
+                        iic_loss_from_joints(seen[joints].sum(0), information.entropy_weight),
+                    )
         if config.vision.weight:
             terms["vision"] = config.vision.weight, self._vision(seen, len(captions_BD))
         total = torch.stack([weight * value for weight, value in terms.values()]).sum()
         found = {"loss": total, **{f"loss/{name}": value.detach() for name, (_, value) in terms.items()}}
         if "joints_1SKK" in seen:
-            found |= {f"clusters/{name}": value for name, value in cluster_figures(seen["joints_1SKK"].sum(0)).items()}
+            found |= {f"clusters/{name}": value for name, value in cluster_metrics(seen["joints_1SKK"].sum(0)).items()}
         return found
 
     def _cross_modal(self, seen: Representations, captions_BD: Tensor) -> Tensor:
@@ -348,20 +351,20 @@ class Objective(nn.Module):
             return loss + share * self._contrast(seen["patch_means_BD"], captions_BD)
         scores_BQ, scale = seen["caption_scores_BQ"], self.model.scale
         if self._bias is not None:
-            return loss + share * sigmoid_contrast_of_scores(scores_BQ, scale, self._bias)
-        return loss + share * contrast_of_scores(scores_BQ, scale)
+            return loss + share * sigmoid_loss_from_scores(scores_BQ, scale, self._bias)
+        return loss + share * contrastive_loss_from_scores(scores_BQ, scale)
 
     def _contrast(self, images_BD: Tensor, captions_BD: Tensor) -> Tensor:
         if self._bias is not None:
-            return sigmoid_contrast(images_BD, captions_BD, self.model.scale, self._bias)
-        return contrast(images_BD, captions_BD, self.model.scale)
+            return sigmoid_loss(images_BD, captions_BD, self.model.scale, self._bias)
+        return contrastive_loss(images_BD, captions_BD, self.model.scale)
 
     def _vision(self, seen: Representations, pairs: int) -> Tensor:
         config = self.config.vision
         if config.form == "dino":
             return seen["agreement_1"].sum() / pairs
         student, teacher = seen["student_BVD"].transpose(0, 1), seen["teacher_BGD"].transpose(0, 1)
-        return vision_info_nce(student, teacher, config.student_temperature)
+        return crop_info_nce_loss(student, teacher, config.student_temperature)
 
     @torch.no_grad()
     def update_statistics(self, seen: Representations, captions_BD: Tensor) -> None:

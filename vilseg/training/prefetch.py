@@ -10,7 +10,7 @@ from vilseg.data.batch_reader import WorkerBatch
 from vilseg.training.batch import TensorBatch
 
 
-def on_device(batches: Iterable[WorkerBatch], device: torch.device) -> Iterator[TensorBatch]:
+def copy_to_device(batches: Iterable[WorkerBatch], device: torch.device) -> Iterator[TensorBatch]:
     """Copy batches to the device; to a GPU the next one, by a stream of its own, before the present one is worked on."""
     if device.type != "cuda":
         for batch in batches:

@@ -24,10 +24,10 @@ from torch import Tensor
 from vilseg.model import ImageEmbeddings, ImageFeatures, ViLSeg
 from vilseg.segmentation.class_scores import compute_class_scores, score_deviations, standardized_embeddings
 
-UNSURE = -1
+UNLABELED = -1
 
 
-class PseudoLabels:
+class PseudoLabeler:
     """The model as it was when the stage began. It is no part of what is trained or saved.
 
     Args:
@@ -57,10 +57,10 @@ class PseudoLabels:
             own_BP: which of them each picture's captions hold. Shape: (B, P), bool.
 
         Returns:
-            Places in ``present_P``, or ``UNSURE``. Shape: (B, N).
+            Places in ``present_P``, or ``UNLABELED``. Shape: (B, N).
         """
         if not len(present_P):
-            return torch.full(features.patches.shape[:2], UNSURE, device=features.patches.device)
+            return torch.full(features.patches.shape[:2], UNLABELED, device=features.patches.device)
         model, settings = self._model.to(present_P.device), self._model.segmentation
         if self._phrases_PD is None:
             chunks = self._tokens_PT.to(present_P.device).split(256)
@@ -78,16 +78,16 @@ class PseudoLabels:
         scores_BPhw = compute_class_scores(embeddings, model.cluster_logits(features).softmax(-1), texts, settings)
         scores_BPN = scores_BPhw.flatten(2).masked_fill(~own_BP.unsqueeze(2), -torch.inf)
         best_BN, labels_BN = scores_BPN.max(1)
-        return labels_BN.masked_fill(best_BN < self._confidence * deviation, UNSURE)
+        return labels_BN.masked_fill(best_BN < self._confidence * deviation, UNLABELED)
 
 
-def label_losses(patches_BND: Tensor, phrases_PD: Tensor, labels_BN: Tensor, scale: Tensor) -> Tensor:
+def pseudo_label_losses(patches_BND: Tensor, phrases_PD: Tensor, labels_BN: Tensor, scale: Tensor) -> Tensor:
     """The loss of every picture, and whether it has a label.
 
     Args:
         patches_BND: of the student, unit length.
         phrases_PD: of the student, unit length.
-        labels_BN: from :class:`PseudoLabels`.
+        labels_BN: from :class:`PseudoLabeler`.
         scale: inverse temperature, which does not learn from it: sharper would always be better.
 
     Returns:
@@ -96,6 +96,6 @@ def label_losses(patches_BND: Tensor, phrases_PD: Tensor, labels_BN: Tensor, sca
     if not len(phrases_PD):
         return patches_BND.new_zeros(len(patches_BND), 2)
     logits_BPN = (scale.detach() * patches_BND @ phrases_PD.T).transpose(1, 2)
-    loss_BN = F.cross_entropy(logits_BPN, labels_BN, ignore_index=UNSURE, reduction="none")
-    count_B = (labels_BN != UNSURE).sum(1)
+    loss_BN = F.cross_entropy(logits_BPN, labels_BN, ignore_index=UNLABELED, reduction="none")
+    count_B = (labels_BN != UNLABELED).sum(1)
     return torch.stack([loss_BN.sum(1) / count_B.clamp(min=1), (count_B > 0).to(loss_BN.dtype)], dim=1)

@@ -41,7 +41,7 @@ class Manifest:
 
 
 @dataclass(frozen=True)
-class RunFolder:
+class RunDirectory:
     """Names inside a run's folder at ``uri``."""
 
     uri: str
@@ -125,21 +125,21 @@ class RunFolder:
 
     def checkpoint(self, step: int) -> str:
         """Folder of the checkpoint at ``step``."""
-        return storage.join(self.checkpoints, checkpoint_name(step))
+        return storage.join(self.checkpoints, checkpoint_directory_name(step))
 
 
-def checkpoint_name(step: int) -> str:
+def checkpoint_directory_name(step: int) -> str:
     """Name of a checkpoint's folder."""
     return f"step-{step:08d}"
 
 
-def new_name() -> str:
+def new_run_name() -> str:
     """A name for a run without one."""
     return time.strftime("%Y-%m-%d-%H%M%S")
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedRun:
     """What a run is begun with; every worker and every resumption starts from the same."""
 
     shards: tuple[Shard, ...]
@@ -156,7 +156,7 @@ class Prepared:
         return json.dumps(tree)
 
     @classmethod
-    def from_json(cls, text: str) -> Prepared:
+    def from_json(cls, text: str) -> PreparedRun:
         """What :meth:`to_json` wrote."""
         tree = json.loads(text)
         shards = tuple(Shard(*shard) for shard in tree["shards"])  # runs of before there were mixes name no source

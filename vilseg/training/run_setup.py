@@ -29,13 +29,13 @@ from vilseg.text.noun_phrases import NounPhrases
 from vilseg.training.checkpoints import read_checkpoint
 from vilseg.training.loop import NonFiniteLossError, Trainer
 from vilseg.training.objective import Objective
-from vilseg.training.run_dir import Prepared, RunFolder
+from vilseg.training.run_dir import PreparedRun, RunDirectory
 
 _SAMPLE_PAIRS = 10_000
 """Pairs whose captions make the tokenizer and the table of noun phrases."""
 
 
-def open_folder(config: RunConfig, *, resume: bool) -> RunFolder:
+def open_run_directory(config: RunConfig, *, resume: bool) -> RunDirectory:
     """The folder of this run.
 
     Raises:
@@ -44,7 +44,7 @@ def open_folder(config: RunConfig, *, resume: bool) -> RunFolder:
     """
     assert config.name is not None
     storage.require_bucket(config.trainer.storage)
-    folder = RunFolder(storage.join(storage.absolute(config.trainer.storage), config.name))
+    folder = RunDirectory(storage.join(storage.absolute(config.trainer.storage), config.name))
     exists = storage.exists(folder.config)
     if exists and not resume:
         raise StorageError(f"the run {folder.uri} exists already; go on with it by --resume or choose another --name")
@@ -57,7 +57,7 @@ _MAY_CHANGE = re.compile(r"name|optimizer\..*|segmentation\..*|trainer\.(?!batch
 """Keys that a resumed run may set anew: they change neither the order of the pairs nor what the checkpoint holds."""
 
 
-def resume(config: RunConfig, folder: RunFolder) -> Prepared:
+def resume(config: RunConfig, folder: RunDirectory) -> PreparedRun:
     """What the run in ``folder`` was begun with; ``config`` becomes the one saved there.
 
     Raises:
@@ -75,27 +75,27 @@ def resume(config: RunConfig, folder: RunFolder) -> Prepared:
     if config.trainer.steps < done:
         raise ConfigError(f"cannot resume {folder.uri}: it has made {done} steps, trainer.steps={config.trainer.steps}")
     storage.write_text(folder.config, config.to_yaml())
-    return Prepared.from_json(storage.read_text(folder.prepared))
+    return PreparedRun.from_json(storage.read_text(folder.prepared))
 
 
 def preflight(config: RunConfig, *, resume: bool) -> None:
-    """What can be said against a run before anything is started; raises as :func:`open_folder` and :func:`prepare`."""
+    """What can be said against a run before anything is started; raises as :func:`open_run_directory` and :func:`prepare`."""
     config.trainer.check_even_split()
     for part in require_sources(config).values():
         list_shards(part.source, without=config.data.held_out)
     if config.name:
-        open_folder(config, resume=resume)
+        open_run_directory(config, resume=resume)
     else:
         storage.require_bucket(config.trainer.storage)
 
 
 def prepare(
     config: RunConfig,
-    folder: RunFolder,
+    folder: RunDirectory,
     *,
     count: Callable[[list[str]], list[int]] | None = None,
     cache: str | None = None,
-) -> Prepared:
+) -> PreparedRun:
     """Look at the pairs, make the initial model, and write both into the run's folder.
 
     Args:
@@ -139,7 +139,7 @@ def prepare(
         temperature=config.loss.cross_modal.temperature,
     )
     model.save_pretrained(folder.initial, card=_card(config, "not trained yet", {}))
-    prepared = Prepared(shards, nouns, model.text_encoder.fixed_tokenizer())
+    prepared = PreparedRun(shards, nouns, model.text_encoder.fixed_tokenizer())
     storage.write_text(folder.prepared, prepared.to_json())
     storage.write_text(folder.config, config.to_yaml())
     return prepared
@@ -149,7 +149,7 @@ def model_settings(config: RunConfig) -> ModelConfig:
     """``config.model``, where the run has an ``init`` with that run's model, or the folder itself, as its beginning."""
     if not config.init:
         return config.model
-    model = RunFolder(storage.absolute(config.init)).model
+    model = RunDirectory(storage.absolute(config.init)).model
     begun = model if storage.exists(storage.join(model, "config.json")) else config.init
     return config.model.model_copy(update={"init": begun})
 
@@ -203,8 +203,8 @@ def require_sources(config: RunConfig) -> dict[str, WeightedSource]:
 
 def make_trainer(
     config: RunConfig,
-    folder: RunFolder,
-    prepared: Prepared,
+    folder: RunDirectory,
+    prepared: PreparedRun,
     device: torch.device,
     *,
     wrap: Callable[[nn.Module], nn.Module] = lambda module: module,
@@ -230,7 +230,7 @@ def make_trainer(
     return Trainer(objective, config.optimizer, config.trainer, device, wrap=wrap)
 
 
-def model_at(folder: RunFolder, step: int) -> ViLSeg:
+def load_model_at_step(folder: RunDirectory, step: int) -> ViLSeg:
     """The model as it was at a checkpoint kept."""
     model = ViLSeg.from_pretrained(folder.initial)
     objective = read_checkpoint(folder, step)["objective"]
@@ -241,7 +241,7 @@ def model_at(folder: RunFolder, step: int) -> ViLSeg:
 
 
 @contextmanager
-def nonfinite_kept(folder: RunFolder) -> Iterator[None]:
+def record_nonfinite(folder: RunDirectory) -> Iterator[None]:
     """Where the loss is no number any more, leave the step, its losses and the keys of its pairs in the run's folder."""
     try:
         yield
@@ -251,10 +251,10 @@ def nonfinite_kept(folder: RunFolder) -> Iterator[None]:
         raise NonFiniteLossError(f"{error}; all of its pairs are named in {folder.nonfinite}", error.found) from error
 
 
-def save_model(
+def save_trained_model(
     model: ViLSeg,
     config: RunConfig,
-    folder: RunFolder,
+    folder: RunDirectory,
     metrics: dict[str, float],
     weights: dict[str, Tensor] | None = None,
 ) -> None:

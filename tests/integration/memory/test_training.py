@@ -60,10 +60,10 @@ for case in json.loads(sys.argv[1]):
     torch.set_num_threads(case["threads"])
     trainer = trainer_of(case)
     made = batch(trainer, case["batch"])
-    trainer._optimise(batch(trainer, 2))  # everything that is made once: gradients, the optimiser's state
+    trainer.train_step(batch(trainer, 2))  # everything that is made once: gradients, the optimiser's state
     open("/proc/self/clear_refs", "w").write("5")  # the peak begins anew
     before = peak()
-    trainer._optimise(made)
+    trainer.train_step(made)
     found.append(peak() - before)
 print(json.dumps(found))
 """

@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vilseg.losses import VisionContrast, vision_info_nce
+from vilseg.losses import DINOLoss, crop_info_nce_loss
 
 
-def make(prototypes: int = 4) -> VisionContrast:
-    return VisionContrast(prototypes, student_temperature=0.1, teacher_temperature=0.04, center_momentum=0.9)
+def make(prototypes: int = 4) -> DINOLoss:
+    return DINOLoss(prototypes, student_temperature=0.1, teacher_temperature=0.04, center_momentum=0.9)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -99,27 +99,27 @@ def test_info_nce_is_the_formula(views: int, global_views: int) -> None:
                     for j in range(3)
                 ]
                 terms.append(-math.log(softmax([cosine / 0.1 for cosine in cosines])[i]))
-    assert vision_info_nce(student, teacher, 0.1).item() == pytest.approx(sum(terms) / len(terms), abs=1e-12)
+    assert crop_info_nce_loss(student, teacher, 0.1).item() == pytest.approx(sum(terms) / len(terms), abs=1e-12)
 
 
 def test_the_gradient_of_info_nce_reaches_the_student_alone() -> None:
     teacher = normal(2, 3, 4, seed=1).requires_grad_()
     assert torch.autograd.gradcheck(
-        lambda student: vision_info_nce(student, teacher, 0.1), normal(4, 3, 4).requires_grad_()
+        lambda student: crop_info_nce_loss(student, teacher, 0.1), normal(4, 3, 4).requires_grad_()
     )
-    vision_info_nce(normal(4, 3, 4).requires_grad_(), teacher, 0.1).backward()
+    crop_info_nce_loss(normal(4, 3, 4).requires_grad_(), teacher, 0.1).backward()
     assert teacher.grad is None
 
 
 def test_info_nce_wants_the_same_picture_and_no_other() -> None:
     own = torch.eye(4).expand(3, 4, 4)
-    right, wrong = vision_info_nce(own, own[:2], 0.1), vision_info_nce(own.roll(1, 1), own[:2], 0.1)
+    right, wrong = crop_info_nce_loss(own, own[:2], 0.1), crop_info_nce_loss(own.roll(1, 1), own[:2], 0.1)
     assert right < 0.01
     assert wrong > 9
     alike = torch.ones(3, 4, 4) / 2  # collapsed: every picture is as near
-    assert vision_info_nce(alike, alike[:2], 0.1).item() == pytest.approx(math.log(4))
+    assert crop_info_nce_loss(alike, alike[:2], 0.1).item() == pytest.approx(math.log(4))
 
 
 def test_wrong_shapes_of_info_nce_are_told() -> None:
     with pytest.raises(ValueError, match="2 <= V >= G"):
-        vision_info_nce(torch.zeros(1, 3, 4), torch.zeros(1, 3, 4), 0.1)
+        crop_info_nce_loss(torch.zeros(1, 3, 4), torch.zeros(1, 3, 4), 0.1)

@@ -10,15 +10,15 @@ from torch import Tensor, nn
 
 from vilseg.distributed import gather_rows, mean_over_workers, rank, world_size
 from vilseg.losses import (
-    VisionContrast,
-    contrast,
-    mutual_information_loss,
+    DINOLoss,
+    contrastive_loss,
+    crop_info_nce_loss,
+    iic_loss,
     noun_contrast,
     patch_contrast,
-    patch_scores,
-    sigmoid_contrast,
-    sigmoid_contrast_of_scores,
-    vision_info_nce,
+    sigmoid_loss,
+    sigmoid_loss_from_scores,
+    softmax_pooled_scores,
 )
 
 IMAGES = 6
@@ -53,27 +53,23 @@ def losses_and_gradients(dtype_name: str) -> dict[str, Any]:
     def maps(view: Tensor) -> Tensor:
         return towers.clusters(view).softmax(-1).transpose(1, 2).unflatten(2, GRID)
 
-    vision = VisionContrast(8, student_temperature=0.1, teacher_temperature=0.04, center_momentum=0.9)
+    vision = DINOLoss(8, student_temperature=0.1, teacher_temperature=0.04, center_momentum=0.9)
     vision.center.copy_(torch.linspace(-0.1, 0.1, 8))
     embedded, captions = F.normalize(towers.image(patches), dim=-1), F.normalize(towers.text(texts), dim=-1)
     student = torch.stack([towers.prototypes(view.mean(1)) for view in (patches, other)])
     losses = {
-        "contrast": contrast(F.normalize(embedded.mean(1), dim=-1), captions, towers.scale),
+        "contrast": contrastive_loss(F.normalize(embedded.mean(1), dim=-1), captions, towers.scale),
         "patch_contrast": patch_contrast(embedded, captions, towers.scale, 0.1),
-        "sigmoid_contrast": sigmoid_contrast(
-            F.normalize(embedded.mean(1), dim=-1), captions, towers.scale, towers.bias
-        ),
-        "sigmoid_patches": sigmoid_contrast_of_scores(
-            patch_scores(embedded, gather_rows(captions), 0.1), towers.scale, towers.bias
+        "sigmoid_loss": sigmoid_loss(F.normalize(embedded.mean(1), dim=-1), captions, towers.scale, towers.bias),
+        "sigmoid_patches": sigmoid_loss_from_scores(
+            softmax_pooled_scores(embedded, gather_rows(captions), 0.1), towers.scale, towers.bias
         ),
         "nouns": noun_contrast(
             embedded, F.normalize(towers.text(phrases), dim=-1), positives[mine], towers.scale, top_patches=3
         ),
-        "mutual_information": mutual_information_loss(
-            maps(patches), maps(other), valid[mine], radius=1, entropy_weight=1.5
-        ),
+        "mutual_information": iic_loss(maps(patches), maps(other), valid[mine], radius=1, entropy_weight=1.5),
         "vision": vision(student, teacher),
-        "vision_info_nce": vision_info_nce(F.normalize(student, dim=-1), F.normalize(teacher, dim=-1), 0.1),
+        "crop_info_nce_loss": crop_info_nce_loss(F.normalize(student, dim=-1), F.normalize(teacher, dim=-1), 0.1),
     }
     results: dict[str, Any] = {}
     for name, loss in losses.items():

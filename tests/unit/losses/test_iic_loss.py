@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vilseg.losses import cluster_figures, joint_sums, mutual_information_loss
+from vilseg.losses import cluster_metrics, iic_loss, unnormalized_joints
 
 
 def assignments(*shape: int, seed: int = 0) -> Tensor:
@@ -56,9 +56,9 @@ def test_it_is_the_formula(radius: int, weight: float) -> None:
     first, second = assignments(2, 3, 4, 3), assignments(2, 3, 4, 3, seed=1)
     valid = torch.rand(2, 4, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     valid[0, :2] = 0
-    loss = mutual_information_loss(first, second, valid, radius=radius, entropy_weight=weight)
+    loss = iic_loss(first, second, valid, radius=radius, entropy_weight=weight)
     assert loss.item() == pytest.approx(naive(first, second, valid, radius, weight), abs=1e-10)
-    unmasked = mutual_information_loss(first, second, radius=radius, entropy_weight=weight)
+    unmasked = iic_loss(first, second, radius=radius, entropy_weight=weight)
     assert unmasked.item() == pytest.approx(naive(first, second, torch.ones(2, 4, 3), radius, weight), abs=1e-10)
 
 
@@ -66,21 +66,19 @@ def test_gradient() -> None:
     first, second = assignments(2, 3, 3, 4).requires_grad_(), assignments(2, 3, 3, 4, seed=1).requires_grad_()
     valid = torch.ones(2, 3, 4, dtype=torch.bool)
     valid[1, :, 2:] = False
-    assert torch.autograd.gradcheck(
-        lambda a, b: mutual_information_loss(a, b, valid, radius=1, entropy_weight=1.5), (first, second)
-    )
+    assert torch.autograd.gradcheck(lambda a, b: iic_loss(a, b, valid, radius=1, entropy_weight=1.5), (first, second))
 
 
 @pytest.mark.parametrize(("radius", "grid"), [(0, (3, 4)), (1, (3, 4)), (2, (5, 3))])
 def test_gradient_of_the_joint_sums(radius: int, grid: tuple[int, int]) -> None:
     first, second = (assignments(2, 3, *grid, seed=seed).requires_grad_() for seed in (0, 1))
-    assert torch.autograd.gradcheck(lambda a, b: joint_sums(a, b, radius=radius), (first, second))
+    assert torch.autograd.gradcheck(lambda a, b: unnormalized_joints(a, b, radius=radius), (first, second))
 
 
 def test_joint_sums_of_parts_of_a_batch_add_up() -> None:
     first, second = assignments(5, 3, 4, 4), assignments(5, 3, 4, 4, seed=1)
-    parts = [joint_sums(a, b) for a, b in zip(first.split(2), second.split(2), strict=True)]
-    torch.testing.assert_close(sum(parts), joint_sums(first, second))
+    parts = [unnormalized_joints(a, b) for a, b in zip(first.split(2), second.split(2), strict=True)]
+    torch.testing.assert_close(sum(parts), unnormalized_joints(first, second))
 
 
 @pytest.mark.parametrize("clusters", [2, 5])
@@ -88,7 +86,7 @@ def test_joint_sums_of_parts_of_a_batch_add_up() -> None:
 def test_balanced_certain_equal_assignments_reach_the_bound(clusters: int, weight: float) -> None:
     labels = torch.arange(clusters * 4).remainder(clusters).view(1, 4, clusters)
     certain = one_hot(labels, clusters)
-    loss = mutual_information_loss(certain, certain, radius=0, entropy_weight=weight)
+    loss = iic_loss(certain, certain, radius=0, entropy_weight=weight)
     assert loss.item() == pytest.approx(-(2 * weight - 1) * math.log(clusters), abs=1e-8)
 
 
@@ -96,24 +94,24 @@ def test_balanced_certain_equal_assignments_reach_the_bound(clusters: int, weigh
 def test_collapse_gives_nothing(value: str) -> None:
     labels = torch.zeros(2, 4, 4, dtype=torch.long)
     collapsed = one_hot(labels, 3) if value == "one cluster" else torch.full((2, 3, 4, 4), 1 / 3, dtype=torch.float64)
-    assert mutual_information_loss(collapsed, collapsed, radius=1).item() == pytest.approx(0, abs=1e-8)
+    assert iic_loss(collapsed, collapsed, radius=1).item() == pytest.approx(0, abs=1e-8)
 
 
 def test_an_entropy_weight_above_one_punishes_collapse_to_one_cluster() -> None:
     collapsed = one_hot(torch.zeros(2, 4, 4, dtype=torch.long), 3)
     spread = one_hot(torch.arange(32).remainder(3).view(2, 4, 4), 3)
-    losses = [mutual_information_loss(x, x, radius=0, entropy_weight=1.5).item() for x in (collapsed, spread)]
+    losses = [iic_loss(x, x, radius=0, entropy_weight=1.5).item() for x in (collapsed, spread)]
     assert losses[1] < losses[0] - 1
 
 
 def test_order_of_images_and_names_of_clusters_do_not_matter() -> None:
     first, second = assignments(3, 4, 3, 3), assignments(3, 4, 3, 3, seed=1)
     order, names = torch.tensor([2, 0, 1]), torch.tensor([3, 1, 0, 2])
-    expected = mutual_information_loss(first, second, entropy_weight=1.5).item()
-    shuffled = mutual_information_loss(first[order][:, names], second[order][:, names], entropy_weight=1.5)
+    expected = iic_loss(first, second, entropy_weight=1.5).item()
+    shuffled = iic_loss(first[order][:, names], second[order][:, names], entropy_weight=1.5)
     assert shuffled.item() == pytest.approx(expected)
     # Joint distributions are made symmetric and displacements come in opposite pairs, so either view may come first.
-    assert mutual_information_loss(second, first, entropy_weight=1.5).item() == pytest.approx(expected)
+    assert iic_loss(second, first, entropy_weight=1.5).item() == pytest.approx(expected)
 
 
 def test_what_lies_outside_the_mask_does_not_count() -> None:
@@ -121,25 +119,25 @@ def test_what_lies_outside_the_mask_does_not_count() -> None:
     valid = torch.zeros(2, 4, 4, dtype=torch.bool)
     valid[:, 1:3, 1:3] = True
     other = torch.where(valid.unsqueeze(1), second, assignments(2, 3, 4, 4, seed=9))
-    expected = mutual_information_loss(first, second, valid).item()
-    assert mutual_information_loss(first, other, valid).item() == pytest.approx(expected)
+    expected = iic_loss(first, second, valid).item()
+    assert iic_loss(first, other, valid).item() == pytest.approx(expected)
     inside = (slice(None), slice(None), slice(1, 3), slice(1, 3))
-    cut = mutual_information_loss(first[inside], second[inside], radius=0)
-    assert mutual_information_loss(first, second, valid, radius=0).item() == pytest.approx(cut.item())
+    cut = iic_loss(first[inside], second[inside], radius=0)
+    assert iic_loss(first, second, valid, radius=0).item() == pytest.approx(cut.item())
 
 
 def test_displacements_that_meet_no_valid_patch_are_left_out() -> None:
     first, second = assignments(2, 3, 4, 4), assignments(2, 3, 4, 4, seed=1)
     valid = torch.zeros(2, 4, 4, dtype=torch.bool)
     valid[:, 0, 0] = True  # no patch of the first view lies up or left of this one
-    loss = mutual_information_loss(first, second, valid, radius=1)
+    loss = iic_loss(first, second, valid, radius=1)
     assert loss.item() == pytest.approx(naive(first, second, valid.double(), 1, 1.0), abs=1e-10)
     assert loss.item() != 0
 
 
 def test_no_overlap_at_all_is_zero_with_a_gradient() -> None:
     first = assignments(2, 3, 4, 4).requires_grad_()
-    loss = mutual_information_loss(first, assignments(2, 3, 4, 4), torch.zeros(2, 4, 4))
+    loss = iic_loss(first, assignments(2, 3, 4, 4), torch.zeros(2, 4, 4))
     loss.backward()
     assert loss.item() == 0
     assert first.grad is not None
@@ -148,22 +146,22 @@ def test_no_overlap_at_all_is_zero_with_a_gradient() -> None:
 
 def test_wrong_arguments_are_told() -> None:
     with pytest.raises(ValueError, match=r"two \(B, K, h, w\)"):
-        mutual_information_loss(assignments(2, 3, 4, 4), assignments(2, 3, 4, 5))
+        iic_loss(assignments(2, 3, 4, 4), assignments(2, 3, 4, 5))
     with pytest.raises(ValueError, match="radius 3 does not fit a grid of 3 x 5"):
-        mutual_information_loss(assignments(2, 3, 3, 5), assignments(2, 3, 3, 5), radius=3)
+        iic_loss(assignments(2, 3, 3, 5), assignments(2, 3, 3, 5), radius=3)
 
 
 @pytest.mark.parametrize(("used", "entropy"), [(1, 0.0), (2, 0.5), (4, 1.0)])
 def test_figures_of_clusters_that_are_used_evenly(used: int, entropy: float) -> None:
     maps = one_hot(torch.arange(2 * 4 * 4).view(2, 4, 4) % used, 4)
-    figures = cluster_figures(joint_sums(maps, maps, radius=0))
+    figures = cluster_metrics(unnormalized_joints(maps, maps, radius=0))
     assert figures["used"] == used
     assert figures["entropy"].item() == pytest.approx(entropy, abs=1e-6)
 
 
 def test_a_cluster_with_hardly_a_patch_is_not_used() -> None:
     maps = one_hot((torch.arange(400).view(1, 20, 20) == 0).long(), 2)
-    figures = cluster_figures(joint_sums(maps, maps, radius=0))
+    figures = cluster_metrics(unnormalized_joints(maps, maps, radius=0))
     assert figures["used"] == 1
     shares = (1 / 400, 399 / 400)
     assert figures["entropy"].item() == pytest.approx(-sum(p * math.log2(p) for p in shares), abs=1e-6)

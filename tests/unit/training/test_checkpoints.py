@@ -14,10 +14,10 @@ from vilseg.training.checkpoints import (
     CheckpointWriter,
     best_step,
     read_checkpoint,
-    require_figure,
+    require_metric,
     write_checkpoint,
 )
-from vilseg.training.run_dir import RunFolder
+from vilseg.training.run_dir import RunDirectory
 
 
 def state(step: int) -> dict:
@@ -25,11 +25,11 @@ def state(step: int) -> dict:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> RunFolder:
-    return RunFolder(str(tmp_path / "run"))
+def folder(tmp_path: Path) -> RunDirectory:
+    return RunDirectory(str(tmp_path / "run"))
 
 
-def test_what_was_written_is_read(folder: RunFolder) -> None:
+def test_what_was_written_is_read(folder: RunDirectory) -> None:
     with CheckpointWriter(folder, None, "loss") as writer:
         writer.write(state(7), {"loss": 1.5})
     found = read_checkpoint(folder, 7)
@@ -40,15 +40,15 @@ def test_what_was_written_is_read(folder: RunFolder) -> None:
 
 def test_a_figure_that_no_report_has_is_told() -> None:
     metrics = {"loss": 1.0, "held_out/retrieval": 0.5}
-    require_figure("held_out/retrieval", metrics)
+    require_metric("held_out/retrieval", metrics)
     with pytest.raises(ConfigError, match=r"^trainer.best_by=held_out/retreival is .*mean 'held_out/retrieval'\?$"):
-        require_figure("held_out/retreival", metrics)
+        require_metric("held_out/retreival", metrics)
     with pytest.raises(ConfigError, match=r"there are held_out/retrieval, loss$"):
-        require_figure("accuracy", metrics)
+        require_metric("accuracy", metrics)
 
 
 def test_training_may_change_its_tensors_as_soon_as_writing_has_begun(
-    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+    folder: RunDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     may_write = threading.Event()
     write = storage.write_bytes
@@ -67,7 +67,7 @@ def test_training_may_change_its_tensors_as_soon_as_writing_has_begun(
     assert torch.equal(read_checkpoint(folder, 1)["objective"]["weight"], torch.ones(3, 2))
 
 
-def test_the_newest_and_the_best_are_kept(folder: RunFolder) -> None:
+def test_the_newest_and_the_best_are_kept(folder: RunDirectory) -> None:
     with CheckpointWriter(folder, 2, "loss") as writer:
         for step, loss in enumerate([3.0, 1.0, 2.0, 2.5, 2.2], 1):
             writer.write(state(step), {"loss": loss})
@@ -77,14 +77,14 @@ def test_the_newest_and_the_best_are_kept(folder: RunFolder) -> None:
     assert names == {"step-00000002", "step-00000004", "step-00000005"}
 
 
-def test_of_other_figures_the_highest_is_the_best(folder: RunFolder) -> None:
+def test_of_other_figures_the_highest_is_the_best(folder: RunDirectory) -> None:
     with CheckpointWriter(folder, 1, "held_out/nouns") as writer:
         for step, score in enumerate([0.1, 0.9, float("nan"), 0.5], 1):
             writer.write(state(step), {"held_out/nouns": score, "loss": -step})
     assert folder.checkpoint_steps() == [2, 4]
 
 
-def test_without_a_figure_only_the_newest_are_kept(folder: RunFolder) -> None:
+def test_without_a_figure_only_the_newest_are_kept(folder: RunDirectory) -> None:
     with CheckpointWriter(folder, 1, "no/such") as writer:
         for step in (1, 2, 3):
             writer.write(state(step), {"loss": 0.0})
@@ -92,7 +92,7 @@ def test_without_a_figure_only_the_newest_are_kept(folder: RunFolder) -> None:
 
 
 @pytest.mark.parametrize("damage", ["cut", "no manifest", "longer"])
-def test_a_half_written_one_is_not_counted(folder: RunFolder, damage: str) -> None:
+def test_a_half_written_one_is_not_counted(folder: RunDirectory, damage: str) -> None:
     for step in (10, 20):
         write_checkpoint(folder, state(step))
     path = Path(folder.state(20))
@@ -105,7 +105,7 @@ def test_a_half_written_one_is_not_counted(folder: RunFolder, damage: str) -> No
     assert folder.last_step == 10
 
 
-def test_the_manifest_comes_last(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_manifest_comes_last(folder: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[str] = []
     write = storage.write_bytes
 
@@ -121,7 +121,7 @@ def test_the_manifest_comes_last(folder: RunFolder, monkeypatch: pytest.MonkeyPa
 
 
 def test_what_cannot_be_written_is_said_and_leaves_the_one_before(
-    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+    folder: RunDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(uri: str, data: bytes) -> None:
         raise StorageError(f"cannot write {uri}: no space is left on the disk")
@@ -136,7 +136,7 @@ def test_what_cannot_be_written_is_said_and_leaves_the_one_before(
     assert folder.checkpoint_steps() == [1]
 
 
-def test_a_failure_is_seen_without_waiting_for_the_next(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_is_seen_without_waiting_for_the_next(folder: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     begun = threading.Event()
 
     def gone(uri: str, data: bytes) -> None:

@@ -72,7 +72,7 @@ def gradients(trainer: Trainer) -> dict[str, np.ndarray]:
     images = torch.randint(0, 256, (4, 24, 24, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
     tokens = objective.model.text_encoder.tokenize(["a dog on grass", "two cats", "a horse by the sea", "a sofa"])
     batch = TensorBatch(images, tokens, torch.full((4, 32), -1), torch.arange(4) * 1013 + 7, tuple("abcd"))
-    losses = trainer._optimise(batch)
+    losses = trainer.train_step(batch)
     found = {name: p.grad.numpy().copy() for name, p in objective.named_parameters() if p.grad is not None}
     return found | {name: value.numpy().copy() for name, value in losses.items()}
 

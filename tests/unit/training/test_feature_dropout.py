@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from vilseg.training import feature_dropout
-from vilseg.training.feature_dropout import dropped_logits
+from vilseg.training.feature_dropout import logits_with_feature_dropout
 
 VIEWS, B, N, F, K = 2, 3, 4, 12, 5
 
@@ -29,7 +29,7 @@ def inputs() -> tuple[Tensor, Tensor]:
 
 def test_logits_and_gradient_are_those_of_the_views_themselves(head: nn.Sequential) -> None:
     patches, factors = inputs()
-    found = dropped_logits(head, patches, factors)
+    found = logits_with_feature_dropout(head, patches, factors)
     wanted = torch.stack([head(patches.double() * view.unsqueeze(1)) for view in factors])
     torch.testing.assert_close(found, wanted, atol=1e-12, rtol=0)
     weights = torch.randn_like(found)
@@ -52,11 +52,11 @@ def test_gradient(head: nn.Sequential) -> None:
             part = other.get_submodule(owner)
             delattr(part, key)
             setattr(part, key, given[name])
-        return dropped_logits(other, patches, factors)
+        return logits_with_feature_dropout(other, patches, factors)
 
     assert torch.autograd.gradcheck(logits, tuple(parameter for parameter in head.parameters()))
 
 
 def test_features_that_are_all_alike_divide_by_no_zero(head: nn.Sequential) -> None:
     _, factors = inputs()
-    assert dropped_logits(head, torch.zeros(B, N, F), factors).isfinite().all()
+    assert logits_with_feature_dropout(head, torch.zeros(B, N, F), factors).isfinite().all()

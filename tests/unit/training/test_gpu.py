@@ -21,10 +21,10 @@ from vilseg.data.views import make_views
 from vilseg.device import precision_dtype
 from vilseg.distributed import rank
 from vilseg.model import ViLSeg
-from vilseg.training.fsdp import shard
+from vilseg.training.fsdp import apply_fsdp
 from vilseg.training.loop import Trainer
 from vilseg.training.objective import Objective
-from vilseg.training.prefetch import on_device
+from vilseg.training.prefetch import copy_to_device
 
 GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not GPUS, reason="there is no CUDA device on this machine")]
@@ -46,7 +46,7 @@ def to_gpu(batch: Any) -> Any:
 
 
 def make_trainer(folder: str, device: torch.device, steps: int, sharding: str = "none") -> Trainer:
-    wrap = shard if sharding == "fsdp" else data_parallel
+    wrap = apply_fsdp if sharding == "fsdp" else data_parallel
     return test_loop.make_trainer(folder, steps, device=device, wrap=wrap, gradient_clip=0.05)
 
 
@@ -121,7 +121,7 @@ def test_the_optimiser_is_fused_and_its_state_resumes(tmp_path: Path, make_model
 def test_the_next_batch_is_copied_before_the_present_one_is_worked_on() -> None:
     device = torch.device("cuda")
     read: list[int] = []
-    for number, batch in enumerate(on_device(numbered(5, read), device)):
+    for number, batch in enumerate(copy_to_device(numbered(5, read), device)):
         assert read == list(range(min(5, number + 2))), "one ahead"
         # Enough work that a copy which did not wait its turn would be seen.
         noise = torch.randn(2000, 2000, device=device)
@@ -135,7 +135,7 @@ def test_the_next_batch_is_copied_before_the_present_one_is_worked_on() -> None:
 
 
 def test_of_no_batches_come_none() -> None:
-    assert list(on_device(numbered(0, []), torch.device("cuda"))) == []
+    assert list(copy_to_device(numbered(0, []), torch.device("cuda"))) == []
 
 
 def _worker(number: int, count: int, port: int, folder: str, sharding: str) -> None:

@@ -19,7 +19,7 @@ from vilseg.model import ViLSeg
 from vilseg.training import grad_cache
 from vilseg.training import objective as objective_module
 from vilseg.training.batch import TensorBatch
-from vilseg.training.grad_cache import backward_by_chunks, require_independence
+from vilseg.training.grad_cache import backward_in_chunks, require_per_sample_encoders
 from vilseg.training.objective import Objective
 
 Make = Callable[..., ViLSeg]
@@ -91,7 +91,7 @@ def at_once(objective: Objective, batch: TensorBatch) -> dict[str, np.ndarray]:
 
 
 def by_chunks(objective: Objective, batch: TensorBatch, size: int = SIZE) -> dict[str, np.ndarray]:
-    return result(objective, backward_by_chunks(objective, batch, size))
+    return result(objective, backward_in_chunks(objective, batch, size))
 
 
 def assert_equal(found: dict[str, np.ndarray], expected: dict[str, np.ndarray], tolerance: float = 1e-5) -> None:
@@ -227,6 +227,6 @@ def test_encoders_that_mix_the_pictures_of_a_chunk_are_refused(make_model: Make)
     sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
     resnet = {"architecture": "resnet", "sizes": sizes}
     with pytest.raises(ConfigError, match=r"chunk_size cannot be used: model.image_encoder has batch normalisation"):
-        require_independence(objective_of(make_model, "infonce", image_encoder=resnet))
-    require_independence(objective_of(make_model, "infonce", image_encoder={**resnet, "frozen": True}))
-    require_independence(objective_of(make_model, "all"))
+        require_per_sample_encoders(objective_of(make_model, "infonce", image_encoder=resnet))
+    require_per_sample_encoders(objective_of(make_model, "infonce", image_encoder={**resnet, "frozen": True}))
+    require_per_sample_encoders(objective_of(make_model, "all"))

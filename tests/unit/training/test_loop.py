@@ -25,7 +25,7 @@ from vilseg.text.noun_phrases import NounPhrases
 from vilseg.training.checkpoints import read_checkpoint, write_checkpoint
 from vilseg.training.loop import NonFiniteLossError, Trainer
 from vilseg.training.objective import Objective
-from vilseg.training.run_dir import RunFolder
+from vilseg.training.run_dir import RunDirectory
 
 BATCH = 8
 CPU = torch.device("cpu")
@@ -147,7 +147,7 @@ def test_a_resumed_run_repeats_the_unbroken_one_bit_by_bit(
     expected = losses(run(unbroken, batches(folder, 0, 6)))
 
     stopped = make_trainer(folder, 6, chunk_size=chunk_size)
-    left = RunFolder(str(tmp_path / "left"))
+    left = RunDirectory(str(tmp_path / "left"))
     before: list[dict[str, float]] = []
     stopped.train(
         batches(folder, 0, 6),

@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from vilseg.config import RunConfig
 from vilseg.errors import ConfigError, UserError
 from vilseg.training.metrics_log import MetricsFile, read_metrics
-from vilseg.training.run_dir import RunFolder
+from vilseg.training.run_dir import RunDirectory
 
 
 def line(step: int) -> dict[str, float]:
@@ -18,12 +18,12 @@ def line(step: int) -> dict[str, float]:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> RunFolder:
+def folder(tmp_path: Path) -> RunDirectory:
     (tmp_path / "run").mkdir()
-    return RunFolder(str(tmp_path / "run"))
+    return RunDirectory(str(tmp_path / "run"))
 
 
-def test_lines_and_events(folder: RunFolder) -> None:
+def test_lines_and_events(folder: RunDirectory) -> None:
     file = MetricsFile(folder, RunConfig(), 0)
     for step in (1, 2):
         file.add(line(step))
@@ -36,7 +36,7 @@ def test_lines_and_events(folder: RunFolder) -> None:
     assert (image.width, image.height) == (6, 4)
 
 
-def test_a_resumed_run_drops_what_came_after_its_checkpoint(folder: RunFolder) -> None:
+def test_a_resumed_run_drops_what_came_after_its_checkpoint(folder: RunDirectory) -> None:
     first = MetricsFile(folder, RunConfig(), 0)
     for step in (1, 2, 3):
         first.add(line(step))
@@ -48,12 +48,12 @@ def test_a_resumed_run_drops_what_came_after_its_checkpoint(folder: RunFolder) -
     assert [found["step"] for found in read_metrics(folder)] == [1, 2, 3, 4]
 
 
-def test_a_run_without_reports_says_so(folder: RunFolder) -> None:
+def test_a_run_without_reports_says_so(folder: RunDirectory) -> None:
     with pytest.raises(UserError, match="no metrics yet"):
         read_metrics(folder)
 
 
-def test_an_mlflow_server_that_does_not_answer_is_said(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_mlflow_server_that_does_not_answer_is_said(folder: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("mlflow", reason="MLflow is not installed: pip install 'vilseg[tracking]'")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
@@ -62,7 +62,7 @@ def test_an_mlflow_server_that_does_not_answer_is_said(folder: RunFolder, monkey
         MetricsFile(folder, config, 0)
 
 
-def test_what_mlflow_could_not_be_told_is_told_later(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_mlflow_could_not_be_told_is_told_later(folder: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     mlflow = pytest.importorskip("mlflow", reason="MLflow is not installed: pip install 'vilseg[tracking]'")
     away, sent = [True], []
 

@@ -13,9 +13,9 @@ from vilseg.config import ViewsConfig
 from vilseg.config.loss import LossConfig
 from vilseg.data.views import make_views
 from vilseg.errors import ConfigError
-from vilseg.losses import mutual_information_loss
+from vilseg.losses import iic_loss
 from vilseg.model import ViLSeg
-from vilseg.training.batch import TensorBatch, see
+from vilseg.training.batch import TensorBatch, encode_views
 from vilseg.training.objective import Objective
 
 Make = Callable[..., ViLSeg]
@@ -265,7 +265,7 @@ def test_the_cached_embedding_of_a_picture_as_a_whole_is_what_captions_meet(make
     batch = batch_for(model, features=True)
     whole = torch.randn(4, 16, generator=torch.Generator().manual_seed(5)).half()
     batch = replace(batch, images=torch.cat([batch.images, whole.unsqueeze(1)], 1))
-    seen = see(model, batch, objective.views, global_=2, local=0, second_learns=False, drop=True)
+    seen = encode_views(model, batch, objective.views, global_=2, local=0, second_learns=False, drop=True)
     assert seen.factors_GBF is not None
     assert seen.global_[0].grid == (3, 3)
     torch.testing.assert_close(seen.global_[0].patches, batch.images[:, :9])
@@ -282,7 +282,7 @@ def test_dropout_takes_whole_channels_of_a_pair_and_is_what_makes_two_views(make
     batch = batch_for(model, features=True)
 
     def views(*, drop: bool) -> list[Tensor]:
-        seen = see(model, batch, objective.views, global_=2, local=0, second_learns=False, drop=drop)
+        seen = encode_views(model, batch, objective.views, global_=2, local=0, second_learns=False, drop=drop)
         return [seen.view(number).patches for number in range(2)]
 
     first, second = views(drop=True)
@@ -306,12 +306,12 @@ def test_cached_views_meet_the_head_as_if_each_had_been_made(make_model: Make) -
     batch = batch_for(model, features=True)
     losses = objective(batch)
     found = torch.autograd.grad(losses["loss"], list(model.clustering_head.parameters()))
-    seen = see(model, batch, dropout, global_=2, local=0, second_learns=False, drop=True)
+    seen = encode_views(model, batch, dropout, global_=2, local=0, second_learns=False, drop=True)
     first, second = (
         model.cluster_logits(seen.view(number)).softmax(-1).transpose(1, 2).unflatten(2, (3, 3)) for number in range(2)
     )
     config = objective.config.mutual_information
-    loss = mutual_information_loss(first, second, radius=config.radius, entropy_weight=config.entropy_weight)
+    loss = iic_loss(first, second, radius=config.radius, entropy_weight=config.entropy_weight)
     wanted = torch.autograd.grad(0.5 * loss, list(model.clustering_head.parameters()))
     assert losses["loss/mutual_information"].item() == pytest.approx(loss.item(), abs=1e-6)
     for one, other in zip(found, wanted, strict=True):

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from vilseg.data.batch_reader import WorkerBatch
-from vilseg.training.prefetch import on_device
+from vilseg.training.prefetch import copy_to_device
 
 
 def numbered(count: int, read: list[int]) -> Iterator[WorkerBatch]:
@@ -28,7 +28,7 @@ def numbered(count: int, read: list[int]) -> Iterator[WorkerBatch]:
 def test_on_the_cpu_batches_come_one_by_one_and_own_their_memory() -> None:
     read: list[int] = []
     seen = 0
-    for number, batch in enumerate(on_device(numbered(3, read), torch.device("cpu"))):
+    for number, batch in enumerate(copy_to_device(numbered(3, read), torch.device("cpu"))):
         assert read == list(range(number + 1)), "nothing is read ahead"
         assert batch.images.dtype == torch.uint8
         assert batch.tokens.dtype == batch.phrases.dtype == torch.int64

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vilseg.model import ImageFeatures, ViLSeg
-from vilseg.training.pseudo_labels import UNSURE, PseudoLabels, label_losses
+from vilseg.training.pseudo_labels import UNLABELED, PseudoLabeler, pseudo_label_losses
 
 Make = Callable[..., ViLSeg]
 PHRASES = ("dog", "cat", "sofa", "sea")
@@ -71,11 +71,11 @@ def test_a_patch_has_the_best_phrase_of_its_own_captions_or_none(model: ViLSeg) 
     in_order = sorted(scores[0][n][p] for n in range(N) for p in (0, 3))
     middle = (in_order[N - 1] + in_order[N]) / 2
     tokens = model.text_encoder.tokenize(PHRASES)
-    labels = PseudoLabels(model, tokens, confidence=middle)(features, present, own)
+    labels = PseudoLabeler(model, tokens, confidence=middle)(features, present, own)
     kept = 0
     for image in range(B):
         for n in range(N):
-            wanted = UNSURE
+            wanted = UNLABELED
             candidates = [place for place in range(3) if own[image, place]]
             if candidates:
                 best = max(candidates, key=lambda place: scores[image][n][int(present[place])])
@@ -87,7 +87,7 @@ def test_a_patch_has_the_best_phrase_of_its_own_captions_or_none(model: ViLSeg) 
 
 def test_what_labels_does_not_follow_the_student(model: ViLSeg) -> None:
     features, own = features_for(model), torch.ones(B, 4, dtype=torch.bool)
-    labels = PseudoLabels(model, model.text_encoder.tokenize(PHRASES), confidence=-1e9)
+    labels = PseudoLabeler(model, model.text_encoder.tokenize(PHRASES), confidence=-1e9)
     before = labels(features, torch.arange(4), own)
     with torch.no_grad():
         model.image_projection.weight.neg_()
@@ -95,21 +95,21 @@ def test_what_labels_does_not_follow_the_student(model: ViLSeg) -> None:
 
 
 def test_no_phrase_no_label(model: ViLSeg) -> None:
-    labels = PseudoLabels(model, model.text_encoder.tokenize(PHRASES), confidence=-1e9)
+    labels = PseudoLabeler(model, model.text_encoder.tokenize(PHRASES), confidence=-1e9)
     found = labels(features_for(model), torch.empty(0, dtype=torch.long), torch.ones(B, 0, dtype=torch.bool))
-    assert (found == UNSURE).all()
-    assert not label_losses(unit(B, N, 4), unit(0, 4), found, torch.tensor(3.0)).any()
+    assert (found == UNLABELED).all()
+    assert not pseudo_label_losses(unit(B, N, 4), unit(0, 4), found, torch.tensor(3.0)).any()
 
 
 def test_losses_are_the_formula() -> None:
     patches, phrases = unit(B, N, 5), unit(4, 5, seed=1)
-    labels = torch.full((B, N), UNSURE)
+    labels = torch.full((B, N), UNLABELED)
     labels[0, 0], labels[0, 3], labels[2, 5] = 1, 3, 0
-    found = label_losses(patches, phrases, labels, torch.tensor(3.0, dtype=torch.float64))
+    found = pseudo_label_losses(patches, phrases, labels, torch.tensor(3.0, dtype=torch.float64))
     for image in range(B):
         terms = []
         for n in range(N):
-            if labels[image, n] != UNSURE:
+            if labels[image, n] != UNLABELED:
                 logits = [3 * float(patches[image, n] @ phrase) for phrase in phrases]
                 terms.append(math.log(sum(map(math.exp, logits))) - logits[int(labels[image, n])])
         assert float(found[image, 0]) == pytest.approx(sum(terms) / len(terms) if terms else 0, abs=1e-12)
@@ -118,6 +118,6 @@ def test_losses_are_the_formula() -> None:
 
 def test_gradient() -> None:
     patches, phrases = unit(B, N, 5).requires_grad_(), unit(4, 5, seed=1).requires_grad_()
-    labels = torch.randint(UNSURE, 4, (B, N), generator=torch.Generator().manual_seed(2))
+    labels = torch.randint(UNLABELED, 4, (B, N), generator=torch.Generator().manual_seed(2))
     scale = torch.tensor(3.0, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda x, t: label_losses(x, t, labels, scale)[:, 0], (patches, phrases))
+    assert torch.autograd.gradcheck(lambda x, t: pseudo_label_losses(x, t, labels, scale)[:, 0], (patches, phrases))

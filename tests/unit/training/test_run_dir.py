@@ -14,12 +14,12 @@ from vilseg.text.noun_phrases import NounPhrases
 from vilseg.text.tokenizer import FixedTokenizer, train_tokenizer
 from vilseg.training.checkpoints import write_checkpoint
 from vilseg.training.metrics_log import read_metrics
-from vilseg.training.run_dir import Prepared, RunFolder, checkpoint_name
+from vilseg.training.run_dir import PreparedRun, RunDirectory, checkpoint_directory_name
 from vilseg.training.run_setup import resume
 
 
 def test_checkpoints_are_listed_by_step(tmp_path: Path) -> None:
-    folder = RunFolder(str(tmp_path / "run"))
+    folder = RunDirectory(str(tmp_path / "run"))
     assert folder.checkpoint_steps() == []
     assert folder.last_step == 0
     for step in (1000, 20, 300):
@@ -28,7 +28,7 @@ def test_checkpoints_are_listed_by_step(tmp_path: Path) -> None:
     assert folder.checkpoint_steps() == [20, 300, 1000]
     whole = Path(folder.state(1000)).read_bytes()
     Path(folder.state(1000)).write_bytes(whole[: len(whole) // 2])
-    (tmp_path / "run" / "checkpoints" / checkpoint_name(2000)).mkdir()
+    (tmp_path / "run" / "checkpoints" / checkpoint_directory_name(2000)).mkdir()
     assert folder.checkpoint_steps() == [20, 300], "one that was cut off does not count"
     assert folder.last_step == 300
     assert folder.checkpoint(20).endswith("run/checkpoints/step-00000020")
@@ -38,7 +38,7 @@ def test_a_store_that_is_away_is_waited_for_where_a_worker_begins_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(retry, "_PAUSES_S", (0.01, 0.01))
-    folder = RunFolder(str(tmp_path / "run"))
+    folder = RunDirectory(str(tmp_path / "run"))
     write_checkpoint(folder, {"step": 20})
     storage.write_text(folder.metrics, '{"step": 20}\n')
     away, exists = [True], storage.exists
@@ -59,10 +59,10 @@ def test_a_store_that_is_away_is_waited_for_where_a_worker_begins_anew(
 def test_what_a_run_is_begun_with_survives_json() -> None:
     tokenizer = train_tokenizer(["a dog", "Käfer"], 100)
     fixed = FixedTokenizer(tokenizer.backend_tokenizer.to_str(), 9, tokenizer.pad_token_id)
-    prepared = Prepared(
+    prepared = PreparedRun(
         (Shard("s3://b/0.tar", 3, "b"), Shard("s3://b/1.tar", 0)), NounPhrases(("dog",), {"dogs": 0}), fixed
     )
-    again = Prepared.from_json(prepared.to_json())
+    again = PreparedRun.from_json(prepared.to_json())
     assert again == prepared
     assert again.tokenizer(["a dog"]).tolist() == fixed(["a dog"]).tolist()
 
@@ -71,15 +71,15 @@ def test_what_a_run_of_before_there_were_mixes_was_begun_with_is_read(tmp_path: 
     _, folder = begun(tmp_path)
     old = json.loads(storage.read_text(folder.prepared))
     old["shards"] = [[uri, pairs] for uri, pairs, _ in old["shards"]]
-    assert Prepared.from_json(json.dumps(old)).shards == (Shard("0.tar", 3),)
+    assert PreparedRun.from_json(json.dumps(old)).shards == (Shard("0.tar", 3),)
 
 
-def begun(tmp_path: Path, *overrides: str) -> tuple[RunConfig, RunFolder]:
+def begun(tmp_path: Path, *overrides: str) -> tuple[RunConfig, RunDirectory]:
     config = RunConfig.load(None, ["name=r", "data.source=pairs", "trainer.steps=50", *overrides])
-    folder = RunFolder(str(tmp_path / "r"))
+    folder = RunDirectory(str(tmp_path / "r"))
     storage.write_text(folder.config, config.to_yaml())
     tokenizer = FixedTokenizer(train_tokenizer(["a dog"], 100).backend_tokenizer.to_str(), 9, 0)
-    storage.write_text(folder.prepared, Prepared((Shard("0.tar", 3),), NounPhrases(), tokenizer).to_json())
+    storage.write_text(folder.prepared, PreparedRun((Shard("0.tar", 3),), NounPhrases(), tokenizer).to_json())
     return config, folder
 
 

@@ -9,7 +9,7 @@ from vilseg.config import RunConfig
 from vilseg.data.shards import write_tar
 from vilseg.errors import ConfigError, DataError, StorageError
 from vilseg.model import ViLSeg
-from vilseg.training.run_dir import Prepared, RunFolder
+from vilseg.training.run_dir import PreparedRun, RunDirectory
 from vilseg.training.run_setup import preflight, prepare
 
 SMALL = (
@@ -34,8 +34,8 @@ def config(tmp_path: Path, *overrides: str) -> RunConfig:
     return RunConfig.load(None, [*SMALL, f"trainer.storage={tmp_path}/runs", "name=r", *overrides])
 
 
-def prepared(tmp_path: Path, *overrides: str) -> Prepared:
-    return prepare(config(tmp_path, *overrides), RunFolder(f"{tmp_path}/runs/r"))
+def prepared(tmp_path: Path, *overrides: str) -> PreparedRun:
+    return prepare(config(tmp_path, *overrides), RunDirectory(f"{tmp_path}/runs/r"))
 
 
 def mix(*sources: str) -> str:

@@ -33,7 +33,7 @@ from vilseg.model.image_encoder import build_image_encoder
 from vilseg.model.serialization import read_settings
 from vilseg.text.tokenizer import load_tokenizer
 from vilseg.training import run_setup
-from vilseg.training.run_dir import RunFolder
+from vilseg.training.run_dir import RunDirectory
 
 Make = Callable[..., ViLSeg]
 TEXTS = ["a dog", "Two cats, on a sofa!", "grass"]
@@ -408,7 +408,7 @@ def run_config(folder: Path, *overrides: str) -> RunConfig:
 def test_three_steps_of_training_from_each(tmp_path: Path, make_model: Make, kind: str) -> None:
     write_scenes(tmp_path)
     config = run_config(tmp_path, *starting_point(kind, tmp_path, make_model))
-    folder = run_setup.open_folder(config, resume=False)
+    folder = run_setup.open_run_directory(config, resume=False)
     prepared = run_setup.prepare(config, folder)
     trainer = run_setup.make_trainer(config, folder, prepared, torch.device("cpu"))
     reader = BatchReader(
@@ -433,7 +433,7 @@ def test_three_steps_of_training_from_each(tmp_path: Path, make_model: Make, kin
     parts = ("image_encoder.", "text_encoder.", "image_projection.", "clustering_head.")
     moved = {name for name, value in trained.state_dict().items() if not torch.equal(initial[name], value)}
     assert all(any(name.startswith(part) for name in moved) for part in parts)
-    run_setup.save_model(trained, config, folder, {})
+    run_setup.save_trained_model(trained, config, folder, {})
     again = ViLSeg.from_pretrained(folder.model)
     with torch.no_grad():
         np.testing.assert_array_equal(
@@ -442,9 +442,9 @@ def test_three_steps_of_training_from_each(tmp_path: Path, make_model: Make, kin
         np.testing.assert_array_equal(again.encode_text(TEXTS), trained.encode_text(TEXTS))
 
 
-def begin(config: RunConfig) -> tuple[RunFolder, ViLSeg]:
+def begin(config: RunConfig) -> tuple[RunDirectory, ViLSeg]:
     """A run's folder and the model that it begins with."""
-    folder = run_setup.open_folder(config, resume=False)
+    folder = run_setup.open_run_directory(config, resume=False)
     run_setup.prepare(config, folder)
     return folder, ViLSeg.from_pretrained(folder.initial)
 
@@ -473,7 +473,7 @@ def test_a_sigmoid_start_keeps_the_sigmoid_loss(tmp_path: Path) -> None:
 def test_a_temperature_beside_a_start_is_told(tmp_path: Path, make_model: Make) -> None:
     write_scenes(tmp_path)
     config = run_config(tmp_path, *starting_point("ours", tmp_path, make_model), "loss.cross_modal.temperature=0.2")
-    folder = run_setup.open_folder(config, resume=False)
+    folder = run_setup.open_run_directory(config, resume=False)
     with pytest.raises(ConfigError, match=r"loss.cross_modal.temperature is 0.2, but model.init brings its own"):
         run_setup.prepare(config, folder)
     assert not storage.exists(folder.initial)

@@ -31,7 +31,7 @@ from vilseg.text.noun_phrases import NounPhrases
 from vilseg.text.tokenizer import FixedTokenizer, train_tokenizer
 from vilseg.training import run_setup
 from vilseg.training.batch import cached_features
-from vilseg.training.run_dir import Prepared, RunFolder
+from vilseg.training.run_dir import PreparedRun, RunDirectory
 
 SIDE = 32
 ENCODERS = (
@@ -63,9 +63,9 @@ def key(config: RunConfig) -> str:
     return cache_key(config, list_shards(config.data.source), make_encoders(config))
 
 
-def begun_on(*shards: Shard) -> Prepared:
+def begun_on(*shards: Shard) -> PreparedRun:
     tokenizer = train_tokenizer(["a dog"], 64).backend_tokenizer.to_str()
-    return Prepared(shards, NounPhrases(), FixedTokenizer(tokenizer, 8, 0))
+    return PreparedRun(shards, NounPhrases(), FixedTokenizer(tokenizer, 8, 0))
 
 
 def photo(seed: int) -> bytes:
@@ -118,7 +118,7 @@ def test_features_are_of_the_encoders_that_the_run_begins_with(
     others = ("model.text_encoder.frozen=true", "trainer.seed=7", f"trainer.storage={tmp_path}/runs", "name=r")
     config = settings(pairs, beginning, *others)
     encoders = make_encoders(config)
-    folder = RunFolder(f"{tmp_path}/runs/r")
+    folder = RunDirectory(f"{tmp_path}/runs/r")
     run_setup.prepare(config, folder)
     for start in (ViLSeg.from_pretrained(model), ViLSeg.from_pretrained(folder.initial)):
         assert same_weights(encoders.images, start.image_encoder)
@@ -130,7 +130,7 @@ def test_features_are_of_the_encoders_that_the_run_begins_with(
 def test_encoders_that_are_new_are_those_of_the_run(pairs: str, tmp_path: Path) -> None:
     config = settings(pairs, f"trainer.storage={tmp_path}/runs", "name=r")
     encoders = make_encoders(config)
-    folder = RunFolder(f"{tmp_path}/runs/r")
+    folder = RunDirectory(f"{tmp_path}/runs/r")
     run_setup.prepare(config, folder)
     assert same_weights(encoders.images, ViLSeg.from_pretrained(folder.initial).image_encoder)
     assert encoders.texts is None

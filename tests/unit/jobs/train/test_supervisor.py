@@ -11,7 +11,7 @@ import pytest
 from jobs.train import supervisor
 from jobs.train.monitor import ProgressUpdate
 from jobs.train.supervisor import TrainingSupervisor, sigterm_as_ctrl_c
-from vilseg.training.run_dir import RunFolder
+from vilseg.training.run_dir import RunDirectory
 
 
 class FakeMonitor:
@@ -42,7 +42,7 @@ def test_a_signal_while_a_run_stops_for_more_workers_is_noted(monkeypatch: pytes
     monkeypatch.setattr(supervisor.ray, "get", lambda answer: answer)
     monitor = FakeMonitor()
     trainer: Any = SimpleNamespace(fit=lambda: monitor.end.wait(10))
-    watched = TrainingSupervisor(monitor, RunFolder("run"), 10, lambda snapshot: None, lambda: False)
+    watched = TrainingSupervisor(monitor, RunDirectory("run"), 10, lambda snapshot: None, lambda: False)
     outcome = watched.run(trainer, pause=lambda: True)
     assert outcome.stopped
     assert watched.asked_to_stop
