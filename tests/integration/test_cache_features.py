@@ -14,7 +14,6 @@ from PIL import Image
 
 from cluster.ray_session import Session
 from jobs.train import feature_cache
-from jobs.train.feature_cache import FeatureWriter
 from vilseg import storage
 from vilseg.config import RunConfig
 from vilseg.config.data import ColumnsConfig
@@ -22,6 +21,7 @@ from vilseg.data.batch_reader import decode_features
 from vilseg.data.shards import Pair, read_shard, write_tar
 from vilseg.device import has_bfloat16_units
 from vilseg.errors import ConfigError, DataError
+from vilseg.features.writer import FeatureWriter
 from vilseg.model.image_encoder import LocalConvEncoder
 
 SIDE = 32
