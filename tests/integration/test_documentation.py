@@ -234,9 +234,9 @@ def test_yaml_blocks_are_read_by_what_they_are_for(block: Block, here: Path, tmp
     path = tmp_path / "block.yaml"
     path.write_text(block.text)
     if "parameters" in tree:
-        from tune.search_space import Space
+        from tune.search_space import SearchSpace
 
-        Space.load(str(path)).check(RunConfig.load("configs/demo.yaml", []))
+        SearchSpace.load(str(path)).check(RunConfig.load("configs/demo.yaml", []))
     elif "classes" in tree:
         from vilseg.text.vocabulary import Vocabulary
 
