@@ -23,10 +23,12 @@ import numpy as np
 import pytest
 import yaml
 from markdown_it import MarkdownIt
+from PIL import Image
 
 from cli import app as command_line
 from cluster.object_store import ObjectStore
 from cluster.ray_session import Session
+from serve.api_keys import add_key
 from tests.integration.cluster.commands import parse
 from tests.integration.cluster.conftest import program
 from tests.unit import benchmark_dataset_trees, checkpoints
@@ -135,10 +137,11 @@ def home(
     (home / "s3.env").write_text("AWS_ACCESS_KEY_ID=a\nAWS_SECRET_ACCESS_KEY=b\n")
     (home / "rooms.yaml").write_text(next(block.text for block in of("yaml") if "settee" in block.text))
     (home / "run.yaml").write_text((ROOT / "configs" / "demo.yaml").read_text())
-    (home / "keys.txt").write_text("")
+    add_key(str(home / "keys.txt"), "seed")
     _write_video(home / "video.mp4")
     _write_geotiff(home / "scene.tif")
     scenes.write_masked_dataset(str(home / "data" / "val"), 3, 5, 64)
+    _write_rooms(home / "data" / "rooms")
     benchmark_dataset_trees.voc(home / "data" / "VOCdevkit" / "VOC2012")
     for run in ("first", "demo"):
         save_tiny_model(str(home / "runs" / run / "model"), 64)
@@ -153,6 +156,16 @@ def _write_video(path: Path) -> None:
 
     frames = [np.full((64, 64, 3), 20 * number, np.uint8) for number in range(4)]
     write_video(str(path), (Frame(number, number / 4, frame) for number, frame in enumerate(frames)))
+
+
+def _write_rooms(root: Path) -> None:
+    """A dataset with masks of the classes of rooms.yaml."""
+    random = np.random.default_rng(2)
+    for folder, shape in (("images", (64, 64, 3)), ("masks", (64, 64))):
+        (root / folder).mkdir(parents=True)
+        highest = 3 if folder == "masks" else 256
+        Image.fromarray(random.integers(0, highest, shape, np.uint8)).save(root / folder / "a.png")
+    (root / "classes.txt").write_text("cat\nsofa\nbackground\n")
 
 
 def _write_geotiff(path: Path) -> None:
