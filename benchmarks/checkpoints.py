@@ -65,8 +65,8 @@ def _measure() -> dict[str, Any]:
     folder = run_setup.open_run_directory(config, resume=False)
     prepared = run_setup.prepare(config, folder)
     reader = make_batch_reader(config, prepared, lambda read, bad: None)
-    chunk = next(make_sampler(config, prepared).chunks(0, _PAIRS // config.trainer.batch_size))
-    batches = list(reader.read(chunk))
+    task = next(make_sampler(config, prepared).read_tasks(0, _PAIRS // config.trainer.batch_size))
+    batches = list(reader.read(task))
     trainer = run_setup.make_trainer(config, folder, prepared, torch.device("cpu"))
     _block(trainer, folder, batches, warm_up, kept=True)
     seconds: dict[bool, list[float]] = {False: [], True: []}

@@ -90,8 +90,8 @@ def read_epochs(source: str, mixed: int, epochs: int) -> list[float]:
 
     watcher = threading.Thread(target=look, daemon=True)
     watcher.start()
-    for chunk in order.chunks(0, epochs * steps):
-        for _ in reader.read(chunk):
+    for task in order.read_tasks(0, epochs * steps):
+        for _ in reader.read(task):
             done[0] += 1
     watcher.join()
     return [round(value, 1) for value in highest]
