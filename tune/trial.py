@@ -100,7 +100,8 @@ class Trial:
             if self.layout.nested:
                 _train_on_ray_workers(config, self.layout, tell, should_stop)
             else:
-                _train_in_process(config, self, tell)
+                with storage.retrying():
+                    _train_in_process(config, self, tell)
         except Exception as error:
             sentence = str(find_user_error(error) or f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
             storage.write_text(error_uri(self.records, number), f"{sentence}\n\n{traceback.format_exc()}")

@@ -17,7 +17,7 @@ from cluster.ray_session import Session, find_user_error
 from vilseg import storage
 from vilseg.config.data import ColumnsConfig
 from vilseg.data.shards import INDEX, BadPair, write_index, write_tar
-from vilseg.errors import ConfigError, DataError, StorageError
+from vilseg.errors import ConfigError, DataError, StorageError, StoreUnavailable
 from vilseg.ingest.image_files import clean_key, unique_key
 from vilseg.ingest.sources import SourcePair, SourcePart, find_pairs, read_part
 
@@ -98,7 +98,7 @@ def main(
     parts, passed_over = _find(sources, columns, shard_pairs)
     _clear(dest, sources, overwrite)
     # A broken connection is worth another try; the task writes the same files again.
-    task: Any = ray.remote(num_cpus=1)(write_part).options(max_retries=3, retry_exceptions=[OSError])
+    task: Any = ray.remote(num_cpus=1)(write_part).options(max_retries=3, retry_exceptions=[OSError, StoreUnavailable])
     done = _write_parts(
         parts,
         partial(task.remote, dest, shard_pairs, check),

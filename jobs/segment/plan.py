@@ -19,7 +19,6 @@ from vilseg.bulk.outputs import MASKS, OVERLAYS, Outputs, Rules
 from vilseg.bulk.results_table import PARTS, RESULTS
 from vilseg.config import SegmentationConfig
 from vilseg.errors import ConfigError, DataError, StorageError, StoreUnavailable
-from vilseg.storage.retry import stream_patiently
 from vilseg.text.vocabulary import Vocabulary
 
 ANNOTATIONS, SUMMARY, JOB = "annotations.json", "summary.json", "job.json"
@@ -181,8 +180,6 @@ def list_inputs(job: Job) -> Iterator[Input | Container]:
 def open_container(found: Input | Container) -> Iterator[Input]:
     """What is in a container, or the input itself; damage comes as an input with a problem, in the container's name.
 
-    Where the store goes away, it is waited for, and the container read anew without what was given before.
-
     Raises:
         StoreUnavailable: the store stays away.
     """
@@ -190,7 +187,7 @@ def open_container(found: Input | Container) -> Iterator[Input]:
         yield found
         return
     try:
-        yield from stream_patiently(lambda given, _: itertools.islice(found.inputs(), given, None))
+        yield from found.inputs()
     except StoreUnavailable:
         raise  # or what the container still holds would be lost without a word
     except (DataError, StorageError) as error:

@@ -14,7 +14,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -34,7 +33,6 @@ from vilseg.bulk.listing import Container, Input
 from vilseg.bulk.outputs import MASKS, OVERLAYS, BlockResult
 from vilseg.bulk.scheduling import cut, cut_container
 from vilseg.errors import DataError
-from vilseg.storage.retry import patiently
 
 if TYPE_CHECKING:  # torch would keep every process waiting that computes nothing
     from vilseg.bulk.worker import BlockSegmenter
@@ -101,26 +99,27 @@ def main(
     with lease(job.out) as held:
         started = time.perf_counter()
         parts, weights = _load(job)
-        patiently(lambda: begin(job, weights))
-        done = patiently(lambda: results_table.names_done(job.out))
-        finished = rejected = 0
-        tally: Any = _Tally.remote(len(done))  # type: ignore[attr-defined]  # ray.remote hides the class it wraps
-        try:
-            for result in _stream(job, session, parts, done, tally):
-                held.check()
-                finished += result["images"]
-                refusals = pickle.loads(result["rejected"])
-                rejected += len(refusals)
-                listed, ended = ray.get(tally.state.remote())
-                progress(Progress(len(done) + finished, listed, ended, rejected, refusals))
-                _check_rejected(rejected, finished, max_rejected, refusals)
-        except Exception as error:
-            raise find_user_error(error) or error from error
-        rate = finished / (time.perf_counter() - started) if finished else 0.0
-        held.check()
-        summary = _finish(job, round(rate, 2))
-        held.check()
-        return summary
+        with storage.retrying():
+            begin(job, weights)
+            done = results_table.names_done(job.out)
+            finished = rejected = 0
+            tally: Any = _Tally.remote(len(done))  # type: ignore[attr-defined]  # ray.remote hides the class it wraps
+            try:
+                for result in _stream(job, session, parts, done, tally):
+                    held.check()
+                    finished += result["images"]
+                    refusals = pickle.loads(result["rejected"])
+                    rejected += len(refusals)
+                    listed, ended = ray.get(tally.state.remote())
+                    progress(Progress(len(done) + finished, listed, ended, rejected, refusals))
+                    _check_rejected(rejected, finished, max_rejected, refusals)
+            except Exception as error:
+                raise find_user_error(error) or error from error
+            rate = finished / (time.perf_counter() - started) if finished else 0.0
+            held.check()
+            summary = _finish(job, round(rate, 2))
+            held.check()
+            return summary
 
 
 # --------------------------------------------------------------------------------------------------------- stages
@@ -135,7 +134,7 @@ def _stream(
     shared = ray.put(parts)
     claims: Any = None
     if job.deduplicate:
-        claims = _Claims.remote(patiently(lambda: results_table.claims(job.out)))  # type: ignore[attr-defined]
+        claims = _Claims.remote(results_table.claims(job.out))  # type: ignore[attr-defined]
     cpus = session.cpus_per_actor(actors)
     make = partial(_make_segmenter, job, [shared], claims, max(1, int(cpus)))
     actor = (make, tally)
@@ -160,14 +159,15 @@ def _stream(
 
 def _list_blocks(job: Job, actors: int, done: results_table.Names, tally: Any) -> Iterator[dict[str, np.ndarray]]:
     """Rows of one block of inputs, or of one container, each."""
-    new = (one for one in list_inputs(job) if isinstance(one, Container) or one.name not in done)
-    for found in cut(new, actors):
-        if isinstance(found, Container):
-            tally.add_container.remote(found.name)
-            yield _row([found])
-        else:
-            tally.add.remote(len(found))
-            yield _row(found)
+    with storage.retrying():
+        new = (one for one in list_inputs(job) if isinstance(one, Container) or one.name not in done)
+        for found in cut(new, actors):
+            if isinstance(found, Container):
+                tally.add_container.remote(found.name)
+                yield _row([found])
+            else:
+                tally.add.remote(len(found))
+                yield _row(found)
     tally.end.remote()
 
 
@@ -179,9 +179,10 @@ def _open_containers(
     if not isinstance(items[0], Container):
         yield _row(items)
         return
-    for block in cut_container(item for item in open_container(items[0]) if item.name not in done):
-        tally.add.remote(len(block))
-        yield _row(block)
+    with storage.retrying():
+        for block in cut_container(item for item in open_container(items[0]) if item.name not in done):
+            tally.add.remote(len(block))
+            yield _row(block)
     tally.opened.remote(items[0].name)
 
 
@@ -325,13 +326,13 @@ def _check_rejected(rejected: int, finished: int, max_rejected: float, refusals:
 
 def _finish(job: Job, rate: float) -> Summary:
     """Gather the parts into the files of the contract; the summary comes last."""
-    patiently(lambda: _copy_for_duplicates(job))
-    patiently(lambda: results_table.merge(job.out))
+    _copy_for_duplicates(job)
+    results_table.merge(job.out)
     if "coco" in job.formats:
-        patiently(lambda: _write_annotations(job))
+        _write_annotations(job)
     if job.outputs.gallery:
-        patiently(lambda: write_gallery(job.out, results_table.read_results(job.out), job.classes.classes))
-    return patiently(lambda: _summarise(job, rate))
+        write_gallery(job.out, results_table.read_results(job.out), job.classes.classes)
+    return _summarise(job, rate)
 
 
 def _write_annotations(job: Job) -> None:
@@ -369,7 +370,7 @@ def _copy_for_duplicates(job: Job) -> None:
             if wanted and storage.exists(source):  # a rejected one has none
                 storage.write_bytes(storage.join(job.out, folder, f"{path}.{suffix}"), storage.read_bytes(source))
 
-    with ThreadPoolExecutor(storage.TRANSFERS_AT_ONCE) as pool:
+    with storage.ThreadPool(storage.TRANSFERS_AT_ONCE) as pool:
         pairs = results_table.duplicates(job.out)
         while some := list(itertools.islice(pairs, _COPIES_AT_ONCE)):
             list(pool.map(copy, some))

@@ -21,7 +21,6 @@ from vilseg.data.sampler import PairSampler
 from vilseg.data.shards import MANIFEST, BadPair, count_pairs
 from vilseg.data.text_selection import TextSelector
 from vilseg.errors import DataError
-from vilseg.storage.retry import patiently
 from vilseg.training.run_dir import PreparedRun, RunDirectory
 
 _ROW_PAIRS, _ROW_BYTES = 512, 64 << 20
@@ -128,7 +127,8 @@ def _decoder(config: RunConfig, prepared: PreparedRun) -> Callable[[bytes, int],
         data = config.data
         return partial(decode_to_canvas, canvas=data.canvas, max_pixels=data.max_pixels, filters=data.filters)
     uri = storage.join(storage.parent(prepared.shards[0].uri), MANIFEST)
-    manifest = json.loads(patiently(partial(storage.read_text, uri)))
+    with storage.retrying():
+        manifest = json.loads(storage.read_text(uri))
     return partial(decode_features, patches=manifest["patches"], features=manifest["features"])
 
 

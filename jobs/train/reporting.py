@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cached_property, partial
+from functools import cached_property
 from types import TracebackType
 from typing import Any, Self
 
@@ -16,7 +16,6 @@ from vilseg.data.batch_reader import WorkerBatch
 from vilseg.data.sampler import PairSampler
 from vilseg.evaluation.proxy_metrics import HeldOut, measure
 from vilseg.segmentation.visualization import palette
-from vilseg.storage.retry import patiently
 from vilseg.training import run_setup
 from vilseg.training.checkpoints import CheckpointWriter, require_metric
 from vilseg.training.loop import Trainer
@@ -110,8 +109,7 @@ class TrainingReporter:
     def _held_out(self) -> HeldOut:
         assert self._config.data.held_out is not None
         side, columns = self._config.segmentation.input_size, self._config.data.columns
-        load = partial(HeldOut.load, self._config.data.held_out, side=side, columns=columns, limit=_HELD_OUT_PAIRS)
-        return patiently(load)
+        return HeldOut.load(self._config.data.held_out, side=side, columns=columns, limit=_HELD_OUT_PAIRS)
 
     @torch.no_grad()
     def _add_examples(self, step: int) -> None:

@@ -18,7 +18,6 @@ from cluster.ray_session import find_user_error
 from jobs.train.monitor import ProgressUpdate
 from vilseg import storage
 from vilseg.errors import StoreUnavailable
-from vilseg.storage.retry import patiently
 from vilseg.training.run_dir import RunDirectory
 
 _log = logging.getLogger("vilseg.jobs.train")
@@ -179,7 +178,8 @@ class QuarantineFile:
 
     def write(self) -> None:
         """Write what is not written yet, waiting for a store that does not answer."""
-        patiently(self._write)
+        with storage.retrying():
+            self._write()
 
     def _write(self) -> None:
         if len(self._lines) > self._written:

@@ -135,7 +135,8 @@ def _ray_trainer(
         ),
         datasets={"pairs": partial(batches_from_last_checkpoint, config, folder, prepared, monitor)},
         dataset_config=DataConfig(execution_options=execution_options()),
-        # Checkpoints are ours, not Ray's (vilseg.training.checkpoints): written beside the training, and patient with the store.
+        # Checkpoints are ours, not Ray's (vilseg.training.checkpoints): written beside the training, and retried while the store
+        # is away.
         run_config=ray.train.RunConfig(
             name=storage.name(folder.uri),  # as the dashboard shows it
             storage_path=path,
@@ -155,7 +156,8 @@ def train_worker(config: RunConfig, folder: RunDirectory, prepared: PreparedRun,
     if ray.get(monitor.failed.remote()):
         return
     try:
-        _train(config, folder, prepared, monitor)
+        with storage.retrying():
+            _train(config, folder, prepared, monitor)
     except Exception as error:
         mistake = find_user_error(error)
         if mistake:

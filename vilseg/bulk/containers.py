@@ -18,7 +18,7 @@ from vilseg import storage
 from vilseg.bulk.file_types import is_tried, is_video
 from vilseg.config.data import ColumnsConfig
 from vilseg.data.shards import PARQUET, TAR
-from vilseg.errors import DataError, StorageError, StoreUnavailable
+from vilseg.errors import DataError, StoreUnavailable
 from vilseg.ingest.caption_files import split_image
 from vilseg.ingest.image_files import resolve
 
@@ -167,6 +167,8 @@ def _tar_members(container: Container) -> Iterator[Input]:
                 raise tarfile.ReadError(
                     "it ends without the mark that ends a tar file" if not end else "no header follows"
                 )
+    except StoreUnavailable as error:
+        raise _broken_off(uri, f"after {safe_name(last)}" if last else "at its start", error) from error
     except (tarfile.TarError, EOFError, OSError, ValueError, OverflowError) as error:
         raise _damage(uri, f"after {safe_name(last)}" if last else "at its start", error) from error
 
@@ -189,6 +191,8 @@ def _parquet_rows(container: Container) -> Iterator[Input]:
                     values = {name: batch[name][index].as_py() for name in batch.schema.names}
                     yield _of_row(uri, row, values.get(columns.key), values[picture] or values.get(columns.path))
                     row += 1
+    except StoreUnavailable as error:
+        raise _broken_off(uri, f"from row {row} on", error) from error
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise _damage(uri, f"from row {row} on", error) from error
 
@@ -205,8 +209,10 @@ def _of_row(uri: str, row: int, key: Any, picture: Any) -> Input:
     return Input(name, uri, problem=f"row {row} of {uri} has no picture")
 
 
-def _damage(uri: str, where: str, error: Exception) -> DataError | StorageError:
+def _broken_off(uri: str, where: str, error: StoreUnavailable) -> StoreUnavailable:
+    return StoreUnavailable(f"the connection broke while {uri} was read ({where}): {error}")
+
+
+def _damage(uri: str, where: str, error: Exception) -> DataError:
     reason = " ".join(str(error).split()) or type(error).__name__
-    if not storage.is_local(uri) and "AWS Error" in reason:  # pyarrow has no better sign
-        return StoreUnavailable(f"the connection broke while {uri} was read ({where}): {reason}")
     return DataError(f"{uri} is damaged and cannot be read {where}: {reason}")

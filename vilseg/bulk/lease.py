@@ -20,7 +20,6 @@ from pathlib import Path
 
 from vilseg import storage
 from vilseg.errors import StorageError, StoreUnavailable
-from vilseg.storage.retry import patiently
 
 LOCK = "lock.json"
 EXPIRY_S = 180.0
@@ -91,7 +90,8 @@ class Lease:
         self._over.set()
         self._thread.join()
         if self._lost is None:
-            patiently(self._release, seconds=_RELEASE_S)
+            with storage.retrying(_RELEASE_S):
+                self._release()
 
     def _release(self) -> None:
         now = _read(self._uri)

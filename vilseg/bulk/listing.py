@@ -18,7 +18,6 @@ from vilseg.config.data import ColumnsConfig
 from vilseg.data.shards import PARQUET, TAR
 from vilseg.errors import DataError, StorageError
 from vilseg.ingest.image_files import resolve
-from vilseg.storage.retry import PATIENCE_S, patiently, stream_patiently
 
 __all__ = ["Container", "Input", "fixed_part", "scan"]
 
@@ -32,20 +31,18 @@ _EXPECTED = (
 )
 
 
-def scan(
-    inputs: Sequence[str], columns: ColumnsConfig | None = None, *, patience_s: float = PATIENCE_S
-) -> Iterator[Input | Container]:
+def scan(inputs: Sequence[str], columns: ColumnsConfig | None = None) -> Iterator[Input | Container]:
     """Everything to be segmented at ``inputs``, input by input in the order of its listing, while it is being listed.
 
     A folder, prefix or glob gives all files below it but those whose suffix or name says that they are no picture; hidden
     folders are skipped. The lines of a list (``.txt``, ``.lst``) are paths relative to its folder, or URIs; blank lines and
     those that begin with "#" are skipped. A path that exists is never read as a glob. What is met twice under one name comes
-    once. A store that goes away while it is listed is asked again from the last key on, for ``patience_s`` seconds.
+    once. Inside `storage.retrying`, a store that goes away while it is listed is asked again from the last key on; one that is
+    away from the start is an error at once.
 
     Args:
         inputs: local paths and ``s3://`` URIs.
         columns: names of the columns of Parquet files.
-        patience_s: 0 gives up at the first failure.
 
     Raises:
         DataError: no input; nothing at one of them, once its listing has ended; two that would have one name.
@@ -54,11 +51,12 @@ def scan(
     if not inputs:
         raise DataError(f"no input is given: name {_EXPECTED}")
     # All of them before anything is worked on, so that a slip in the last one shows at once.
-    places = [_Place(given) for given in inputs]
+    with storage.retrying(seconds=0):
+        places = [_Place(given) for given in inputs]
 
     def every() -> Iterator[Input | Container]:
         for place in places:
-            yield from _at(place, columns or ColumnsConfig(), patience_s)
+            yield from _at(place, columns or ColumnsConfig())
 
     # One folder cannot hold two files of one name, so that nothing has to be remembered of it.
     names = _Names(every) if len(inputs) > 1 or _is_list(inputs[0]) else None
@@ -87,25 +85,20 @@ class _Place:
             if not storage.exists(self.glob.folder):
                 raise StorageError(f"nothing matches {given}: {self.glob.folder} does not exist")
 
-    def files(self, patience_s: float) -> Iterator[storage.FileEntry]:
-        """The files to look at, each once; with a store that was there a moment ago one may be patient."""
+    def files(self) -> Iterator[storage.FileEntry]:
+        """Yield the files to consider, each once."""
         folder = self.glob.folder if self.glob else self.root
         beginning = self.glob.beginning if self.glob else ""
         enters = self.glob.enters if self.glob else lambda folder: not is_hidden_folder(folder)
-
-        def after(_: int, last: storage.FileEntry | None) -> Iterator[storage.FileEntry]:
-            seen = last.relative if last else ""
-            return storage.stream_files(folder, after=seen, prefix=beginning, enter=enters)
-
-        return stream_patiently(after, seconds=patience_s)
+        return storage.stream_files(folder, prefix=beginning, enter=enters)
 
 
-def _at(place: _Place, columns: ColumnsConfig, patience_s: float) -> Iterator[Input | Container]:
+def _at(place: _Place, columns: ColumnsConfig) -> Iterator[Input | Container]:
     nothing = True
-    for file in _without_tables(place.files(patience_s)):
+    for file in _without_tables(place.files()):
         found: Iterable[Input | Container] = ()
         if file.uri == place.root and _is_list(place.root):
-            found = _lines(place.root, columns, patience_s)
+            found = _lines(place.root, columns)
         elif is_tried(file.relative) and (place.glob is None or place.glob.takes(file.relative)):
             found = [_found(safe_name(file.relative), file.uri, file.size, columns)]
         for one in found:
@@ -208,12 +201,12 @@ def _is_list(uri: str) -> bool:
     return suffix_of(uri) in _LIST_SUFFIXES
 
 
-def _lines(uri: str, columns: ColumnsConfig, patience_s: float) -> Iterator[Input | Container]:
+def _lines(uri: str, columns: ColumnsConfig) -> Iterator[Input | Container]:
     """What a list names; a line that is no URI of ours is an input with a problem."""
     folder, number = storage.parent(uri), 0
     # A copy, because a connection would be open for as long as the pictures take.
     with ExitStack() as stack:
-        path = patiently(lambda: stack.enter_context(storage.local_copy(uri)), seconds=patience_s)
+        path = stack.enter_context(storage.local_copy(uri))
         file = stack.enter_context(open(path, encoding="utf-8-sig", newline="\n"))
         try:
             while line := file.readline(_LONGEST_LINE):

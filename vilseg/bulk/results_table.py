@@ -11,7 +11,6 @@ import heapq
 import itertools
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,7 +83,7 @@ def names_done(out: str) -> Names:
     def digests(uri: str) -> list[bytes]:
         return [_digest(row["path"]) for row in _read_rows(uri, ["path"]) if row["path"] not in orphans]
 
-    with ThreadPoolExecutor(storage.TRANSFERS_AT_ONCE) as pool:
+    with storage.ThreadPool(storage.TRANSFERS_AT_ONCE) as pool:
         return Names(itertools.chain.from_iterable(pool.map(digests, _files(out))))
 
 
@@ -113,7 +112,7 @@ def duplicates(out: str) -> Iterator[tuple[str, str]]:
         rows = _read_rows(uri, ["path", "duplicate_of"]) if storage.name(uri) != RESULTS else iter(())
         return [(row["path"], row["duplicate_of"]) for row in rows if row["duplicate_of"]]
 
-    with ThreadPoolExecutor(storage.TRANSFERS_AT_ONCE) as pool:
+    with storage.ThreadPool(storage.TRANSFERS_AT_ONCE) as pool:
         for found in pool.map(look, _files(out)):
             yield from found
 
@@ -201,7 +200,7 @@ def _bounds(files: Sequence[str]) -> list[_Bounds]:
         paths = _ends(uri)
         return _Bounds(paths[0], paths[-1], uri) if paths else None
 
-    with ThreadPoolExecutor(storage.TRANSFERS_AT_ONCE) as pool:
+    with storage.ThreadPool(storage.TRANSFERS_AT_ONCE) as pool:
         return sorted(found for found in pool.map(look, files) if found)
 
 

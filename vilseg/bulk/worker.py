@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,6 @@ from vilseg.segmentation.geotiff import GeoMask, is_georeferenced, segment_geoti
 from vilseg.segmentation.result import Segmentation
 from vilseg.segmentation.segmenter import Segmenter
 from vilseg.segmentation.video import VideoResult, segment_file
-from vilseg.storage.retry import patiently
 
 _PART_SECONDS = 60.0
 _AHEAD_PIXELS = 64_000_000
@@ -91,9 +89,9 @@ class BlockSegmenter:
         self._rules = rules
         self._claim = claim
         self._batch = _GPU_BATCH if segmenter.device.type == "cuda" else 1
-        self._reading = ThreadPoolExecutor(readers, "vilseg-read")
+        self._reading = storage.ThreadPool(readers, "vilseg-read")
         self._readers = readers
-        self._writing = ThreadPoolExecutor(_WRITERS, "vilseg-write")
+        self._writing = storage.ThreadPool(_WRITERS, "vilseg-write")
         self._turn = threading.Lock()
 
     def block(self, inputs: Sequence[Input]) -> BlockResult:
@@ -107,20 +105,21 @@ class BlockSegmenter:
         result = BlockResult()
         done: list[dict[str, Any]] = []
         flushed = time.monotonic()
-        for row in self._rows(inputs):
-            done.append(row)
-            result.images += 1
-            if row["status"] == "rejected":
-                result.rejected.append((row["path"], row["error"]))
-            if time.monotonic() > flushed + _PART_SECONDS:
-                self._flush(done)
-                flushed = time.monotonic()
-        self._flush(done)
+        with storage.retrying():
+            for row in self._rows(inputs):
+                done.append(row)
+                result.images += 1
+                if row["status"] == "rejected":
+                    result.rejected.append((row["path"], row["error"]))
+                if time.monotonic() > flushed + _PART_SECONDS:
+                    self._flush(done)
+                    flushed = time.monotonic()
+            self._flush(done)
         return result
 
     def _flush(self, rows: list[dict[str, Any]]) -> None:
         if rows:
-            patiently(lambda: write_part(self._outputs.out, rows))
+            write_part(self._outputs.out, rows)
         rows.clear()
 
     def _rows(self, inputs: Sequence[Input]) -> Iterator[dict[str, Any]]:
@@ -154,7 +153,7 @@ class BlockSegmenter:
                 return _Loaded(row, whole=item)
             if self._outputs.geotiff and _is_geotiff(item):
                 return _Loaded(row, whole=item)
-            data = patiently(item.read)
+            data = item.read()
             row["sha256"] = hashlib.sha256(data).hexdigest()
             image = decode_image(data, max_pixels=self._rules.max_pixels)
             row["height"], row["width"] = image.shape[:2]
@@ -195,14 +194,11 @@ class BlockSegmenter:
 
     def _send(self, row: dict[str, Any], files: dict[str, bytes]) -> dict[str, Any]:
         for name, data in files.items():
-            patiently(partial(storage.write_bytes, storage.join(self._outputs.out, name), data))
+            storage.write_bytes(storage.join(self._outputs.out, name), data)
         return row
 
     def _segment_file(self, item: Input, row: dict[str, Any]) -> dict[str, Any]:
-        """A video or a GeoTIFF, which write their masks while they are read; after a break of the store from the start."""
-        return patiently(lambda: self._try_file(item, row))
-
-    def _try_file(self, item: Input, row: dict[str, Any]) -> dict[str, Any]:
+        """Segment a video or a GeoTIFF, which write their masks while they are read; return its row."""
         masks = storage.join(self._outputs.out, MASKS, item.name)
         with ExitStack() as stack:
             try:
@@ -307,7 +303,7 @@ def _is_geotiff(item: Input) -> bool:
     if item.data is not None or item.problem or not item.name.lower().endswith(_TIFF):
         return False
 
-    return patiently(lambda: is_georeferenced(item.uri))
+    return is_georeferenced(item.uri)
 
 
 def _sha256(path: Path) -> str:

@@ -11,7 +11,6 @@ import itertools
 import math
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 import numpy as np
 
@@ -23,7 +22,6 @@ from vilseg.data.sampler import ReadTask, Segment, Window, apportion
 from vilseg.data.shards import BadPair, Pair, Shard, count_pairs, list_shards, read_index, read_shard
 from vilseg.data.text_selection import TextSelector, choose_text
 from vilseg.errors import DataError, FilteredError
-from vilseg.storage.retry import patiently
 from vilseg.text.noun_phrases import NounPhrases
 
 _SAMPLE_SHARDS = 20
@@ -159,7 +157,8 @@ class BatchReader:
         return read_shard(segment.uri, columns, self.rules)
 
     def _read_window(self, window: Window, skip: int, streams: _Streams) -> Iterator[WorkerBatch]:
-        pool, bad = self._load(window, streams)
+        with storage.retrying():
+            pool, bad = self._load(window, streams)
         self._report(len(pool), bad)  # all at once, or the bad ones of a window would be counted before its good ones
         told = len(bad)
         order = np.random.default_rng((self.seed, window.first_step)).permutation(len(pool)).tolist()
@@ -248,10 +247,6 @@ class _Streams:
 
     def take(self, segment: Segment) -> list[Pair | BadPair]:
         """The pairs of a segment; what comes before it in the shard is passed over."""
-        return patiently(partial(self._take, segment))
-
-    def _take(self, segment: Segment) -> list[Pair | BadPair]:
-        # What fails is begun anew.
         pairs, position = self._begun.pop(_place(segment), (None, 0))
         if pairs is None or position > segment.start:
             pairs, position = self._begin(segment), 0

@@ -1,22 +1,16 @@
-"""Files on local disks and in S3 buckets behind one set of functions: list, read, write, copy."""
+"""Files on local disks and in S3 buckets behind one set of functions: list, read, write, copy; `retrying` waits for a store."""
 
 from vilseg.storage.files import (
     TRANSFERS_AT_ONCE,
     FileEntry,
-    absolute,
     delete,
     exists,
     filesystem,
     is_folder,
-    is_local,
-    join,
     list_files,
     local_copy,
-    name,
     open_atomic,
     open_input,
-    overlap,
-    parent,
     read_bytes,
     read_text,
     reading,
@@ -26,10 +20,13 @@ from vilseg.storage.files import (
     write_bytes,
     write_text,
 )
+from vilseg.storage.retry import ThreadPool, retrying
+from vilseg.storage.uri import absolute, is_local, join, name, overlap, parent
 
 __all__ = [
     "TRANSFERS_AT_ONCE",
     "FileEntry",
+    "ThreadPool",
     "absolute",
     "delete",
     "exists",
@@ -48,6 +45,7 @@ __all__ = [
     "read_text",
     "reading",
     "require_bucket",
+    "retrying",
     "stream_files",
     "upload_folder",
     "write_bytes",

@@ -1,39 +1,39 @@
-"""The one place that turns a URI into a filesystem: list, read, write and copy files, local or on S3.
+"""Files on local disks and in S3 buckets behind one set of functions: list, read, write, copy.
 
-A URI is a plain path, ``file:///path`` or ``s3://bucket/key``; results are plain paths or ``s3://`` URIs. S3 is taken
-from the environment: ``AWS_ACCESS_KEY_ID``, ``AWS_SECRET_ACCESS_KEY``, ``AWS_SESSION_TOKEN``, ``AWS_REGION`` (or
-``AWS_DEFAULT_REGION``), ``AWS_ENDPOINT_URL_S3`` or ``AWS_ENDPOINT_URL`` (http or https), ``AWS_CA_BUNDLE``; without
-keys, from the default credential chain (profiles, instance roles).
+S3 is taken from the environment: ``AWS_ACCESS_KEY_ID``, ``AWS_SECRET_ACCESS_KEY``, ``AWS_SESSION_TOKEN``, ``AWS_REGION`` (or
+``AWS_DEFAULT_REGION``), ``AWS_ENDPOINT_URL_S3`` or ``AWS_ENDPOINT_URL`` (http or https), ``AWS_CA_BUNDLE``; without keys, from
+the default credential chain (profiles, instance roles).
 
-On S3 there are no folders, only keys: a "folder" is a prefix under which at least one object lies. What a function here
-cannot do is a `StorageError` of one sentence; only a stream that was handed out raises plain ``OSError`` later.
+On S3 there are no folders, only keys: a "folder" is a prefix under which at least one object lies. A function that fails raises
+`StorageError` with one sentence. A request to a store that does not answer raises `StoreUnavailable`; inside
+`vilseg.storage.retrying` it is repeated first.
 """
 
 import errno
 import os
-import re
 import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
-from urllib.parse import unquote_to_bytes
+from typing import IO, Any, TypeVar
 
 import pyarrow as pa
 from pyarrow.fs import FileInfo, FileSelector, FileSystem, FileType, LocalFileSystem
 
 from vilseg.errors import DiskFullError, StorageError
-from vilseg.storage import local, s3
+from vilseg.storage import local, retry, s3
+from vilseg.storage.remote_file import RemoteFile
+from vilseg.storage.uri import absolute, is_local, join, name, split
 
-# Small files are bound by latency, so several travel at once.
 TRANSFERS_AT_ONCE = 8
+"""Files copied at the same time: small ones are bound by latency."""
 
-_SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.\-]*)://")
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -47,87 +47,27 @@ class FileEntry:
     """When it was last written, in nanoseconds since 1970; None where the store does not say, and of `stream_files`."""
 
 
-# ---------------------------------------------------------------------------------------------------------- URIs
-
-
-def _split(uri: str) -> tuple[str, str]:
-    """``("file", path as given)`` or ``("s3", "bucket/key")``."""
-    match = _SCHEME.match(uri)
-    if match is None:
-        if not uri:
-            raise StorageError("an empty text is not a path or URI: give a path, file:///path or s3://bucket/key")
-        return "file", uri
-    scheme, rest = match.group(1).lower(), uri[match.end() :]
-    if scheme == "file":
-        host, slash, path = rest.partition("/")
-        if host not in ("", "localhost") or not slash:
-            raise StorageError(f"{uri}: a file URI has three slashes and an absolute path, as in file:///data/pairs")
-        return "file", os.fsdecode(unquote_to_bytes(slash + path))
-    if scheme != "s3":
-        raise StorageError(f"{uri}: {scheme}:// is not supported; give a plain path, file:///path or s3://bucket/key")
-    path = rest.strip("/")
-    if not path or "//" in path:
-        problem = "has an empty part" if path else "names no bucket"
-        raise StorageError(f"{uri} {problem}: an object's URI reads s3://bucket/key")
-    return "s3", path
-
-
 def filesystem(uri: str) -> tuple[FileSystem, str]:
-    """The filesystem of ``uri`` and the path on it, fit for pyarrow, Parquet and Ray.
+    """Return the filesystem of ``uri`` and the path on it, fit for pyarrow, Parquet and Ray.
 
     Upload to S3 through `open_atomic` or `upload_folder` rather than `pyarrow.fs.copy_files`: that one does not report
     an error that appears while the upload is completed.
     """
-    scheme, path = _split(uri)
+    scheme, path = split(uri)
     return (s3.connect(s3.read_settings()), path) if scheme == "s3" else (LocalFileSystem(), absolute(path))
-
-
-def is_local(uri: str) -> bool:
-    """Whether ``uri`` is a path on this machine."""
-    return _split(uri)[0] == "file"
-
-
-def absolute(uri: str) -> str:
-    """``uri`` so that it means the same in another process: local paths absolute and with ``~`` expanded."""
-    scheme, path = _split(uri)
-    return f"s3://{path}" if scheme == "s3" else os.path.abspath(os.path.expanduser(path))
-
-
-def join(uri: str, *parts: str) -> str:
-    """The URI of ``parts`` below ``uri``; a leading slash of a part does not lead out of it."""
-    scheme, path = _split(uri)
-    below = [part.strip("/") for part in parts if part.strip("/")]
-    return "/".join([f"s3://{path}", *below]) if scheme == "s3" else os.path.join(path, *below)
-
-
-def name(uri: str) -> str:
-    """The last part of ``uri``: ``"demo"`` of ``runs/demo/``."""
-    return os.path.basename(absolute(uri))
-
-
-def parent(uri: str) -> str:
-    """``uri`` without its last part; a bucket and the root are their own parents."""
-    full = absolute(uri)
-    return full if full.startswith("s3://") and full.count("/") == 2 else os.path.dirname(full)
-
-
-def overlap(one: str, other: str) -> bool:
-    """Whether two URIs are the same or one lies below the other; links are not followed."""
-    one, other = (f"{absolute(uri).rstrip('/')}/" for uri in (one, other))
-    return one.startswith(other) or other.startswith(one)
 
 
 # --------------------------------------------------------------------------------------------------------- errors
 
 
 def _failure(uri: str, action: str, error: Exception) -> StorageError:
-    """``error`` as one sentence; ``action`` is the verb for what was tried on ``uri``: "read", "write", ..."""
+    """Return ``error`` as one sentence; ``action`` is the verb for what was tried on ``uri``: "read", "write", ..."""
     if isinstance(error, OSError) and error.errno in _DISK_FULL:
         where = "" if is_local(uri) else " for its temporary copy (TMPDIR chooses another folder)"
         return DiskFullError(f"cannot {action} {uri}: no space is left on the disk{where}")
     if is_local(uri):
         return StorageError(local.sentence(uri, absolute(uri), action, error))
-    return s3.failure(uri, _split(uri)[1], action, error)
+    return s3.failure(uri, split(uri)[1], action, error)
 
 
 @contextmanager
@@ -138,18 +78,32 @@ def _errors(uri: str, action: str) -> Iterator[None]:
         raise _failure(uri, action, error) from error
 
 
-def _ask_boto(uri: str, question: Callable[[Any], Any]) -> Any:
+def _attempt(uri: str, action: str, request: Callable[[], T]) -> T:
+    """Return the result of ``request``, with its ``OSError`` as a `StorageError`; inside `retrying`, repeat it while the store is
+    away."""
+
+    def once() -> T:
+        with _errors(uri, action):
+            return request()
+
+    return retry.call(once)
+
+
+def _ask_boto(uri: str, request: Callable[[Any], Any]) -> Any:
     from botocore.exceptions import BotoCoreError, ClientError  # as slow as boto3, and needed by few
 
-    try:
-        return question(s3.boto_client(s3.read_settings()))
-    except (BotoCoreError, ClientError) as error:
-        raise _failure(uri, "reach", error) from error
+    def once() -> Any:
+        try:
+            return request(s3.boto_client(s3.read_settings()))
+        except (BotoCoreError, ClientError) as error:
+            raise _failure(uri, "reach", error) from error
+
+    return retry.call(once)
 
 
 def require_bucket(uri: str) -> None:
     """Raise `StorageError` now, not hours into a job, if the bucket of ``uri`` is missing, refused or unreachable."""
-    scheme, path = _split(uri)
+    scheme, path = split(uri)
     if scheme == "s3":
         _ask_boto(uri, lambda client: client.head_bucket(Bucket=path.partition("/")[0]))
 
@@ -159,14 +113,13 @@ def require_bucket(uri: str) -> None:
 
 def _info(uri: str) -> FileInfo:
     fs, path = filesystem(uri)
-    with _errors(uri, "read"):
-        return fs.get_file_info(path)
+    return _attempt(uri, "read", lambda: fs.get_file_info(path))
 
 
 def _kind(uri: str) -> FileType:
-    """What is there; an S3 prefix under which no object lies counts as nothing."""
+    """Return the kind of what is there; an S3 prefix under which no object lies counts as nothing."""
     kind = _info(uri).type
-    bucket, _, key = _split(uri)[1].partition("/")
+    bucket, _, key = split(uri)[1].partition("/")
     if kind != FileType.Directory or is_local(uri) or not key:
         return kind
     # Keys that end in "/" mark folders; pyarrow leaves them where it deletes, and SeaweedFS shows its own.
@@ -176,17 +129,17 @@ def _kind(uri: str) -> FileType:
 
 
 def exists(uri: str) -> bool:
-    """Whether a file or folder is there."""
+    """Return True if a file or folder is there."""
     return _kind(uri) != FileType.NotFound
 
 
 def is_folder(uri: str) -> bool:
-    """Whether ``uri`` is a folder; on S3 a bucket, or a prefix under which at least one object lies."""
+    """Return True if ``uri`` is a folder; on S3 a bucket, or a prefix under which at least one object lies."""
     return _kind(uri) == FileType.Directory
 
 
 def _walk(uri: str) -> list[FileEntry]:
-    """Every file under ``uri``, or the file itself; sorted by relative path."""
+    """Return every file under ``uri``, or the file itself; sorted by relative path."""
     fs, path = filesystem(uri)
     info = _info(uri)
     if info.type == FileType.File:
@@ -196,7 +149,7 @@ def _walk(uri: str) -> list[FileEntry]:
     with _errors(uri, "list"):
         if info.type == FileType.NotFound:
             raise FileNotFoundError(errno.ENOENT, "no such file or folder", uri)
-        found = fs.get_file_info(FileSelector(path, recursive=True))
+        found = _attempt(uri, "list", lambda: fs.get_file_info(FileSelector(path, recursive=True)))
         files = [(entry.path[start:], entry.size, entry.mtime_ns) for entry in found if entry.type == FileType.File]
         if not files and not is_local(uri) and "/" in path:
             raise FileNotFoundError(errno.ENOENT, "no object lies under this prefix", uri)
@@ -206,7 +159,7 @@ def _walk(uri: str) -> list[FileEntry]:
 
 
 def list_files(uri: str, suffixes: Collection[str] | None = None) -> list[FileEntry]:
-    """Every file under the folder ``uri``, sorted by relative path; of a file, that file alone whatever its suffix.
+    """Return every file under the folder ``uri``, sorted by relative path; for a file, that file alone whatever its suffix.
 
     Hidden files are skipped: a part of the relative path starts with "." or "_temporary". ``suffixes`` (``{".jpg"}``)
     match the end of the name, upper or lower case. A folder that is not there is a `StorageError`.
@@ -226,51 +179,75 @@ def list_files(uri: str, suffixes: Collection[str] | None = None) -> list[FileEn
 def stream_files(
     uri: str, *, after: str = "", prefix: str = "", enter: Callable[[str], bool] = lambda folder: True
 ) -> Iterator[FileEntry]:
-    """Every file under the folder ``uri``, hidden ones too, while it is being listed; of a file, that file alone.
+    """Yield every file under the folder ``uri``, hidden ones too, while it is being listed; for a file, that file alone.
 
-    The order is the store's own and the same each time: ``after``, the relative path of the last file seen, goes on with
-    a listing that broke. A folder without files gives none; one that cannot be listed is a `StorageError`. ``prefix``
-    keeps the relative paths that begin so. ``enter`` is asked for the relative paths of local folders. The URI of a local
-    name that is not UTF-8 is a ``file://`` URI.
+    The order is the store's own and the same each time. A listing that breaks because the store does not answer goes on after the
+    last file given, inside `retrying`.
+
+    Args:
+        uri: of a folder, which may be empty, or of a file. The URI of a local name that is not UTF-8 is a ``file://`` URI.
+        after: only files that come after this relative path.
+        prefix: only files whose relative path begins so.
+        enter: called with the relative path of each local folder; False skips it.
+
+    Raises:
+        StorageError: a folder cannot be listed.
     """
     info, root = _info(uri), absolute(uri)
     if info.type == FileType.File:
         yield FileEntry(root, name(uri), info.size)
         return
-    try:
-        found = local.walk(root, after, enter) if is_local(uri) else s3.list_keys(uri, root[5:], after, prefix)
-        for relative, size in found:
-            if relative.startswith(prefix):
-                yield FileEntry(local.portable(f"{root.rstrip('/')}/{relative}"), relative, size)
-    except OSError as error:
-        raise _failure(error.filename or uri, "list", error) from error
+
+    def begin(last: FileEntry | None) -> Iterator[FileEntry]:
+        start = last.relative if last else after
+        try:
+            found = local.walk(root, start, enter) if is_local(uri) else s3.list_keys(uri, root[5:], start, prefix)
+            for relative, size in found:
+                if relative.startswith(prefix):
+                    yield FileEntry(local.portable(f"{root.rstrip('/')}/{relative}"), relative, size)
+        except OSError as error:
+            raise _failure(error.filename or uri, "list", error) from error
+
+    yield from retry.resume(begin)
 
 
 def open_input(uri: str) -> pa.NativeFile:
-    """A seekable binary file; close it, or use it in a ``with`` statement."""
+    """Open a file for reading; close it, or use it in a ``with`` statement.
+
+    What fails while an object on S3 is read is a `StorageError`; inside `retrying` its connection is renewed where it broke. For
+    a local file it is an ``OSError``, see `reading`.
+    """
     fs, path = filesystem(uri)
-    with _errors(uri, "read"):
-        return fs.open_input_file(os.fsencode(path))  # names on disk are bytes, and not always UTF-8
+    if is_local(uri):
+        return _attempt(
+            uri, "read", lambda: fs.open_input_file(os.fsencode(path))
+        )  # names on disk are bytes, not always UTF-8
+    return pa.PythonFile(_open_remote(uri), mode="r")
+
+
+def _open_remote(uri: str) -> RemoteFile:
+    fs, path = filesystem(uri)
+    return RemoteFile(lambda: fs.open_input_file(path), lambda error: _failure(uri, "read", error))
 
 
 @contextmanager
 def reading(uri: str) -> Iterator[pa.NativeFile]:
-    """`open_input`, with what fails on the way as a `StorageError` too."""
+    """Open a file as `open_input` does; whatever fails while it is read or decoded in the block is a `StorageError`."""
     with _errors(uri, "read"), open_input(uri) as file:
         yield file
 
 
 def read_bytes(uri: str) -> bytes:
-    """The whole file."""
+    """Return the whole file."""
     if is_local(uri):  # of a small file pyarrow's streams would take several times as long
-        with _errors(uri, "read"), open(os.fsencode(absolute(uri)), "rb") as local:
-            return local.read()
-    with reading(uri) as file:
-        return file.read()
+        with _errors(uri, "read"), open(os.fsencode(absolute(uri)), "rb") as file:
+            return file.read()
+    with _open_remote(uri) as remote:  # not through pyarrow, which would copy what may be gigabytes
+        return remote.read()
 
 
 def read_text(uri: str) -> str:
-    """The whole file as UTF-8 text, without the byte order mark that some editors put at its start."""
+    """Return the whole file as UTF-8 text, without the byte order mark that some editors put at its start."""
     try:
         return read_bytes(uri).decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -280,19 +257,24 @@ def read_text(uri: str) -> str:
 # -------------------------------------------------------------------------------------------------------- writing
 
 
-def _upload(content: bytes | memoryview | pa.Buffer, path: str) -> None:
-    """Put an object at ``path`` ("bucket/key") on S3; it appears whole or not at all.
+def _upload(uri: str, content: bytes | memoryview | pa.Buffer) -> None:
+    """Put an object at ``uri``; it appears whole or not at all.
 
-    pyarrow's streams cannot be aborted: closed or forgotten, they publish what was written so far. So the bytes go
-    over in a single call, which fails as a whole.
+    pyarrow's streams cannot be aborted: closed or forgotten, they publish what was written so far. So the bytes go over in a
+    single call, which fails as a whole.
     """
-    with s3.connect(s3.read_settings(), for_upload=True).open_output_stream(path) as stream:
-        stream.write(content)
+    path = split(uri)[1]
+
+    def put() -> None:
+        with s3.connect(s3.read_settings(), for_upload=True).open_output_stream(path) as stream:
+            stream.write(content)
+
+    _attempt(uri, "write", put)
 
 
-def _upload_file(file: Path, path: str) -> None:
-    with pa.memory_map(str(file)) as source:
-        _upload(source.read_buffer(), path)
+def _upload_file(uri: str, file: Path) -> None:
+    with _errors(uri, "write"), pa.memory_map(str(file)) as source:
+        _upload(uri, source.read_buffer())
 
 
 def _require_key(uri: str, path: str) -> None:
@@ -302,11 +284,11 @@ def _require_key(uri: str, path: str) -> None:
 
 @contextmanager
 def open_atomic(uri: str) -> Iterator[IO[bytes]]:
-    """A binary file to write that appears under its name, whole, only if the block ends without an exception.
+    """Open a binary file to write that appears under its name, whole, only if the block ends without an exception.
 
     Parent folders are made. An object for S3 is collected in a temporary file and sent when the block ends.
     """
-    scheme, path = _split(uri)
+    scheme, path = split(uri)
     if scheme == "s3":
         _require_key(uri, path)
     with tempfile.TemporaryDirectory(prefix="vilseg-") if scheme == "s3" else _folder_of(uri) as folder:
@@ -326,10 +308,10 @@ def open_atomic(uri: str) -> Iterator[IO[bytes]]:
                     stream.flush()
                     if scheme == "file":
                         os.fsync(stream.fileno())
-            with _errors(uri, "write"):
-                if scheme == "s3":
-                    _upload_file(partial, path)
-                else:
+            if scheme == "s3":
+                _upload_file(uri, partial)
+            else:
+                with _errors(uri, "write"):
                     os.replace(partial, absolute(uri))
         finally:
             partial.unlink(missing_ok=True)
@@ -345,11 +327,10 @@ def _folder_of(uri: str) -> Iterator[str]:
 
 def write_bytes(uri: str, data: bytes | memoryview) -> None:
     """Write the whole file, atomically as `open_atomic` does."""
-    scheme, path = _split(uri)
+    scheme, path = split(uri)
     if scheme == "s3":  # no temporary file: of a small object it would take as long as sending it
         _require_key(uri, path)
-        with _errors(uri, "write"):
-            _upload(data, path)
+        _upload(uri, data)
         return
     with open_atomic(uri) as file:
         file.write(data)
@@ -366,14 +347,17 @@ def delete(uri: str) -> None:
     if not is_local(uri) and "/" not in path:
         raise StorageError(f"cannot delete {uri}: it is a whole bucket; name a key in it")
     kind = _info(uri).type
+
+    def remove() -> None:
+        if is_local(uri) and os.path.islink(path):
+            os.unlink(path)
+        elif kind == FileType.File:
+            fs.delete_file(path)
+        elif kind == FileType.Directory:
+            fs.delete_dir(path)
+
     try:
-        with _errors(uri, "delete"):
-            if is_local(uri) and os.path.islink(path):
-                os.unlink(path)
-            elif kind == FileType.File:
-                fs.delete_file(path)
-            elif kind == FileType.Directory:
-                fs.delete_dir(path)
+        _attempt(uri, "delete", remove)
     except StorageError as error:
         if not isinstance(error.__cause__, FileNotFoundError):  # another process was faster
             raise
@@ -393,15 +377,14 @@ def upload_folder(local: Path, uri: str) -> None:
             with open_input(entry.uri) as source, open_atomic(target) as stream:
                 shutil.copyfileobj(source, stream, 1 << 20)
         else:
-            with _errors(target, "write"):
-                _upload_file(Path(entry.uri), _split(target)[1])
+            _upload_file(target, Path(entry.uri))
 
     _for_each(send, _walk(str(local)))
 
 
 @contextmanager
 def local_copy(uri: str) -> Iterator[Path]:
-    """A path with the content of the file or folder ``uri``: itself if local, else a copy that ends with the block."""
+    """Give a path with the content of the file or folder ``uri``: itself if local, else a copy that ends with the block."""
     if is_local(uri):
         if not exists(uri):
             raise StorageError(f"{uri} does not exist")
@@ -426,7 +409,7 @@ def local_copy(uri: str) -> Iterator[Path]:
 
 
 def _for_each(work: Callable[[FileEntry], None], files: list[FileEntry]) -> None:
-    with ThreadPoolExecutor(TRANSFERS_AT_ONCE) as pool:
+    with retry.ThreadPool(TRANSFERS_AT_ONCE) as pool:
         transfers = [pool.submit(work, entry) for entry in files]
         try:
             for transfer in transfers:

@@ -11,8 +11,7 @@ import difflib
 import io
 import math
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
+from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, Self
 
@@ -21,7 +20,6 @@ from torch.utils._pytree import tree_map_only
 
 from vilseg import storage
 from vilseg.errors import ConfigError
-from vilseg.storage.retry import patiently
 from vilseg.training.run_dir import Manifest, RunDirectory
 
 
@@ -38,7 +36,7 @@ class CheckpointWriter:
 
     def __init__(self, folder: RunDirectory, keep: int | None, best_by: str) -> None:
         self._folder, self._keep, self._best_by = folder, keep, best_by
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="vilseg-checkpoint")
+        self._thread = storage.ThreadPool(1, thread_name_prefix="vilseg-checkpoint")
         self._writing: Future[None] | None = None
 
     def __enter__(self) -> Self:
@@ -94,7 +92,7 @@ class CheckpointWriter:
     def _write(self, state: dict[str, Any], figure: float, also: Callable[[], None]) -> None:
         also()
         write_checkpoint(self._folder, state, figure=figure if math.isfinite(figure) else None)
-        patiently(self._prune)
+        self._prune()
 
     def _prune(self) -> None:
         if self._keep is None:
@@ -116,9 +114,9 @@ def write_checkpoint(folder: RunDirectory, state: dict[str, Any], *, figure: flo
     buffer = io.BytesIO()
     torch.save(state, buffer)
     data = buffer.getbuffer()  # no second copy of what may be gigabytes
-    patiently(partial(storage.write_bytes, folder.state(step), data))
+    storage.write_bytes(folder.state(step), data)
     manifest = Manifest(step, len(data), figure)
-    patiently(partial(storage.write_text, folder.manifest(step), manifest.to_json()))
+    storage.write_text(folder.manifest(step), manifest.to_json())
 
 
 def delete_checkpoint(folder: RunDirectory, step: int) -> None:
@@ -154,7 +152,7 @@ def read_checkpoint(folder: RunDirectory, step: int) -> dict[str, Any]:
 
 def read_state(uri: str) -> dict[str, Any]:
     """As `read_checkpoint`, of the file at ``uri``."""
-    data = patiently(partial(storage.read_bytes, uri))
+    data = storage.read_bytes(uri)
     return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
 

@@ -17,7 +17,6 @@ from vilseg import storage
 from vilseg.config import RunConfig
 from vilseg.config.base import flatten
 from vilseg.errors import ConfigError, UserError
-from vilseg.storage.retry import patiently
 from vilseg.training.run_dir import RunDirectory
 
 _MLFLOW_RUN = "mlflow_run.txt"
@@ -67,8 +66,8 @@ class MetricsFile:
         """Bring everything to the run's folder, waiting for a store that does not answer."""
         self._events.flush()
         text = "".join(f"{line}\n" for line in list(self._lines))
-        patiently(partial(storage.write_text, self._folder.metrics, text))
-        patiently(partial(storage.upload_folder, Path(self._local.name), self._folder.tensorboard))
+        storage.write_text(self._folder.metrics, text)
+        storage.upload_folder(Path(self._local.name), self._folder.tensorboard)
 
     def end(self) -> None:
         """The run has ended well."""
@@ -90,7 +89,8 @@ def read_metrics(folder: RunDirectory) -> list[dict[str, float]]:
 
 def _text(uri: str) -> str | None:
     """What a file says; None where there is none. Workers that are begun anew ask, so it waits for the store."""
-    return patiently(lambda: storage.read_text(uri) if storage.exists(uri) else None)
+    with storage.retrying():
+        return storage.read_text(uri) if storage.exists(uri) else None
 
 
 class _Mlflow:

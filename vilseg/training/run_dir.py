@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 
 from vilseg import storage
 from vilseg.data.shards import Shard
-from vilseg.storage.retry import patiently
 from vilseg.text.noun_phrases import NounPhrases
 from vilseg.text.tokenizer import FixedTokenizer
 
@@ -113,7 +112,8 @@ class RunDirectory:
     @property
     def last_step(self) -> int:
         """Step of the last whole checkpoint, where a resumed run goes on; 0 where there is none. Waits for the store."""
-        return max(patiently(self.checkpoint_steps), default=0)
+        with storage.retrying():
+            return max(self.checkpoint_steps(), default=0)
 
     def manifest(self, step: int) -> str:
         """The file that makes the checkpoint at ``step`` whole."""

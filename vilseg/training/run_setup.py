@@ -24,7 +24,6 @@ from vilseg.data.text_selection import TextSelector
 from vilseg.device import precision_dtype
 from vilseg.errors import ConfigError, DataError, StorageError
 from vilseg.model import ViLSeg
-from vilseg.storage.retry import patiently
 from vilseg.text.noun_phrases import NounPhrases
 from vilseg.training.checkpoints import read_checkpoint
 from vilseg.training.loop import NonFiniteLossError, Trainer
@@ -220,7 +219,7 @@ def make_trainer(
     """
     torch.manual_seed(config.trainer.seed)
     objective = Objective(
-        patiently(lambda: ViLSeg.from_pretrained(folder.initial)),  # every worker that is begun anew reads it
+        ViLSeg.from_pretrained(folder.initial),
         config.loss,
         config.views,
         prepared.nouns.phrases,
@@ -247,7 +246,7 @@ def record_nonfinite(folder: RunDirectory) -> Iterator[None]:
         yield
     except NonFiniteLossError as error:
         text = json.dumps(error.found, ensure_ascii=False)
-        patiently(lambda: storage.write_text(folder.nonfinite, text))
+        storage.write_text(folder.nonfinite, text)
         raise NonFiniteLossError(f"{error}; all of its pairs are named in {folder.nonfinite}", error.found) from error
 
 

@@ -2,7 +2,7 @@
 
 import io
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.unit.flaky_store import FlakyStore
 from vilseg import storage
 from vilseg.config.data import ColumnsConfig, FiltersConfig
-from vilseg.data import batch_reader
+from vilseg.data import shards as shards_module
 from vilseg.data.batch_reader import BatchReader, _pair_seed, decode_to_canvas, index_shards, pack, sample_pairs, unpack
 from vilseg.data.sampler import PairSampler, ReadTask
-from vilseg.data.shards import BadPair, Pair, Shard, read_shard, write_tar
+from vilseg.data.shards import BadPair, Shard, write_tar
 from vilseg.data.text_selection import TextSelector
-from vilseg.errors import DataError, StoreUnavailable
-from vilseg.storage import retry
+from vilseg.errors import DataError
 from vilseg.text.noun_phrases import NounPhrases
 
 NOUNS = NounPhrases(("cat", "dog"), {"cat": 0, "dog": 1, "dogs": 1})
@@ -36,7 +36,9 @@ def tokenize(captions: Sequence[str]) -> np.ndarray:
     return np.array([[len(caption), sum(map(ord, caption)) % 1000] for caption in captions], dtype=np.int32)
 
 
-def write_shards(folder: Path, sizes: Sequence[int], bad: Sequence[str] = (), *, source: str = "") -> tuple[Shard, ...]:
+def write_shards(
+    folder: Path | str, sizes: Sequence[int], bad: Sequence[str] = (), *, source: str = ""
+) -> tuple[Shard, ...]:
     """Shards of pairs with the keys ``SHARD-NUMBER``; those in ``bad`` cannot be decoded."""
     for shard, size in enumerate(sizes):
         pairs = [
@@ -155,23 +157,21 @@ def test_sources_are_read_by_weight_and_their_keys_told_apart(tmp_path: Path) ->
     assert_same(steps_of(reader(6), list(order.read_tasks(5, 13))), alone[5:])
 
 
-def test_a_shard_goes_on_where_the_store_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    order = PairSampler(write_shards(tmp_path, [12, 12, 12]), 4, 0, 3)
-    unbroken = steps_of(reader(4), list(order.read_tasks(0, 9)))
-    failures = iter([False] * 20 + [True] + [False] * 1000)
-    opened: list[str] = []
+def test_a_shard_goes_on_where_the_store_failed(flaky_store: FlakyStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards_module, "_BUFFER", 512)  # or a shard this small is read at once
+    order = PairSampler(write_shards("s3://bucket/pairs", [12, 12, 12]), 4, 0, 3)
+    tasks = list(order.read_tasks(0, 9))
+    unbroken = steps_of(reader(4), tasks)
+    flaky_store.opened.clear()
+    breaks = iter([2])
 
-    def failing(uri: str, *others: Any) -> Iterator[Pair | BadPair]:
-        opened.append(uri)
-        for pair in read_shard(uri, *others):
-            if next(failures):
-                raise StoreUnavailable("away")
-            yield pair
+    def break_after_first_window(read: int, bad: list[BadPair]) -> None:
+        assert not bad
+        if read:
+            flaky_store.away(next(breaks, 0))
 
-    monkeypatch.setattr(batch_reader, "read_shard", failing)
-    monkeypatch.setattr(retry, "_PAUSES_S", (0.01, 0.01))
-    assert_same(steps_of(reader(4), list(order.read_tasks(0, 9))), unbroken)
-    assert sorted(Counter(opened).values()) == [1, 1, 2], "the one that failed is opened once more"
+    assert_same(steps_of(reader(4, report=break_after_first_window), tasks), unbroken)
+    assert sorted(Counter(flaky_store.opened).values()) == [1, 1, 2], "the connection that broke is made once more"
 
 
 def test_captions_and_seeds_follow_from_seed_epoch_and_key(tmp_path: Path) -> None:

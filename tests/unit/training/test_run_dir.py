@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.unit.flaky_store import FlakyStore
 from vilseg import storage
 from vilseg.config import RunConfig
 from vilseg.data.shards import Shard
-from vilseg.errors import ConfigError, StoreUnavailable
-from vilseg.storage import retry
+from vilseg.errors import ConfigError
 from vilseg.text.noun_phrases import NounPhrases
 from vilseg.text.tokenizer import FixedTokenizer, train_tokenizer
 from vilseg.training.checkpoints import write_checkpoint
@@ -34,26 +34,14 @@ def test_checkpoints_are_listed_by_step(tmp_path: Path) -> None:
     assert folder.checkpoint(20).endswith("run/checkpoints/step-00000020")
 
 
-def test_a_store_that_is_away_is_waited_for_where_a_worker_begins_anew(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(retry, "_PAUSES_S", (0.01, 0.01))
-    folder = RunDirectory(str(tmp_path / "run"))
-    write_checkpoint(folder, {"step": 20})
-    storage.write_text(folder.metrics, '{"step": 20}\n')
-    away, exists = [True], storage.exists
-
-    def away_once(uri: str) -> bool:
-        if away:
-            away.pop()
-            raise StoreUnavailable("away")
-        return exists(uri)
-
-    monkeypatch.setattr(storage, "exists", away_once)
-    assert folder.last_step == 20
-    away.append(True)
-    assert read_metrics(folder) == [{"step": 20}]
-    assert not away
+def test_a_store_that_is_away_is_waited_for_where_a_worker_begins_anew(flaky_store: FlakyStore) -> None:
+    run_dir = RunDirectory("s3://bucket/run")
+    write_checkpoint(run_dir, {"step": 20})
+    storage.write_text(run_dir.metrics, '{"step": 20}\n')
+    flaky_store.away(2)
+    assert run_dir.last_step == 20
+    flaky_store.away(2)
+    assert read_metrics(run_dir) == [{"step": 20}]
 
 
 def test_what_a_run_is_begun_with_survives_json() -> None:
