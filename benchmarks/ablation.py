@@ -1,4 +1,4 @@
-"""What each part of the method is worth: mIoU on unseen scenes with one part changed at a time, and two peers beside it.
+"""Ablation: mIoU on unseen scenes with one part of the method changed at a time, and of two peers.
 
 Every row trains the demo's model on the same scenes for the same number of samples, each with several seeds; what differs is
 named in `VARIANTS`. The peers are architectures of ``transformers`` trained from scratch on the same pairs (see
@@ -215,7 +215,7 @@ def _run(out: Path, jobs: list[Job]) -> dict[Job, dict[str, Any]]:
 
 
 def _asked(job: Job) -> set[str]:
-    """Which figures a job must have."""
+    """Names of the metrics that a job must have."""
     return {"miou", *(READINGS if job.readings else ())}
 
 

@@ -160,7 +160,7 @@ def _in_process(code: str) -> list[float]:
 
 
 class OnePhoto:
-    """What a worker of every other way does with a photo."""
+    """Segment one photo and write its outputs, as the workers of every compared system do."""
 
     def __init__(self, place: str) -> None:
         torch.set_num_threads(1)

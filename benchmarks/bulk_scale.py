@@ -1,4 +1,4 @@
-"""What `vilseg segment` costs beside the work itself: listing and bookkeeping for up to a million keys.
+"""Overhead of `vilseg segment`: listing and bookkeeping for up to a million keys.
 
 The pictures are 8 x 8 pixels under many names, and the model is replaced by a constant through its configuration
 (``model.image_encoder.factory``), so that little but reading remains. The overhead of a picture is the time of the whole
@@ -190,7 +190,7 @@ def run(archive: str, model: str, out: str) -> None:
 
 
 def _resident_mb(root: int) -> float:
-    """Of a process and all below it (proc(5))."""
+    """Resident memory of a process and its descendants in MB (proc(5))."""
     parents: dict[int, int] = {}
     pages: dict[int, int] = {}
     for folder in Path("/proc").glob("[0-9]*"):

@@ -1,4 +1,4 @@
-"""What a checkpoint on S3 every 100 steps costs: images/s of one worker over those of the same steps without.
+"""Cost of a checkpoint on S3 every 100 steps: images/s of one worker over those of the same steps without.
 
 The demo's model on batches in memory, one thread for its networks. The checkpoints go to the embedded object store, which runs
 on the same machine, as does the thread that writes them. A checkpoint costs seconds, whatever the steps around it are, and a

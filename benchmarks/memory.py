@@ -1,4 +1,4 @@
-"""What a GPU has to hold in the paper's setting, configs/vitb16_cc12m.yaml: computed, and measured where it can be on a CPU.
+"""GPU memory of the paper's setting, configs/vitb16_cc12m.yaml: computed, and measured on a CPU where that is possible.
 
     weights, gradients, AdamW   parameters counted on the meta device, float32
     activations of the towers   bytes that autograd keeps for one picture or caption more, measured: a forward pass of two

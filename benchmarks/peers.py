@@ -78,7 +78,7 @@ class _Labels:
 
 @dataclass(frozen=True)
 class _Named:
-    """What `evaluate` asks for: labels from score maps, refined along edges as vilseg's are."""
+    """Segmentation as `evaluate` expects it: labels from score maps, refined along edges as vilseg's are."""
 
     classes: tuple[str, ...]
     scores: Callable[[Tensor], Tensor]

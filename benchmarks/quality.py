@@ -1,4 +1,4 @@
-"""What each choice at segmentation is worth: mIoU, boundary IoU and time with one choice changed at a time.
+"""Effect of each inference setting: mIoU, boundary IoU and time with one setting changed at a time.
 
 On unseen synthetic scenes with the demo's model, and on photos with that of ``benchmarks real_photos``; both are trained first
 unless an earlier run left them. What a model sees in a picture is kept for all rows that see it alike, so a row costs the

@@ -1,4 +1,4 @@
-"""What self-training is worth: one more stage with the model's own sure labels, beside the same stage without them.
+"""Effect of self-training: one more stage with the model's own confident labels, against the same stage without them.
 
 On scenes: the demo's configuration, then stages of as many more steps at a third of the learning rate, by the same pairs.
 """

@@ -100,7 +100,7 @@ def run_bare(model: str) -> None:
 
 
 class OnePhoto:
-    """What the bare loop and LitServe do with a photo."""
+    """Segment one photo as the bare loop and LitServe do."""
 
     def __init__(self, model: str) -> None:
         import torch

@@ -1,4 +1,4 @@
-"""What several benchmarks need: the photos, and an object store of their own."""
+"""Resources shared by several benchmarks: the photos and an embedded object store."""
 
 from __future__ import annotations
 

@@ -106,7 +106,7 @@ def _measure(session: Session) -> dict[str, Any]:
 
 
 def _worker(config: RunConfig, folder: RunDirectory, prepared: PreparedRun, result: str) -> None:
-    """What every Ray Train worker runs: the product's own loop, on batches whose coming is timed."""
+    """Run the product's own training loop in a Ray Train worker, on batches whose arrival is timed."""
     trainer = make_trainer(config, folder, prepared)
     seconds: dict[str, list[float]] = {"fed": [], "memory": []}
     trainer.train(_alternate(seconds, trainer.device), on_report=lambda metrics: None, on_checkpoint=lambda: None)

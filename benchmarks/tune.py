@@ -1,4 +1,4 @@
-"""What a sweep costs beside the trainings in it, and what early stopping saves.
+"""Overhead of a sweep over its trainings, and time saved by early stopping.
 
 Overhead: the same training, with the same evaluations and checkpoints, in a trial under Tune and by itself, one after the
 other on one CPU. ASHA against a random search that trains every trial to its end: the same points in the same order, on all

@@ -80,7 +80,7 @@ def _work(rank: int, rendezvous: str, work: Callable[..., Any], arguments: tuple
 
 @pytest.fixture
 def start_method() -> str:
-    """How two workers come to be: forks have everything imported; but CUDA's threads do not survive a fork."""
+    """Start method of the two workers: forks have everything imported, but CUDA's threads do not survive a fork."""
     import torch
 
     return "spawn" if torch.cuda.is_available() else "fork"

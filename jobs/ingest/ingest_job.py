@@ -32,7 +32,7 @@ _MIN_READ_TO_STOP = 5000
 
 @dataclass(frozen=True)
 class IngestResult:
-    """What was written."""
+    """Result of an ingest job."""
 
     uri: str
     pairs: int
@@ -45,7 +45,7 @@ class IngestResult:
 
 @dataclass
 class _Written:
-    """What came of a part, or of all so far."""
+    """Pairs written and rejected of one part, or of all parts so far."""
 
     shards: list[tuple[str, int]] = field(default_factory=list)
     bad: list[BadPair] = field(default_factory=list)

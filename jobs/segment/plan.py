@@ -1,4 +1,4 @@
-"""What a bulk segmentation shall do: the user's wishes checked before anything is started, and what they would cost."""
+"""Plan of a bulk segmentation: the request is checked before anything starts, and its cost estimated."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _TRIED = 16
 
 @dataclass(frozen=True)
 class Job:
-    """What to do; ``job.json`` in the output holds what decides its content, so that only the same job goes on with it."""
+    """Description of a job; ``job.json`` in the output stores what determines its content: only the same job resumes."""
 
     inputs: list[str]
     """Absolute URIs or patterns, each once, sorted."""
@@ -59,7 +59,7 @@ class Job:
 
     @property
     def outputs(self) -> Outputs:
-        """What the actors write."""
+        """Outputs that the actors write."""
         return Outputs(
             self.out,
             png="png" in self.formats,
@@ -162,7 +162,7 @@ def plan(
 
 
 def list_inputs(job: Job) -> Iterator[Input | Container]:
-    """What the job segments, as it is listed; containers are opened here only to count off or to pick from."""
+    """Inputs of the job as they are listed; containers are opened only for a limit or a sample."""
     if not (job.limit or job.sample):
         return scan(job.inputs)
 
@@ -178,7 +178,7 @@ def list_inputs(job: Job) -> Iterator[Input | Container]:
 
 
 def open_container(found: Input | Container) -> Iterator[Input]:
-    """What is in a container, or the input itself; damage comes as an input with a problem, in the container's name.
+    """Contents of a container, or the input itself; damage is returned as an input with a problem under the container's name.
 
     Raises:
         StoreUnavailable: the store stays away.
@@ -212,7 +212,7 @@ def clear_output(out: str) -> None:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a job would do."""
+    """Estimate of the work and time of a job."""
 
     images: int
     bytes: int

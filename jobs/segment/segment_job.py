@@ -49,7 +49,7 @@ _MIN_INPUTS_TO_STOP = 50
 
 @dataclass(frozen=True)
 class Summary:
-    """What came of a bulk segmentation."""
+    """Result of a bulk segmentation."""
 
     images: int
     ok: int
@@ -65,7 +65,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a job is."""
+    """Progress of a job."""
 
     done: int
     listed: int
@@ -226,7 +226,7 @@ def _make_segmenter(job: Job, parts: list[Any], claims: Any, threads: int) -> Bl
 
 
 class _Actor:
-    """What Ray Data makes one of in every actor."""
+    """Callable class that Ray Data constructs once in every actor."""
 
     def __init__(self, make: Callable[[], BlockSegmenter], tally: Any) -> None:
         from ray.util import metrics

@@ -16,7 +16,7 @@ def family(pid: int) -> list[int]:
 
 
 def title(pid: int) -> str:
-    """What a process calls itself; empty where it has ended."""
+    """Name of a process; empty if it has ended."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_text()
     except (FileNotFoundError, ProcessLookupError):

@@ -138,7 +138,7 @@ def tags(page: Any, field: str) -> list[str]:
 
 
 def shown_pixels(viewer: Any) -> np.ndarray:
-    """What the canvas shows, (H, W, 4)."""
+    """Pixels of the canvas, (H, W, 4)."""
     script = """v => { const c = v.shadowRoot.querySelector('canvas');
         return [c.height, c.width, Array.from(c.getContext('2d').getImageData(0, 0, c.width, c.height).data)]; }"""
     height, width, values = viewer.evaluate(script)

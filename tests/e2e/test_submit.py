@@ -147,7 +147,7 @@ def named(said: str) -> str:
 
 
 def until(process: subprocess.Popen[str], text: str) -> str:
-    """What a process says on stderr, up to and including a line with ``text``."""
+    """Stderr of a process up to and including a line with ``text``."""
     assert process.stderr is not None
     said = ""
     for line in process.stderr:

@@ -1,4 +1,4 @@
-"""What importing the library costs: no Ray ever, and no torch where pairs are only read."""
+"""Cost of importing the library: never Ray, and no torch where pairs are only read."""
 
 import json
 import subprocess

@@ -133,7 +133,7 @@ def test_more_than_a_page_of_keys(many: tuple[str, list[str]]) -> None:
 
 @pytest.fixture
 def pages(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
-    """What is asked for, page by page."""
+    """Requests for listings, page by page."""
     asked: list[dict[str, Any]] = []
     client = s3.boto_client(s3.read_settings(), timeout_s=s3.REQUEST_TIMEOUT_S)
     listing = client.list_objects_v2

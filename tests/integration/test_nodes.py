@@ -93,7 +93,7 @@ def hosts() -> Iterator[Sequence[Host]]:
 
 @pytest.fixture(scope="module")
 def folder(hosts: Sequence[Host], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Of the cluster; it is ended with the module."""
+    """Session on the cluster; it ends with the module."""
     folder = tmp_path_factory.mktemp("cluster")
     yield folder
     if running := LocalCluster.attach(folder):

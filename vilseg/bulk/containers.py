@@ -1,4 +1,4 @@
-"""What is to be segmented: single pictures and videos, and the files that hold many of them."""
+"""Inputs of bulk segmentation: single images and videos, and containers that hold many of them."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class Container:
     """Names of the columns of a Parquet file."""
 
     def inputs(self) -> Iterator[Input]:
-        """What it holds, in stored order and the same each time, read from start to end.
+        """Iterate over the contents in stored order, the same each time, in one pass.
 
         In memory is one member of a tar, or a few rows of a Parquet file with the pages that they lie in.
 
@@ -107,7 +107,7 @@ class Hashes:
         self._count = 0
 
     def add(self, value: int) -> bool:
-        """Whether ``value``, of which the lowest 64 bits count, is new."""
+        """Add ``value`` (its lowest 64 bits) and return whether it was new."""
         if not self._place((value & 0xFFFF_FFFF_FFFF_FFFF) or _INSTEAD_OF_ZERO):
             return False
         self._count += 1

@@ -1,4 +1,4 @@
-"""Which files of an archive are tried as pictures: all but those whose name says that they are something else."""
+"""File types by name: every file of an archive is tried as an image unless its name identifies another type."""
 
 from __future__ import annotations
 
@@ -44,18 +44,18 @@ def suffix_of(name: str) -> str:
 
 
 def is_video(name: str) -> bool:
-    """Whether the suffix is that of a video."""
+    """Return whether the suffix is that of a video."""
     return suffix_of(name) in VIDEO_SUFFIXES
 
 
 def is_hidden_folder(path: str) -> bool:
-    """Whether a folder of ``path`` is not to be looked into: ``.git``, ``.thumbnails``, ``_temporary``."""
+    """Return whether ``path`` lies in a hidden or temporary folder: ``.git``, ``.thumbnails``, ``_temporary``."""
     # "." and ".." are no names; keys on S3 may have them as parts.
     return any(part.startswith("_temporary") or (part[:1] == "." and part.strip(".")) for part in path.split("/"))
 
 
 def is_tried(path: str) -> bool:
-    """Whether the file at ``path`` (relative, "/" between parts) is to be segmented, or to be opened as a container."""
+    """Return whether the file at ``path`` (relative, "/" between parts) is segmented or opened as a container."""
     folder, _, name = path.rpartition("/")
     suffix = suffix_of(name)
     if suffix in _OTHER_SUFFIXES or name.lower() in _OTHER_NAMES or (folder and is_hidden_folder(folder)):

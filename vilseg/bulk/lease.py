@@ -148,7 +148,7 @@ def _is_dead(holder: _Holder) -> bool:
 
 
 def _host() -> str:
-    """Where process ids mean the same: containers may share a machine's name, but not its processes."""
+    """Identifier of the process id namespace: containers may share a machine's name, but not its processes."""
     try:
         return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:

@@ -72,7 +72,7 @@ def fixed_part(given: str) -> str:
 
 
 class _Place:
-    """Where one of the inputs leads."""
+    """Resolved location of one of the inputs."""
 
     def __init__(self, given: str) -> None:
         self.given = given
@@ -202,7 +202,7 @@ def _is_list(uri: str) -> bool:
 
 
 def _lines(uri: str, columns: ColumnsConfig) -> Iterator[Input | Container]:
-    """What a list names; a line that is no URI of ours is an input with a problem."""
+    """Inputs listed in a text file; a line that is no supported URI becomes an input with a problem."""
     folder, number = storage.parent(uri), 0
     # A copy, because a connection would be open for as long as the pictures take.
     with ExitStack() as stack:

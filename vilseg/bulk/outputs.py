@@ -1,4 +1,4 @@
-"""What a bulk segmentation writes and what it accepts; light to import, for processes that compute nothing."""
+"""Outputs and acceptance rules of a bulk segmentation; light to import, for processes without a model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ MASKS, OVERLAYS = "masks", "overlays"
 
 @dataclass(frozen=True)
 class Outputs:
-    """What is written beside the rows, and where."""
+    """Files written in addition to the results table, and their location."""
 
     out: str
     png: bool = True
@@ -21,7 +21,7 @@ class Outputs:
 
 @dataclass(frozen=True)
 class Rules:
-    """What is done with an input before the model sees it."""
+    """Rules applied to an input before inference."""
 
     max_pixels: int = 100_000_000
     min_side: int = 1
@@ -31,7 +31,7 @@ class Rules:
 
 @dataclass
 class BlockResult:
-    """What came of a block."""
+    """Result of one block."""
 
     images: int = 0
     rejected: list[tuple[str, str]] = field(default_factory=list)

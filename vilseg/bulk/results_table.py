@@ -213,7 +213,7 @@ def _ends(uri: str) -> list[str]:
 
 
 def _most_at_once(bounds: Sequence[_Bounds]) -> int:
-    """How many of the files have to be open at a time."""
+    """Number of files that must be open at the same time."""
     lasts: list[str] = []
     most = 0
     for found in bounds:

@@ -53,7 +53,7 @@ def cut(found: Iterable[Input | Container], workers: int) -> Iterator[list[Input
 
 
 def cut_container(inputs: Iterable[Input]) -> Iterator[list[Input]]:
-    """What a container holds in blocks of bounded size."""
+    """Split the contents of a container into blocks of bounded size."""
     coming = iter(inputs)
     while block := _take(coming, _IN_CONTAINER):
         yield from _videos_apart(block)

@@ -59,7 +59,7 @@ class _Loaded:
 
     @property
     def pixels(self) -> int:
-        """Of the decoded picture."""
+        """Size of the decoded image."""
         return 0 if self.image is None else self.image.shape[0] * self.image.shape[1]
 
 
@@ -237,7 +237,7 @@ class BlockSegmenter:
 
 
 def _summary(found: VideoResult | GeoMask, areas: list[int]) -> dict[str, Any]:
-    """What a row says of a file without run lengths; of a video the areas are the mean over its frames."""
+    """Row fields of a result without run lengths; the areas of a video are means over its frames."""
     kept = [(name, area, score) for name, area, score in zip(found.classes, areas, found.scores, strict=True) if area]
     names, areas, scores = (list(column) for column in zip(*kept, strict=True)) if kept else ([], [], [])
     return {"width": found.width, "height": found.height, "classes": names, "areas": areas, "scores": scores}

@@ -1,1 +1,1 @@
-"""How good a segmentation is: confusion, mIoU, datasets with masks, reports."""
+"""Evaluation of segmentations: confusion matrix, mIoU, datasets with masks, reports."""

@@ -1,6 +1,6 @@
-"""The published datasets with masks, read as their publishers lay them out: VOC, Context, COCO-Stuff, ADE20K.
+"""Benchmark datasets with masks, read in their published layouts: VOC, Context, COCO-Stuff, ADE20K.
 
-Only the part that figures are reported on is read, which is the validation part of each. Class names are those of the built-in
+Only the validation split is read, on which results are reported. Class names are those of the built-in
 vocabularies, without their synonyms: as published but for words that VOC and Context run together ("pottedplant"), since a
 text encoder is to read them.
 """
@@ -22,14 +22,14 @@ _NO_CLASS = 256
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How one published dataset lies on a disk, and what its masks mean."""
+    """Directory layout of one benchmark dataset, and the meaning of its mask values."""
 
     title: str
-    """What its publishers call it, with the year where there are several."""
+    """Title used by its publishers, with the year where there are several."""
     kind: str
     """Name in `KIND:URI`, and of its built-in vocabulary."""
     within: tuple[str, ...]
-    """Folders that its archives unpack into: the URI may name the dataset's own folder, or one that holds these."""
+    """Folders created by its archives: the URI may be one of these or their parent."""
     images: str
     """Folder of JPEG images."""
     masks: str
@@ -37,14 +37,14 @@ class Layout:
     names: str | None = None
     """Text file with the names to evaluate on, one a line; all images where None."""
     suffixes: Mapping[str, tuple[int, ...]]
-    """Endings of a mask's file after the image's name, the first that is there counts; the mask values of the classes,
-    in order of the classes."""
+    """Suffixes of a mask file after the image name, of which the first existing one is used, with the mask values of the
+    classes in class order."""
     ignored: tuple[int, ...] = (_IGNORE,)
-    """Mask values of pixels that count for nothing."""
+    """Mask values of ignored pixels."""
     remark: str = ""
-    """Where files that do not come with the download are from, for messages."""
+    """Origin of files that are not part of the download, for messages."""
     unseen: tuple[str, ...] = ()
-    """Classes that the paper reports on (see `vilseg.evaluation.protocols`); empty where it has none."""
+    """Unseen classes that the paper reports (see `vilseg.evaluation.protocols`); empty for datasets without any."""
 
     @cached_property
     def classes(self) -> tuple[str, ...]:
@@ -60,7 +60,7 @@ class Layout:
 
 
 _NO_PICTURES = (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90)
-"""Of the ids 0..181 in COCO-Stuff's masks those that COCO lists but never drew (nightrome/cocostuff, README, "Labels")."""
+"""Ids among 0..181 in COCO-Stuff's masks that COCO lists but never annotated (nightrome/cocostuff, README, "Labels")."""
 
 LAYOUTS = (
     # The border of every object is 255. The development kit, section 7 ("Segmentation").
@@ -119,10 +119,10 @@ LAYOUTS = (
 
 
 class PublishedDataset(ImageFiles):
-    """The validation part of a published dataset below a folder or S3 prefix.
+    """Validation split of a benchmark dataset below a folder or S3 prefix.
 
     Args:
-        uri: the dataset's own folder, or one that holds what its archives unpack into.
+        uri: the dataset's own folder, or a parent into which its archives were unpacked.
         layout: which dataset.
 
     Raises:
@@ -146,7 +146,7 @@ class PublishedDataset(ImageFiles):
             yield MaskedImage(name=name, image=image, mask=mask, ignore=_IGNORE)
 
     def _list(self) -> list[tuple[str, ...]]:
-        """Name, image, mask and the mask's ending of every picture to evaluate on."""
+        """Name, image URI, mask URI and mask suffix of every image in the split."""
         layout = self.layout
         folders = [storage.join(self._root, layout.images), storage.join(self._root, layout.masks)]
         images, masks = ({entry.relative: entry.uri for entry in storage.list_files(folder)} for folder in folders)
@@ -173,7 +173,7 @@ class PublishedDataset(ImageFiles):
         return found
 
     def _to_classes(self, values: np.ndarray, uri: str, suffix: str) -> np.ndarray:
-        """Values of a mask -> (H, W) uint8 indices of classes, or `_IGNORE`."""
+        """Convert mask values to class indices or `_IGNORE`, (H, W) uint8."""
         meanings = self._meanings[suffix]
         present = values_of(values)
         wrong = present[np.append(meanings, _NO_CLASS)[np.minimum(present, 256)] == _NO_CLASS]
@@ -194,7 +194,7 @@ def _meanings(values: tuple[int, ...], ignored: tuple[int, ...]) -> np.ndarray:
 
 
 def _find_root(uri: str, layout: Layout) -> str:
-    """The folder that holds the images and masks."""
+    """Folder that holds the images and masks."""
     for root in (uri, *(storage.join(uri, folder) for folder in layout.within)):
         if all(storage.is_folder(storage.join(root, folder)) for folder in (layout.images, layout.masks)):
             if layout.names and not storage.exists(storage.join(root, layout.names)):

@@ -1,10 +1,10 @@
-"""Boundary IoU: how well the pixels near contours are told apart, whatever the size of the objects.
+"""Boundary IoU: intersection over union of the pixels near contours, independent of object size.
 
 Cheng et al., "Boundary IoU: Improving Object-Centric Image Segmentation Evaluation" (CVPR 2021): of a class's mask only
-the pixels that lie within a distance of its own contour count, in truth and in prediction, and the figure is the
+the pixels that lie within a distance of its own contour count, in ground truth and in prediction, and the metric is the
 intersection over union of these two bands. As in the authors' code (bowenc0221/boundary-iou-api, `mask_to_boundary`) the
-distance is the larger of the horizontal and the vertical one, a share of the picture's diagonal, and the edge of the
-picture is a contour. Summed over pictures as the confusion matrix is, and averaged over classes as mIoU is.
+distance is the larger of the horizontal and the vertical one, a fraction of the image diagonal, and the image border
+is a contour. Summed over images as the confusion matrix is, and averaged over classes as mIoU is.
 """
 
 import math
@@ -15,19 +15,19 @@ import numpy as np
 from vilseg.evaluation.confusion_matrix import known_pixels, mean_over
 
 WIDTH = 0.02
-"""Of the band on each side of a contour, as a share of the diagonal: the authors' choice for COCO (section 5.2)."""
+"""Width of the band on each side of a contour as a fraction of the diagonal: the authors' choice for COCO (section 5.2)."""
 
 
 class BoundaryCounts:
     """Pixels near the contours of each class, summed over images.
 
-    What is to be ignored has the same contour in truth and prediction, whatever was predicted there: a prediction that is
-    right wherever the truth is known has the figure 1.
+    An ignored area has the same contour in ground truth and prediction, whatever was predicted there: a prediction that is
+    right wherever the ground truth is known scores 1.
 
     Args:
         classes: names of the C classes, in index order.
-        ignore: truth value that is left out, unless `update` is told another one.
-        width: of the band, as a share of the image's diagonal; a pixel at least.
+        ignore: ground-truth value that is ignored, unless `update` gets another one.
+        width: width of the band as a fraction of the image diagonal; at least one pixel.
 
     Raises:
         ValueError: the width is not positive.
@@ -58,10 +58,10 @@ class BoundaryCounts:
             self.counts[:, column] += np.bincount(labels[band], minlength=count + 2)[:count]
 
     def merge(self, other: "BoundaryCounts") -> None:
-        """Add the counts of another one, as of another worker.
+        """Add the counts of another instance, for example of another worker.
 
         Raises:
-            ValueError: its classes or its width are others.
+            ValueError: its classes or width differ.
         """
         if (other.classes, other.width) != (self.classes, self.width):
             raise ValueError("cannot merge counts along contours of other classes or of another width")
@@ -74,16 +74,16 @@ class BoundaryCounts:
         return np.divide(both, union, out=np.full(len(self.classes), np.nan), where=union > 0)
 
     def mean_iou(self, measured: Sequence[int] | None = None) -> float:
-        """Mean of `iou` over the classes that are present in the truth, in 0..1; nan if none is.
+        """Mean of `iou` over the classes that are present in the ground truth, in 0..1; nan if none is.
 
         Args:
-            measured: indices of the classes to average over; all where None.
+            measured: indices of the classes to average over; all if None.
         """
         return mean_over(self.iou(), self.counts[:, 1] > 0, measured)
 
 
 def near_contours(labels: np.ndarray, distance: int) -> np.ndarray:
-    """Which pixels have another label, or the outside of the image, at most `distance` >= 1 rows and columns away.
+    """Mask of the pixels within `distance` >= 1 rows and columns of another label or of the image border.
 
     Args:
         labels: (H, W) integers.

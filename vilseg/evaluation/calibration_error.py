@@ -1,11 +1,11 @@
-"""Whether scores mean what they say: of the pixels of score s, a share s should be right (Guo et al. 2017).
+"""Calibration error of scores: of the pixels with score s, a fraction s should be right (Guo et al. 2017).
 
 The expected calibration error (their eq. 3) sorts pixels into M bins of equal width by score and takes
 
     ECE = sum_m |B_m| / n |acc(B_m) - conf(B_m)|
 
-with the share of right pixels acc and the mean score conf of a bin. Temperature scaling (their section 4.2) divides the
-logits, here the cosines of the classes, by the t for which the true classes are likeliest; the labels stay as they are.
+with the fraction of correct pixels acc and the mean score conf of a bin. Temperature scaling (their section 4.2) divides the
+logits, here the cosines of the classes, by the t that maximises the likelihood of the true classes; labels do not change.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
     from vilseg.segmentation.segmenter import Segmenter
 
 BINS = 15
-"""As in the paper."""
+"""Number of bins, as in the paper."""
 _STEPS = 1 << 16
-"""A score is counted in whole parts of this, so that sums do not depend on the order of the pictures."""
+"""Scores are quantised to this many steps, so that sums are integers and independent of the order of the images."""
 _PIXELS = 256
-"""Of a picture to fit by; more of one picture say much the same."""
+"""Pixels sampled from each image for the fit; more pixels of one image are redundant."""
 _TEMPERATURES = (1e-4, 10.0)
 
 
@@ -39,7 +39,7 @@ class CalibrationCounts:
     """Pixels by score: how many there are and how many are right, summed over images.
 
     Args:
-        classes: how many classes there are.
+        classes: number of classes.
     """
 
     counts: np.ndarray
@@ -50,12 +50,12 @@ class CalibrationCounts:
         self.counts = np.zeros((3, BINS), np.int64)
 
     def update(self, prediction: np.ndarray, scores: np.ndarray, truth: np.ndarray, *, ignore: int) -> None:
-        """Count one image; pixels without a class say nothing of a score and are left out.
+        """Count one image; pixels without a predicted class are ignored.
 
         Args:
-            prediction: (H, W) integers >= 0; as many as there are classes or more is no class.
+            prediction: (H, W) integers >= 0; values of at least the number of classes mean no class.
             scores: (H, W) in 0..1.
-            truth: (H, W) integers, a class or the value to ignore.
+            truth: (H, W) integers, a class or the ignored value.
             ignore: that value.
 
         Raises:
@@ -83,12 +83,12 @@ class CalibrationCounts:
 
 @torch.inference_mode()
 def fit_temperature(segmenter: Segmenter, dataset: MaskedDataset, *, images: int = 100) -> float:
-    """The `SegmentationConfig.temperature` under which the true classes of pixels are likeliest.
+    """Fit `SegmentationConfig.temperature` by maximum likelihood of the true classes of pixels.
 
     Args:
-        segmenter: its classes are those of the dataset.
-        dataset: a small one is enough; a figure of calibration should come from another.
-        images: how many, from the first on, to look at.
+        segmenter: has the classes of the dataset.
+        dataset: a small one is enough; measure the calibration error on another one.
+        images: number of images to use, from the first.
 
     Returns:
         The minimum, between 0.0001 and 10, of the mean negative log-likelihood over 256 pixels of each image.

@@ -1,4 +1,4 @@
-"""Counting which class was predicted where which one is true, and the figures that follow from the counts."""
+"""Confusion matrix of true and predicted classes, and the metrics derived from it."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ class ConfusionMatrix:
 
     Args:
         classes: names of the C classes, in index order.
-        ignore: truth value that is left out of every figure, unless `update` is told another one.
+        ignore: ground-truth value excluded from every metric, unless `update` gets another one.
     """
 
     counts: np.ndarray
@@ -39,10 +39,10 @@ class ConfusionMatrix:
         self.counts += np.bincount(cells, minlength=self.counts.size).reshape(self.counts.shape)
 
     def merge(self, other: "ConfusionMatrix") -> None:
-        """Add the counts of another matrix, as of another worker.
+        """Add the counts of another matrix, for example of another worker.
 
         Raises:
-            ValueError: its classes are others.
+            ValueError: its classes differ.
         """
         if other.classes != self.classes:
             raise ValueError(f"cannot merge the counts of classes {other.classes} into those of {self.classes}")
@@ -51,7 +51,7 @@ class ConfusionMatrix:
     def iou(self) -> np.ndarray:
         """Intersection over union of every class, (C,) float64 in 0..1; nan for one in neither truth nor prediction.
 
-        Predictions on ignored pixels count for nothing.
+        Predictions on ignored pixels are not counted.
         """
         right = np.diagonal(self.counts)
         union = self.counts.sum(axis=1) + self.counts[:, :-1].sum(axis=0) - right
@@ -59,7 +59,7 @@ class ConfusionMatrix:
 
     @property
     def present(self) -> np.ndarray:
-        """(C,) bool: whether a class is in the truth."""
+        """Mask of the classes present in the ground truth, (C,) bool."""
         return self.counts.sum(axis=1) > 0
 
     @property
@@ -68,13 +68,13 @@ class ConfusionMatrix:
         return self.mean_iou()
 
     def mean_iou(self, measured: Sequence[int] | None = None) -> float:
-        """Mean of `iou` over the classes that are present in the truth, in 0..1; nan if none is.
+        """Mean of `iou` over the classes that are present in the ground truth, in 0..1; nan if none is.
 
-        A class that is only predicted lowers the IoU of those it was taken for, but is no term of the mean itself:
-        otherwise the figure would depend on which absent classes happened to be predicted once.
+        A class that is only predicted lowers the IoU of the classes it was confused with, but is no term of the mean itself:
+        otherwise the metric would depend on which absent classes happened to be predicted once.
 
         Args:
-            measured: indices of the classes to average over; all where None.
+            measured: indices of the classes to average over; all if None.
         """
         return mean_over(self.iou(), self.present, measured)
 
@@ -84,10 +84,10 @@ class ConfusionMatrix:
         return self.accuracy()
 
     def accuracy(self, measured: Sequence[int] | None = None) -> float:
-        """Share of the pixels with a true class whose prediction is that class, in 0..1; nan if there are none.
+        """Fraction of the pixels with a true class whose prediction is that class, in 0..1; nan if there are none.
 
         Args:
-            measured: indices of the true classes whose pixels count; all where None.
+            measured: indices of the true classes whose pixels count; all if None.
         """
         rows = range(len(self.classes)) if measured is None else list(measured)
         total = self.counts[rows].sum()

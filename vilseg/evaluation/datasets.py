@@ -16,7 +16,7 @@ _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 class MaskedDataset(Protocol):
-    """What can be evaluated on: class names, a length, and an iterator that starts anew every time."""
+    """Dataset to evaluate on: class names, a length, and an iterator that restarts on every pass."""
 
     @property
     def classes(self) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Running a segmenter over images with masks."""
+"""Evaluation of a segmenter on images with masks."""
 
 import heapq
 import itertools
@@ -20,7 +20,7 @@ from vilseg.segmentation.result import Segmentation
 from vilseg.text.vocabulary import Vocabulary
 
 BATCH = 8
-"""Images given to the segmenter at once."""
+"""Images per call of the segmenter."""
 
 
 class BatchSegmenter(Protocol):
@@ -36,36 +36,36 @@ class BatchSegmenter(Protocol):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Example:
-    """One image with what is true and what was predicted."""
+    """One image with its ground truth and prediction."""
 
     truth: MaskedImage
     segmentation: Segmentation
     miou: float = math.nan
-    """Mean IoU of this image alone, over the measured classes that are in it; nan where none is."""
+    """Mean IoU of this image alone, over the measured classes present in it; nan if none is."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Evaluation:
-    """How well a segmenter did on a dataset."""
+    """Result of evaluating a segmenter on a dataset."""
 
     confusion: ConfusionMatrix
     images: int
     """Number of images measured."""
     vocabulary: str = ""
-    """`Vocabulary.digest` of what the segmenter chose from: figures of other vocabularies are not to be compared with these."""
+    """`Vocabulary.digest` of the requested classes: metrics of different vocabularies must not be compared."""
     boundary: BoundaryCounts | None = None
-    """Counts along contours; None where they were not taken."""
+    """Counts along contours; None if not measured."""
     calibration: CalibrationCounts | None = None
-    """Counts by score; None where the segmenter gives none."""
+    """Counts by score; None if the segmenter returns no scores."""
     temperature: float | None = None
-    """From `vilseg.evaluation.calibration_error.fit_temperature`, where it was asked for."""
+    """Result of `vilseg.evaluation.calibration_error.fit_temperature`, if requested."""
     measured: tuple[int, ...] | None = None
     """Indices of the classes that the means are over; all where None."""
     protocol: EvaluationProtocol = EvaluationProtocol.ALL
     examples: tuple[Example, ...] = ()
-    """The first images of the dataset, as many as were asked for."""
+    """First images of the dataset, as many as requested."""
     worst: tuple[Example, ...] = ()
-    """The images of lowest mIoU, the worst first, as many as were asked for."""
+    """Images with the lowest mIoU, the worst first, as many as requested."""
 
     @property
     def miou(self) -> float:
@@ -79,7 +79,7 @@ class Evaluation:
 
     @property
     def pixel_accuracy(self) -> float:
-        """Share of the pixels of measured classes that were given the right class, in 0..1."""
+        """Fraction of the pixels of measured classes with the right label, in 0..1."""
         return self.confusion.accuracy(self.measured)
 
     @property
@@ -106,7 +106,7 @@ class Evaluation:
         return dict(zip(self.boundary.classes, self.boundary.iou().tolist(), strict=True))
 
     def to_dict(self) -> dict[str, Any]:
-        """The figures ready for JSON, without the examples; nan becomes None.
+        """Metrics as a JSON-serialisable dictionary, without the examples; nan becomes None.
 
         `confusion` has one row for each true class; its last column counts pixels predicted as no class. `measured` names
         the classes that the means are over.
@@ -129,11 +129,11 @@ class Evaluation:
 
 
 def merged(parts: Iterable[Evaluation], *, keep: int = 0, keep_worst: int = 0) -> Evaluation:
-    """The evaluation of a dataset from those of its parts, in their order; counts are integers, so it is the same to the last
+    """Merge the evaluations of the parts of a dataset, in their order; counts are integers, so the result is exact to the last
     digit.
 
     Args:
-        parts: at least one, all with the same classes and protocol; which pictures they kept is what there is to choose from.
+        parts: at least one, all with the same classes and protocol; examples are chosen from those that the parts kept.
         keep: as for :func:`evaluate`.
         keep_worst: as for :func:`evaluate`.
     """
@@ -174,19 +174,19 @@ def evaluate(
     """Segment every image of the dataset and count right and wrong pixels.
 
     Args:
-        segmenter: its classes must be those that the protocol asks for, in the dataset's order.
+        segmenter: its classes must be those of the protocol, in the dataset's order.
         dataset: images with masks.
-        progress: called after each batch with the images done and the images there are.
-        batch_size: images given to the segmenter at once.
-        keep: how many of the first images to keep as `Evaluation.examples`, with truth and segmentation.
-        keep_worst: how many of the worst images to keep as `Evaluation.worst`.
-        protocol: which classes are asked for and measured.
-        names: what the segmenter and the figures call the classes that the protocol asks for, in their order; the
-            dataset's own names where None.
-        boundary_width: of the band along contours, as a share of the image's diagonal.
+        progress: called after each batch with the number of finished images and of all images.
+        batch_size: images per call of the segmenter.
+        keep: number of first images to keep as `Evaluation.examples`, with ground truth and segmentation.
+        keep_worst: number of worst images to keep as `Evaluation.worst`.
+        protocol: selects the requested and the measured classes.
+        names: names used by the segmenter and the metrics for the classes of the protocol, in their order; the
+            dataset's own names if None.
+        boundary_width: width of the band along contours as a fraction of the image diagonal.
 
     Raises:
-        DataError: the classes differ, the dataset is not one for the protocol, or it is wrong (see there).
+        DataError: the classes differ, the dataset does not fit the protocol, or the dataset is damaged.
     """
     dataset, measured = under(dataset, protocol)
     classes = dataset.classes if names is None else tuple(names)
@@ -205,7 +205,7 @@ def evaluate(
             own.update(segmentation.labels, item.mask, ignore=item.ignore)
             confusion.merge(own)
             boundary.update(segmentation.labels, item.mask, ignore=item.ignore)
-            scores = getattr(segmentation, "scores", None)  # what is no `Segmenter` of ours may have none
+            scores = getattr(segmentation, "scores", None)  # only our own `Segmenter` is sure to have them
             if scores is not None:
                 calibration = calibration or CalibrationCounts(len(classes))
                 calibration.update(segmentation.labels, scores, item.mask, ignore=item.ignore)
@@ -231,7 +231,7 @@ def evaluate(
 
 
 class _Worst:
-    """The examples of lowest mIoU among those that it is given; of equal ones the first."""
+    """Examples with the lowest mIoU; of equal ones the first."""
 
     def __init__(self, count: int) -> None:
         self._count = count

@@ -1,7 +1,7 @@
-"""Which classes of a dataset are asked for, and which ones the figures are of.
+"""Evaluation protocols: the requested and the measured classes of a dataset.
 
-Figures of different protocols must not be set beside each other: VOC with its background (21 classes), without it (20) and
-on unseen classes only (5) are three measures.
+Metrics of different protocols must not be compared: VOC with its background (21 classes), without it (20) and
+on unseen classes only (5) are three different metrics.
 """
 
 from collections.abc import Iterator
@@ -17,19 +17,19 @@ from vilseg.text.vocabulary import BACKGROUND
 
 
 class EvaluationProtocol(StrEnum):
-    """How a dataset is evaluated on."""
+    """Protocol of an evaluation."""
 
     ALL = "all"
-    """All classes are asked for and measured, the background too where the dataset has one."""
+    """All classes are requested and measured, including the background if the dataset has one."""
     NO_BACKGROUND = "no-background"
-    """The class background is not asked for, and pixels that truly are background count for nothing."""
+    """The class background is not requested, and pixels whose ground truth is background are ignored."""
     UNSEEN = "unseen"
-    """All classes are asked for, the means are over the dataset's unseen ones, which the paper reports. Whether the paper
-    asked for all classes or for the unseen ones alone is not established; this is the harder reading."""
+    """All classes are requested, the means are over the dataset's unseen ones, which the paper reports. It is not established
+    whether the paper requested all classes or the unseen ones alone; this is the harder reading."""
 
 
 def under(dataset: MaskedDataset, protocol: EvaluationProtocol) -> tuple[MaskedDataset, tuple[int, ...]]:
-    """The dataset as a protocol sees it, and the indices of the classes that the means are over.
+    """Apply a protocol: return the dataset, and the indices of the classes that the means are over.
 
     Raises:
         DataError: the dataset has no background, or no unseen classes.
@@ -54,7 +54,7 @@ def under(dataset: MaskedDataset, protocol: EvaluationProtocol) -> tuple[MaskedD
 
 
 class WithoutBackground:
-    """A dataset whose background is to be ignored; the classes after it move up by one."""
+    """Dataset with an ignored background; the indices of later classes decrease by one."""
 
     def __init__(self, dataset: MaskedDataset) -> None:
         self._dataset = dataset

@@ -1,6 +1,6 @@
-"""How good a model is, told without a mask: by pairs that training did not see.
+"""Proxy metrics of a model without masks, computed on pairs that training did not see.
 
-Most users have no masks, and something has to tell one training from another. Four figures, of each more is better:
+Most users have no masks but must compare trainings. Four metrics, all higher is better:
 
     retrieval            mean reciprocal rank of the right caption among all, and of the right picture, by the embeddings of
                          pictures as wholes

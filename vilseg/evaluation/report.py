@@ -22,7 +22,7 @@ _MOST_CONFUSIONS = 12
 
 @dataclass(frozen=True, kw_only=True)
 class RunReport:
-    """What the report of a run tells."""
+    """Content of the report of a run."""
 
     title: str
     trained: Evaluation
@@ -107,7 +107,7 @@ def _facts(facts: Mapping[str, str]) -> str:
 
 
 def _protocol(evaluation: Evaluation) -> str:
-    """What the figures are of, in a sentence or two."""
+    """Describe the protocol of the metrics in a sentence or two."""
     text = f"Protocol {evaluation.protocol}."
     if len(evaluation.measured_classes) < len(evaluation.confusion.classes):
         text += (

@@ -37,7 +37,7 @@ _DELIMITERS = (",", "\t", ";", "|")
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What a caption file says of one image."""
+    """Entry of a caption file for one image."""
 
     where: str
     """Of the row, for people: ``captions.csv:12``."""

@@ -1,4 +1,4 @@
-"""What users have, read as pairs: folders of images with caption files or sidecars, img2dataset output, pair shards.
+"""Sources of image-caption pairs: folders of images with caption files or sidecars, img2dataset output, pair shards.
 
 :func:`find_pairs` lists a source and cuts it into parts, without a look at the images; :func:`read_part` reads a part,
 wherever it is sent. Images keep their bytes; those of formats that pair shards do not hold become PNG.
@@ -77,7 +77,7 @@ class SourcePart:
 
 @dataclass(frozen=True)
 class Listing:
-    """What lies at a source."""
+    """Contents of a source."""
 
     parts: list[SourcePart]
     passed_over: list[str]
@@ -375,7 +375,7 @@ def _finish(
 
 
 def _suffix_of(image: bytes) -> str | None:
-    """Of the formats that pair shards hold, by content, as names may lie."""
+    """File suffix of an image by its content, as names may be wrong; one of the formats that pair shards hold."""
     if image.startswith(b"\xff\xd8\xff"):
         return "jpg"
     if image.startswith(b"\x89PNG\r\n\x1a\n"):

@@ -1,4 +1,4 @@
-"""Whether what manifests start is what this code has: verbs and their arguments, configurations, the served application."""
+"""Checks of manifests against this code: verbs and their arguments, configurations, the served application."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def parse(command: str) -> tuple[str, dict[str, Any]]:
 
 
 def at_start(cluster: Object) -> Session:
-    """What Ray says of the cluster when a job begins: every group has its ``replicas``."""
+    """Resources that Ray reports at the start of a job: every group has its ``replicas``."""
     (_, head), *workers = groups(cluster)
     sizes = [(cluster["headGroupSpec"]["rayStartParams"], 1, head)]
     for group, (_, pod) in zip(cluster["workerGroupSpecs"], workers, strict=True):
@@ -184,7 +184,7 @@ def _unknown(tree: Any, model: Any) -> Iterator[str]:
 
 
 def _application(application: Any, config: Any) -> Iterator[str]:
-    """Whether the import path builds an application, whose deployments are those that the file names."""
+    """Check that the import path builds an application whose deployments are those that the file names."""
     from importlib import import_module
 
     module, _, name = application.import_path.partition(":")
@@ -204,7 +204,7 @@ def _application(application: Any, config: Any) -> Iterator[str]:
 
 
 def _room(cluster: Object, config: Any) -> Iterator[str]:
-    """Whether every replica that may be started finds a machine."""
+    """Check that every replica that may be started fits on a machine."""
     want, room = config.replicas, 0
     for group, (_, pod) in zip(cluster["workerGroupSpecs"], groups(cluster)[1:], strict=True):
         limits = pod["containers"][0]["resources"]["limits"]

@@ -1,4 +1,4 @@
-"""What kustomizations render to, by kubectl itself."""
+"""Kustomizations rendered by kubectl itself."""
 
 from __future__ import annotations
 

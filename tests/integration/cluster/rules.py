@@ -1,4 +1,4 @@
-"""What a Kubernetes cluster with KubeRay would refuse, and what we ask of manifests beside that; no cluster is needed.
+"""Rules of a Kubernetes cluster with KubeRay, and our own rules for manifests; no cluster is needed.
 
 Every rule takes the objects that one kustomization renders to and yields a sentence for each thing that is wrong.
 """
@@ -234,7 +234,7 @@ def references(objects: list[Object]) -> Iterator[str]:
 
 
 def kuberay_rules(objects: list[Object]) -> Iterator[str]:
-    """What KubeRay's controllers refuse after the API server has taken it (controllers/ray/utils/validation.go)."""
+    """Problems that KubeRay's controllers report in an accepted object (controllers/ray/utils/validation.go)."""
     import ray
 
     for one in kuberay(objects):

@@ -19,7 +19,7 @@ def tree() -> dict[str, Any]:
 
 
 def prepared(tree: dict[str, Any]) -> dict[str, Any]:
-    """What `ray up` makes of the file before it asks the cloud for anything; raises what it raises."""
+    """Configuration as `ray up` prepares it before it calls the cloud; raises what it raises."""
     from ray.autoscaler._private.util import prepare_config, validate_config
 
     config = prepare_config(copy.deepcopy(tree))
@@ -28,7 +28,7 @@ def prepared(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def refused_by_ec2(node_config: dict[str, Any]) -> str:
-    """What EC2's description of RunInstances says against a machine, which Ray hands to it as it is."""
+    """Problems of a machine under EC2's description of RunInstances, to which Ray passes it unchanged."""
     import botocore.session
     from botocore.validate import ParamValidator
 

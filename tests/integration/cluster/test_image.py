@@ -33,7 +33,7 @@ def arguments(name: str) -> list[str]:
 
 
 def is_let_in(path: str) -> bool:
-    """Whether .dockerignore leaves a file of the repository in the build's context: the last pattern that fits decides."""
+    """Return whether .dockerignore keeps a file of the repository in the build context: the last matching pattern decides."""
     let_in = True
     above = [str(parent) for parent in Path(path).parents][:-1]
     for line in (ROOT / ".dockerignore").read_text().splitlines():

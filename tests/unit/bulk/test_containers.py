@@ -110,7 +110,7 @@ def test_columns_of_parquet_can_be_named(tmp_path: Path) -> None:
 
 
 def until_damage(damaged: Container) -> tuple[list[Input], str]:
-    """What comes before the DataError, and what that says."""
+    """Items before the DataError, and its message."""
     found: list[Input] = []
     try:
         for picture in damaged.inputs():

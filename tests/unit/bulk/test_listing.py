@@ -1,4 +1,4 @@
-"""What lies at the inputs of bulk segmentation: every picture once, under a name of its own, while it is being listed."""
+"""Listing of the inputs of bulk segmentation: every image once, under a name of its own, while the listing goes on."""
 
 import errno
 import glob

@@ -20,7 +20,7 @@ WRITERS: dict[str, Callable[[Path], None]] = {
 
 
 def names_across(dataset: str, uri: Path) -> list[list[str]]:
-    """What is true from left to right in each image, "-" for ignored."""
+    """True classes from left to right in each image, "-" for ignored."""
     opened = open_dataset(f"{dataset}:{uri}")
     items = list(opened)
     assert len(opened) == len(items)

@@ -1,4 +1,4 @@
-"""Whether scores mean what they say."""
+"""Calibration of the scores."""
 
 import math
 from collections.abc import Iterator

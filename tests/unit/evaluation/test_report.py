@@ -19,7 +19,7 @@ CLASSES = ("background", "cat", "sofa & <chair>", "lamp")
 
 
 class Page(HTMLParser):
-    """What a browser would take from a page: tags, ids, addresses, text; open tags must be closed in order."""
+    """Content that a browser takes from a page: tags, ids, addresses, text; open tags must be closed in order."""
 
     VOID = frozenset({"meta", "img", "br"})
 
