@@ -138,7 +138,7 @@ def _photo_model(out: Path, data: Path) -> str:
     if not (place / "config.json").exists():
         with embedded_store(out / "store"), ray_session() as session:
             real_photos.upload(data)
-            trained = real_photos.train(session, {}).folder.model
+            trained = real_photos.train(session, {}).run_dir.model
             ViLSeg.from_pretrained(trained).save_pretrained(str(place))
     return str(place)
 

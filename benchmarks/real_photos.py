@@ -58,16 +58,16 @@ def main(out: Path) -> dict[str, Any]:
         with ray_session() as session:
             outcome = train(session, seconds)
             uncached = _train_uncached(session, seconds)
-            trained = outcome.folder.model
+            trained = outcome.run_dir.model
             ViLSeg.from_pretrained(trained).save_pretrained(str(out / MODEL))
             with console.timed_stage("segment", seconds):
                 bulk = _segment(session, trained, data)
         # Ray is gone by now: evaluation has the cores for itself.
         with console.timed_stage("evaluate", seconds):
-            figures = _evaluate({"trained": trained, "untrained": outcome.folder.initial}, datasets)
+            figures = _evaluate({"trained": trained, "untrained": outcome.run_dir.initial}, datasets)
         # The last report: by then everything runs.
         rates = {
-            name: round(read_metrics(run.folder)[-1]["images_per_second"], 1)
+            name: round(read_metrics(run.run_dir)[-1]["images_per_second"], 1)
             for name, run in (("cached", outcome), ("not cached", uncached))
         }
     seconds["total"] = time.perf_counter() - started

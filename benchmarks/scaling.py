@@ -127,5 +127,5 @@ def run_training(out: str, place: str, nodes: int) -> None:
     with ray_session("auto") as session:
         assert session.nodes == nodes
         done = train_job.main(RunConfig.load(str(CONFIG), settings), session)
-    reports = [report["images_per_second"] for report in read_metrics(done.folder)]
+    reports = [report["images_per_second"] for report in read_metrics(done.run_dir)]
     print(json.dumps(round(median(reports[len(reports) // 3 :]), 1)))

@@ -26,7 +26,7 @@ from cluster.ray_session import Session, ray_session
 from jobs.ingest import synthetic_scenes
 from jobs.train.monitor import TrainingMonitor
 from jobs.train.ray_data import batches_of_steps, count_in_parallel, execution_options, worker_batches
-from jobs.train.train_job import make_trainer
+from jobs.train.worker import make_trainer
 from vilseg import storage
 from vilseg.config import RunConfig
 from vilseg.data.batch_reader import WorkerBatch, pack, unpack

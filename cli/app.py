@@ -189,10 +189,10 @@ def train(
         done = job.main(settings, session, resume=resume, progress=progress)
     if done.stopped:
         console.log(
-            f"stopped after step {done.metrics.get('step', 0):.0f}; go on with --resume --name {storage.name(done.folder.uri)}"
+            f"stopped after step {done.metrics.get('step', 0):.0f}; go on with --resume --name {storage.name(done.run_dir.uri)}"
         )
         return 130
-    console.print_result({"model": done.folder.model, **done.metrics}, as_json=json, text=done.folder.model)
+    console.print_result({"model": done.run_dir.model, **done.metrics}, as_json=json, text=done.run_dir.model)
     return 0
 
 

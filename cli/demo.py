@@ -104,7 +104,7 @@ def _run(session: Session, out: Path, seconds: dict[str, float], *, quick: bool)
         outcome = train_job.main(config, session, progress=shown)
         if outcome.stopped:
             raise KeyboardInterrupt
-    folder = outcome.folder
+    folder = outcome.run_dir
     names = Vocabulary.of(scene.name for scene in scenes.CLASSES)
     with console.timed_stage("segment", seconds), console.SegmentationProgress() as progress:
         job = plan([storage.join(unseen, "images")], folder.model, names, results)

@@ -1,1 +1,1 @@
-"""Ray jobs over the library, and the ``vilseg`` command (``cli.py``): one file a job."""
+"""Ray jobs: each connects one function of the library, which knows nothing of Ray, to a cluster."""

@@ -1,4 +1,4 @@
-"""What a running training tells its driver: metrics, pairs that could not be read, and the wish to stop."""
+"""The actor between driver, workers and readers of a run: metrics, unreadable pairs, user errors, and the request to stop."""
 
 from __future__ import annotations
 
@@ -7,40 +7,40 @@ from dataclasses import dataclass, field
 import ray
 
 _MIN_PAIRS = 500
-"""A share of bad pairs means little before so many were read."""
+"""Smallest denominator of the fraction of bad pairs: a few bad ones among the first do not end a run."""
 
 
 @dataclass
 class ProgressUpdate:
-    """What happened since the last look."""
+    """News since the last poll."""
 
     metrics: list[dict[str, float]] = field(default_factory=list)
     bad: list[tuple[str, str]] = field(default_factory=list)
     read: int = 0
     bad_total: int = 0
     failure: Exception | None = None
-    """A user's mistake that a worker met; the run is over."""
+    """User error that a worker met; the run is over."""
 
 
 @dataclass(frozen=True)
 class ReportReply:
-    """To a report."""
+    """Reply to a report of rank 0."""
 
     stop: bool
-    """Whether the run shall stop."""
+    """The run is asked to stop."""
     counts: dict[str, float]
-    """What else is known of the run so far, for the report."""
+    """Metrics that the monitor adds to the report."""
 
 
 class BadPairCounter:
-    """How many pairs were read, how many of them could not be, and whether these are too many."""
+    """Counts the pairs read and the unreadable ones among them, and says when these are too many."""
 
     def __init__(self, max_bad_share: float) -> None:
         self.read = self.bad = 0
         self._max_bad_share = max_bad_share
 
     def add(self, read: int, bad: list[tuple[str, str]]) -> str | None:
-        """Count pairs, the bad ones with key and reason; returns a sentence when too many were bad."""
+        """Count pairs, the bad ones with key and reason; return a sentence when too many were bad, else None."""
         self.read += read
         self.bad += len(bad)
         if not bad or self.bad <= self._max_bad_share * max(self.read, _MIN_PAIRS):
@@ -53,7 +53,7 @@ class BadPairCounter:
 
 @ray.remote(num_cpus=0, max_restarts=0)
 class TrainingMonitor:
-    """One a run; workers and data tasks write to it, the driver reads."""
+    """One for each run: workers and readers write to it, the driver polls it."""
 
     def __init__(self, max_bad_share: float) -> None:
         self._pairs = BadPairCounter(max_bad_share)
@@ -73,29 +73,29 @@ class TrainingMonitor:
         return self._pairs.add(read, bad)
 
     def report(self, metrics: dict[str, float]) -> ReportReply:
-        """Pass on a report of rank 0."""
+        """Keep a report of rank 0 for the driver."""
         counts = {"bad_pairs": float(self._pairs.bad), "filtered_pairs": float(self._filtered)}
         self._new.metrics.append({**metrics, **counts})
         return ReportReply(self._stop, counts)
 
     def clear_stop(self) -> None:
-        """Training begins (anew): nobody has asked it to stop."""
+        """Withdraw the request to stop; called before each trainer starts."""
         self._stop = False
 
-    def stop(self) -> None:
+    def request_stop(self) -> None:
         """Ask the run to stop at its next report."""
         self._stop = True
 
     def fail(self, failure: Exception) -> None:
-        """Tell of a user's mistake, which no restart mends."""
+        """Keep the first user error: a restart cannot correct it."""
         self._failure = self._failure or failure
 
-    def failed(self) -> bool:
-        """Whether a mistake was told of."""
+    def has_failed(self) -> bool:
+        """Return True once a user error was passed to `fail`."""
         return self._failure is not None
 
     def poll(self) -> ProgressUpdate:
-        """What is new since the last call."""
+        """Return the news since the last call, with the totals."""
         new, self._new = self._new, ProgressUpdate()
         new.read, new.bad_total, new.failure = self._pairs.read, self._pairs.bad, self._failure
         return new

@@ -1,7 +1,7 @@
 """The process group of training workers on several machines without GPUs.
 
-Gloo listens on the address that the machine's own name stands for. In many an /etc/hosts that is a loopback address, which
-the workers of other machines try in vain; so it is told the interface that the machine talks to Ray by.
+Gloo listens on the address that the machine's host name resolves to. In many /etc/hosts files that is a loopback address, which
+workers on other machines cannot reach. So Gloo is given the interface of the address by which the machine is known to Ray.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ _SIOCGIFADDR = 0x8915
 
 
 class MultiNodeTorchConfig(TorchConfig):
-    """Ray's own, but that workers of different machines find each other."""
+    """Ray's `TorchConfig` with a Gloo interface that other machines can reach."""
 
     @property
     def backend_cls(self) -> Any:
-        """What Ray sets the workers up with."""
+        """Ray's backend, which sets up the process group of the workers."""
         return _GlooInterfaceBackend
 
 
@@ -37,20 +37,20 @@ class _GlooInterfaceBackend(TorchConfig().backend_cls):  # type: ignore[misc]  #
 
 
 def _use_interface_of_node() -> None:
-    found = interface_with_address(ray.util.get_node_ip_address())
-    if found is not None:
-        os.environ.setdefault(_VARIABLE, found)
+    interface = interface_with_address(ray.util.get_node_ip_address())
+    if interface is not None:
+        os.environ.setdefault(_VARIABLE, interface)
 
 
 def interface_with_address(address: str) -> str | None:
-    """The name of the interface that has an IPv4 address on this machine, if one has."""
+    """Return the name of this machine's network interface with the IPv4 ``address``; None where there is none."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
             request = struct.pack("256s", name.encode())
             try:
                 answer = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, request)
             except OSError:
-                continue  # it has no address, or this system another request
+                continue  # without an IPv4 address, or the system does not know the request
             if socket.inet_ntoa(answer[20:24]) == address:
                 return name
     return None

@@ -1,4 +1,4 @@
-"""What the first training worker tells: reports, pictures, checkpoints."""
+"""Reports of rank 0: metrics, example images, checkpoints and the model."""
 
 from __future__ import annotations
 
@@ -24,29 +24,35 @@ from vilseg.training.run_dir import RunDirectory
 
 _HELD_OUT_PAIRS = 500
 _EXAMPLES = 6
-"""Pictures whose clusters are shown."""
+"""Number of images whose clusters are shown."""
 
 
 class TrainingReporter:
-    """What a run leaves behind while it trains; use it in a ``with`` statement, whose end waits for what is being written.
+    """Writes what a run leaves while it trains; a context manager, whose exit waits for the checkpoint being written.
 
     Args:
         config: of the run.
-        folder: of the run.
-        trainer: as it stands when training begins or goes on.
-        monitor: tells the driver.
-        order: says which epoch it is.
+        run_dir: of the run.
+        trainer: in the state that training starts or continues from.
+        monitor: handle of the run's `TrainingMonitor`, which passes reports to the driver.
+        sampler: gives the epoch of a step.
     """
 
     def __init__(
-        self, config: RunConfig, folder: RunDirectory, trainer: Trainer, monitor: Any, order: PairSampler
+        self, config: RunConfig, run_dir: RunDirectory, trainer: Trainer, monitor: Any, sampler: PairSampler
     ) -> None:
-        self._config, self._folder, self._trainer, self._monitor, self._order = config, folder, trainer, monitor, order
-        self._metrics = MetricsFile(folder, config, trainer.step)
-        self._last = (read_metrics(folder) or [{}])[-1] if trainer.step else {}
+        self._config, self._run_dir, self._trainer, self._monitor, self._sampler = (
+            config,
+            run_dir,
+            trainer,
+            monitor,
+            sampler,
+        )
+        self._metrics = MetricsFile(run_dir, config, trainer.step)
+        self._last_metrics = (read_metrics(run_dir) or [{}])[-1] if trainer.step else {}
         self._examples: np.ndarray | None = None
         settings = config.trainer
-        self._writer = CheckpointWriter(folder, settings.keep_checkpoints, settings.best_by)
+        self._writer = CheckpointWriter(run_dir, settings.keep_checkpoints, settings.best_by)
 
     def __enter__(self) -> Self:
         self._writer.__enter__()
@@ -57,50 +63,52 @@ class TrainingReporter:
     ) -> None:
         self._writer.__exit__(kind, error, trace)
         if error is None:
-            self._metrics.end()  # what it has to tell went out with the last checkpoint
+            self._metrics.end()  # everything was synced with the last checkpoint
 
     def keep_examples(self, batches: Iterator[WorkerBatch]) -> Iterator[WorkerBatch]:
-        """The batches as they are; pictures of the first are shown later."""
+        """Yield the batches unchanged, and keep images of the first to show their clusters."""
         for batch in batches:
-            if self._examples is None and batch.images.dtype == np.uint8:  # cached features are no pictures
+            if self._examples is None and batch.images.dtype == np.uint8:  # not cached features
                 self._examples = np.array(batch.images[:_EXAMPLES])
             yield batch
 
     def report(self, metrics: dict[str, float]) -> bool:
-        """Pass a report on; answers whether the run shall stop.
+        """Write a report and pass it to the driver; return True if the run is asked to stop.
 
         Raises:
             StorageError: the last checkpoint could not be written.
         """
-        self._writer.check()  # not only when the next is due, which may be hours away
-        step, before = int(metrics["step"]), int(self._last.get("step", 0))
+        self._writer.check()  # a failed write is reported now: the next one may be hours away
+        step, before = int(metrics["step"]), int(self._last_metrics.get("step", 0))
         every = self._config.trainer.examples_every
-        metrics["epoch"] = metrics["samples"] / self._order.pairs
+        metrics["epoch"] = metrics["samples"] / self._sampler.pairs
         if self._config.data.mix:
-            epochs = self._order.epochs(int(metrics["samples"]))
+            epochs = self._sampler.epochs(int(metrics["samples"]))
             metrics |= {f"epoch/{name}": epoch for name, epoch in epochs.items()}
-        alone = self._config.trainer.sharding == "none"  # sharded weights compute only where all workers do
-        if alone and self._config.data.held_out and self._is_checkpoint_step(step):
-            found = measure(self._trainer.objective.model, self._held_out)
-            metrics |= {f"held_out/{name}": value for name, value in found.items()}
+        unsharded = self._config.trainer.sharding == "none"  # sharded weights need all workers to compute
+        if unsharded and self._config.data.held_out and self._is_checkpoint_step(step):
+            proxy_metrics = measure(self._trainer.objective.model, self._held_out)
+            metrics |= {f"held_out/{name}": value for name, value in proxy_metrics.items()}
         if self._is_checkpoint_step(step):
             require_metric(self._config.trainer.best_by, metrics)
-        answer = ray.get(self._monitor.report.remote(metrics))
-        metrics |= answer.counts
+        reply = ray.get(self._monitor.report.remote(metrics))
+        metrics |= reply.counts
         self._metrics.add(metrics)
-        self._last = metrics
-        if alone and every and step // every > before // every:  # reports need not come at its multiples
+        self._last_metrics = metrics
+        if unsharded and every and step // every > before // every:  # reports do not always come at its multiples
             self._add_examples(step)
-        return answer.stop
+        return reply.stop
 
     def checkpoint(self) -> None:
-        """Begin to write a checkpoint with the reports so far."""
-        self._writer.write(self._trainer.state_dict(), self._last, also=self._metrics.sync)
+        """Start to write a checkpoint, with the metrics so far."""
+        self._writer.write(self._trainer.state_dict(), self._last_metrics, also=self._metrics.sync)
 
     def save_model(self) -> None:
         """Write the trained model."""
         weights = self._trainer.model_weights()
-        run_setup.save_trained_model(self._trainer.objective.model, self._config, self._folder, self._last, weights)
+        run_setup.save_trained_model(
+            self._trainer.objective.model, self._config, self._run_dir, self._last_metrics, weights
+        )
 
     def _is_checkpoint_step(self, step: int) -> bool:
         return step % self._config.trainer.checkpoint_every == 0 or step == self._config.trainer.steps
@@ -124,7 +132,7 @@ class TrainingReporter:
 
 
 def _image_grid(images_BHW3: np.ndarray, assignments_BKhw: torch.Tensor) -> np.ndarray:
-    """Pictures in a row, and below them their patches in the colours of their clusters. Shape: -> (2 H, B W, 3) uint8."""
+    """Return the images in a row, and below each its patches in the colors of their clusters. Shape: -> (2 H, B W, 3) uint8."""
     height, width = images_BHW3.shape[1:3]
     clusters_Bhw = assignments_BKhw.argmax(1)
     large_BHW = torch.nn.functional.interpolate(clusters_Bhw[:, None].float(), (height, width), mode="nearest")[:, 0]

@@ -1,4 +1,4 @@
-"""The driver's side of a training: Ray's trainer in a thread, progress and Ctrl-C in this one."""
+"""Supervise a training on the driver: Ray's trainer runs in a thread; this one polls the monitor and handles Ctrl-C."""
 
 from __future__ import annotations
 
@@ -23,55 +23,55 @@ from vilseg.training.run_dir import RunDirectory
 _log = logging.getLogger("vilseg.jobs.train")
 _POLL_SECONDS = 0.3
 _END_TIMEOUT_S = 30.0
-"""How long a trainer may take to end once its run is over: its workers are started anew and find nothing to do."""
+"""Seconds that a trainer may take to end after a user error: its restarted workers return at once."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """How a training ended."""
+    """Result of a training."""
 
-    folder: RunDirectory
+    run_dir: RunDirectory
     metrics: dict[str, float]
     """The last report."""
     stopped: bool
-    """Asked to stop before the last step; a checkpoint was left."""
+    """True where the run stopped before its last step, with a checkpoint."""
 
 
 class TrainingSupervisor:
-    """Watches a run, which may be of several trainers after one another.
+    """Supervises a run, which may consist of several trainers, one after another.
 
     Args:
-        monitor: what workers and readers tell.
-        folder: of the run.
+        monitor: handle of the run's `TrainingMonitor`.
+        run_dir: of the run.
         steps: of the whole run.
-        progress: told a few times a second what is new.
-        should_stop: asked as often; a stop leaves a checkpoint.
+        progress: called a few times a second with what is new.
+        should_stop: called as often; once it returns True the run stops with a checkpoint.
     """
 
     def __init__(
         self,
         monitor: Any,
-        folder: RunDirectory,
+        run_dir: RunDirectory,
         steps: int,
         progress: Callable[[ProgressUpdate], None],
         should_stop: Callable[[], bool],
     ) -> None:
-        self._monitor, self._folder, self._steps = monitor, folder, steps
+        self._monitor, self._run_dir, self._steps = monitor, run_dir, steps
         self._progress, self._should_stop = progress, should_stop
-        self._last: dict[str, float] = {}
+        self._last_metrics: dict[str, float] = {}
         self.asked_to_stop = False
-        """By the user, not by a need for other workers."""
+        """The user asked, or ``should_stop``; not set where a run stops to continue with more workers."""
 
     def run(self, trainer: TorchTrainer, pause: Callable[[], bool] = lambda: False) -> TrainingResult:
-        """Run a trainer.
+        """Run a trainer to its end.
 
         Args:
-            trainer: not begun yet.
-            pause: asked now and then; where it says yes, the trainer stops with a checkpoint to be followed by another.
+            trainer: not started yet.
+            pause: called a few times a second; once it returns True, the trainer stops with a checkpoint, for another to follow.
 
         Raises:
-            UserError: what a worker or reader found wrong with the user's input.
+            UserError: a worker or reader found an error in the user's input.
             KeyboardInterrupt: Ctrl-C for the second time.
         """
         ray.get(self._monitor.clear_stop.remote())
@@ -85,43 +85,46 @@ class TrainingSupervisor:
             finally:
                 ended.set()
 
-        # Not Thread.join: interrupted by Ctrl-C, it takes a thread that still runs for one that has ended (Python 3.11).
+        # Not Thread.join: interrupted by Ctrl-C, it may return while the thread still runs (Python 3.11).
         ended = threading.Event()
         threading.Thread(target=fit, name="vilseg-train", daemon=True).start()
-        stopping = told = False
-        with _wait_for_end_on_error(ended), collect_signals() as noted:
+        stopping = announced = False
+        with _wait_for_end_on_error(ended), collect_signals() as signals:
             while True:
-                over = ended.wait(_POLL_SECONDS)
+                is_over = ended.wait(_POLL_SECONDS)
                 self._poll()
-                if over:
+                if is_over:
                     break
-                if len(noted) > 1:
+                if len(signals) > 1:
                     raise KeyboardInterrupt
-                if noted and not told:
-                    told = True
+                if signals and not announced:
+                    announced = True
                     _log.info("stopping after the next report with a checkpoint; Ctrl-C again stops without one")
-                # Asked while it stops for other workers, too: no other trainer is to follow then.
-                self.asked_to_stop = self.asked_to_stop or bool(noted) or self._should_stop()
+                # Also checked while the run stops for more workers: then no other trainer may follow.
+                self.asked_to_stop = self.asked_to_stop or bool(signals) or self._should_stop()
                 if not stopping and (self.asked_to_stop or pause()):
                     stopping = True
-                    self._monitor.stop.remote()
-            self.asked_to_stop = self.asked_to_stop or bool(noted)  # since the last look
+                    self._monitor.request_stop.remote()
+            self.asked_to_stop = self.asked_to_stop or bool(signals)  # since the last poll
         if failure:
             raise find_user_error(failure[0]) or failure[0]
-        return TrainingResult(self._folder, self._last, stopping and self._last.get("step", 0) < self._steps)
+        finished = self._last_metrics.get("step", 0) >= self._steps
+        return TrainingResult(self._run_dir, self._last_metrics, stopping and not finished)
 
     def _poll(self) -> None:
-        snapshot = ray.get(self._monitor.poll.remote())
-        self._last = snapshot.metrics[-1] if snapshot.metrics else self._last
-        self._progress(snapshot)
-        if snapshot.failure:
-            raise snapshot.failure  # the trainer goes on restarting its workers, which find nothing to do
+        update = ray.get(self._monitor.poll.remote())
+        self._last_metrics = update.metrics[-1] if update.metrics else self._last_metrics
+        self._progress(update)
+        if update.failure:
+            raise update.failure  # Ray restarts the workers until its limit; they return at once
 
 
 @contextmanager
 def _wait_for_end_on_error(ended: threading.Event) -> Iterator[None]:
-    """Errors go on once a trainer has ended, or seems not to: Ray is shut down after them, and a thread that is inside one of
-    its calls then may take the process with it."""
+    """Hold an error back until the trainer's thread has ended, at most `_END_TIMEOUT_S` seconds.
+
+    The caller shuts Ray down after an error. A thread inside one of Ray's calls could then crash the process.
+    """
     try:
         yield
     except BaseException:
@@ -131,14 +134,14 @@ def _wait_for_end_on_error(ended: threading.Event) -> Iterator[None]:
 
 @contextmanager
 def collect_signals() -> Iterator[list[int]]:
-    """Every Ctrl-C and SIGTERM while this lasts, noted instead of raised: as an exception inside Ray's calls it may get lost."""
-    noted: list[int] = []
+    """Collect every Ctrl-C and SIGTERM in a list instead of raising: an exception inside one of Ray's calls may get lost."""
+    received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield noted  # signals come to the main thread alone
+        yield received  # only the main thread receives signals
         return
-    before = {number: signal.signal(number, lambda got, frame: noted.append(got)) for number in _SIGNALS}
+    before = {number: signal.signal(number, lambda got, frame: received.append(got)) for number in _SIGNALS}
     try:
-        yield noted
+        yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -146,7 +149,7 @@ def collect_signals() -> Iterator[list[int]]:
 
 @contextmanager
 def sigterm_as_ctrl_c() -> Iterator[None]:
-    """A SIGTERM while this lasts raises KeyboardInterrupt as Ctrl-C does, but where :func:`collect_signals` notes both."""
+    """Raise KeyboardInterrupt on SIGTERM as on Ctrl-C, except inside :func:`collect_signals`."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -158,26 +161,26 @@ def sigterm_as_ctrl_c() -> Iterator[None]:
 
 
 class QuarantineFile:
-    """``quarantine.jsonl`` of a run: the pairs that could not be read, by key, with the reason; each once."""
+    """``quarantine.jsonl`` of a run: key and reason of each pair that could not be read, once each."""
 
-    def __init__(self, folder: RunDirectory) -> None:
-        self._uri = folder.quarantine
+    def __init__(self, run_dir: RunDirectory) -> None:
+        self._uri = run_dir.quarantine
         self._lines: dict[str, str] = {}
         if storage.exists(self._uri):
             self._lines = {json.loads(line)["key"]: line for line in storage.read_text(self._uri).splitlines()}
         self._written = len(self._lines)
 
     def add(self, bad: list[tuple[str, str]]) -> None:
-        """Note more pairs, and write them."""
+        """Add pairs, and write them unless the store does not answer."""
         for key, reason in bad:
             self._lines.setdefault(key, json.dumps({"key": key, "reason": reason}, ensure_ascii=False))
         try:
             self._write()
         except StoreUnavailable:
-            return  # the next call, or `write` at the end, tries again
+            return  # written by the next call, or by `write` at the end
 
     def write(self) -> None:
-        """Write what is not written yet, waiting for a store that does not answer."""
+        """Write what is not written yet; retry while the store does not answer."""
         with storage.retrying():
             self._write()
 

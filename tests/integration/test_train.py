@@ -74,7 +74,7 @@ def test_two_workers_see_the_losses_of_one(
     alone = train_job.main(eight_steps(pairs, "alone", "trainer.workers=1", here), ray_cluster)
     assert (tmp_path / "alone" / "model" / "model.safetensors").exists()
     names = {"loss", "loss/cross_modal", "loss/nouns", "loss/vision", "loss/mutual_information"}
-    for one, two in zip(read_metrics(alone.folder)[:5], read_metrics(whole.folder)[:5], strict=True):
+    for one, two in zip(read_metrics(alone.run_dir)[:5], read_metrics(whole.run_dir)[:5], strict=True):
         assert names == {name for name in one if name.startswith("loss")}
         for name in names:
             assert one[name] == pytest.approx(two[name], abs=1e-4), (one["step"], name)
@@ -86,14 +86,14 @@ def test_resumed_run_goes_on_as_if_it_had_not_stopped(
     settings = eight_steps(pairs, "broken")
     folder = RunDirectory(f"{ROOT}/runs/broken")
     # As if all had died while step 8 was written, before Ray took note of step 4.
-    for entry in storage.list_files(whole.folder.uri):
+    for entry in storage.list_files(whole.run_dir.uri):
         if not entry.relative.startswith("model/") and not entry.relative.endswith("snapshot.json"):
             storage.write_bytes(storage.join(folder.uri, entry.relative), storage.read_bytes(entry.uri))
     storage.write_bytes(folder.state(8), storage.read_bytes(folder.state(8))[:1000])
     with pytest.raises(StorageError, match="--resume"):
         train_job.main(settings, ray_cluster)
     train_job.main(settings, ray_cluster, resume=True)
-    expected, found = read_metrics(whole.folder), read_metrics(folder)
+    expected, found = read_metrics(whole.run_dir), read_metrics(folder)
     assert [line["step"] for line in found] == list(range(1, 9))
     for want, got in zip(expected, found, strict=True):
         assert got["loss"] == pytest.approx(want["loss"], abs=1e-3)
@@ -101,18 +101,18 @@ def test_resumed_run_goes_on_as_if_it_had_not_stopped(
 
 
 def test_self_training_goes_on_from_a_run(ray_cluster: Session, pairs: str, whole: train_job.TrainingResult) -> None:
-    stage = ("stage=self-train", f"init={whole.folder.uri}", "loss.self_training.confidence=0", "trainer.steps=3")
+    stage = ("stage=self-train", f"init={whole.run_dir.uri}", "loss.self_training.confidence=0", "trainer.steps=3")
     done = train_job.main(eight_steps(pairs, "self-trained", *stage), ray_cluster)
-    begun, ended = ViLSeg.from_pretrained(done.folder.initial), ViLSeg.from_pretrained(whole.folder.model)
+    begun, ended = ViLSeg.from_pretrained(done.run_dir.initial), ViLSeg.from_pretrained(whole.run_dir.model)
     for name, value in ended.state_dict().items():
         assert torch.equal(begun.state_dict()[name], value), name
-    lines = read_metrics(done.folder)
+    lines = read_metrics(done.run_dir)
     assert all(line["loss/self_training"] > 0 for line in lines)
-    assert set(ViLSeg.from_pretrained(done.folder.model).state_dict()) == set(ended.state_dict())
+    assert set(ViLSeg.from_pretrained(done.run_dir.model).state_dict()) == set(ended.state_dict())
 
 
 def test_run_folder_holds_what_the_documentation_names(pairs: str, whole: train_job.TrainingResult) -> None:
-    folder = whole.folder
+    folder = whole.run_dir
     assert folder.checkpoint_steps() == [4, 8]
     assert RunConfig.load(folder.config) == eight_steps(pairs, "whole")
     lines = [json.loads(line) for line in storage.read_text(folder.metrics).splitlines()]

@@ -15,24 +15,26 @@ from vilseg.training.run_dir import RunDirectory
 
 
 class FakeMonitor:
-    """Answers at once; a stop ends the trainer some looks later."""
+    """Answers at once; a stop ends the trainer some polls later."""
 
     def __init__(self) -> None:
-        self.stopped, self.end, self.looks = 0, threading.Event(), 0
-        names = ("clear_stop", "stop", "poll")
-        self.clear_stop, self.stop, self.poll = (SimpleNamespace(remote=getattr(self, f"_{name}")) for name in names)
+        self.stopped, self.end, self.polls = 0, threading.Event(), 0
+        names = ("clear_stop", "request_stop", "poll")
+        self.clear_stop, self.request_stop, self.poll = (
+            SimpleNamespace(remote=getattr(self, f"_{name}")) for name in names
+        )
 
     def _clear_stop(self) -> None:
         return None
 
-    def _stop(self) -> None:
+    def _request_stop(self) -> None:
         self.stopped += 1
 
     def _poll(self) -> ProgressUpdate:
-        self.looks += 1
-        if self.looks == 3:
+        self.polls += 1
+        if self.polls == 3:
             os.kill(os.getpid(), signal.SIGTERM)  # after the pause was begun
-        if self.looks == 6:
+        if self.polls == 6:
             self.end.set()
         return ProgressUpdate()
 
@@ -42,10 +44,10 @@ def test_a_signal_while_a_run_stops_for_more_workers_is_noted(monkeypatch: pytes
     monkeypatch.setattr(supervisor.ray, "get", lambda answer: answer)
     monitor = FakeMonitor()
     trainer: Any = SimpleNamespace(fit=lambda: monitor.end.wait(10))
-    watched = TrainingSupervisor(monitor, RunDirectory("run"), 10, lambda snapshot: None, lambda: False)
-    outcome = watched.run(trainer, pause=lambda: True)
-    assert outcome.stopped
-    assert watched.asked_to_stop
+    supervised = TrainingSupervisor(monitor, RunDirectory("run"), 10, lambda update: None, lambda: False)
+    result = supervised.run(trainer, pause=lambda: True)
+    assert result.stopped
+    assert supervised.asked_to_stop
     assert monitor.stopped == 1
 
 
