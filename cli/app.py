@@ -234,7 +234,7 @@ def segment(
     from jobs.segment import segment_job as job
     from jobs.segment.plan import estimate, plan
     from vilseg.bulk.outputs import Rules
-    from vilseg.model.serialization import read_settings
+    from vilseg.model.serialization import read_segmentation_config
     from vilseg.text.vocabulary import Vocabulary
 
     places, overrides = split_overrides(inputs)
@@ -246,7 +246,7 @@ def segment(
         Vocabulary.parse(classes),
         out,
         formats=[name.strip() for name in format.split(",")],
-        settings=segmentation_overrides(overrides)(read_settings(model)) if overrides else None,
+        settings=segmentation_overrides(overrides)(read_segmentation_config(model)) if overrides else None,
         rules=Rules(max_pixels=max_pixels, min_side=min_side, key_every=key_every),
         limit=limit,
         sample=sample,

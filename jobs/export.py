@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from vilseg import storage
 from vilseg.config import SegmentationConfig
-from vilseg.export.onnx_export import Exported, export_model, require_packages
+from vilseg.export.onnx_export import ExportResult, export_model, require_packages
 from vilseg.export.output_directory import check_target
 from vilseg.model import ViLSeg
 
@@ -18,7 +18,7 @@ def main(
     overwrite: bool = False,
     settings: Callable[[SegmentationConfig], SegmentationConfig] = lambda settings: settings,
     say: Callable[[str], None] = lambda text: None,
-) -> Exported:
+) -> ExportResult:
     """Export ``model`` to ``out``.
 
     Args:

@@ -16,7 +16,7 @@ from serve.config import ServeConfig
 from serve.middleware import is_loopback
 from vilseg import storage
 from vilseg.errors import ConfigError, UserError
-from vilseg.model.serialization import read_settings
+from vilseg.model.serialization import read_segmentation_config
 
 APP = "vilseg"
 
@@ -53,7 +53,7 @@ def check_config(config: ServeConfig, host: str, port: int) -> None:
     if config.keys is not None:
         ApiKeys(config.keys)
     for uri in config.models.values():
-        read_settings(uri)
+        read_segmentation_config(uri)
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

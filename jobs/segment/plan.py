@@ -123,7 +123,9 @@ def plan(
         ConfigError: an unknown format, a number that is no count, ``resume`` of another job.
         ModelError: no model folder.
     """
-    from vilseg.model.serialization import read_settings  # brings torch, which the tasks that list have no use for
+    from vilseg.model.serialization import (
+        read_segmentation_config,
+    )  # brings torch, which the tasks that list have no use for
 
     unknown = sorted(set(formats) - set(FORMATS))
     if unknown:
@@ -141,7 +143,7 @@ def plan(
         raise DataError("no input is given: name folders, s3:// prefixes, patterns, shards, tables, lists or pictures")
     for uri in (*inputs, model, out):
         storage.require_bucket(uri)
-    carried = read_settings(model)  # a sentence now instead of a pool of actors that die one by one
+    carried = read_segmentation_config(model)  # a sentence now instead of a pool of actors that die one by one
     job = Job(
         inputs=sorted({storage.absolute(uri) for uri in inputs}),
         # Actors may have another working directory; what does not exist here is a hub id.

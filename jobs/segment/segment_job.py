@@ -36,7 +36,7 @@ from vilseg.errors import DataError
 
 if TYPE_CHECKING:  # torch would keep every process waiting that computes nothing
     from vilseg.bulk.worker import BlockSegmenter
-    from vilseg.model.shared_weights import TakenApart
+    from vilseg.model.shared_weights import SplitObject
 
 _LISTING_CPUS, _OPENING_CPUS, _ACTORS_SHARE = 0.05, 0.1, 0.85
 """Listing and opening wait for storage most of the time. Ray Data fuses stages that ask for the same, so these differ."""
@@ -126,7 +126,7 @@ def main(
 
 
 def _stream(
-    job: Job, session: Session, parts: TakenApart, done: results_table.Names, tally: Any
+    job: Job, session: Session, parts: SplitObject, done: results_table.Names, tally: Any
 ) -> Iterator[dict[str, Any]]:
     """Results of blocks as they end."""
     known = ray.put(done)
@@ -192,22 +192,22 @@ def _row(items: list[Any]) -> dict[str, np.ndarray]:
     return {"items": data}
 
 
-def _load(job: Job) -> tuple[TakenApart, str]:
+def _load(job: Job) -> tuple[SplitObject, str]:
     """The segmenter in parts for the object store, where all actors of a machine share its weights; and their digest.
 
     The classes are embedded here once, and the text encoder, which no picture needs, stays behind.
     """
     from vilseg.model import ViLSeg
-    from vilseg.model.shared_weights import take_apart
+    from vilseg.model.shared_weights import split_weights
     from vilseg.segmentation.segmenter import Segmenter
 
     model = ViLSeg.from_pretrained(job.model)
     # Of the file's weights: embeddings of the classes are rounded as the processor likes.
-    weights = take_apart(model.state_dict()).digest()
+    weights = split_weights(model.state_dict()).digest()
     model.segmentation = job.segmentation
     segmenter = Segmenter(model, job.classes, device="cpu", keep_clusters=False)
     segmenter.release_text_encoder()
-    return take_apart(segmenter), weights
+    return split_weights(segmenter), weights
 
 
 def _make_segmenter(job: Job, parts: list[Any], claims: Any, threads: int) -> BlockSegmenter:
@@ -215,12 +215,12 @@ def _make_segmenter(job: Job, parts: list[Any], claims: Any, threads: int) -> Bl
 
     from vilseg.bulk.worker import BlockSegmenter
     from vilseg.device import best_device
-    from vilseg.model.shared_weights import put_together
+    from vilseg.model.shared_weights import join_weights
 
     torch.set_num_threads(threads)
     # The model's thread lets go of Python's lock in every operator; it should not wait 5 ms to have it back.
     sys.setswitchinterval(0.0005)
-    segmenter = put_together(ray.get(parts[0])).to(best_device())
+    segmenter = join_weights(ray.get(parts[0])).to(best_device())
     claim = None if claims is None else lambda digest, name: ray.get(claims.claim.remote(digest, name))
     return BlockSegmenter(segmenter, job.outputs, job.rules, readers=max(2, threads), claim=claim)
 

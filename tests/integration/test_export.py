@@ -26,8 +26,8 @@ from tests.unit import checkpoints
 from vilseg import Segmenter
 from vilseg.config import ModelConfig, SegmentationConfig
 from vilseg.errors import ModelError, StorageError, UserError
-from vilseg.export.onnx_export import Exported, export_model
-from vilseg.export.output_directory import check_target, new_folder
+from vilseg.export.onnx_export import ExportResult, export_model
+from vilseg.export.output_directory import check_target, output_folder
 from vilseg.model import ImageFeatures, ViLSeg
 
 TEXTS = ["a dog", "two cats on a sofa by the sea", ""]
@@ -45,7 +45,7 @@ SMALL = {
 class Case(NamedTuple):
     model: ViLSeg
     folder: Path
-    done: Exported
+    done: ExportResult
     about: dict[str, Any]
 
     def run(self, tower: str, batch: np.ndarray) -> list[np.ndarray]:
@@ -245,7 +245,7 @@ def test_a_missing_package_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def fill(out: Path, error: OSError | None = None) -> None:
-    with new_folder(str(out)) as folder:
+    with output_folder(str(out)) as folder:
         (folder / "export.json").write_text("new")
         if error:
             raise error

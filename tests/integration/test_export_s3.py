@@ -35,11 +35,11 @@ def test_an_export_lies_on_the_store_whole(
 
 @pytest.mark.usefixtures("object_store")
 def test_an_export_on_the_store_is_replaced_as_a_whole(tmp_path: Path) -> None:
-    from vilseg.export.output_directory import new_folder
+    from vilseg.export.output_directory import output_folder
 
     out = "s3://vilseg/export/replaced"
     storage.write_text(f"{out}/text.onnx.data", "of before")
-    with new_folder(out) as folder:
+    with output_folder(out) as folder:
         (folder / "image.onnx").write_text("new")
         (folder / "export.json").write_text("{}")
     assert [entry.relative for entry in storage.list_files(out)] == ["export.json", "image.onnx"]

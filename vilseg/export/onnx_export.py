@@ -37,7 +37,7 @@ from vilseg.export.output_directory import (
     TOKENIZER,
     WEIGHTS_BESIDE,
     check_target,
-    new_folder,
+    output_folder,
 )
 from vilseg.model import ViLSeg
 from vilseg.model.image_encoder import first_line
@@ -77,7 +77,7 @@ _NAMING = (
 
 
 @dataclass(frozen=True)
-class Exported:
+class ExportResult:
     """What an export wrote."""
 
     uri: str
@@ -134,7 +134,7 @@ def export_model(
     name: str = "",
     overwrite: bool = False,
     say: Callable[[str], None] = lambda text: None,
-) -> Exported:
+) -> ExportResult:
     """Write ``model`` as a folder of ONNX files and compare them with it; see the module for what is in it.
 
     Args:
@@ -152,7 +152,7 @@ def export_model(
     require_packages()
     check_target(out, overwrite=overwrite)
     model = model.cpu().float().eval()
-    with new_folder(out) as folder, torch.no_grad():
+    with output_folder(out) as folder, torch.no_grad():
         say("writing and checking the image tower")
         fixed_size, of_images = _write_image_tower(model, folder / IMAGE_TOWER)
         if fixed_size:
@@ -162,7 +162,7 @@ def export_model(
         _write_tokenizer(model, folder / TOKENIZER)
         statistics = {key: getattr(model, key).numpy() for key in ("caption_mean", "patch_mean", "patch_covariance")}
         np.savez(folder / STATISTICS, **statistics)
-        done = Exported(storage.absolute(out), max(of_images, of_texts), fixed_size)
+        done = ExportResult(storage.absolute(out), max(of_images, of_texts), fixed_size)
         text = json.dumps(_describe(model, name, done), indent=2, ensure_ascii=False)
         (folder / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
     return done
@@ -342,7 +342,7 @@ def _write_tokenizer(model: ViLSeg, folder: Path) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
 
 
-def _describe(model: ViLSeg, name: str, done: Exported) -> dict[str, Any]:
+def _describe(model: ViLSeg, name: str, done: ExportResult) -> dict[str, Any]:
     """What ``export.json`` holds."""
     encoder, settings = model.text_encoder, model.segmentation
     size = {"height": done.fixed_size[0], "width": done.fixed_size[1]} if done.fixed_size else None

@@ -45,7 +45,7 @@ def check_target(out: str, *, overwrite: bool = False) -> None:
 
 
 @contextmanager
-def new_folder(out: str) -> Iterator[Path]:
+def output_folder(out: str) -> Iterator[Path]:
     """A local folder to fill that takes the place of what is at ``out`` only if the block ends without an exception.
 
     On this machine it appears whole, by its renaming. An object store renames nothing: there the old files are deleted, and of

@@ -41,12 +41,12 @@ _TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 _MODEL_TYPES = ("clip", "siglip", "siglip2")
 
 
-def is_contrastive(tree: Any) -> bool:
+def is_clip_or_siglip(tree: Any) -> bool:
     """Whether a ``config.json`` is that of a model which this module reads."""
     return isinstance(tree, dict) and tree.get("model_type") in _MODEL_TYPES
 
 
-def settings_of(tree: dict[str, Any]) -> SegmentationConfig:
+def segmentation_config(tree: dict[str, Any]) -> SegmentationConfig:
     """Inference settings for the model: patches named by themselves, at the size that it was trained on.
 
     CLIP's look at those like themselves (``attention`` naclip): patches of its own last block were never asked for, and the
@@ -100,7 +100,7 @@ def load(cls: type[ViLSeg], folder: Path, source: str, *, clusters: int | None =
     )
     tree = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     bias = None if clip else float(whole.logit_bias.detach())
-    model = cls(config, image_encoder, text_encoder, segmentation=settings_of(tree), logit_bias=bias)
+    model = cls(config, image_encoder, text_encoder, segmentation=segmentation_config(tree), logit_bias=bias)
     with torch.no_grad():
         model.image_projection.bias.zero_()
         model.image_projection.weight.copy_(whole.visual_projection.weight if clip else torch.eye(dimension))

@@ -62,7 +62,7 @@ def load(cls: type[ViLSeg], source: str, *, clusters: int | None = None) -> ViLS
     """Read a model folder; see :meth:`ViLSeg.from_pretrained`. ``clusters`` is for models that have no clustering head."""
     with ExitStack() as stack:
         folder = _folder(source, stack)
-        if clip_siglip.is_contrastive(_read_json(folder, source)):
+        if clip_siglip.is_clip_or_siglip(_read_json(folder, source)):
             return clip_siglip.load(cls, folder, source, clusters=clusters).eval()
         tree, config, segmentation = _read_config(folder, source)
         try:
@@ -96,7 +96,7 @@ _FREE = ("init", "image_encoder.frozen", "text_encoder.frozen")
 """Keys of the model that are the run's, whatever it starts from."""
 
 
-def start(cls: type[ViLSeg], config: ModelConfig, *, segmentation: SegmentationConfig | None = None) -> ViLSeg:
+def load_initial(cls: type[ViLSeg], config: ModelConfig, *, segmentation: SegmentationConfig | None = None) -> ViLSeg:
     """The model at ``config.init`` as a run's own; see :meth:`ViLSeg.from_config`.
 
     Raises:
@@ -129,7 +129,7 @@ def start(cls: type[ViLSeg], config: ModelConfig, *, segmentation: SegmentationC
     return model.train()
 
 
-def read_settings(source: str) -> SegmentationConfig:
+def read_segmentation_config(source: str) -> SegmentationConfig:
     """The inference settings that a model carries, without its weights.
 
     Raises:
@@ -138,7 +138,11 @@ def read_settings(source: str) -> SegmentationConfig:
     with ExitStack() as stack:
         folder = source if storage.exists(source) else str(_folder(source, stack))
         tree = _read_json(folder, source)
-        return clip_siglip.settings_of(tree) if clip_siglip.is_contrastive(tree) else _read_config(folder, source)[2]
+        return (
+            clip_siglip.segmentation_config(tree)
+            if clip_siglip.is_clip_or_siglip(tree)
+            else _read_config(folder, source)[2]
+        )
 
 
 def _read_json(folder: str | Path, source: str) -> Any:

@@ -20,8 +20,8 @@ _AS_INTEGERS = {torch.bfloat16: torch.int16}
 
 
 @dataclass(frozen=True)
-class TakenApart:
-    """An object without its tensors, and these; what :func:`put_together` takes."""
+class SplitObject:
+    """An object without its tensors, and these; what :func:`join_weights` takes."""
 
     skeleton: bytes
     """Pickle of our own making, with numbers in the place of tensors; never read from a file."""
@@ -37,7 +37,7 @@ class TakenApart:
         return total.hexdigest()
 
 
-def take_apart(whole: Any) -> TakenApart:
+def split_weights(whole: Any) -> SplitObject:
     """The parts of a model, or of what holds one; the arrays are views of its weights where these are on a CPU."""
     arrays: list[np.ndarray] = []
     layouts: list[tuple[torch.dtype, list[int]]] = []
@@ -55,10 +55,10 @@ def take_apart(whole: Any) -> TakenApart:
 
     buffer = io.BytesIO()
     Pickler(buffer, protocol=5).dump(whole)
-    return TakenApart(buffer.getvalue(), arrays, layouts)
+    return SplitObject(buffer.getvalue(), arrays, layouts)
 
 
-def put_together(parts: TakenApart) -> Any:
+def join_weights(parts: SplitObject) -> Any:
     """The whole again, for inference alone: its weights are the arrays themselves, which may be read-only."""
 
     class Unpickler(pickle.Unpickler):

@@ -105,7 +105,7 @@ class ViLSeg(nn.Module):
             ModelError: a checkpoint cannot be loaded.
         """
         if config.init:
-            return serialization.start(cls, config, segmentation=segmentation)
+            return serialization.load_initial(cls, config, segmentation=segmentation)
         tokenizer = None
         if not config.text_encoder.checkpoint:
             tokenizer = train_tokenizer(captions, config.text_encoder.vocabulary_size)

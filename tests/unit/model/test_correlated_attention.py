@@ -21,8 +21,8 @@ from vilseg.config import ModelConfig, RunConfig, SegmentationConfig
 from vilseg.errors import ConfigError
 from vilseg.model import ImageFeatures, ViLSeg
 from vilseg.model.image_encoder import IMAGENET_MEAN, IMAGENET_STD, build_image_encoder
-from vilseg.model.serialization import read_settings
-from vilseg.model.shared_weights import put_together, take_apart
+from vilseg.model.serialization import read_segmentation_config
+from vilseg.model.shared_weights import join_weights, split_weights
 
 Make = Callable[..., ViLSeg]
 ATTENTIONS = ("sclip", "naclip")
@@ -239,7 +239,7 @@ def test_a_segmenter_that_was_used_can_be_sent_to_others(tmp_path: Path) -> None
     segmenter = Segmenter(ViLSeg.from_pretrained(str(tmp_path)), classes=["dog", "cat"], device="cpu")
     picture = np.random.default_rng(0).integers(0, 256, (40, 56, 3), dtype=np.uint8)
     expected = segmenter(picture)
-    for again in (put_together(take_apart(segmenter)), segmenter):
+    for again in (join_weights(split_weights(segmenter)), segmenter):
         np.testing.assert_array_equal(again(picture).scores, expected.scores)
 
 
@@ -263,7 +263,7 @@ def test_a_folder_without_training_brings_its_attention(tmp_path: Path, kind: st
     checkpoints.contrastive(kind, tmp_path / "original")
     model = ViLSeg.from_pretrained(str(tmp_path / "original"))
     assert model.segmentation.attention == attention
-    assert read_settings(str(tmp_path / "original")).attention == attention
+    assert read_segmentation_config(str(tmp_path / "original")).attention == attention
     model.save_pretrained(str(tmp_path / "ours"))
     assert ViLSeg.from_pretrained(str(tmp_path / "ours")).segmentation == model.segmentation
 

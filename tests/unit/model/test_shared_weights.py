@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from vilseg.model import ViLSeg
-from vilseg.model.shared_weights import TakenApart, put_together, take_apart
+from vilseg.model.shared_weights import SplitObject, join_weights, split_weights
 
 TEXTS = ["a dog", "two cats"]
 
 
-def through_shared_memory(parts: TakenApart) -> TakenApart:
+def through_shared_memory(parts: SplitObject) -> SplitObject:
     """As Ray's object store hands it out: pickled, its arrays views of a read-only buffer."""
     buffers: list[pickle.PickleBuffer] = []
     data = pickle.dumps(parts, protocol=5, buffer_callback=buffers.append)
@@ -25,9 +25,9 @@ def through_shared_memory(parts: TakenApart) -> TakenApart:
 def test_the_same_model_on_read_only_weights(make_model: Callable[..., ViLSeg], dtype: torch.dtype) -> None:
     model = make_model().to(dtype)
     model.image_encoder.to(memory_format=torch.channels_last)
-    parts = through_shared_memory(take_apart(model))
+    parts = through_shared_memory(split_weights(model))
     assert not any(array.flags.writeable for array in parts.arrays if array.size)
-    again = put_together(parts)
+    again = join_weights(parts)
     pictures = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
     with torch.no_grad():
         for one, other in (

@@ -30,7 +30,7 @@ from vilseg.data.synthetic import scenes
 from vilseg.errors import ConfigError, ModelError
 from vilseg.model import ViLSeg
 from vilseg.model.image_encoder import build_image_encoder
-from vilseg.model.serialization import read_settings
+from vilseg.model.serialization import read_segmentation_config
 from vilseg.text.tokenizer import load_tokenizer
 from vilseg.training import run_setup
 from vilseg.training.run_dir import RunDirectory
@@ -168,7 +168,7 @@ def test_a_clip_folder_can_be_segmented_with_as_it_is(tmp_path: Path) -> None:
     assert not model.training
     assert model.segmentation.region_weight == 0
     assert model.segmentation.input_size == SIDE, "the size that it was trained on"
-    assert read_settings(str(tmp_path)) == model.segmentation
+    assert read_segmentation_config(str(tmp_path)) == model.segmentation
     result = Segmenter(model, classes=["dog", "cat"], device="cpu")(np.zeros((40, 56, 3), np.uint8))
     assert result.labels.shape == (40, 56)
 
