@@ -28,6 +28,7 @@ signatures of model, losses and segmentation as annotation (``Float[Tensor, "B N
 """
 
 from vilseg.model.image_encoder import ImageFeatures
-from vilseg.model.vilseg import ImageEmbeddings, ViLSeg
+from vilseg.model.network import ImageEmbeddings
+from vilseg.model.vilseg import ViLSeg
 
 __all__ = ["ImageEmbeddings", "ImageFeatures", "ViLSeg"]

@@ -1,20 +1,19 @@
-"""CLIP, SigLIP and SigLIP 2 of Hugging Face as models of ours: towers, projections and scale stay, a clustering head is new.
+"""CLIP, SigLIP and SigLIP 2 checkpoints of Hugging Face as vilseg models, with a new, untrained clustering head.
 
-What becomes of an image and a text is what ``get_image_features`` and ``get_text_features`` of the original give, at unit
-length. Patches take the way of the image as a whole, as far as they can; see :class:`HuggingFaceImageEncoder`, ``head``.
+Embeddings of images and texts equal ``get_image_features`` and ``get_text_features`` of the original, at unit length. Patches
+go through the same layers as the global feature as far as they can; see :class:`HuggingFaceImageEncoder`, ``head``.
 
-    CLIP      image: class token, last norm, linear projection     text: token that ends it, linear projection
-    SigLIP    image: attention pooling                             text: last token of the padded row, linear map with bias
+    CLIP      image: class token, last norm, linear projection     text: end-of-text token, linear projection
+    SigLIP    image: attention pooling                             text: last token of the padded row, linear layer with bias
 
-SigLIP knows no projection of images; ours begins as the identity. It was trained with a bias beside the scale, which comes
-along as ``logit_bias``.
+SigLIP has no image projection; ours starts as the identity. Its learnt bias of the logits becomes ``logit_bias``.
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -31,26 +30,26 @@ from transformers.image_utils import (
 from vilseg.config import ImageEncoderConfig, ModelConfig, SegmentationConfig, TextEncoderConfig
 from vilseg.errors import ModelError
 from vilseg.model.image_encoder import HuggingFaceImageEncoder, first_line, read_normalisation
+from vilseg.model.network import Network
 from vilseg.model.text_encoder import TextEncoder
 from vilseg.text.tokenizer import load_tokenizer
-
-if TYPE_CHECKING:
-    from vilseg.model.vilseg import ViLSeg
 
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 _MODEL_TYPES = ("clip", "siglip", "siglip2")
 
+Model = TypeVar("Model", bound=Network)
+
 
 def is_clip_or_siglip(tree: Any) -> bool:
-    """Whether a ``config.json`` is that of a model which this module reads."""
+    """Return True for the ``config.json`` of a model that this module reads."""
     return isinstance(tree, dict) and tree.get("model_type") in _MODEL_TYPES
 
 
 def segmentation_config(tree: dict[str, Any]) -> SegmentationConfig:
-    """Inference settings for the model: patches named by themselves, at the size that it was trained on.
+    """Return inference settings for the model: patches classified by themselves, at the image size of its training.
 
-    CLIP's look at those like themselves (``attention`` naclip): patches of its own last block were never asked for, and the
-    papers measured the gain on it. SigLIP's stay as they are, as neither paper measured it.
+    CLIP gets ``attention`` naclip: its own last block was not trained for patches, and the papers measured the gain on CLIP.
+    SigLIP keeps its attention, as neither paper measured it.
     """
     size = tree.get("vision_config", {}).get("image_size")
     known: dict[str, Any] = {"input_size": size} if isinstance(size, int) else {}
@@ -59,32 +58,32 @@ def segmentation_config(tree: dict[str, Any]) -> SegmentationConfig:
     return SegmentationConfig(region_weight=0.0, **known)
 
 
-def load(cls: type[ViLSeg], folder: Path, source: str, *, clusters: int | None = None) -> ViLSeg:
+def load(cls: type[Model], folder: Path, source: str, *, clusters: int | None = None) -> Model:
     """Read a folder.
 
     Args:
-        cls: what to make.
-        folder: its local copy.
-        source: what the user called it.
+        cls: class to make.
+        folder: local copy.
+        source: name that the user gave, for messages.
         clusters: outputs of the clustering head, whose weights are random (torch's global seed).
 
     Raises:
         ModelError: weights or tokenizer are missing or of another kind.
     """
-    whole, tokenizer = _read(folder, source)
-    clip = whole.config.model_type == "clip"
-    if not clip and not whole.config.vision_config.vision_use_head:
+    original, tokenizer = _read(folder, source)
+    clip = original.config.model_type == "clip"
+    if not clip and not original.config.vision_config.vision_use_head:
         raise ModelError(
             f"the image tower of {source} has no pooling head, so it does not share the space of the texts"
         )
     usual = (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD) if clip else (IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD)
     mean, std = read_normalisation(str(folder), *(tuple(values) for values in usual))
-    image_encoder = HuggingFaceImageEncoder(whole.vision_model, mean=mean, std=std, head=True)
-    text_config = whole.config.text_config
+    image_encoder = HuggingFaceImageEncoder(original.vision_model, mean=mean, std=std, head=True)
+    text_config = original.config.text_config
     text_encoder = TextEncoder(
-        whole.text_model, tokenizer, pooling="pooler", max_tokens=text_config.max_position_embeddings
+        original.text_model, tokenizer, pooling="pooler", max_tokens=text_config.max_position_embeddings
     )
-    dimension = whole.config.projection_dim if clip else text_encoder.num_features
+    dimension = original.config.projection_dim if clip else text_encoder.num_features
     if not clip and dimension != image_encoder.num_features:
         raise ModelError(
             f"the towers of {source} do not meet: images have {image_encoder.num_features} numbers, texts {dimension}"
@@ -99,33 +98,33 @@ def load(cls: type[ViLSeg], folder: Path, source: str, *, clusters: int | None =
         **head,
     )
     tree = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    bias = None if clip else float(whole.logit_bias.detach())
+    bias = None if clip else float(original.logit_bias.detach())
     model = cls(config, image_encoder, text_encoder, segmentation=segmentation_config(tree), logit_bias=bias)
     with torch.no_grad():
         model.image_projection.bias.zero_()
-        model.image_projection.weight.copy_(whole.visual_projection.weight if clip else torch.eye(dimension))
+        model.image_projection.weight.copy_(original.visual_projection.weight if clip else torch.eye(dimension))
         if clip:
             assert isinstance(model.text_projection, nn.Linear)
-            model.text_projection.weight.copy_(whole.text_projection.weight)
-        model.logit_scale.copy_(_scalar(whole.logit_scale))
+            model.text_projection.weight.copy_(original.text_projection.weight)
+        model.logit_scale.copy_(_scalar(original.logit_scale))
     return model
 
 
 def _read(folder: Path, source: str) -> tuple[Any, Any]:
-    """The model of transformers, whole and in float32, and its tokenizer."""
+    """Load the complete transformers model in float32, and its tokenizer."""
     try:
-        whole, found = AutoModel.from_pretrained(
+        original, loading_info = AutoModel.from_pretrained(
             str(folder), dtype=torch.float32, use_safetensors=True, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         raise ModelError(f"{source} cannot be loaded: {first_line(error)}") from error
-    if found["missing_keys"]:
-        raise ModelError(f"the weights in {source} are not whole: {min(found['missing_keys'])} is missing")
-    # Without any file transformers makes one for CLIP that knows no word, and says nothing.
-    if whole.config.model_type == "clip" and not any((folder / name).exists() for name in _TOKENIZER_FILES):
+    if loading_info["missing_keys"]:
+        raise ModelError(f"the weights in {source} are incomplete: {min(loading_info['missing_keys'])} is missing")
+    # Without a tokenizer file transformers silently makes an empty one for CLIP.
+    if original.config.model_type == "clip" and not any((folder / name).exists() for name in _TOKENIZER_FILES):
         raise ModelError(f"the tokenizer of {source} cannot be loaded: there is none of {', '.join(_TOKENIZER_FILES)}")
     try:
-        return whole, load_tokenizer(str(folder))
+        return original, load_tokenizer(str(folder))
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"the tokenizer of {source} cannot be loaded: {first_line(error)}") from error
 

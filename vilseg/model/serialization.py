@@ -1,4 +1,7 @@
-"""The model folder: ``config.json``, ``model.safetensors``, tokenizer files and a model card; no pickle anywhere."""
+"""Loading and saving of models as folders: ``config.json``, ``model.safetensors``, tokenizer files, a model card; no pickle.
+
+Functions that load are given the class to make, a subclass of :class:`~vilseg.model.network.Network`.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 from safetensors import SafetensorError
@@ -21,25 +24,25 @@ from vilseg.config.base import flatten
 from vilseg.errors import ConfigError, ModelError, UserError
 from vilseg.model import clip_siglip
 from vilseg.model.image_encoder import build_image_encoder, first_line
+from vilseg.model.network import Network
 from vilseg.model.text_encoder import build_text_encoder
-
-if TYPE_CHECKING:
-    from vilseg.model.vilseg import ViLSeg
 
 FORMAT = 1
 _CONFIG, _WEIGHTS, _CARD = "config.json", "model.safetensors", "README.md"
 _FILES = ["*.json", "*.safetensors", "*.txt", "*.md", "*.jinja"]
-"""What is wanted of a hub's folder; weights in other forms lie beside."""
+"""Files to download from a hub; weights in other formats are left out."""
+
+Model = TypeVar("Model", bound=Network)
 
 
-def save(model: ViLSeg, uri: str, *, card: str | None = None, weights: Mapping[str, Tensor] | None = None) -> None:
+def save(model: Network, uri: str, *, card: str | None = None, weights: Mapping[str, Tensor] | None = None) -> None:
     """Write ``model`` as a folder at ``uri``. ``config.json`` comes last: a folder without it is no model.
 
     Args:
         model: to be written.
         uri: of the folder.
         card: text of its README.
-        weights: by name, where the model itself does not hold them whole.
+        weights: full tensors by name, for a model that holds only local shards of them.
     """
     tree: dict[str, Any] = {
         "format": FORMAT,
@@ -50,18 +53,24 @@ def save(model: ViLSeg, uri: str, *, card: str | None = None, weights: Mapping[s
     }
     with tempfile.TemporaryDirectory() as folder:
         model.text_encoder.tokenizer.save_pretrained(folder)
-        whole = model.state_dict() if weights is None else weights
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in whole.items()}
+        full = model.state_dict() if weights is None else weights
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in full.items()}
         save_file(tensors, Path(folder) / _WEIGHTS, metadata={"format": "pt"})
         (Path(folder) / _CARD).write_text(card or "# vilseg model\n", encoding="utf-8")
         storage.upload_folder(Path(folder), uri)
     storage.write_text(storage.join(uri, _CONFIG), json.dumps(tree, indent=2))
 
 
-def load(cls: type[ViLSeg], source: str, *, clusters: int | None = None) -> ViLSeg:
-    """Read a model folder; see :meth:`ViLSeg.from_pretrained`. ``clusters`` is for models that have no clustering head."""
+def load(cls: type[Model], source: str, *, clusters: int | None = None) -> Model:
+    """Read a model folder; see :meth:`vilseg.ViLSeg.from_pretrained`.
+
+    Args:
+        cls: class to make.
+        source: path, URI or hub id.
+        clusters: outputs of the clustering head of a model that comes without one (CLIP, SigLIP).
+    """
     with ExitStack() as stack:
-        folder = _folder(source, stack)
+        folder = _local_folder(source, stack)
         if clip_siglip.is_clip_or_siglip(_read_json(folder, source)):
             return clip_siglip.load(cls, folder, source, clusters=clusters).eval()
         tree, config, segmentation = _read_config(folder, source)
@@ -92,51 +101,51 @@ def load(cls: type[ViLSeg], source: str, *, clusters: int | None = None) -> ViLS
     return model.eval()
 
 
-_FREE = ("init", "image_encoder.frozen", "text_encoder.frozen")
-"""Keys of the model that are the run's, whatever it starts from."""
+_RUN_KEYS = ("init", "image_encoder.frozen", "text_encoder.frozen")
+"""Keys of ``ModelConfig`` that a run sets regardless of the model it starts from."""
 
 
-def load_initial(cls: type[ViLSeg], config: ModelConfig, *, segmentation: SegmentationConfig | None = None) -> ViLSeg:
-    """The model at ``config.init`` as a run's own; see :meth:`ViLSeg.from_config`.
+def load_initial(cls: type[Model], config: ModelConfig, *, segmentation: SegmentationConfig | None = None) -> Model:
+    """Load the model at ``config.init`` as the start of a training run; see :meth:`vilseg.ViLSeg.from_config`.
 
     Raises:
-        ConfigError: ``config`` asks for something else than the model there is.
-        ModelError: it cannot be loaded.
+        ConfigError: ``config`` contradicts the model.
+        ModelError: the model cannot be loaded.
     """
     assert config.init is not None
     try:
-        begun = load(cls, config.init, clusters=config.clusters)
+        initial = load(cls, config.init, clusters=config.clusters)
     except ModelError as error:
         raise ModelError(f"model.init cannot be taken: {error}") from error
-    asked, usual, brought = (flatten(part.model_dump()) for part in (config, ModelConfig(), begun.config))
+    asked, defaults, loaded = (flatten(part.model_dump()) for part in (config, ModelConfig(), initial.config))
     for key, value in asked.items():
-        if key not in _FREE and value not in (usual.get(key), brought.get(key)):
-            has = f"has {brought[key]!r}" if key in brought else "has no such key"
+        if key not in _RUN_KEYS and value not in (defaults.get(key), loaded.get(key)):
+            has = f"has {loaded[key]!r}" if key in loaded else "has no such key"
             raise ConfigError(f"model.{key} is {value!r}, but model.init {config.init} {has}; leave the key away")
     encoders = {
-        name: getattr(begun.config, name).model_copy(update={"frozen": getattr(config, name).frozen})
+        name: getattr(initial.config, name).model_copy(update={"frozen": getattr(config, name).frozen})
         for name in ("image_encoder", "text_encoder")
     }
-    begun.requires_grad_(True)
+    initial.requires_grad_(True)
     model = cls(
-        begun.config.model_copy(update=encoders),
-        begun.image_encoder,
-        begun.text_encoder,
+        initial.config.model_copy(update=encoders),
+        initial.image_encoder,
+        initial.text_encoder,
         segmentation=segmentation,
-        logit_bias=None if begun.logit_bias is None else begun.logit_bias.item(),
+        logit_bias=None if initial.logit_bias is None else initial.logit_bias.item(),
     )
-    model.load_state_dict(begun.state_dict())
+    model.load_state_dict(initial.state_dict())
     return model.train()
 
 
 def read_segmentation_config(source: str) -> SegmentationConfig:
-    """The inference settings that a model carries, without its weights.
+    """Read the inference settings that a model carries, without its weights.
 
     Raises:
         ModelError: no model folder.
     """
     with ExitStack() as stack:
-        folder = source if storage.exists(source) else str(_folder(source, stack))
+        folder = source if storage.exists(source) else str(_local_folder(source, stack))
         tree = _read_json(folder, source)
         return (
             clip_siglip.segmentation_config(tree)
@@ -152,7 +161,7 @@ def _read_json(folder: str | Path, source: str) -> Any:
     try:
         return json.loads(storage.read_text(uri))
     except ValueError as error:
-        raise ModelError(_foreign(source, error)) from error
+        raise ModelError(_not_ours_message(source, error)) from error
 
 
 def _read_config(folder: str | Path, source: str) -> tuple[dict[str, Any], ModelConfig, SegmentationConfig]:
@@ -166,14 +175,14 @@ def _read_config(folder: str | Path, source: str) -> tuple[dict[str, Any], Model
             raise KeyError("image_encoder, text_encoder")
         return tree, ModelConfig.model_validate(tree["model"]), SegmentationConfig.model_validate(tree["segmentation"])
     except (ValueError, KeyError, TypeError, ValidationError) as error:
-        raise ModelError(_foreign(source, error)) from error
+        raise ModelError(_not_ours_message(source, error)) from error
 
 
-def _foreign(source: str, error: Exception) -> str:
+def _not_ours_message(source: str, error: Exception) -> str:
     return f"{source} is not a vilseg model folder: its {_CONFIG} has no vilseg model ({first_line(error)})"
 
 
-def _folder(source: str, stack: ExitStack) -> Path:
+def _local_folder(source: str, stack: ExitStack) -> Path:
     if storage.exists(source):
         return stack.enter_context(storage.local_copy(source))
     if "://" in source or source.count("/") != 1 or source.startswith((".", "/", "~")):
