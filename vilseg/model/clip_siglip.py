@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -30,14 +30,12 @@ from transformers.image_utils import (
 from vilseg.config import ImageEncoderConfig, ModelConfig, SegmentationConfig, TextEncoderConfig
 from vilseg.errors import ModelError
 from vilseg.model.image_encoder import HuggingFaceImageEncoder, first_line, read_normalisation
-from vilseg.model.network import Network
+from vilseg.model.network import Model
 from vilseg.model.text_encoder import TextEncoder
 from vilseg.text.tokenizer import load_tokenizer
 
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 _MODEL_TYPES = ("clip", "siglip", "siglip2")
-
-Model = TypeVar("Model", bound=Network)
 
 
 def is_clip_or_siglip(tree: Any) -> bool:
@@ -119,7 +117,7 @@ def _read(folder: Path, source: str) -> tuple[Any, Any]:
     except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         raise ModelError(f"{source} cannot be loaded: {first_line(error)}") from error
     if loading_info["missing_keys"]:
-        raise ModelError(f"the weights in {source} are incomplete: {min(loading_info['missing_keys'])} is missing")
+        raise ModelError(f"the weights in {source} are not whole: {min(loading_info['missing_keys'])} is missing")
     # Without a tokenizer file transformers silently makes an empty one for CLIP.
     if original.config.model_type == "clip" and not any((folder / name).exists() for name in _TOKENIZER_FILES):
         raise ModelError(f"the tokenizer of {source} cannot be loaded: there is none of {', '.join(_TOKENIZER_FILES)}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, Self
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -90,7 +90,7 @@ class Network(nn.Module):
             text_encoder.requires_grad_(False)
         self.check_attention()
 
-    def train(self, mode: bool = True) -> Self:
+    def train(self, mode: bool = True) -> Network:
         """Set training mode; frozen encoders stay in evaluation mode."""
         super().train(mode)
         if self.config.image_encoder.frozen:
@@ -205,3 +205,7 @@ class Network(nn.Module):
         """Embed texts, or rows of tokens. Shape: texts (B) or (B, T) -> (B, D), unit length."""
         tokens = texts if isinstance(texts, Tensor) else self.text_encoder.tokenize(texts)
         return self.embed_text(self.text_features(tokens.to(self.device)))
+
+
+Model = TypeVar("Model", bound=Network)
+"""Subclass of `Network` that a function makes or returns."""

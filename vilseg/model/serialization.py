@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from pydantic import ValidationError
 from safetensors import SafetensorError
@@ -24,15 +24,13 @@ from vilseg.config.base import flatten
 from vilseg.errors import ConfigError, ModelError, UserError
 from vilseg.model import clip_siglip
 from vilseg.model.image_encoder import build_image_encoder, first_line
-from vilseg.model.network import Network
+from vilseg.model.network import Model, Network
 from vilseg.model.text_encoder import build_text_encoder
 
 FORMAT = 1
 _CONFIG, _WEIGHTS, _CARD = "config.json", "model.safetensors", "README.md"
 _FILES = ["*.json", "*.safetensors", "*.txt", "*.md", "*.jinja"]
 """Files to download from a hub; weights in other formats are left out."""
-
-Model = TypeVar("Model", bound=Network)
 
 
 def save(model: Network, uri: str, *, card: str | None = None, weights: Mapping[str, Tensor] | None = None) -> None:
@@ -135,7 +133,8 @@ def load_initial(cls: type[Model], config: ModelConfig, *, segmentation: Segment
         logit_bias=None if initial.logit_bias is None else initial.logit_bias.item(),
     )
     model.load_state_dict(initial.state_dict())
-    return model.train()
+    model.train()
+    return model
 
 
 def read_segmentation_config(source: str) -> SegmentationConfig:
