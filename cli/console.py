@@ -189,7 +189,7 @@ class TrainingProgress(_Shown):
 
     def __call__(self, snapshot: ProgressUpdate) -> None:
         """Show what is new."""
-        for key, reason in snapshot.bad:
+        for (key, _), reason in snapshot.bad.items():
             log(f"skipped {key}: {reason}")
         for metrics in snapshot.metrics:
             now, text = time.monotonic(), self._text(metrics)

@@ -211,7 +211,7 @@ def _batches(config: RunConfig, prepared: PreparedRun, done: int) -> Iterator[Wo
     count = BadPairCounter(config.data.max_bad_share)
 
     def report(read: int, bad: list[BadPair]) -> None:
-        verdict = count.add(read, [(pair.key, pair.reason) for pair in bad if not pair.filtered])
+        verdict = count.add(read, [pair for pair in bad if not pair.filtered])
         if verdict:
             raise DataError(verdict)
 

@@ -6,8 +6,14 @@ from dataclasses import dataclass, field
 
 import ray
 
+from vilseg.data.shards import BadPair
+
 _MIN_PAIRS = 500
 """Smallest denominator of the fraction of bad pairs: a few bad ones among the first do not end a run."""
+
+
+BadPairId = tuple[str, str]
+"""Key of a pair and URI of its shard; two shards may have a pair of the same key."""
 
 
 @dataclass
@@ -15,7 +21,8 @@ class ProgressUpdate:
     """News since the last poll."""
 
     metrics: list[dict[str, float]] = field(default_factory=list)
-    bad: list[tuple[str, str]] = field(default_factory=list)
+    bad: dict[BadPairId, str] = field(default_factory=dict)
+    """Reasons of pairs that could not be read, each pair once a run."""
     read: int = 0
     bad_total: int = 0
     failure: Exception | None = None
@@ -38,17 +45,29 @@ class BadPairCounter:
     def __init__(self, max_bad_share: float) -> None:
         self.read = self.bad = 0
         self._max_bad_share = max_bad_share
+        self._known: set[BadPairId] = set()
+        self._new: dict[BadPairId, str] = {}
 
-    def add(self, read: int, bad: list[tuple[str, str]]) -> str | None:
-        """Count pairs, the bad ones with key and reason; return a sentence when too many were bad, else None."""
+    def add(self, read: int, bad: list[BadPair]) -> str | None:
+        """Count pairs read and those among them that could not be used; return a sentence when these are too many."""
         self.read += read
         self.bad += len(bad)
+        for pair in bad:
+            identity = pair.key, pair.shard
+            if identity not in self._known:
+                self._known.add(identity)
+                self._new[identity] = pair.reason
         if not bad or self.bad <= self._max_bad_share * max(self.read, _MIN_PAIRS):
             return None
         return (
             f"{self.bad} of the first {max(self.read, self.bad)} pairs could not be read, more than "
-            f"data.max_bad_share={self._max_bad_share} allows; the last was {bad[-1][0]}: {bad[-1][1]}"
+            f"data.max_bad_share={self._max_bad_share} allows; the last was {bad[-1].key}: {bad[-1].reason}"
         )
+
+    def take_new(self) -> dict[BadPairId, str]:
+        """Return the reasons of bad pairs that the calls before did not return; each pair comes once, not once an epoch."""
+        new, self._new = self._new, {}
+        return new
 
 
 @ray.remote(num_cpus=0, max_restarts=0)
@@ -59,17 +78,12 @@ class TrainingMonitor:
         self._pairs = BadPairCounter(max_bad_share)
         self._filtered = 0
         self._new = ProgressUpdate()
-        self._known: set[str] = set()
         self._stop = False
         self._failure: Exception | None = None
 
-    def add_pairs(self, read: int, bad: list[tuple[str, str]], filtered: int = 0) -> str | None:
-        """Count pairs; returns a sentence when too many were bad. Each bad key is passed on once."""
+    def add_pairs(self, read: int, bad: list[BadPair], filtered: int = 0) -> str | None:
+        """Count pairs; return a sentence when too many were bad."""
         self._filtered += filtered
-        for key, reason in bad:
-            if key not in self._known:
-                self._known.add(key)
-                self._new.bad.append((key, reason))
         return self._pairs.add(read, bad)
 
     def report(self, metrics: dict[str, float]) -> ReportReply:
@@ -97,5 +111,6 @@ class TrainingMonitor:
     def poll(self) -> ProgressUpdate:
         """Return the news since the last call, with the totals."""
         new, self._new = self._new, ProgressUpdate()
+        new.bad = self._pairs.take_new()
         new.read, new.bad_total, new.failure = self._pairs.read, self._pairs.bad, self._failure
         return new

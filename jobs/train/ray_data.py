@@ -150,7 +150,7 @@ def make_pair_reporter(monitor: Any) -> Callable[[int, list[BadPair]], None]:
     """Return a function that passes the pairs read to the monitor and raises DataError when too many are bad."""
 
     def report(read: int, missing: list[BadPair]) -> None:
-        bad = [(pair.key, pair.reason) for pair in missing if not pair.filtered]
+        bad = [pair for pair in missing if not pair.filtered]
         verdict_ref = monitor.add_pairs.remote(read, bad, len(missing) - len(bad))
         if bad and (verdict := ray.get(verdict_ref)):
             raise DataError(verdict)

@@ -15,7 +15,7 @@ import ray
 from ray.train.torch import TorchTrainer
 
 from cluster.ray_session import find_user_error
-from jobs.train.monitor import ProgressUpdate
+from jobs.train.monitor import BadPairId, ProgressUpdate
 from vilseg import storage
 from vilseg.errors import StoreUnavailable
 from vilseg.training.run_dir import RunDirectory
@@ -161,19 +161,22 @@ def sigterm_as_ctrl_c() -> Iterator[None]:
 
 
 class QuarantineFile:
-    """``quarantine.jsonl`` of a run: key and reason of each pair that could not be read, once each."""
+    """``quarantine.jsonl`` of a run: the pairs that could not be read, each once, with ``key``, ``reason`` and ``shard``."""
 
     def __init__(self, run_dir: RunDirectory) -> None:
         self._uri = run_dir.quarantine
-        self._lines: dict[str, str] = {}
+        self._lines: dict[BadPairId, str] = {}
         if storage.exists(self._uri):
-            self._lines = {json.loads(line)["key"]: line for line in storage.read_text(self._uri).splitlines()}
+            for line in storage.read_text(self._uri).splitlines():
+                entry = json.loads(line)
+                self._lines[entry["key"], entry.get("shard", "")] = line  # earlier versions wrote no shard
         self._written = len(self._lines)
 
-    def add(self, bad: list[tuple[str, str]]) -> None:
-        """Add pairs, and write them unless the store does not answer."""
-        for key, reason in bad:
-            self._lines.setdefault(key, json.dumps({"key": key, "reason": reason}, ensure_ascii=False))
+    def add(self, bad: dict[BadPairId, str]) -> None:
+        """Add pairs with the reasons, and write them unless the store does not answer."""
+        for (key, shard), reason in bad.items():
+            entry = {"key": key, "reason": reason, "shard": shard}
+            self._lines.setdefault((key, shard), json.dumps(entry, ensure_ascii=False))
         try:
             self._write()
         except StoreUnavailable:

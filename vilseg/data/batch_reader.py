@@ -11,6 +11,7 @@ import itertools
 import math
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -106,6 +107,13 @@ _Sample = tuple[np.ndarray, "str | np.ndarray", list[int], int, str]
 """Image, caption or its cached features, noun phrases, seed, key."""
 
 
+class _Loaded(NamedTuple):
+    pair: Pair
+    epoch: int
+    shard: str
+    """Its URI."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class BatchReader:
     """Reads tasks into worker batches; made once, sent to whoever reads.
@@ -175,9 +183,9 @@ class BatchReader:
             told = len(bad)
             yield self._collate(good)
 
-    def _load(self, window: Window, streams: _Streams) -> tuple[list[tuple[Pair, int] | None], list[BadPair]]:
-        """Every pair of the window with its epoch, None for those that cannot be read."""
-        pool: list[tuple[Pair, int] | None] = []
+    def _load(self, window: Window, streams: _Streams) -> tuple[list[_Loaded | None], list[BadPair]]:
+        """Return every pair of the window, None in the place of those that cannot be read, and these."""
+        pool: list[_Loaded | None] = []
         bad: list[BadPair] = []
         for segment in window.segments:
             before = len(pool)
@@ -185,18 +193,19 @@ class BatchReader:
                 if segment.source:  # pairs of two sources may have the same key
                     pair = replace(pair, key=f"{segment.source}/{pair.key}")
                 if isinstance(pair, BadPair):
-                    bad.append(pair)
+                    bad.append(replace(pair, shard=segment.uri))
                     pool.append(None)
                 else:
-                    pool.append((pair, segment.epoch))
+                    pool.append(_Loaded(pair, segment.epoch, segment.uri))
             missing = len(segment) - (len(pool) - before)
             if missing:
-                bad.append(BadPair(storage.name(segment.uri), f"{missing} pairs fewer than when the run began"))
+                reason = f"{missing} pairs fewer than when the run began"
+                bad.append(BadPair(storage.name(segment.uri), reason, shard=segment.uri))
                 pool.extend([None] * missing)
         return pool, bad
 
     def _sample_at(
-        self, pool: list[tuple[Pair, int] | None], order: list[int], position: int, bad: list[BadPair]
+        self, pool: list[_Loaded | None], order: list[int], position: int, bad: list[BadPair]
     ) -> _Sample | None:
         """The pair at ``position`` of the order, or the first usable one from half a window further on.
 
@@ -209,16 +218,16 @@ class BatchReader:
                 return sample
         return None
 
-    def _sample(self, pool: list[tuple[Pair, int] | None], index: int, bad: list[BadPair]) -> _Sample | None:
+    def _sample(self, pool: list[_Loaded | None], index: int, bad: list[BadPair]) -> _Sample | None:
         entry = pool[index]
         if entry is None:
             return None
-        pair, epoch = entry
+        pair, epoch, shard = entry
         seed = _pair_seed(self.seed, epoch, pair.key)
         try:
             image = self.decode(pair.image, seed)
         except DataError as error:
-            bad.append(BadPair(pair.key, str(error), filtered=isinstance(error, FilteredError)))
+            bad.append(BadPair(pair.key, str(error), filtered=isinstance(error, FilteredError), shard=shard))
             pool[index] = None
             return None
         chosen = choose_text(pair.probabilities, seed) if pair.probabilities else seed % len(pair.captions)

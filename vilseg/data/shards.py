@@ -57,6 +57,8 @@ class BadPair:
     reason: str
     filtered: bool = False
     """Left out by the filters; nothing is wrong with it."""
+    shard: str = ""
+    """URI of its file, which tells pairs of equal keys apart; empty where it is not known."""
 
 
 @dataclass(frozen=True)
@@ -116,14 +118,22 @@ def read_shard(
 
 
 def count_pairs(uri: str) -> int:
-    """Pairs in a shard, readable or not: what :func:`read_shard` will yield."""
-    if uri.endswith(PARQUET):
+    """Return the number of pairs in a shard, readable or not: as many as :func:`read_shard` yields.
+
+    Raises:
+        StorageError: the file cannot be read; ``StoreUnavailable`` where the object store does not answer.
+    """
+    if not uri.endswith(PARQUET):
+        return sum(1 for _ in tar_groups(uri))
+    with storage.reading(uri) as file:
         try:
-            with storage.open_input(uri) as file:
-                return pq.read_metadata(file).num_rows
-        except (pa.ArrowInvalid, OSError):
-            return 1  # the BadPair that stands for the file
-    return sum(1 for _ in tar_groups(uri))
+            return pq.read_metadata(file).num_rows
+        except pa.ArrowInvalid:
+            return 1  # the BadPair that stands for a file that is no Parquet
+        except OSError as error:
+            if error.errno is not None:
+                raise  # the disk failed; pyarrow's own errors about the content have no number
+            return 1
 
 
 def write_tar(uri: str, pairs: Iterable[tuple[str, bytes, str, dict[str, Any]]]) -> int:

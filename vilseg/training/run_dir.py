@@ -62,7 +62,7 @@ class RunDirectory:
 
     @property
     def quarantine(self) -> str:
-        """One JSON object a pair that could not be read: ``key`` and ``reason``."""
+        """One JSON object for each pair that could not be read: ``key``, ``reason`` and ``shard``, the URI of its file."""
         return storage.join(self.uri, "quarantine.jsonl")
 
     @property

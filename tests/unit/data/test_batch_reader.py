@@ -205,6 +205,19 @@ def test_bad_pairs_are_replaced_and_reported(tmp_path: Path) -> None:
     assert sum(read for read, _ in told) == 16
 
 
+def test_bad_pairs_of_equal_keys_are_told_apart_by_their_shards(tmp_path: Path) -> None:
+    for name in ("a.tar", "b.tar"):
+        write_tar(
+            f"{tmp_path}/{name}", [(str(i), b"bad" if i == 2 else b"x", "jpg", {"caption": "a"}) for i in range(4)]
+        )
+    told: list[tuple[int, list[BadPair]]] = []
+    steps_of(reader(4, report=reports(told)), list(PairSampler(index_shards(str(tmp_path)), 4, 0).read_tasks(0, 2)))
+    assert sorted((bad.key, bad.shard) for _, pairs in told for bad in pairs) == [
+        ("2", f"{tmp_path}/a.tar"),
+        ("2", f"{tmp_path}/b.tar"),
+    ]
+
+
 def test_bad_pairs_are_never_ahead_of_the_good_ones_read_with_them(tmp_path: Path) -> None:
     write_tar(
         f"{tmp_path}/0.tar",

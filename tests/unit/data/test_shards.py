@@ -10,11 +10,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.unit.flaky_store import FlakyStore
 from vilseg import storage
 from vilseg.config.data import ColumnsConfig
 from vilseg.data.batch_reader import index_shards
 from vilseg.data.shards import BadPair, Pair, count_pairs, list_shards, read_index, read_shard, write_index, write_tar
-from vilseg.errors import DataError, StorageError
+from vilseg.errors import DataError, StorageError, StoreUnavailable
 
 
 def tar_of(path: Path, members: list[tuple[str, bytes]]) -> str:
@@ -197,6 +198,39 @@ def test_what_is_no_parquet_is_one_bad_pair(tmp_path: Path, content: bytes) -> N
     path = tmp_path / "a.parquet"
     path.write_bytes(content)
     assert "Parquet file cannot be read" in bad(str(path)).reason
+
+
+def test_a_store_that_is_away_is_no_damaged_shard(flaky_store: FlakyStore) -> None:
+    with storage.open_atomic("s3://bucket/a.parquet") as file:
+        pq.write_table(pa.table({"image": [b"i"] * 50, "caption": ["a"] * 50}), file)
+    storage.write_bytes("s3://bucket/broken.parquet", b"PAR1 no more than this")
+    write_tar("s3://bucket/a.tar", [(str(i), b"i", "jpg", {"caption": "a"}) for i in range(50)])
+    opening = iter([0, 1])
+    connect = flaky_store.open_input_file
+
+    def break_after_opening(path: str) -> Any:
+        file = connect(path)
+        flaky_store.away(next(opening, 0))
+        return file
+
+    flaky_store.open_input_file = break_after_opening  # type: ignore[method-assign]
+    assert count_pairs("s3://bucket/a.parquet") == 50
+    with pytest.raises(StoreUnavailable, match="does not answer"):
+        count_pairs("s3://bucket/a.parquet")
+    for uri in ("s3://bucket/a.parquet", "s3://bucket/a.tar"):
+        for read in (count_pairs, lambda uri: list(read_shard(uri))):
+            opening = iter([1])
+            with pytest.raises(StoreUnavailable):
+                read(uri)
+            opening = iter([1])
+            with storage.retrying():
+                read(uri)
+    assert count_pairs("s3://bucket/broken.parquet") == 1
+    flaky_store.away(1)
+    with pytest.raises(StoreUnavailable):
+        count_pairs("s3://bucket/broken.parquet")
+    with pytest.raises(StorageError, match="does not exist"):
+        count_pairs("s3://bucket/none.parquet")
 
 
 # ----------------------------------------------------------------------------------------------------------- shards
