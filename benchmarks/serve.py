@@ -115,8 +115,8 @@ class OnePhoto:
         from serve.request_types import SegmentRequest
         from vilseg.data.image_decoding import decode_image
 
-        question = SegmentRequest(request_id="0", model="default", image=photo, vocabulary=self._segmenter.vocabulary)
-        return encode(self._segmenter(decode_image(photo)), question)[0]
+        request = SegmentRequest(request_id="0", model="default", image=photo, vocabulary=self._segmenter.vocabulary)
+        return encode(self._segmenter(decode_image(photo)), request)[0]
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""API keys: a file with ``NAME:HASH`` a line. The keys themselves are known to their holders only."""
+"""API keys: a file with one ``NAME:HASH`` a line. The keys themselves are not stored."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from vilseg.errors import ConfigError, UserError
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
 _LINE = re.compile(r"([^:\s]+):([0-9a-f]{64})")
 _REFRESH = 15.0
-"""Seconds after which the file is read anew, so that keys can be added and taken away while the server runs."""
+"""Seconds after which the file is read again, so that keys can be added and removed while the server runs."""
 
 
 def add_key(uri: str, name: str) -> str:
-    """Make a key, write its hash to the file at ``uri`` and return the key, which nobody can read off that file.
+    """Generate a key, append its hash to the file at ``uri`` and return the key; the file does not reveal it.
 
     Raises:
-        ConfigError: ``name`` is no name, is in the file already, or the file is not one of keys.
-        StorageError: the file cannot be read or written.
+        ConfigError: ``name`` is invalid or in the file already, or the file is no file of keys.
+        StorageError: The file cannot be read or written.
     """
     if not _NAME.fullmatch(name):
         raise ConfigError(f"'{name}' is no name for a key; use up to 64 letters, digits and . _ @ -")
@@ -36,11 +36,24 @@ def add_key(uri: str, name: str) -> str:
 
 
 class ApiKeys:
-    """The keys that open a server.
+    """API keys that a server accepts.
+
+    Args:
+        uri: File of keys, as `add_key` writes it.
 
     Raises:
-        ConfigError: the file is not one of keys, or holds none.
-        StorageError: it cannot be read.
+        ConfigError: The file is no file of keys, or holds none.
+        StorageError: It cannot be read.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     uri = str(Path(directory) / "keys.txt")
+        ...     key = add_key(uri, "anna")
+        ...     keys = ApiKeys(uri)
+        >>> keys.holder(key), keys.holder("wrong")
+        ('anna', None)
     """
 
     def __init__(self, uri: str) -> None:
@@ -49,7 +62,7 @@ class ApiKeys:
         self._read_at = time.monotonic()
 
     def holder(self, key: str) -> str | None:
-        """Whose key this is; None for nobody's. Takes as long for a wrong one as for a right one."""
+        """Return the name of the holder of ``key``, None if it is not valid; in constant time."""
         # 256 random bits cannot be guessed, so one round of SHA-256 hides them as well as a slow hash would.
         digest, found = _digest(key), None
         for name, known in self._hashes.items():
@@ -58,11 +71,15 @@ class ApiKeys:
         return found
 
     def is_stale(self) -> bool:
-        """Whether `refresh` is due."""
+        """Return whether `refresh` is due."""
         return time.monotonic() - self._read_at > _REFRESH
 
     def refresh(self) -> None:
-        """Read the file anew. What cannot be read leaves the keys as they are."""
+        """Read the file again.
+
+        Raises:
+            ConfigError: It cannot be read; the keys stay as they were.
+        """
         self._read_at = time.monotonic()
         try:
             self._hashes = _read(self._uri)

@@ -1,4 +1,4 @@
-"""What a deployment is made of; ``serve/config.yaml`` holds it as the application's ``args``."""
+"""Configuration of a deployment; ``serve/config.yaml`` holds it as the application's ``args``."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from vilseg.errors import ConfigError
 
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 MAX_BATCH_IMAGES = 16
-"""Most pictures that one call of ``POST /v1/segment/batch`` takes."""
+"""Largest number of images in one call of ``POST /v1/segment/batch``."""
 
 
 class Limits(ConfigPart):
-    """What one request may ask for; whatever passes a limit is refused with a sentence."""
+    """Limits of one request; a request above a limit gets an error response."""
 
     body_bytes: PositiveInt = 32 << 20
-    """Of a picture or of all pictures of a batch, encoded (413)."""
+    """Encoded size of an image, or of all images of a batch (413)."""
     pixels: PositiveInt = 50_000_000
-    """Width x height that a picture's header may announce (413)."""
+    """Width x height of an image, by its header (413)."""
     classes: PositiveInt = 1000
-    """Names in a class list, synonyms and background words included (422)."""
+    """Number of names in a class list, synonyms and background words included (422)."""
     text_length: PositiveInt = 100
-    """Letters in one name (422)."""
+    """Length of one name in characters (422)."""
     seconds: Positive = 60
-    """After so long an answer is given up (503)."""
+    """Time until a request is given up (503)."""
     video_bytes: PositiveInt = 512 << 20
     video_pixels: PositiveInt = 9_000_000
-    """Width x height of a film's frames."""
+    """Width x height of a video's frames."""
     video_seconds: Positive = 600
-    """A longer film is refused."""
+    """Duration of a video; a longer one fails."""
 
 
 class Replicas(ConfigPart):
@@ -44,49 +44,49 @@ class Replicas(ConfigPart):
     target_ongoing: Positive = 4
     upscale_delay: NonNegative = 5
     downscale_delay: NonNegative = 120
-    """Seconds that the load has to last before replicas are added or taken away."""
+    """Seconds that the load has to last before replicas are added (upscale) or removed (downscale)."""
     cpus: NonNegative = 1
     gpus: NonNegative = 0
-    """Of each replica; a share such as 0.25 puts four on one."""
+    """GPUs of each replica; a fraction such as 0.25 puts four on one."""
     models: PositiveInt = 3
-    """Models held by a replica at once; the one used longest ago makes room."""
+    """Models held by a replica at once; the least recently used one is evicted."""
     batch: PositiveInt = 8
-    """Most pictures that share a pass through the model."""
+    """Largest number of images in a pass through the model on a GPU."""
     ongoing: PositiveInt = 40
-    """Requests that a replica takes in, all but one of them to wait for its model."""
+    """Requests that a replica accepts; all but one batch wait for its model."""
     queue: PositiveInt = 16
-    """Requests that wait outside for the first replica that takes them in, or for a new one where one has died; what
-    comes on top is refused (503). Ray asks the replicas again and again for those, so it is the dearer place to wait."""
+    """Requests that wait in the router for a replica to accept them, or for a new replica where one was lost; further
+    ones are refused (503). Ray polls the replicas for those, so waiting here costs more than in a replica."""
 
 
 class Videos(ConfigPart):
-    """The processes that segment films, one at a time each."""
+    """Processes that segment videos, one at a time each."""
 
     replicas: PositiveInt = 1
     cpus: NonNegative = 0
-    """0 shares the machine with the pictures; give it a whole one where films matter."""
+    """CPUs reserved for each; 0 shares those of the image replicas."""
     gpus: NonNegative = 0
     queue: PositiveInt = 8
-    """VideoJobs that wait; what comes on top is refused (503)."""
+    """Videos that wait; further ones are refused (503)."""
     storage: str = "runs/serve/videos"
-    """Folder or URI that films and their results are kept under; one that all machines reach."""
+    """Directory or URI for videos and their results; all machines must reach it."""
     keep_hours: Positive = 24
-    """After so long a film and its results are deleted."""
+    """Hours after which a video and its results are deleted."""
 
 
 class ServeConfig(ConfigTree):
-    """The whole deployment."""
+    """Configuration of the whole deployment."""
 
     models: dict[str, str] = {}
-    """Name and URI of every model. A new version wants a new URI: it is loaded beside the old one, which answers meanwhile."""
+    """Name and URI of every model. A new version needs a new URI: it is loaded beside the old one, which is served meanwhile."""
     keys: str | None = None
     """URI of the file that ``vilseg key`` writes. Without it only this machine is answered."""
     cors_origins: list[str] = []
     """Web pages of other origins that may call the API; none by default."""
     page: bool = True
-    """False leaves the API alone."""
+    """False serves the API only."""
     examples: str | None = None
-    """Folder of pictures for the page, with ``classes.txt`` in it; three synthetic scenes without it."""
+    """Directory of images for the page, with ``classes.txt`` in it; three synthetic scenes without it."""
     limits: Limits = Limits()
     replicas: Replicas = Replicas()
     videos: Videos = Videos()
@@ -101,16 +101,16 @@ class ServeConfig(ConfigTree):
 
     @classmethod
     def of(cls, uri: str | None, models: Sequence[str], keys: str | None, overrides: Sequence[str]) -> ServeConfig:
-        """A file's configuration with the options of the command on top of it.
+        """Load a configuration file and apply the options of the command to it.
 
         Args:
-            uri: of the file; defaults alone where None.
-            models: ``URI`` or ``NAME=URI`` each; they take the place of the file's.
-            keys: URI of the file of keys.
-            overrides: ``key.sub=value``.
+            uri: Configuration file; None for the defaults.
+            models: ``URI`` or ``NAME=URI`` each; they replace those of the file.
+            keys: URI of the file of API keys.
+            overrides: ``key.sub=value`` each.
 
         Raises:
-            ConfigError: as `load`; or there is no model, or two of one name.
+            ConfigError: As `load`; or there is no model, or two have the same name.
         """
         config = cls.load(uri, overrides)
         if models:
@@ -126,12 +126,12 @@ class ServeConfig(ConfigTree):
 
     @property
     def default_model(self) -> str:
-        """Name of the model that is asked where a request names none: the first."""
+        """Name of the model for requests that name none: the first."""
         return next(iter(self.models))
 
 
 def _named(model: str) -> tuple[str, str]:
-    """Name and URI of ``URI`` or ``NAME=URI``; without a name, that of the run whose ``model`` it is."""
+    """Return name and URI of ``URI`` or ``NAME=URI``; without a name, the name of the model's run directory."""
     name, separator, uri = model.partition("=")
     if separator and MODEL_NAME.fullmatch(name):
         return name, uri

@@ -1,4 +1,4 @@
-"""A segmentation as an answer: JSON, PNG, overlay, and what the page draws from."""
+"""Response bodies: a segmentation as JSON, label map (PNG) or overlay (PNG), and the data that the page's viewer draws."""
 
 from __future__ import annotations
 
@@ -11,76 +11,52 @@ import numpy as np
 from PIL import Image
 
 from serve.request_types import SegmentRequest
-from vilseg.segmentation.polygons import polygons
+from vilseg.api_schema import ImageResult
 from vilseg.segmentation.result import Segmentation
 from vilseg.segmentation.visualization import BACKGROUND, class_colours, rgb
 
-_VIEW_SIDE = 1024
-"""px: the page shows nothing larger."""
-_NOTHING = 255
-"""In a view's map: no class."""
+_VIEWER_SIDE = 1024
+"""px: longest side of what the viewer shows."""
+_NO_CLASS = 255
+"""Value of pixels without a class in the viewer's maps."""
 
 
-def encode(result: Segmentation, question: SegmentRequest) -> tuple[bytes, str]:
-    """The document that was asked for and its media type.
+def encode(result: Segmentation, request: SegmentRequest) -> tuple[bytes, str]:
+    """Return the response body in the requested format, and its media type.
 
-    ``view`` holds the pixels of all scores, whatever the threshold of the question: the page applies it itself.
+    The format ``viewer`` has all scores, whatever the threshold of the request: the page applies the threshold itself.
     """
-    if question.format == "view":
-        return json.dumps(view(result)).encode(), "application/json"
-    result = result.above(question.threshold)
-    if question.format == "png":
+    if request.format == "viewer":
+        return json.dumps(viewer_data(result)).encode(), "application/json"
+    result = result.above(request.threshold)
+    if request.format == "png":
         return result.to_png_bytes(), "image/png"
-    if question.format == "overlay":
+    if request.format == "overlay":
         return _png(result.overlay()), "image/png"
-    return json.dumps(document(result, question)).encode(), "application/json"
+    answer = ImageResult.from_segmentation(
+        result, request_id=request.request_id, model=request.model, with_polygons=request.polygons
+    )
+    return answer.to_json(), "application/json"
 
 
-def document(result: Segmentation, question: SegmentRequest) -> dict[str, Any]:
-    """The JSON of one picture: classes, and a region for each class that is present."""
-    height, width = result.labels.shape
-    index = {name: number for number, name in enumerate(result.classes)}
-    regions = []
-    for region in result.regions:
-        found: dict[str, Any] = {
-            "class": region.class_name,
-            "class_index": index[region.class_name],
-            "score": round(region.score, 4),
-            "area": region.area,
-            "bbox_xywh": list(region.bbox_xywh),
-            "rle": dict(region.rle),
-        }
-        if question.polygons:
-            found["polygons"] = polygons(region.rle)
-        regions.append(found)
-    return {
-        "request_id": question.request_id,
-        "model": question.model,
-        "width": width,
-        "height": height,
-        "classes": list(result.classes),
-        "regions": regions,
-    }
-
-
-def view(result: Segmentation) -> dict[str, Any]:
-    """What a browser needs to draw all views itself and to apply a threshold at once.
+def viewer_data(result: Segmentation) -> dict[str, Any]:
+    """Return what a browser needs to draw classes, clusters and scores and to apply a threshold at once.
 
     Returns:
         ``image`` (a WebP) and ``maps`` (a PNG) as data URLs of at most 1024 px a side, ``width`` and ``height`` of the
-        picture itself, and ``classes``: name and colour of those present. In ``maps`` red is the index into ``classes``
+        image itself, and ``classes``: name and colour of those present. In ``maps`` red is the index into ``classes``
         (255 = none), green the score x 255, blue the cluster.
     """
     height, width = result.labels.shape
-    factor = min(1.0, _VIEW_SIDE / max(height, width))
+    factor = min(1.0, _VIEWER_SIDE / max(height, width))
     size = (max(1, round(width * factor)), max(1, round(height * factor)))
     areas = np.bincount(result.labels.ravel(), minlength=len(result.classes))[: len(result.classes)]
-    # One byte has room for so many; of more, the smallest are left out.
-    present = np.argsort(-areas, kind="stable")[:_NOTHING]
+    # One byte has room for 255 classes; of more, the smallest are left out.
+    present = np.argsort(-areas, kind="stable")[:_NO_CLASS]
     present = present[areas[present] > 0]
-    if BACKGROUND in result.classes and (rest := result.classes.index(BACKGROUND)) not in present:
-        present = np.append(present[: _NOTHING - 1], rest)  # a threshold may give it pixels
-    index = np.full(np.iinfo(result.labels.dtype).max + 1, _NOTHING, np.uint8)
+    if BACKGROUND in result.classes and (background := result.classes.index(BACKGROUND)) not in present:
+        present = np.append(present[: _NO_CLASS - 1], background)  # a threshold may give it pixels
+    index = np.full(np.iinfo(result.labels.dtype).max + 1, _NO_CLASS, np.uint8)
     index[present] = np.arange(len(present))
     clusters = np.zeros_like(result.labels) if result.clusters is None else result.clusters
     layers = (index[result.labels], np.rint(result.scores * 255).astype(np.uint8), clusters.astype(np.uint8))

@@ -1,4 +1,4 @@
-"""The web application of the ingress: API, page, and the guard before both."""
+"""The web application of the ingress: API and page behind one middleware."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from starlette.middleware.cors import CORSMiddleware
 
 from serve.api_keys import ApiKeys
 from serve.config import ServeConfig
-from serve.http import SegmentFunction, add_routes
+from serve.http.routes import add_routes
 from serve.metrics import Metrics
 from serve.middleware import App, RequestMiddleware
+from serve.request_types import SegmentFunction
 from serve.video_uploads import VideoUploads
 
-_ABOUT = """Masks with class names of your own choosing.
+_DESCRIPTION = """Masks with class names of your own choosing.
 
 Every answer has the header `X-Request-Id`; a request may bring its own. What is refused comes with
 `{"error": {"code", "message", "request_id"}}`; after a 503 try again, `Retry-After` says when."""
@@ -26,33 +27,33 @@ def make_app(
     config: Callable[[], ServeConfig],
     keys: ApiKeys | None,
     metrics: Metrics,
-    ask: SegmentFunction,
-    films: VideoUploads,
-    is_full: Callable[[], bool] = lambda: False,
+    segment: SegmentFunction,
+    uploads: VideoUploads,
+    is_overloaded: Callable[[], bool] = lambda: False,
 ) -> App:
-    """Everything that answers HTTP.
+    """Build the ASGI application.
 
     Args:
-        config: the present one; its models may change.
-        keys: None answers this machine alone.
-        metrics: to count in.
-        ask: puts a question to the replicas.
-        films: takes films in.
-        is_full: whether pictures would be refused at the moment.
+        config: Returns the present configuration; its models may change.
+        keys: API keys; None answers this machine alone.
+        metrics: Metrics to update.
+        segment: Sends a request to a replica.
+        uploads: Receives videos.
+        is_overloaded: Returns whether images would be refused at the moment.
     """
-    app = FastAPI(title="vilseg", version=version("vilseg"), description=_ABOUT, redoc_url=None)
-    add_routes(app, ask, films, metrics, config)
-    # Also where nobody is let in, or Gradio would let in everybody.
+    app = FastAPI(title="vilseg", version=version("vilseg"), description=_DESCRIPTION, redoc_url=None)
+    add_routes(app, segment, uploads, metrics, config)
+    # Also without any allowed origin: Gradio would allow every origin otherwise.
     app.add_middleware(CORSMiddleware, allow_origins=config().cors_origins, allow_methods=["*"], allow_headers=["*"])
     if config().page:
         from serve.page.blocks import mount_page  # Gradio takes seconds to import
 
-        mount_page(app, ask=ask, films=films, keys=keys, config=config)
+        mount_page(app, segment=segment, uploads=uploads, keys=keys, config=config)
     return RequestMiddleware(
         app,
         keys=keys,
         limits=config().limits,
         metrics=metrics,
-        is_full=is_full,
+        is_overloaded=is_overloaded,
         origins=config().cors_origins,
     )

@@ -1,4 +1,4 @@
-"""``vilseg serve``: the application on this machine or a cluster, until it is told to stop."""
+"""``vilseg serve``: run the application on this machine or a cluster until SIGINT or SIGTERM."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from cluster.ray_session import Session
 from serve.api_keys import ApiKeys
 from serve.config import ServeConfig
 from serve.middleware import is_loopback
+from serve.rollout import LOG_DIRECTORY
 from vilseg import storage
 from vilseg.errors import ConfigError, UserError
 from vilseg.model.serialization import read_segmentation_config
@@ -21,29 +22,30 @@ from vilseg.model.serialization import read_segmentation_config
 APP = "vilseg"
 
 RAY_SERVE_ENVIRONMENT = {
-    # Our own threads have the work, so Ray's loops need none of their own: a request changes threads six times less.
+    # Handlers are asynchronous or use threads of their own, so Ray's loops need no further threads: a request then changes
+    # threads six times less.
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
     "RAY_SERVE_LOG_TO_STDERR": "0",
     "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1000",
 }
-"""For Ray's processes, to be set where they are started; they save a tenth of the time of a request here."""
+"""Environment variables for Ray's processes; they save a tenth of the time of a request on two cores."""
 
 
 def prepare_environment() -> None:
-    """Set what makes Ray Serve quick, as far as the user has not; before Ray is started."""
+    """Set `RAY_SERVE_ENVIRONMENT` where the user has not; to be called before Ray is started."""
     for name, value in RAY_SERVE_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
 
 
 def check_config(config: ServeConfig, host: str, port: int) -> None:
-    """Say what would not work before anything is started.
+    """Check the configuration before anything is started.
 
     Raises:
-        ConfigError: others could reach a server without keys, or the port is taken.
-        ModelError: no model folder.
-        StorageError: a URI cannot be reached.
+        ConfigError: Other machines could reach a server without keys, or the port is in use.
+        ModelError: A URI is no model directory.
+        StorageError: A URI cannot be reached.
     """
     if config.keys is None and not is_loopback(_address(host)):
         raise ConfigError(
@@ -65,7 +67,11 @@ def check_config(config: ServeConfig, host: str, port: int) -> None:
 
 
 def fit_to_cluster(config: ServeConfig, session: Session) -> ServeConfig:
-    """The configuration with places that other processes find, and no more replicas than there is room for."""
+    """Return the configuration with absolute URIs and no more replicas than the cluster has room for.
+
+    Raises:
+        ConfigError: There is no room for ``replicas.minimum``.
+    """
     replicas = config.replicas
     gpus = replicas.gpus or float(session.gpus > 0)
     room = [session.cpus / replicas.cpus if replicas.cpus else float(replicas.maximum)]
@@ -89,7 +95,7 @@ def fit_to_cluster(config: ServeConfig, session: Session) -> ServeConfig:
 
 
 def _absolute(uri: str) -> str:
-    """Absolute where it is a folder of this machine; a hub id stays one."""
+    """Return a path of this machine as an absolute one; a hub id stays as it is."""
     return storage.absolute(uri) if storage.exists(uri) or "/" not in uri or uri.startswith(".") else uri
 
 
@@ -99,10 +105,10 @@ def _address(host: str) -> str:
 
 @contextmanager
 def running(config: ServeConfig, *, host: str, port: int) -> Iterator[str]:
-    """The application on the Ray cluster that this process is connected to; yields its URL once it answers.
+    """Run the application on the Ray cluster that this process is connected to; yield its URL once it answers.
 
     Raises:
-        UserError: it could not be started, as a sentence.
+        UserError: The application could not be started.
     """
     from ray import serve
 
@@ -113,35 +119,49 @@ def running(config: ServeConfig, *, host: str, port: int) -> Iterator[str]:
         try:
             serve.run(build(config), name=APP, route_prefix="/", logging_config={"enable_access_log": False})
         except RuntimeError as error:
-            reason = _reason(serve.status().applications.get(APP)) or str(error)
+            reason = failure_reason(serve.status().applications.get(APP)) or str(error)
             raise UserError(f"the deployment could not be started: {reason}") from error
         shown = "127.0.0.1" if host in ("0.0.0.0", "::") else host
         yield f"http://[{shown}]:{port}" if ":" in shown else f"http://{shown}:{port}"
     finally:
-        # Shutting down alone would take the entrance away from those who wait for an answer.
+        # Shutting down alone would stop the HTTP proxy while requests still wait for their responses.
         with suppress(KeyError):
             serve.delete(APP)
         serve.shutdown()
 
 
-def _reason(status: Any) -> str:
-    """The last line that says something of why a deployment failed."""
+def failure_reason(status: Any) -> str:
+    """Return why an application failed to start, as a clause; empty if its status has no reason.
+
+    Args:
+        status: `ray.serve.schema.ApplicationStatusOverview` of the application.
+    """
     if status is None:
         return ""
-    texts = [status.message, *(deployment.message for deployment in status.deployments.values())]
-    lines = [line.strip() for text in texts for line in text.splitlines() if "Error:" in line]
-    return lines[-1].split("Error:", 1)[1].strip() if lines else ""
+    failed = {name: found.message for name, found in status.deployments.items() if "Error:" in found.message}
+    # The last line that names an exception has the sentence of the constructor that failed.
+    texts = [status.message, *failed.values()]
+    lines = [
+        line.strip().split("Error:", 1)[1].strip() for text in texts for line in text.splitlines() if "Error:" in line
+    ]
+    sentences = [line for line in lines if line]
+    if sentences:
+        return sentences[-1]
+    if failed:
+        # A process that was killed leaves no exception: Ray's message has many lines, and none says why.
+        return f"the processes of '{next(iter(failed))}' ended while they started; the reason is in {LOG_DIRECTORY}"
+    return ""
 
 
 def main(config: ServeConfig, session: Session, *, host: str, port: int, ready: Callable[[str], None]) -> None:
-    """Serve until SIGINT or SIGTERM; then what is being worked on is finished, and nothing new is let in.
+    """Serve until SIGINT or SIGTERM; then requests in progress are finished, and no new ones are accepted.
 
     Args:
-        config: checked by `check_config`.
-        session: the connection to Ray.
-        host: address to listen on.
-        port: port to listen on.
-        ready: told the URL once the server answers.
+        config: Checked by `check_config`.
+        session: Connection to Ray.
+        host: Address to listen on.
+        port: Port to listen on.
+        ready: Called with the URL once the server answers.
     """
     stop = threading.Event()
     before: Mapping[signal.Signals, Any] = {

@@ -1,4 +1,4 @@
-"""Prometheus figures of the ingress; ``GET /metrics`` shows them."""
+"""Prometheus metrics of the ingress; ``GET /metrics`` returns them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 
 class Metrics:
-    """The figures of one ingress process."""
+    """Metrics of one ingress process. Names are public: dashboards refer to them."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -20,32 +20,32 @@ class Metrics:
         )
         self.stages = Histogram(
             "vilseg_stage_seconds",
-            "Of one picture: decode, wait (for the model), model, encode.",
+            "Stages of one image: decode, wait (for the model), model, encode.",
             ["stage"],
             buckets=_SECONDS,
             registry=self.registry,
         )
         self.batches = Histogram(
             "vilseg_batch_pictures",
-            "Pictures that shared a pass through the model, counted for each of them.",
+            "Images that shared a pass through the model, counted for each of them.",
             buckets=(1, 2, 4, 8, 16, 32, 64),
             registry=self.registry,
         )
-        self.waiting = Gauge(
-            "vilseg_pictures_in_work", "Pictures taken in and not yet answered.", registry=self.registry
-        )
+        self.waiting = Gauge("vilseg_pictures_in_work", "Images received and not yet answered.", registry=self.registry)
         self.rejected = Counter(
-            "vilseg_rejected", "Pictures and requests refused, by reason.", ["code"], registry=self.registry
+            "vilseg_rejected", "Images and requests refused, by reason.", ["code"], registry=self.registry
         )
-        self.retries = Counter("vilseg_retries", "Pictures asked again because a replica died.", registry=self.registry)
+        self.retries = Counter(
+            "vilseg_retries", "Images sent again because a replica was lost.", registry=self.registry
+        )
 
-    def picture(self, seconds: Mapping[str, float], batch: int) -> None:
-        """Count a picture that a replica answered."""
+    def count_image(self, seconds: Mapping[str, float], batch: int) -> None:
+        """Count an image that a replica segmented."""
         for stage, taken in seconds.items():
             self.stages.labels(stage).observe(taken)
         if batch:
             self.batches.observe(batch)
 
     def text(self) -> bytes:
-        """Everything in Prometheus' text format."""
+        """Return all metrics in Prometheus' text format."""
         return generate_latest(self.registry)

@@ -1,6 +1,6 @@
-"""What every request passes before any route sees it: who asks, how much comes, how long it may take.
+"""ASGI middleware before all routes: request ids, API keys, size limits, timeouts, counting and one log line a request.
 
-An ASGI middleware, so that it also holds for the page and sees a body before it is parsed.
+ASGI, so that it also holds for the page and sees a body before it is parsed.
 """
 
 from __future__ import annotations
@@ -30,21 +30,23 @@ log = logging.getLogger("ray.serve")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _LOOPBACK_NAMES = {"localhost", "127.0.0.1", "[::1]"}
 _FETCHES = re.compile(r"/gradio_api/(proxy=|.*https?:/)", re.IGNORECASE | re.DOTALL)
-"""Routes of Gradio that fetch the address they are given."""
+"""Routes of Gradio that fetch an address from the request."""
 _FORM_MARGIN = 64 << 10
-"""Bytes of a form beside its pictures: names, class lists, boundaries."""
+"""Bytes of a form beside its files: names, class lists, boundaries."""
+_POLICY_VIOLATION = 1008
+"""Close code of a WebSocket (RFC 6455, section 7.4.1)."""
 
 
 class RequestMiddleware:
-    """Gives requests an id, checks keys and sizes, bounds the time, counts, logs one line, and turns refusals into answers.
+    """Assigns request ids, checks keys and sizes, limits the time, counts, logs, and turns errors into responses.
 
     Args:
-        app: what is guarded.
-        keys: None answers this machine alone.
-        limits: of bodies and time.
-        metrics: to count in.
-        is_full: whether pictures would be refused at the moment.
-        origins: web pages of other origins that may call.
+        app: Application behind it.
+        keys: API keys; None answers this machine alone.
+        limits: Limits of bodies and time.
+        metrics: Metrics to update.
+        is_overloaded: Returns whether images would be refused at the moment.
+        origins: Web pages of other origins that may call.
     """
 
     def __init__(
@@ -54,58 +56,83 @@ class RequestMiddleware:
         keys: ApiKeys | None,
         limits: Limits,
         metrics: Metrics,
-        is_full: Callable[[], bool],
+        is_overloaded: Callable[[], bool],
         origins: Collection[str] = (),
     ) -> None:
         self._app = app
         self._keys = keys
         self._limits = limits
         self._metrics = metrics
-        self._is_full = is_full
+        self._is_overloaded = is_overloaded
         self._origins = frozenset(origins)
 
     async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
-        """As ASGI has it."""
-        if scope["type"] != "http":
+        """Handle one ASGI connection."""
+        if scope["type"] == "http":
+            await self._handle_http(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await self._handle_websocket(scope, receive, send)
+        elif scope["type"] == "lifespan":
             await self._app(scope, receive, send)
-            return
+        else:
+            raise ValueError(f"connections of the type '{scope['type']}' are not served")
+
+    async def _handle_websocket(self, scope: Scope, receive: Any, send: Any) -> None:
+        """Close the connection unless it has a key, whatever its path: neither API nor page use WebSockets."""
+        try:
+            self._check_local(scope)
+            await self._refresh_keys()
+            if self._keys is not None:
+                scope["vilseg.holder"] = self._authenticate(scope)
+        except HttpError as error:
+            await receive()  # websocket.connect
+            await send({"type": "websocket.close", "code": _POLICY_VIOLATION, "reason": error.code})
+            self._metrics.rejected.labels(error.code).inc()
+        else:
+            await self._app(scope, receive, send)
+
+    async def _handle_http(self, scope: Scope, receive: Any, send: Any) -> None:
         path = get_route_path(scope)  # below whatever prefix the application has
         request = _Exchange(scope, receive, send, path, self._body_limit(path))
         try:
             if _FETCHES.match(path):
                 raise HttpError(403, "not_fetched", "Nothing is fetched from addresses that callers send.")
-            self._admit(scope)
-            await self._keys_fresh()
+            self._check_local(scope)
+            await self._refresh_keys()
             scope["vilseg.holder"] = self._holder(scope, path)
             request.check_length()
-            if scope["method"] == "POST" and path.startswith("/v1/segment") and self._is_full():
+            if scope["method"] == "POST" and path.startswith("/v1/segment") and self._is_overloaded():
                 raise overloaded_error()
             await self._serve(request)
             request.check_length()
-        except HttpError as refusal:
-            await request.refuse(refusal)
-            self._metrics.rejected.labels(refusal.code).inc()
+        except HttpError as error:
+            await request.refuse(error)
+            self._metrics.rejected.labels(error.code).inc()
         except Exception:
             log.exception("request %s failed", request.id)
             await request.refuse(internal_error())
         finally:
-            self._note(request)
+            self._record(request)
 
     async def _serve(self, request: _Exchange) -> None:
         served = self._app(request.scope, request.receive, request.send)
         if not request.path.startswith("/v1/") or request.path.startswith("/v1/videos"):
-            await served  # the page's streams last as long as it is open, films as long as the line needs
+            await served  # streams of the page last as long as it is open, uploads of videos as long as they take
             return
         try:
             await asyncio.wait_for(served, self._limits.seconds)
         except TimeoutError:
             sentence = (
-                f"There was no answer within {self._limits.seconds:g} s; try again later or send a smaller picture."
+                f"There was no answer within {self._limits.seconds:g} s; try again later or send a smaller image."
             )
             raise HttpError(503, "timeout", sentence, retry_after=5) from None
 
-    def _admit(self, scope: Scope) -> None:
-        """Without keys: this machine, under its own name, so that no web page gets in by a name that leads here."""
+    def _check_local(self, scope: Scope) -> None:
+        """Without keys admit this machine only, under its own name: a web page could use another name that resolves to it.
+
+        Raises:
+            HttpError: The request comes from elsewhere.
+        """
         if self._keys is not None:
             return
         client = (scope.get("client") or ("", 0))[0]
@@ -120,7 +147,7 @@ class RequestMiddleware:
                 "This server has no API keys, so it answers requests from its own machine only.",
             )
 
-    async def _keys_fresh(self) -> None:
+    async def _refresh_keys(self) -> None:
         if self._keys is not None and self._keys.is_stale():
             try:
                 await asyncio.to_thread(self._keys.refresh)
@@ -128,15 +155,24 @@ class RequestMiddleware:
                 log.warning("%s", error)
 
     def _holder(self, scope: Scope, path: str) -> str | None:
-        """Whose key came with the request.
+        """Return the name of the key's holder; None where the route needs no key.
 
         Raises:
-            HttpError: the route wants a key and there is none, or a wrong one.
+            HttpError: The route needs a key and there is none, or a wrong one.
         """
         if self._keys is None or not (path.startswith("/v1/") or path == "/metrics"):
             return None  # the page asks for a key itself
         if scope["method"] == "OPTIONS" and _header(scope, b"origin"):
-            return None  # a browser asks whether a page of another origin may call; it sends no key then
+            return None  # a CORS preflight request has no key
+        return self._authenticate(scope)
+
+    def _authenticate(self, scope: Scope) -> str:
+        """Return the name of the key's holder.
+
+        Raises:
+            HttpError: There is no key, or a wrong one.
+        """
+        assert self._keys is not None
         scheme, _, key = _header(scope, b"authorization").partition(" ")
         holder = self._keys.holder(key.strip()) if scheme.lower() == "bearer" else None
         if holder is None:
@@ -144,10 +180,10 @@ class RequestMiddleware:
         return holder
 
     def _body_limit(self, path: str) -> int:
-        films = path.startswith(("/v1/videos", "/gradio_api/upload"))
-        return (self._limits.video_bytes if films else self._limits.body_bytes) + _FORM_MARGIN
+        is_video = path.startswith(("/v1/videos", "/gradio_api/upload"))
+        return (self._limits.video_bytes if is_video else self._limits.body_bytes) + _FORM_MARGIN
 
-    def _note(self, request: _Exchange) -> None:
+    def _record(self, request: _Exchange) -> None:
         route = getattr(request.scope.get("route"), "path", None)
         if route is None or not route.startswith(("/v1/", "/metrics", "/healthz")):
             route = "page" if request.status < 400 else "other"
@@ -163,21 +199,21 @@ class RequestMiddleware:
 
 
 class _Exchange:
-    """One request and its answer."""
+    """One HTTP request and its response."""
 
     def __init__(self, scope: Scope, receive: Any, send: Any, path: str, limit: int) -> None:
         given = _header(scope, b"x-request-id")
         self.id = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
         self.scope, self.path = scope, path
         self.begun = time.perf_counter()
-        self.status = 499  # the client went away before there was an answer
+        self.status = 499  # the client disconnected before there was a response
         self._receive, self._send = receive, send
         self._limit, self._received = limit, 0
         self._answered = self._refused = False
         scope["vilseg.request_id"] = self.id
 
     async def receive(self) -> Message:
-        """The next part of the body, as long as the whole is within the limit."""
+        """Return the next part of the body, as long as the whole is within the limit."""
         message = await self._receive()
         if message["type"] == "http.request":
             self._received += len(message.get("body", b""))
@@ -185,7 +221,7 @@ class _Exchange:
         return message
 
     def check_length(self) -> None:
-        """Refuse a body that is, or says that it is, over the limit."""
+        """Raise HttpError if the body is over the limit, or its Content-Length is."""
         stated = _header(self.scope, b"content-length")
         if self._received > self._limit or (stated.isdigit() and int(stated) > self._limit):
             raise HttpError(
@@ -193,27 +229,27 @@ class _Exchange:
             )
 
     async def send(self, message: Message) -> None:
-        """Pass a part of the answer on, with the request's id."""
+        """Send a part of the response, with the request's id."""
         if self._received > self._limit and not self._refused:
-            return  # whoever read the body takes the refusal for a broken form, and says so
+            return  # the form parser reports the cut body as a broken form; the response to send is 413
         if message["type"] == "http.response.start":
             self.status, self._answered = message["status"], True
             headers = [pair for pair in message.get("headers", []) if pair[0].lower() != b"x-request-id"]
             message = {**message, "headers": [*headers, (b"x-request-id", self.id.encode())]}
         await self._send(message)
 
-    async def refuse(self, refusal: HttpError) -> None:
+    async def refuse(self, error: HttpError) -> None:
         """SegmentResponse with a refusal, unless an answer has begun."""
         if self._answered:
             return
         self._refused = True
-        body = refusal.body(self.id)
+        body = error.body(self.id)
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-        if refusal.retry_after is not None:
-            headers.append((b"retry-after", str(refusal.retry_after).encode()))
-        if refusal.status == 401:
+        if error.retry_after is not None:
+            headers.append((b"retry-after", str(error.retry_after).encode()))
+        if error.status == 401:
             headers.append((b"www-authenticate", b"Bearer"))
-        await self.send({"type": "http.response.start", "status": refusal.status, "headers": headers})
+        await self.send({"type": "http.response.start", "status": error.status, "headers": headers})
         await self.send({"type": "http.response.body", "body": body})
 
 
@@ -222,7 +258,7 @@ def _header(scope: Scope, name: bytes) -> str:
 
 
 def is_loopback(address: str) -> bool:
-    """Whether an IP address is this machine's own."""
+    """Return whether an IP address is a loopback address."""
     try:
         return ipaddress.ip_address(address).is_loopback
     except ValueError:

@@ -1,26 +1,29 @@
-"""From the ingress to the replicas: overload is told at once, what a dying replica had in hand is asked again."""
+"""Routing of requests from the ingress to replicas: overload is reported at once, requests on lost replicas are retried."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Mapping
 from typing import Any
 
-from ray.exceptions import ActorUnavailableError, RayActorError
+from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
-from serve.http_errors import HttpError, overloaded_error
+from serve.http_errors import HttpError, overloaded_error, unavailable_error
 from serve.metrics import Metrics
 from serve.request_types import SegmentRequest, SegmentResponse
 
-_FULL_S = 1.0
-_TRIES = 3
-"""A picture that took so many replicas with it is not given another."""
+log = logging.getLogger("ray.serve")
+_OVERLOAD_S = 1.0
+"""Seconds for which a refusal by the replicas is remembered."""
+_ATTEMPTS = 3
+"""Replicas that may be lost with one request, the last of them with no other suspect request on it."""
 
 
-async def cancelling(response: Any) -> Any:
-    """Wait for a replica; who stops waiting has the work ended as well, however Ray carries the call."""
+async def await_or_cancel(response: Any) -> Any:
+    """Await a replica's response; if the caller is cancelled, cancel the replica's work as well."""
     try:
         return await response
     except asyncio.CancelledError:
@@ -29,65 +32,100 @@ async def cancelling(response: Any) -> Any:
 
 
 class Router:
-    """Sends questions to the replicas that hold, or will load, the model asked for.
+    """Sends requests to replicas that hold, or will load, the model.
 
     Args:
-        handle: of the deployment of `serve.deployment.ModelReplica`.
-        models: name and URI of each.
-        metrics: to count in.
+        handle: Handle of the deployment of `serve.deployment.ModelReplica`.
+        models: Name and URI of each model.
+        metrics: Metrics to update.
     """
 
     def __init__(self, handle: Any, models: Mapping[str, str], metrics: Metrics) -> None:
         self._handle = handle
         self._metrics = metrics
         self.models = dict(models)
-        self._in_work = 0
-        self._full_at: int | None = None
-        self._full_until = 0.0
+        self._in_progress = 0
+        self._overloaded_from: int | None = None
+        self._overloaded_until = 0.0
+        self._isolation = asyncio.Lock()
 
-    def is_full(self) -> bool:
-        """Whether as many pictures are in work as were when one was last refused, a moment ago.
+    def is_overloaded(self) -> bool:
+        """Return whether as many images are in progress as when one was last refused, a moment ago.
 
-        To be asked before a request's body is read: under overload it is reading what is then refused that costs most.
+        To be called before a request's body is read: under overload, reading what is then refused costs most.
         """
-        return self._full_at is not None and self._in_work >= self._full_at and time.monotonic() < self._full_until
+        return (
+            self._overloaded_from is not None
+            and self._in_progress >= self._overloaded_from
+            and time.monotonic() < self._overloaded_until
+        )
 
-    async def ask(self, question: SegmentRequest) -> SegmentResponse:
-        """The answer to one question.
+    async def segment(self, request: SegmentRequest) -> SegmentResponse:
+        """Return a replica's response.
 
         Raises:
-            HttpError: what the replica refused, too many wait, or the picture ends every process that works on it.
+            HttpError: The replica returned an error, the queue is full, no replica is available, or the image ends
+                every process that segments it.
         """
-        uri = self.models.get(question.model)
-        if uri is None:  # it was taken away since the request was read
-            raise HttpError(404, "unknown_model", f"The model '{question.model}' is not served any more.")
+        uri = self.models.get(request.model)
+        if uri is None:  # it was removed since the request was read
+            raise HttpError(404, "unknown_model", f"The model '{request.model}' is not served any more.")
         handle = self._handle.options(multiplexed_model_id=uri)
-        self._in_work += 1
-        self._metrics.waiting.set(self._in_work)
+        self._in_progress += 1
+        self._metrics.waiting.set(self._in_progress)
         try:
-            answer = await self._ask(handle, question)
+            response = await self._segment_with_retry(handle, request, uri)
         finally:
-            self._in_work -= 1
-            self._metrics.waiting.set(self._in_work)
-        if answer.status != 200:
-            raise HttpError(answer.status, answer.code, answer.message, retry_after=5 if answer.status == 503 else None)
-        self._metrics.picture(answer.seconds, answer.batch)
-        return answer
+            self._in_progress -= 1
+            self._metrics.waiting.set(self._in_progress)
+        if response.status != 200:
+            retry_after = 5 if response.status == 503 else None
+            raise HttpError(response.status, response.code, response.message, retry_after=retry_after)
+        self._metrics.count_image(response.seconds, response.batch)
+        return response
 
-    async def _ask(self, handle: Any, question: SegmentRequest) -> SegmentResponse:
-        for _ in range(_TRIES):
-            try:
-                return await cancelling(handle.answer.remote(question))
-            except BackPressureError:
-                # Replicas may come and go, so what was full a second ago is tried again.
-                self._full_at, self._full_until = self._in_work - 1, time.monotonic() + _FULL_S
-                raise overloaded_error() from None
-            except DeploymentUnavailableError:
-                raise HttpError(
-                    503, "unavailable", "The model is not available at the moment; try again later.", retry_after=10
-                ) from None
-            except (RayActorError, ActorUnavailableError):
-                self._metrics.retries.inc()
+    async def _segment_with_retry(self, handle: Any, request: SegmentRequest, uri: str) -> SegmentResponse:
+        lost: set[str] = set()
+        for _ in range(_ATTEMPTS - 1):
+            response = await self._attempt(handle, request, lost)
+            if response is not None:
+                return response
+        # One suspect request at a time: those that merely shared a replica with a fatal image are answered here. Probes
+        # before and after tell a fatal image from a cluster that loses its replicas anyway.
+        async with self._isolation:
+            if not await self._is_available(handle, uri):
+                raise unavailable_error()
+            response = await self._attempt(handle, request, lost)
+            if response is not None:
+                return response
+            # A replica that is unreachable again and again counts once: its process need not have ended.
+            if len(lost) < _ATTEMPTS or not await self._is_available(handle, uri):
+                raise unavailable_error()
+        log.error("request %s ended %d replicas; its image is refused", request.request_id, _ATTEMPTS)
         raise HttpError(
-            422, "fatal_picture", f"This picture ended {_TRIES} processes that worked on it; it is not tried again."
+            422, "fatal_picture", f"This image ended {_ATTEMPTS} processes that worked on it; it is not tried again."
         )
+
+    async def _attempt(self, handle: Any, request: SegmentRequest, lost: set[str]) -> SegmentResponse | None:
+        """Send the request once; if the replica is lost meanwhile, add its actor id to ``lost`` and return None."""
+        try:
+            response: SegmentResponse = await await_or_cancel(handle.segment.remote(request))
+        except BackPressureError:
+            # Replicas may come and go, so the limit is forgotten after a second.
+            self._overloaded_from = self._in_progress - 1
+            self._overloaded_until = time.monotonic() + _OVERLOAD_S
+            raise overloaded_error() from None
+        except DeploymentUnavailableError:
+            raise unavailable_error() from None
+        except RayActorError as error:
+            self._metrics.retries.inc()
+            lost.add(str(error.actor_id))
+            return None
+        return response
+
+    async def _is_available(self, handle: Any, uri: str) -> bool:
+        """Return whether a replica holds the model, or loads it, and responds."""
+        try:
+            return await await_or_cancel(handle.load.remote(uri)) is None
+        except (BackPressureError, DeploymentUnavailableError, RayActorError):
+            return False

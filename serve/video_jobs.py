@@ -1,4 +1,4 @@
-"""VideoJobs as jobs: a folder each, with the film, its state in ``job.json`` and, in the end, an overlay film and the masks."""
+"""Video jobs: a directory each, with the video, its state in ``job.json`` and, in the end, overlay video and masks."""
 
 from __future__ import annotations
 
@@ -23,79 +23,79 @@ from vilseg.segmentation.video import segment_file
 from vilseg.text.vocabulary import Vocabulary
 
 OVERLAY, MASKS = "overlay.mp4", "masks.zip"
-_STATE, _VIDEO = "job.json", "film"
+_STATE, _VIDEO = "job.json", "video"
 _ID = re.compile(r"[0-9a-f]{32}")
 _FRAMES_A_SECOND = 120
-"""More are not believed: times may all be 0."""
-_SILENCE = 600.0
-"""Seconds after which a film that nobody says anything of any more is given up."""
-_TELL_EVERY = 1.0
-"""Seconds between two notes of how far a film is."""
+"""Largest frame rate; a video of more frames is too long whatever its timestamps say, as they may all be 0."""
+_STALE_S = 600.0
+"""Seconds without an update of ``job.json`` after which a job counts as failed."""
+_PROGRESS_S = 1.0
+"""Seconds between two updates of the progress."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class VideoJob:
-    """A film and what to look for in it."""
+    """A video and the classes to look for in it."""
 
     id: str
-    folder: str
+    directory: str
     model_uri: str
     vocabulary: Vocabulary
     key_every: int
 
 
 class VideoJobs:
-    """The folders of all films under one place.
+    """The directories of all video jobs.
 
     Args:
-        place: folder or URI.
-        keep_hours: age at which a film is deleted.
+        root: Directory or URI that they are kept under.
+        keep_hours: Age at which a job is deleted.
     """
 
-    def __init__(self, place: str, keep_hours: float) -> None:
-        self._place = storage.absolute(place)
+    def __init__(self, root: str, keep_hours: float) -> None:
+        self._root = storage.absolute(root)
         self._keep = keep_hours * 3600
 
-    def add(self, film: IO[bytes]) -> str:
-        """Keep a film; returns its id, which nobody guesses."""
+    def add(self, video: IO[bytes]) -> str:
+        """Store a video and return its id, which cannot be guessed."""
         video_id = secrets.token_hex(16)
-        with storage.open_atomic(storage.join(self.folder(video_id), _VIDEO)) as file:
-            shutil.copyfileobj(film, file, 1 << 20)
-        write_state(self.folder(video_id), {"status": "queued", "frames": 0})
+        with storage.open_atomic(storage.join(self.directory(video_id), _VIDEO)) as file:
+            shutil.copyfileobj(video, file, 1 << 20)
+        write_state(self.directory(video_id), {"status": "queued", "frames": 0})
         return video_id
 
-    def folder(self, video_id: str) -> str:
-        """Where a film and its results are."""
-        assert _ID.fullmatch(video_id), "an id becomes a path, so it must be one of ours"
-        return storage.join(self._place, video_id)
+    def directory(self, video_id: str) -> str:
+        """Return the URI of the directory of a video and its results."""
+        assert _ID.fullmatch(video_id), "an id becomes a path, so no other text may be one"
+        return storage.join(self._root, video_id)
 
     def state(self, video_id: str) -> dict[str, Any] | None:
-        """``status`` (queued, running, done, failed), ``frames`` and what came out; None where there is no such film."""
+        """Return ``status`` (queued, running, done, failed), ``frames`` and the results; None if there is no such video."""
         if not _ID.fullmatch(video_id):
             return None
-        place = storage.join(self.folder(video_id), _STATE)
-        if not storage.exists(place):
+        uri = storage.join(self.directory(video_id), _STATE)
+        if not storage.exists(uri):
             return None
-        state = json.loads(storage.read_text(place))
-        if state["status"] in ("queued", "running") and time.time() - state["updated"] > _SILENCE:
-            return {**state, "status": "failed", "error": "The work was interrupted; send the film again."}
+        state = json.loads(storage.read_text(uri))
+        if state["status"] in ("queued", "running") and time.time() - state["updated"] > _STALE_S:
+            return {**state, "status": "failed", "error": "The segmentation was interrupted; send the video again."}
         return state
 
     def touch(self, video_id: str) -> None:
-        """Note that a film that waits is not forgotten."""
+        """Update the time of a queued job, so that it does not count as failed."""
         state = self.state(video_id)
         if state is not None and state["status"] == "queued":
-            write_state(self.folder(video_id), state)
+            write_state(self.directory(video_id), state)
 
     def delete(self, video_id: str) -> None:
-        """Forget a film and its results."""
-        storage.delete(self.folder(video_id))
+        """Delete a video and its results."""
+        storage.delete(self.directory(video_id))
 
     def delete_old(self) -> int:
-        """Delete what is older than may be kept; returns how many."""
-        if not storage.exists(self._place):
+        """Delete expired jobs and return their number."""
+        if not storage.exists(self._root):
             return 0
-        states = [entry for entry in storage.list_files(self._place) if entry.relative.endswith(f"/{_STATE}")]
+        states = [entry for entry in storage.list_files(self._root) if entry.relative.endswith(f"/{_STATE}")]
         count = 0
         for entry in states:
             video_id = entry.relative.split("/")[0]
@@ -108,48 +108,48 @@ class VideoJobs:
         return count
 
 
-def write_state(folder: str, state: dict[str, Any]) -> None:
-    """Replace a film's state, with the time."""
-    storage.write_text(storage.join(folder, _STATE), json.dumps({**state, "updated": time.time()}))
+def write_state(directory: str, state: dict[str, Any]) -> None:
+    """Write the state of a job, with the time."""
+    storage.write_text(storage.join(directory, _STATE), json.dumps({**state, "updated": time.time()}))
 
 
 def segment_video_job(
     job: VideoJob, segmenter: Callable[[], Segmenter], limits: Limits, cancelled: threading.Event
 ) -> None:
-    """Segment a film and write what came out, or why nothing did, into its folder."""
-    told = 0.0
+    """Segment a video and write its results, or the reason of the failure, into its directory."""
+    written_at = 0.0
 
     def progress(frames: int, seconds: float) -> None:
-        nonlocal told
+        nonlocal written_at
         if cancelled.is_set():
             raise InterruptedError
         if seconds > limits.video_seconds or frames > _FRAMES_A_SECOND * limits.video_seconds:
-            raise TooLargeError(f"the film is longer than {limits.video_seconds:g} s, the most that is taken")
-        if time.monotonic() - told > _TELL_EVERY:
-            told = time.monotonic()
-            write_state(job.folder, {"status": "running", "frames": frames})
+            raise TooLargeError(f"the video is longer than {limits.video_seconds:g} s, the most that is taken")
+        if time.monotonic() - written_at > _PROGRESS_S:
+            written_at = time.monotonic()
+            write_state(job.directory, {"status": "running", "frames": frames})
 
-    write_state(job.folder, {"status": "running", "frames": 0})
+    write_state(job.directory, {"status": "running", "frames": 0})
     try:
         with tempfile.TemporaryDirectory(prefix="vilseg-") as scratch:
             masks = Path(scratch) / "masks"
             found = segment_file(
                 segmenter(),
-                storage.join(job.folder, _VIDEO),
+                storage.join(job.directory, _VIDEO),
                 masks_uri=str(masks),
-                overlay_uri=storage.join(job.folder, OVERLAY),
+                overlay_uri=storage.join(job.directory, OVERLAY),
                 key_every=job.key_every,
                 max_pixels=limits.video_pixels,
                 progress=progress,
             )
             if cancelled.is_set():
                 return
-            _pack(masks, job.vocabulary, storage.join(job.folder, MASKS))
+            _pack(masks, job.vocabulary, storage.join(job.directory, MASKS))
     except InterruptedError:
-        return  # whoever cancelled it deletes the folder
+        return  # the caller that cancelled deletes the directory
     except DataError as error:
-        # Places on the server are nobody's business.
-        sentence = str(error).replace(storage.join(job.folder, _VIDEO), "the film").partition("; the masks")[0]
+        # Paths of the server are not shown to callers.
+        sentence = str(error).replace(storage.join(job.directory, _VIDEO), "the video").partition("; the masks")[0]
         state = {"status": "failed", "frames": 0, "error": sentence[:1].upper() + sentence[1:] + "."}
     else:
         classes = [
@@ -161,7 +161,7 @@ def segment_video_job(
             **{"width": found.width, "height": found.height, "classes": classes},
         }
     if not cancelled.is_set():
-        write_state(job.folder, state)
+        write_state(job.directory, state)
 
 
 def _pack(masks: Path, vocabulary: Vocabulary, uri: str) -> None:

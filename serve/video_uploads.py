@@ -1,4 +1,4 @@
-"""Where films are handed in and asked after: the ingress' side of `serve.video_jobs`."""
+"""Uploads of videos and queries of their state: the ingress' side of `serve.video_jobs`."""
 
 from __future__ import annotations
 
@@ -14,63 +14,63 @@ from vilseg import storage
 from vilseg.text.vocabulary import Vocabulary
 
 log = logging.getLogger("ray.serve")
-_TOUCH_EVERY = 30.0
-_TIDY_EVERY = 600.0
+_TOUCH_S = 30.0
+_CLEANUP_S = 600.0
 
-Work = Callable[[VideoJob], Awaitable[None]]
+SegmentVideo = Callable[[VideoJob], Awaitable[None]]
 
 
 class VideoUploads:
-    """Keeps films, has them worked on, and says how far they are.
+    """Stores videos, queues their segmentation, and reports their state.
 
     Args:
-        config: where films are kept, how long, and how many may wait.
-        work: segments one film; see `serve.video_jobs.segment_video_job`.
+        config: Storage and limits of the videos.
+        segment_video: Segments one video; see `serve.video_jobs.segment_video_job`.
     """
 
-    def __init__(self, config: ServeConfig, work: Work) -> None:
+    def __init__(self, config: ServeConfig, segment_video: SegmentVideo) -> None:
         self._config = config.videos
-        self._films = VideoJobs(config.videos.storage, config.videos.keep_hours)
-        self._work = work
+        self._jobs = VideoJobs(config.videos.storage, config.videos.keep_hours)
+        self._segment_video = segment_video
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._tidied = -_TIDY_EVERY
-        self._coming = 0
+        self._cleaned_at = -_CLEANUP_S
+        self._uploading = 0
 
-    async def add(self, film: IO[bytes], model_uri: str, vocabulary: Vocabulary, key_every: int) -> str:
-        """Take a film in; returns its id.
+    async def add(self, video: IO[bytes], model_uri: str, vocabulary: Vocabulary, key_every: int) -> str:
+        """Store a video, queue its segmentation, and return its id.
 
         Raises:
-            HttpError: enough others wait.
+            HttpError: The queue is full.
         """
-        if len(self._tasks) + self._coming >= self._config.queue + self._config.replicas:
+        if len(self._tasks) + self._uploading >= self._config.queue + self._config.replicas:
             raise overloaded_error()
-        self._coming += 1
+        self._uploading += 1
         try:
-            await self._tidy()
-            video_id = await asyncio.to_thread(self._films.add, film)
+            await self._clean_up()
+            video_id = await asyncio.to_thread(self._jobs.add, video)
         finally:
-            self._coming -= 1
+            self._uploading -= 1
         job = VideoJob(
             id=video_id,
-            folder=self._films.folder(video_id),
+            directory=self._jobs.directory(video_id),
             model_uri=model_uri,
             vocabulary=vocabulary,
             key_every=key_every,
         )
-        task = asyncio.create_task(self._see_through(job))
+        task = asyncio.create_task(self._supervise(job))
         self._tasks[video_id] = task
         task.add_done_callback(lambda _: self._tasks.pop(video_id, None))
         return video_id
 
     async def state(self, video_id: str) -> dict[str, Any] | None:
-        """See `VideoJobs.state`."""
-        return await asyncio.to_thread(self._films.state, video_id)
+        """Return the state of a video; see `VideoJobs.state`."""
+        return await asyncio.to_thread(self._jobs.state, video_id)
 
     async def delete(self, video_id: str) -> None:
-        """End the work on a film and forget it.
+        """Cancel the segmentation of a video and delete it.
 
         Raises:
-            HttpError: there is no such film.
+            HttpError: There is no such video.
         """
         if await self.state(video_id) is None:
             raise unknown_video_error()
@@ -78,36 +78,36 @@ class VideoUploads:
         if task is not None:
             task.cancel()
             await asyncio.wait([task])
-        await asyncio.to_thread(self._films.delete, video_id)
+        await asyncio.to_thread(self._jobs.delete, video_id)
 
     async def result(self, video_id: str, name: str) -> str:
-        """URI of a result.
+        """Return the URI of a result.
 
         Raises:
-            HttpError: there is no such film, or it is not done.
+            HttpError: There is no such video, or it is not done.
         """
         state = await self.state(video_id)
         if state is None:
             raise unknown_video_error()
         if state["status"] != "done":
-            raise HttpError(404, "not_done", f"The film is {state['status']}; there is nothing to fetch.")
-        return storage.join(self._films.folder(video_id), name)
+            raise HttpError(404, "not_done", f"The video is {state['status']}; there is nothing to fetch.")
+        return storage.join(self._jobs.directory(video_id), name)
 
-    async def _see_through(self, job: VideoJob) -> None:
-        work = asyncio.ensure_future(self._work(job))
+    async def _supervise(self, job: VideoJob) -> None:
+        segmentation = asyncio.ensure_future(self._segment_video(job))
         try:
-            while not (await asyncio.wait([work], timeout=_TOUCH_EVERY))[0]:
-                await asyncio.to_thread(self._films.touch, job.id)
-            work.result()
+            while not (await asyncio.wait([segmentation], timeout=_TOUCH_S))[0]:
+                await asyncio.to_thread(self._jobs.touch, job.id)
+            segmentation.result()
         except Exception:
-            log.exception("film %s failed", job.id)
-            sentence = "The work on the film failed; the server's log says why."
-            await asyncio.to_thread(write_state, job.folder, {"status": "failed", "frames": 0, "error": sentence})
+            log.exception("video %s failed", job.id)
+            sentence = "The segmentation of the video failed; the server's log says why."
+            await asyncio.to_thread(write_state, job.directory, {"status": "failed", "frames": 0, "error": sentence})
         finally:
-            work.cancel()
+            segmentation.cancel()
 
-    async def _tidy(self) -> None:
+    async def _clean_up(self) -> None:
         now = asyncio.get_running_loop().time()
-        if now - self._tidied > _TIDY_EVERY:
-            self._tidied = now
-            await asyncio.to_thread(self._films.delete_old)
+        if now - self._cleaned_at > _CLEANUP_S:
+            self._cleaned_at = now
+            await asyncio.to_thread(self._jobs.delete_old)

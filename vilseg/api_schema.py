@@ -1,23 +1,36 @@
-"""The JSON of the HTTP API, as OpenAPI shows it."""
+"""The JSON of the HTTP API: the server encodes with these models, `vilseg.client` decodes with them, OpenAPI shows them.
+
+Imports neither torch nor Ray.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Self
 
+import numpy as np
+from pycocotools import mask as coco_mask
 from pydantic import BaseModel, ConfigDict, Field
 
+from vilseg.segmentation.result import Segmentation, label_dtype, no_class
 
-class Rle(BaseModel):
+
+class _Message(BaseModel):
+    model_config = ConfigDict(populate_by_name=True)
+
+    def to_json(self) -> bytes:
+        """Encode as JSON, without the optional fields that were never set."""
+        return self.model_dump_json(by_alias=True, exclude_unset=True).encode()
+
+
+class Rle(_Message):
     """COCO's compressed run-length code; ``pycocotools.mask.decode`` reads it."""
 
     size: Annotated[list[int], Field(description="[height, width]", min_length=2, max_length=2)]
     counts: str
 
 
-class Region(BaseModel):
+class Region(_Message):
     """All pixels of one class."""
-
-    model_config = ConfigDict(populate_by_name=True)
 
     class_name: Annotated[str, Field(alias="class")]
     class_index: int
@@ -31,8 +44,8 @@ class Region(BaseModel):
     ] = None
 
 
-class ImageResult(BaseModel):
-    """What was found in one picture."""
+class ImageResult(_Message):
+    """Segmentation of one image."""
 
     request_id: str
     model: str
@@ -63,9 +76,65 @@ class ImageResult(BaseModel):
         }
     )
 
+    @classmethod
+    def from_segmentation(
+        cls, result: Segmentation, *, request_id: str, model: str, with_polygons: bool = False
+    ) -> Self:
+        """Convert a segmentation; scores are rounded to four digits.
 
-class ErrorBody(BaseModel):
-    """What is wrong."""
+        Args:
+            result: Segmentation of the image.
+            request_id: Id of the request, repeated in the response.
+            model: Name of the model, repeated in the response.
+            with_polygons: Add the outlines of each region.
+        """
+        height, width = result.labels.shape
+        index = {name: number for number, name in enumerate(result.classes)}
+        regions = []
+        for region in result.regions:
+            outlines: dict[str, Any] = {}
+            if with_polygons:
+                from vilseg.segmentation.polygons import polygons  # contourpy is not wanted where results are read only
+
+                outlines["polygons"] = polygons(region.rle)
+            regions.append(
+                Region(
+                    class_name=region.class_name,
+                    class_index=index[region.class_name],
+                    score=round(region.score, 4),
+                    area=region.area,
+                    bbox_xywh=list(region.bbox_xywh),
+                    rle=Rle(**region.rle),
+                    **outlines,
+                )
+            )
+        return cls(
+            request_id=request_id,
+            model=model,
+            width=width,
+            height=height,
+            classes=list(result.classes),
+            regions=regions,
+        )
+
+    def to_segmentation(self, image: np.ndarray | None = None) -> Segmentation:
+        """Convert back to label and score maps. Every pixel of a region has the region's mean score.
+
+        Args:
+            image: RGB image that was segmented, kept for overlays. Shape: (H, W, 3), uint8.
+        """
+        shape = (self.height, self.width)
+        dtype = label_dtype(len(self.classes))
+        labels, scores = np.full(shape, no_class(dtype), dtype), np.zeros(shape, np.float32)
+        for region in self.regions:
+            mask = coco_mask.decode(region.rle.model_dump()).astype(bool)
+            labels[mask] = region.class_index
+            scores[mask] = region.score
+        return Segmentation(labels=labels, scores=scores, classes=tuple(self.classes), image=image)
+
+
+class ErrorBody(_Message):
+    """Description of an error."""
 
     code: Annotated[str, Field(description="For programs.", examples=["not_a_picture"])]
     message: Annotated[
@@ -74,14 +143,14 @@ class ErrorBody(BaseModel):
     request_id: str
 
 
-class Error(BaseModel):
-    """Why there is no answer."""
+class Error(_Message):
+    """Body of every response with a status of 400 or more."""
 
     error: ErrorBody
 
 
-class BatchItem(BaseModel):
-    """One picture of a batch: ``result`` or ``error``."""
+class BatchItem(_Message):
+    """One image of a batch: ``result`` or ``error``."""
 
     name: Annotated[str, Field(description="The file name that came with it.")]
     status: Literal["ok", "rejected"]
@@ -89,38 +158,36 @@ class BatchItem(BaseModel):
     error: ErrorBody | None = None
 
 
-class Batch(BaseModel):
-    """Pictures in the order they were sent."""
+class Batch(_Message):
+    """Results in the order in which the images were sent."""
 
     request_id: str
     results: list[BatchItem]
 
 
-class ModelInfo(BaseModel):
+class ModelInfo(_Message):
     """A model that can be asked for."""
 
     name: str
     default: bool
 
 
-class Models(BaseModel):
-    """All models."""
+class Models(_Message):
+    """All models, the default first."""
 
     models: list[ModelInfo]
 
 
-class VideoClass(BaseModel):
-    """A class in a film."""
-
-    model_config = ConfigDict(populate_by_name=True)
+class VideoClass(_Message):
+    """A class that occurs in a video."""
 
     class_name: Annotated[str, Field(alias="class")]
     area: Annotated[float, Field(description="Mean pixels a frame.")]
     score: float
 
 
-class VideoState(BaseModel):
-    """A film and how far it is."""
+class VideoState(_Message):
+    """Progress of a video job and, once it is done, its results."""
 
     id: str
     status: Literal["queued", "running", "done", "failed"]
@@ -135,7 +202,7 @@ class VideoState(BaseModel):
     masks_url: str | None = None
 
 
-class Health(BaseModel):
+class Health(_Message):
     """The server answers."""
 
     status: Literal["ok"]

@@ -1,37 +1,47 @@
-"""A client of the HTTP API of ``vilseg serve``; starts at once, as it needs no torch."""
+"""Client of the HTTP API of ``vilseg serve``. Imports neither torch nor the server."""
 
 from __future__ import annotations
 
 import io
 import json
+import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import httpx
 import numpy as np
 from PIL import Image
+from pydantic import BaseModel, ValidationError
 
+from vilseg.api_schema import Batch, Error, ErrorBody, ImageResult, Models, VideoState
 from vilseg.errors import UserError
-from vilseg.segmentation.result import Segmentation, label_dtype, no_class
+from vilseg.segmentation.result import Segmentation
 
-_TRIES = 6
+_ATTEMPTS = 6
 _BATCH = 16
-_POLL = 1.0
+"""Images per request of `Client.batch`."""
+_POLL_S = 1.0
+_DEFAULT_WAIT_S, _MAX_WAIT_S = 1.0, 60.0
+"""Wait before another attempt if the server names none, and the longest wait, whatever the server names."""
 
-Picture = str | Path | bytes | np.ndarray | Image.Image
+_Body = TypeVar("_Body", bound=BaseModel)
+ImageInput = str | Path | bytes | np.ndarray | Image.Image
+"""A path, encoded bytes, an RGB array of shape (H, W, 3) and type uint8, or a PIL image."""
 
 
 class ServiceError(UserError):
-    """The server refused, or does not answer.
+    """The server reported an error, or does not answer.
 
     Attributes:
-        status: of HTTP; 0 where there was no answer.
-        code: what is wrong, for programs.
-        request_id: what the server's log calls the request.
+        status: HTTP status; 0 if there was no answer.
+        code: Error code for programs.
+        request_id: Id of the request in the server's log.
     """
 
     def __init__(self, message: str, *, status: int = 0, code: str = "", request_id: str = "") -> None:
@@ -40,30 +50,48 @@ class ServiceError(UserError):
 
 
 @dataclass(frozen=True)
-class Film:
-    """A film that was segmented: what `Client.film` gives."""
+class VideoResult:
+    """Summary of a segmented video; see `Client.video`."""
 
     id: str
     frames: int
     seconds: float
     classes: list[dict[str, Any]]
-    """``class``, ``area`` (mean pixels a frame) and ``score`` of each that is present."""
+    """``class``, ``area`` (mean pixels a frame) and ``score`` of each class that is present."""
 
 
 class Client:
-    """Asks a server for segmentations. Waits and tries again where it is busy.
+    """Sends images and videos to a server; waits and tries again while the server is busy.
 
     Args:
-        url: as ``vilseg serve`` prints it.
-        key: an API key, where the server wants one.
-        timeout: seconds to wait for one answer.
+        url: URL that ``vilseg serve`` prints.
+        key: API key, if the server wants one.
+        timeout: Seconds to wait for one answer.
+        transport: Replaces the network, for tests.
 
-    Example: ``vilseg.Client("http://127.0.0.1:8000").segment("photo.jpg", ["cat", "sofa|couch"]).overlay()``
+    Example:
+        A stand-in for the server that finds sky everywhere:
+
+        >>> def answer(request):
+        ...     everywhere = {"size": [2, 4], "counts": "08"}
+        ...     sky = {"class": "sky", "class_index": 0, "score": 0.9, "area": 8, "bbox_xywh": [0, 0, 4, 2]}
+        ...     result = {"request_id": "1", "model": "default", "width": 4, "height": 2, "classes": ["sky", "sea"]}
+        ...     return httpx.Response(200, json={**result, "regions": [{**sky, "rle": everywhere}]})
+        >>> image = np.zeros((2, 4, 3), np.uint8)
+        >>> with Client("http://127.0.0.1:8000", transport=httpx.MockTransport(answer)) as client:
+        ...     result = client.segment(image, ["sky|clouds", "sea"])
+        >>> result.labels
+        array([[0, 0, 0, 0],
+               [0, 0, 0, 0]], dtype=uint8)
+        >>> [(region.class_name, region.area) for region in result.regions]
+        [('sky', 8)]
     """
 
-    def __init__(self, url: str, key: str | None = None, *, timeout: float = 120.0) -> None:
+    def __init__(
+        self, url: str, key: str | None = None, *, timeout: float = 120.0, transport: httpx.BaseTransport | None = None
+    ) -> None:
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-        self._http = httpx.Client(base_url=url.rstrip("/"), headers=headers, timeout=timeout)
+        self._http = httpx.Client(base_url=url.rstrip("/"), headers=headers, timeout=timeout, transport=transport)
 
     def __enter__(self) -> Self:
         return self
@@ -72,62 +100,69 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Let go of the connections."""
+        """Close the connections."""
         self._http.close()
 
     def models(self) -> list[str]:
-        """Names of the models, the default first.
+        """Return the names of the models, the default first.
 
         Raises:
-            ServiceError: there was no answer, or a refusal.
+            ServiceError: There was no answer, or an error.
         """
-        listed = self._ask("GET", "/v1/models").json()["models"]
-        return [model["name"] for model in sorted(listed, key=lambda model: not model["default"])]
+        listed = _decode(Models, self._send("GET", "/v1/models")).models
+        return [model.name for model in sorted(listed, key=lambda model: not model.default)]
 
-    def segment(self, image: Picture, classes: Iterable[str], **options: Any) -> Segmentation:
-        """Segment one picture.
+    def segment(self, image: ImageInput, classes: Iterable[str], **options: Any) -> Segmentation:
+        """Segment one image.
 
         Args:
-            image: a path, encoded bytes, an (H, W, 3) uint8 RGB array or a PIL image.
-            classes: names, with synonyms as ``sofa|couch``.
+            image: A path, encoded bytes, an RGB array of shape (H, W, 3) and type uint8, or a PIL image.
+            classes: Names, with synonyms as ``sofa|couch``.
             options: ``background`` (True, or words), ``threshold``, ``background_bias``, ``model``.
 
         Returns:
-            Labels and regions as the server found them; every pixel of a region has the region's mean score.
+            Labels and regions of the server's result; every pixel of a region has the region's mean score.
 
         Raises:
-            ServiceError: there was no answer, or a refusal.
-            OSError: the path cannot be read.
+            ServiceError: There was no answer, or an error.
+            OSError: The path cannot be read.
         """
-        data = _encoded(image)
-        answer = self._ask("POST", "/v1/segment", files=[("image", ("image", data))], data=_form(classes, options))
-        return _segmentation(answer.json(), data)
+        data = _encode(image)
+        response = self._send("POST", "/v1/segment", files=[("image", ("image", data))], data=_form(classes, options))
+        return _segmentation(_decode(ImageResult, response), data)
 
     def batch(
-        self, images: Sequence[Picture], classes: Iterable[str], **options: Any
+        self, images: Sequence[ImageInput], classes: Iterable[str], **options: Any
     ) -> list[Segmentation | ServiceError]:
-        """Segment many pictures, 16 a request; in the place of one that cannot be used stands the reason.
+        """Segment many images, 16 per request.
 
         Args:
-            images: as for `segment`.
-            classes: names, with synonyms as ``sofa|couch``.
-            options: as for `segment`.
+            images: As for `segment`.
+            classes: Names, with synonyms as ``sofa|couch``.
+            options: As for `segment`.
+
+        Returns:
+            Results in the order of ``images``; the error in the place of an image that cannot be used.
 
         Raises:
-            ServiceError: there was no answer, or all was refused.
-            OSError: a path cannot be read.
+            ServiceError: There was no answer, or an error that concerns all images.
+            OSError: A path cannot be read.
         """
-        form, results = _form(classes, options), []
+        form = _form(classes, options)
+        results: list[Segmentation | ServiceError] = []
         for begin in range(0, len(images), _BATCH):
-            data = [_encoded(image) for image in images[begin : begin + _BATCH]]
+            data = [_encode(image) for image in images[begin : begin + _BATCH]]
             files = [("images", (str(number), content)) for number, content in enumerate(data)]
-            items = self._ask("POST", "/v1/segment/batch", files=files, data=form).json()["results"]
+            items = _decode(Batch, self._send("POST", "/v1/segment/batch", files=files, data=form)).results
             for item, content in zip(items, data, strict=True):
-                done = item["status"] == "ok"
-                results.append(_segmentation(item["result"], content) if done else _refusal(422, item["error"]))
+                if item.error is not None:
+                    results.append(_service_error(422, item.error))
+                else:
+                    assert item.result is not None
+                    results.append(_segmentation(item.result, content))
         return results
 
-    def film(
+    def video(
         self,
         path: str | Path,
         classes: Iterable[str],
@@ -135,55 +170,98 @@ class Client:
         overlay: str | Path | None = None,
         masks: str | Path | None = None,
         **options: Any,
-    ) -> Film:
-        """Segment a film and wait for it.
+    ) -> VideoResult:
+        """Segment a video and wait for the result.
 
         Args:
-            path: of the film.
-            classes: names, with synonyms as ``sofa|couch``.
-            overlay: where to write an MP4 of the film with the classes laid over it.
-            masks: where to write a ZIP with a PNG for every frame.
+            path: Path of the video.
+            classes: Names, with synonyms as ``sofa|couch``.
+            overlay: Path to write an MP4 of the video with the classes laid over it to.
+            masks: Path to write a ZIP with a PNG for every frame to.
             options: ``background``, ``model``, ``key_every``.
 
         Raises:
-            ServiceError: there was no answer, or the film cannot be used.
-            OSError: a path cannot be read or written.
+            ServiceError: There was no answer, or the video cannot be used.
+            OSError: A path cannot be read or written.
         """
-        content = Path(path).read_bytes()
-        form = _form(classes, options)
-        state = self._ask("POST", "/v1/videos", files=[("video", ("film", content))], data=form).json()
-        while state["status"] in ("queued", "running"):
-            time.sleep(_POLL)
-            state = self._ask("GET", state["status_url"]).json()
-        if state["status"] == "failed":
-            raise ServiceError(state["error"], status=422, code="film_failed")
-        for place, url in ((overlay, state["overlay_url"]), (masks, state["masks_url"])):
-            if place is not None:
-                Path(place).write_bytes(self._ask("GET", url).content)
-        self._ask("DELETE", state["status_url"])
-        return Film(state["id"], state["frames"], state["seconds"], state["classes"])
+        files = [("video", ("video", Path(path).read_bytes()))]
+        state = _decode(VideoState, self._send("POST", "/v1/videos", files=files, data=_form(classes, options)))
+        while state.status in ("queued", "running"):
+            time.sleep(_POLL_S)
+            state = _decode(VideoState, self._send("GET", state.status_url))
+        if state.status == "failed":
+            raise ServiceError(state.error or "the video cannot be segmented", status=422, code="film_failed")
+        for place, url in ((overlay, state.overlay_url), (masks, state.masks_url)):
+            if place is not None and url is not None:
+                Path(place).write_bytes(self._send("GET", url).content)
+        self._send("DELETE", state.status_url)
+        classes_found = [entry.model_dump(by_alias=True) for entry in state.classes or []]
+        return VideoResult(state.id, state.frames, state.seconds or 0.0, classes_found)
 
-    def _ask(self, method: str, path: str, **content: Any) -> httpx.Response:
-        for attempt in range(_TRIES):
+    film = video
+    """Earlier name of `video`."""
+
+    def _send(self, method: str, path: str, **content: Any) -> httpx.Response:
+        for attempt in range(_ATTEMPTS):
             try:
-                answer = self._http.request(method, path, **content)
+                response = self._http.request(method, path, **content)
             except httpx.TransportError as error:
                 raise ServiceError(f"no answer from {self._http.base_url}: {error or type(error).__name__}") from error
-            if answer.status_code != 503 or attempt == _TRIES - 1:
+            if response.status_code != 503 or attempt == _ATTEMPTS - 1:
                 break
-            # Longer each time: all who were refused at once should not come back at once.
-            time.sleep(float(answer.headers.get("Retry-After", 1)) * (0.5 + attempt))
-        if answer.is_success:
-            return answer
+            # Longer each time, so that not all clients that were refused at once come back at once.
+            time.sleep(min(_MAX_WAIT_S, seconds_until_retry(response.headers.get("Retry-After")) * (0.5 + attempt)))
+        if response.is_success:
+            return response
         try:
-            error_body = answer.json()["error"]
-        except (ValueError, KeyError, TypeError):
-            error_body = {"code": "unknown", "message": f"the server answered {answer.status_code}"}
-        raise _refusal(answer.status_code, error_body)
+            error_body = Error.model_validate_json(response.content).error
+        except ValidationError:
+            message = f"the server answered {response.status_code}"
+            error_body = ErrorBody(code="unknown", message=message, request_id="")
+        raise _service_error(response.status_code, error_body)
 
 
-def _refusal(status: int, error: dict[str, Any]) -> ServiceError:
-    return ServiceError(error["message"], status=status, code=error["code"], request_id=error.get("request_id", ""))
+def seconds_until_retry(header: str | None) -> float:
+    """Return the wait that a ``Retry-After`` header asks for, at most a minute.
+
+    Args:
+        header: Seconds or an HTTP date (RFC 9110, section 10.2.3). None or another text gives 1 second.
+
+    Example:
+        >>> seconds_until_retry("5"), seconds_until_retry(None), seconds_until_retry("86400")
+        (5.0, 1.0, 60.0)
+        >>> seconds_until_retry("Wed, 21 Oct 2015 07:28:00 GMT")  # in the past
+        0.0
+    """
+    try:
+        seconds = float(header or _DEFAULT_WAIT_S)
+    except ValueError:
+        try:
+            date = parsedate_to_datetime(header or "")
+        except ValueError:
+            return _DEFAULT_WAIT_S
+        # A date without a zone, "-0000", is in UTC (RFC 5322, section 3.3).
+        seconds = (date.replace(tzinfo=date.tzinfo or UTC) - datetime.now(UTC)).total_seconds()
+    if math.isnan(seconds):
+        return _DEFAULT_WAIT_S
+    return min(_MAX_WAIT_S, max(0.0, seconds))
+
+
+def _decode(schema: type[_Body], response: httpx.Response) -> _Body:
+    """Return the body of a successful response.
+
+    Raises:
+        ServiceError: The body is not what the API answers, as from a proxy's login page.
+    """
+    try:
+        return schema.model_validate_json(response.content)
+    except ValidationError as error:
+        sentence = f"{response.url} did not answer as vilseg serve does; check the URL"
+        raise ServiceError(sentence, status=response.status_code, code="unknown") from error
+
+
+def _service_error(status: int, error: ErrorBody) -> ServiceError:
+    return ServiceError(error.message, status=status, code=error.code, request_id=error.request_id)
 
 
 def _form(classes: Iterable[str], options: dict[str, Any]) -> dict[str, str]:
@@ -197,7 +275,7 @@ def _form(classes: Iterable[str], options: dict[str, Any]) -> dict[str, str]:
     return {"classes": json.dumps(names), **{name: str(value) for name, value in form.items()}}
 
 
-def _encoded(image: Picture) -> bytes:
+def _encode(image: ImageInput) -> bytes:
     if isinstance(image, bytes):
         return image
     if isinstance(image, str | Path):
@@ -207,24 +285,7 @@ def _encoded(image: Picture) -> bytes:
     return buffer.getvalue()
 
 
-def _segmentation(document: dict[str, Any], data: bytes) -> Segmentation:
+def _segmentation(result: ImageResult, data: bytes) -> Segmentation:
     from vilseg.data.image_decoding import decode_image
 
-    return Segmentation(**arrays_of(document), image=decode_image(data, max_pixels=1 << 62))
-
-
-def arrays_of(document: dict[str, Any]) -> dict[str, Any]:
-    """``labels``, ``scores`` and ``classes`` of a `Segmentation` from the JSON of one picture.
-
-    Every pixel of a region has the region's mean score.
-    """
-    from pycocotools import mask as coco_mask
-
-    shape = (document["height"], document["width"])
-    dtype = label_dtype(len(document["classes"]))
-    labels, scores = np.full(shape, no_class(dtype), dtype), np.zeros(shape, np.float32)
-    for region in document["regions"]:
-        mask = coco_mask.decode(region["rle"]).astype(bool)
-        labels[mask] = region["class_index"]
-        scores[mask] = region["score"]
-    return {"labels": labels, "scores": scores, "classes": tuple(document["classes"])}
+    return result.to_segmentation(decode_image(data, max_pixels=1 << 62))

@@ -12,45 +12,48 @@ from gradio.blocks import Block
 
 from serve.api_keys import ApiKeys
 from serve.config import ServeConfig
-from serve.http import SegmentFunction
-from serve.page import image_tab, other_tabs
+from serve.page import batch_tab, compare_tab, image_tab, video_tab
 from serve.page.components import PageBackend
 from serve.page.examples import load_examples
+from serve.request_types import SegmentFunction
 from serve.video_uploads import VideoUploads
 
 _HERE = Path(__file__).parent
 _FONTS = ["system-ui", "sans-serif"]
-"""Of the reader's own machine: nothing is fetched from elsewhere."""
-
-
-_TIDY_S, _FILES_S = 600, 24 * 3600
-"""Seconds between two looks at Gradio's files, and the age at which one is deleted."""
+"""Fonts of the user's machine: nothing is fetched from elsewhere."""
+_CLEANUP_S, _FILES_S = 600, 24 * 3600
+"""Seconds between two clean-ups of Gradio's files, and the age in seconds at which a file is deleted."""
 
 
 def mount_page(
-    app: FastAPI, *, ask: SegmentFunction, films: VideoUploads, keys: ApiKeys | None, config: Callable[[], ServeConfig]
+    app: FastAPI,
+    *,
+    segment: SegmentFunction,
+    uploads: VideoUploads,
+    keys: ApiKeys | None,
+    config: Callable[[], ServeConfig],
 ) -> None:
-    """Put the page at ``/``.
+    """Mount the page at ``/``.
 
     Args:
-        app: with the API's routes, which come first.
-        ask: puts a question to the replicas.
-        films: takes films in.
-        keys: whoever has one may log in, with the key as password.
-        config: the present one.
+        app: Application with the routes of the API, which take precedence.
+        segment: Sends a request to a replica.
+        uploads: Receives videos.
+        keys: API keys, which are the passwords of the login; None for no login.
+        config: Returns the present configuration.
     """
-    desk = PageBackend(ask, config)
-    kept = image_tab.ImageCache(load_examples(config().examples))
-    with gr.Blocks(title="vilseg", analytics_enabled=False, delete_cache=(_TIDY_S, _FILES_S)) as demo:
+    backend = PageBackend(segment, config)
+    cache = image_tab.ImageCache(load_examples(config().examples))
+    with gr.Blocks(title="vilseg", analytics_enabled=False, delete_cache=(_CLEANUP_S, _FILES_S)) as demo:
         gr.Markdown("# vilseg\nName what you look for; the picture is cut into regions of these names.")
         with gr.Tab("Picture"):
-            image_tab.build(desk, kept, demo)
+            image_tab.build(backend, cache, demo)
         with gr.Tab("Compare"):
-            other_tabs.build_compare(desk)
+            compare_tab.build(backend)
         with gr.Tab("Several pictures"):
-            other_tabs.build_batch(desk)
-        with gr.Tab("Film"):
-            other_tabs.build_video(desk, films)
+            batch_tab.build(backend)
+        with gr.Tab("Video"):
+            video_tab.build(backend, uploads)
     _harden()
     demo.queue(default_concurrency_limit=16, max_size=64, api_open=False)
     gr.mount_gradio_app(
@@ -59,7 +62,7 @@ def mount_page(
         path="/",
         auth=None if keys is None else lambda _, key: keys.holder(key) is not None,
         auth_message="Log in with any name, and an API key as the password.",
-        allowed_paths=[desk.folder],
+        allowed_paths=[backend.directory],
         max_file_size=config().limits.video_bytes,
         show_error=True,
         run_history=False,
@@ -73,9 +76,9 @@ def mount_page(
 
 
 def _harden() -> None:
-    """Keep Gradio from fetching addresses that a caller sends, and from decoding pictures and films itself.
+    """Prevent Gradio from fetching addresses in requests, and from decoding images and videos itself.
 
-    In the classes, not in the page's components: Gradio makes those anew for a session once it has updated one.
+    Patches the classes, not the page's components: Gradio creates new ones for a session once it has updated one.
     """
     if getattr(Block.async_move_resource_to_block_cache, "local", False):
         return
@@ -88,7 +91,7 @@ def _harden() -> None:
 
     move_local.local = True  # type: ignore[attr-defined]
     Block.async_move_resource_to_block_cache = move_local  # type: ignore[method-assign, assignment]
-    # Decoding is for the replicas, which check the header before.
+    # The replicas decode, after they have checked the header.
     gr.Image.preprocess = gr.Video.preprocess = _path  # type: ignore[method-assign, assignment]
 
 

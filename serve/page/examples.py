@@ -1,4 +1,4 @@
-"""Pictures that the page offers to begin with."""
+"""Example images of the page."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from vilseg.text.vocabulary import Vocabulary
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 _SCENES = (1, 4, 9)
 _SIDE = 256
-_MOST = 12
+_MAX_EXAMPLES = 12
 
 
 @dataclass(frozen=True)
 class Example:
-    """A picture and what to look for in it."""
+    """An image and the classes to look for in it."""
 
     name: str
     image: bytes
@@ -26,18 +26,18 @@ class Example:
 
 
 def load_examples(uri: str | None) -> list[Example]:
-    """The pictures of a folder with ``classes.txt`` in it, or synthetic scenes where there is no folder.
+    """Return the images of a directory with ``classes.txt`` in it, or synthetic scenes if there is no directory.
 
     Raises:
-        ConfigError: the folder has no picture, or no class list.
-        StorageError: it cannot be read.
+        ConfigError: The directory has no image, or no class list.
+        StorageError: It cannot be read.
     """
     if uri is None:
         return [_scene(number) for number in _SCENES]
-    files = [entry for entry in storage.list_files(uri) if entry.relative.lower().endswith(_SUFFIXES)][:_MOST]
+    files = [entry for entry in storage.list_files(uri) if entry.relative.lower().endswith(_SUFFIXES)][:_MAX_EXAMPLES]
     names = storage.join(uri, "classes.txt")
     if not files or not storage.exists(names):
-        raise ConfigError(f"the examples at {uri} need pictures and a class list named classes.txt")
+        raise ConfigError(f"the examples at {uri} need images and a class list named classes.txt")
     classes = Vocabulary.parse(names).entries
     return [Example(Path(entry.relative).name, storage.read_bytes(entry.uri), classes) for entry in files]
 

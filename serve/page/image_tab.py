@@ -1,7 +1,8 @@
-"""One picture: looked at once, then named, thresholded and drawn as often as one likes."""
+"""Tab for one image: encoded once, then segmented, thresholded and rendered with any classes."""
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 from collections import OrderedDict
@@ -10,46 +11,195 @@ from typing import Any
 
 import gradio as gr
 
-from serve.http import json_names
+from serve.http.forms import json_names
 from serve.page.components import PageBackend, class_tags, empty, viewer
 from serve.page.examples import Example
-from vilseg.client import arrays_of
-from vilseg.segmentation.result import Segmentation
+from serve.request_types import Format, SegmentRequest
+from vilseg.api_schema import ImageResult
 
-_KEPT, _KEPT_BYTES = 64, 256 << 20
-"""Pictures whose links work, and their bytes in all; the ones used longest ago go first."""
+_CACHED, _CACHED_BYTES = 64, 256 << 20
+"""Images whose links work, and their total size; the least recently used ones are evicted."""
 _BEGIN = "Drop or paste a picture, or choose an example."
 _SESSION_S = 3600
-"""Seconds after which an idle page's picture is forgotten."""
+"""Seconds after which the image of an idle page is released."""
+_VIEWS = ("classes", "clusters", "scores", "picture")
 
 
 class ImageCache:
-    """Pictures by an id that nobody guesses who has not got the picture, for links that restore what a page showed."""
+    """Images by an id that only those who have the image can know, for links that restore what a page showed.
+
+    Args:
+        examples: Images that are never evicted.
+
+    Example:
+        >>> cache = ImageCache([])
+        >>> name = cache.name(b"an encoded image")
+        >>> cache.add(name, b"an encoded image")
+        >>> len(name), cache.get(name), cache.get("0" * 32)
+        (32, b'an encoded image', None)
+    """
 
     def __init__(self, examples: Sequence[Example]) -> None:
         self.examples = {f"example-{number}": example for number, example in enumerate(examples, 1)}
-        self._kept: OrderedDict[str, bytes] = OrderedDict()
+        self._names = {example.image: name for name, example in self.examples.items()}
+        self._images: OrderedDict[str, bytes] = OrderedDict()
 
-    def keep(self, image: bytes) -> str:
-        """The id of a picture from now on."""
-        for name, example in self.examples.items():
-            if example.image == image:
-                return name
-        name = hashlib.sha256(image).hexdigest()[:32]
-        self._kept[name] = image
-        self._kept.move_to_end(name)
-        while len(self._kept) > _KEPT or sum(map(len, self._kept.values())) > _KEPT_BYTES:
-            self._kept.popitem(last=False)
-        return name
+    def name(self, image: bytes) -> str:
+        """Return the id of an image. Hashes the image, so call it in a thread."""
+        return self._names.get(image) or hashlib.sha256(image).hexdigest()[:32]
+
+    def add(self, name: str, image: bytes) -> None:
+        """Store an image by its id, or mark it as used. Call it in the event loop."""
+        if name in self.examples:
+            return
+        self._images[name] = image
+        self._images.move_to_end(name)
+        while len(self._images) > _CACHED or sum(map(len, self._images.values())) > _CACHED_BYTES:
+            self._images.popitem(last=False)
 
     def get(self, name: str) -> bytes | None:
-        """The picture, if it is still there."""
+        """Return an image; None if it was evicted."""
         if name in self.examples:
             return self.examples[name].image
-        return self._kept.get(name)
+        return self._images.get(name)
 
 
-def build(desk: PageBackend, kept: ImageCache, demo: gr.Blocks) -> None:
+class ImageTab:
+    """Handlers of the tab.
+
+    The session's state is a dictionary with ``image`` (encoded bytes), ``id`` (in the cache; computed once per image),
+    ``encoded`` (features by model URI) and ``shown`` (the controls of the result on display).
+
+    Args:
+        backend: Sends requests to replicas.
+        cache: Images of links.
+    """
+
+    def __init__(self, backend: PageBackend, cache: ImageCache) -> None:
+        self._backend = backend
+        self._cache = cache
+
+    async def open(self, image: bytes) -> dict[str, Any]:
+        """Return the state of a session that begins with an image."""
+        return {"image": image, "id": await asyncio.to_thread(self._cache.name, image)}
+
+    async def show(self, state: dict[str, Any], *controls: Any) -> tuple[str, dict[str, Any]]:
+        """Return HTML with the result for the controls, and the new state."""
+        names, has_background, bias, model, *display = controls
+        if not state.get("image"):
+            return empty(_BEGIN), state
+        if not names:
+            return empty("Name at least one class to look for."), state
+        uri = self._backend.config().models.get(model, "")  # a name may get another model while the page is open
+        request = self._backend.request(
+            state["image"],
+            names,
+            model=model,
+            background=has_background,
+            bias=bias,
+            encoded=state.get("encoded", {}).get(uri),
+        )
+        response = await self._backend.segment(request)
+        encoded = {**state.get("encoded", {}), uri: response.encoded}
+        state = {**state, "encoded": encoded, "shown": controls[:4]}
+        self._cache.add(state["id"], state["image"])
+        context: dict[str, Any] = {"link": self._link(state["id"], *controls[:4])}
+        if state.pop("restored", False):  # else the browser has newer values of its controls
+            context["settings"] = dict(zip(("view", "opacity", "threshold"), display, strict=True))
+        return await asyncio.to_thread(viewer, "picture", response.body, context), state
+
+    async def show_if_changed(self, state: dict[str, Any], *controls: Any) -> tuple[Any, Any]:
+        """Show the result for other classes; skip if it is on display.
+
+        The class field also reports changes by an example or a link, whose result is on display already.
+        """
+        if state.get("shown") == controls[:4]:
+            return gr.skip(), gr.skip()
+        return await self.show(state, *controls)
+
+    async def upload(self, path: str | None, *controls: Any) -> tuple[str, dict[str, Any]]:
+        """Show the result for an uploaded image."""
+        return await self.show(await self.open(await self._backend.read(path)) if path else {}, *controls)
+
+    async def example(self, index: int, *controls: Any) -> tuple[Any, ...]:
+        """Return path, classes, result and state of an example."""
+        chosen = list(self._cache.examples.values())[index]
+        names = list(chosen.classes)
+        html, state = await self.show(await self.open(chosen.image), names, *controls[1:])
+        path = await asyncio.to_thread(self._backend.write_file, chosen.image, chosen.name)
+        return path, names, html, state
+
+    async def restore(self, request: gr.Request) -> tuple[Any, ...]:
+        """Return image path, controls, result and state that the parameters of the page's address describe."""
+        query = dict(request.query_params)
+        models = self._backend.models()
+        if not query.keys() & {"picture", "classes"}:
+            # Nothing to restore, and what a quick user has begun meanwhile stays.
+            skipped = [gr.skip() for _ in range(7)]
+            skipped[3] = gr.Dropdown(choices=models)
+            return gr.skip(), *skipped, gr.skip(), gr.skip()
+        controls = [
+            json_names(query.get("classes", "")) or [],
+            query.get("background") == "1",
+            _number(query.get("bias"), 0, -0.3, 0.3),
+            query["model"] if query.get("model") in models else models[0],
+            query["view"] if query.get("view") in _VIEWS else "classes",
+            _number(query.get("opacity"), 0.6),
+            _number(query.get("threshold"), 0),
+        ]
+        image = self._cache.get(query.get("picture", ""))
+        if image is None:
+            if query.get("picture"):
+                gr.Warning("The picture of this link is not kept any more; drop it once more.")
+            html, path = empty(_BEGIN), None
+            state: dict[str, Any] = {}
+        else:
+            html, state = await self.show({**await self.open(image), "restored": True}, *controls)
+            path = await asyncio.to_thread(self._backend.write_file, image, "picture")
+        controls[3] = gr.Dropdown(choices=models, value=controls[3])
+        return path, *controls, html, state
+
+    async def download_mask(self, state: dict[str, Any], *controls: Any) -> str:
+        """Return the path of the label map (PNG)."""
+        response = await self._backend.segment(self._download_request(state, controls, "png"))
+        return await asyncio.to_thread(self._backend.write_file, response.body, "mask.png")
+
+    async def download_coco(self, state: dict[str, Any], *controls: Any) -> str:
+        """Return the path of the annotations (COCO JSON)."""
+        response = await self._backend.segment(self._download_request(state, controls, "json"))
+
+        def write() -> str:
+            annotations = ImageResult.model_validate_json(response.body).to_segmentation().to_coco()
+            return self._backend.write_file(json.dumps(annotations).encode(), "annotations.json")
+
+        return await asyncio.to_thread(write)
+
+    def _download_request(self, state: dict[str, Any], controls: Sequence[Any], format: Format) -> SegmentRequest:
+        names, has_background, bias, model, *_, threshold = controls
+        if not state.get("image") or not names:
+            raise gr.Error("There is nothing to download yet.", title="No result")
+        return self._backend.request(
+            state["image"],
+            names,
+            model=model,
+            background=has_background,
+            bias=bias,
+            threshold=threshold,
+            format=format,
+        )
+
+    def _link(self, image_id: str, names: list[str], has_background: bool, bias: float, model: str) -> dict[str, Any]:
+        """Return the parameters of the page's address; those of the viewer's controls are added in the browser."""
+        return {
+            "picture": image_id,
+            "classes": json.dumps(names, ensure_ascii=False),
+            "background": "1" if has_background else "",
+            "bias": bias or "",
+            "model": "" if model == self._backend.models()[0] else model,
+        }
+
+
+def build(backend: PageBackend, cache: ImageCache, demo: gr.Blocks) -> None:
     """Add the tab to the page."""
     session = gr.State({}, time_to_live=_SESSION_S)
     with gr.Row():
@@ -61,16 +211,16 @@ def build(desk: PageBackend, kept: ImageCache, demo: gr.Blocks) -> None:
             with gr.Row():
                 background = gr.Checkbox(label="Background", elem_id="background")
                 bias = gr.Slider(-0.3, 0.3, 0, step=0.01, label="More background", interactive=True, elem_id="bias")
-            model = gr.Dropdown(label="Model", choices=desk.models(), value=desk.models()[0], elem_id="model")
+            model = gr.Dropdown(label="Model", choices=backend.models(), value=backend.models()[0], elem_id="model")
             examples = gr.Dataset(
                 components=[gr.Image(visible=False)],
-                samples=[[desk.file(example.image, example.name)] for example in kept.examples.values()],
+                samples=[[backend.write_file(example.image, example.name)] for example in cache.examples.values()],
                 label="Or begin with an example",
                 type="index",
                 elem_id="vilseg-examples",
             )
         with gr.Column(scale=3, min_width=320):
-            shown = gr.HTML(empty(_BEGIN), elem_id="result")
+            result = gr.HTML(empty(_BEGIN), elem_id="result")
             view = gr.Radio(
                 [("Classes", "classes"), ("Clusters", "clusters"), ("Scores", "scores"), ("Picture", "picture")],
                 value="classes",
@@ -86,122 +236,29 @@ def build(desk: PageBackend, kept: ImageCache, demo: gr.Blocks) -> None:
                 coco = gr.Button("Download COCO (JSON)", size="sm")
             file = gr.DownloadButton(visible="hidden", elem_id="file")
 
-    wishes = [classes, background, bias, model, view, opacity, threshold]
+    tab = ImageTab(backend, cache)
+    controls = [classes, background, bias, model, view, opacity, threshold]
 
-    async def show(state: dict[str, Any], *wished: Any) -> tuple[str, dict[str, Any]]:
-        names, has_background, more, name, *looks = wished
-        if not state.get("image"):
-            return empty(_BEGIN), state
-        if not names:
-            return empty("Name at least one class to look for."), state
-        uri = desk.config().models.get(name, "")  # a name may get another model while the page is open
-        question = desk.question(
-            state["image"],
-            names,
-            model=name,
-            background=has_background,
-            bias=more,
-            seen=state.get("seen", {}).get(uri),
-        )
-        answer = await desk.ask(question)
-        state = {**state, "seen": {**state.get("seen", {}), uri: answer.seen}, "shown": wished[:4]}
-        found = json.loads(answer.body)
-        if state.pop("restored", False):  # else the browser knows better where its controls are
-            found["settings"] = dict(zip(("view", "opacity", "threshold"), looks, strict=True))
-        found["link"] = {
-            "picture": kept.keep(state["image"]),
-            "classes": json.dumps(names, ensure_ascii=False),
-            "background": "1" if has_background else "",
-            "bias": more or "",
-            "model": "" if name == desk.models()[0] else name,
-        }
-        return viewer("picture", found), state
-
-    async def name_anew(state: dict[str, Any], *wished: Any) -> tuple[Any, Any]:
-        # The class field also tells of what an example or a link has put into it, and that is shown already.
-        if state.get("shown") == wished[:4]:
-            return gr.skip(), gr.skip()
-        return await show(state, *wished)
-
-    async def take(path: str | None, *wished: Any) -> tuple[str, dict[str, Any]]:
-        return await show({"image": await desk.read(path)} if path else {}, *wished)
-
-    async def example(index: int, *wished: Any) -> tuple[Any, ...]:
-        chosen = list(kept.examples.values())[index]
-        names = list(chosen.classes)
-        html, state = await show({"image": chosen.image}, names, *wished[1:])
-        return desk.file(chosen.image, chosen.name), names, html, state
-
-    async def restore(request: gr.Request) -> tuple[Any, ...]:
-        asked = dict(request.query_params)
-        known = desk.models()
-        if not asked.keys() & {"picture", "classes"}:
-            # Nothing to restore, and what somebody quick has begun meanwhile stays.
-            skipped = [gr.skip() for _ in wishes]
-            skipped[3] = gr.Dropdown(choices=known)
-            return gr.skip(), *skipped, gr.skip(), gr.skip()
-        names = json_names(asked.get("classes", "")) or []
-        wished = [
-            names,
-            asked.get("background") == "1",
-            _number(asked.get("bias"), 0, -0.3, 0.3),
-            asked["model"] if asked.get("model") in known else known[0],
-            asked["view"] if asked.get("view") in ("classes", "clusters", "scores", "picture") else "classes",
-            _number(asked.get("opacity"), 0.6),
-            _number(asked.get("threshold"), 0),
-        ]
-        picture = kept.get(asked.get("picture", ""))
-        if picture is None:
-            if asked.get("picture"):
-                gr.Warning("The picture of this link is not kept any more; drop it once more.")
-            html, path = empty(_BEGIN), None
-            state: dict[str, Any] = {}
-        else:
-            html, state = await show({"image": picture, "restored": True}, *wished)
-            path = desk.file(picture, "picture")
-        wished[3] = gr.Dropdown(choices=known, value=wished[3])
-        return path, *wished, html, state
-
-    async def download(kind: str, state: dict[str, Any], *wished: Any) -> str:
-        names, has_background, more, name, *_, limit = wished
-        if not state.get("image") or not names:
-            raise gr.Error("There is nothing to download yet.", title="No result")
-        question = desk.question(
-            state["image"], names, model=name, background=has_background, bias=more, threshold=limit, format=kind
-        )
-        answer = await desk.ask(question)
-        if kind == "png":
-            return desk.file(answer.body, "mask.png")
-        found = Segmentation(**arrays_of(json.loads(answer.body))).to_coco()
-        return desk.file(json.dumps(found).encode(), "annotations.json")
-
-    image.upload(take, [image, *wishes], [shown, session])
-    image.clear(lambda: (empty(_BEGIN), {}), None, [shown, session])
-    examples.click(example, [examples, *wishes], [image, classes, shown, session])
-    classes.change(name_anew, [session, *wishes], [shown, session], trigger_mode="always_last")
+    image.upload(tab.upload, [image, *controls], [result, session])
+    image.clear(lambda: (empty(_BEGIN), {}), None, [result, session])
+    examples.click(tab.example, [examples, *controls], [image, classes, result, session])
+    classes.change(tab.show_if_changed, [session, *controls], [result, session], trigger_mode="always_last")
     for control in (background, model):
-        control.input(show, [session, *wishes], [shown, session], trigger_mode="always_last")
-    bias.input(show, [session, *wishes], [shown, session], trigger_mode="always_last", show_progress="hidden")
-    # These are drawn anew from what the browser has.
+        control.input(tab.show, [session, *controls], [result, session], trigger_mode="always_last")
+    bias.input(tab.show, [session, *controls], [result, session], trigger_mode="always_last", show_progress="hidden")
+    # Rendered in the browser, without the server.
     view.input(None, view, None, js="(view) => { vilseg.set(['picture'], { view }); }")
     opacity.input(None, opacity, None, js="(opacity) => { vilseg.set(['picture'], { opacity }); }")
     threshold.input(None, threshold, None, js="(threshold) => { vilseg.set(['picture'], { threshold }); }")
     link.click(None, None, None, js="() => vilseg.copyLink()")
-    for button, kind in ((png, "png"), (coco, "json")):
-        made = button.click(_of(download, kind), [session, *wishes], file)
+    for button, download in ((png, tab.download_mask), (coco, tab.download_coco)):
+        made = button.click(download, [session, *controls], file)
         made.success(None, None, None, js="() => vilseg.download('file')")
-    demo.load(restore, None, [image, *wishes, shown, session])
+    demo.load(tab.restore, None, [image, *controls, result, session])
 
 
-def _of(download: Any, kind: str) -> Any:
-    async def run(*inputs: Any) -> str:
-        return await download(kind, *inputs)
-
-    return run
-
-
-def _number(text: str | None, otherwise: float, low: float = 0, high: float = 1) -> float:
+def _number(text: str | None, default: float, low: float = 0, high: float = 1) -> float:
     try:
-        return min(high, max(low, float(text or otherwise)))
+        return min(high, max(low, float(text or default)))
     except ValueError:
-        return otherwise
+        return default

@@ -1,8 +1,9 @@
-// <vilseg-viewer name="…" data="…">: a segmentation that is drawn, hovered over and thresholded in the browser.
-// `data` is base64 of the JSON that serve/encoding.py calls a view; `settings` outlive it, so a new picture keeps them.
+// <vilseg-viewer name="…" context="…" data="…">: renders a segmentation with names under the pointer and a live threshold.
+// `data` is base64 of the JSON of `viewer_data` in serve/encoding.py. `context` is JSON with `settings` to apply and `link`,
+// the parameters of the page's address. Settings belong to the name, so a new image keeps them.
 (() => {
   "use strict";
-  const NOTHING = 255;
+  const NO_CLASS = 255;
   const defaults = { view: "classes", opacity: 0.6, threshold: 0 };
   const settings = {};
   const settingsOf = (name) => (settings[name] ??= { ...defaults });
@@ -25,13 +26,13 @@
     small { opacity: 0.75; font-variant-numeric: tabular-nums; }
     .note { margin: 8px 0 0; opacity: 0.75; }`;
 
-  const shareText = (share) => (share > 0 && share < 0.005 ? "<1 %" : `${Math.round(share * 100)} %`);
+  const percent = (fraction) => (fraction > 0 && fraction < 0.005 ? "<1 %" : `${Math.round(fraction * 100)} %`);
 
-  function picture(url) {
+  function loadImage(url) {
     return new Promise((resolve, reject) => {
       const image = new Image();
       image.onload = () => resolve(image);
-      image.onerror = () => reject(new Error("a picture of the result cannot be shown"));
+      image.onerror = () => reject(new Error("an image of the result cannot be shown"));
       image.src = url;
     });
   }
@@ -55,7 +56,7 @@
     return [channel(0), channel(8), channel(4)];
   }
 
-  // From dark blue over green to yellow, equally steep in lightness: the ends can be told apart without colours.
+  // From dark blue over green to yellow with an even rise in lightness, so that the ends differ without colours too.
   const RAMP = [[48, 18, 59], [49, 86, 143], [32, 144, 140], [94, 201, 98], [253, 231, 37]];
   function scoreColour(score) {
     const at = Math.min(score / 255, 0.9999) * (RAMP.length - 1);
@@ -88,10 +89,11 @@
       const turn = (this.turn = (this.turn ?? 0) + 1);
       const bytes = Uint8Array.from(atob(data), (letter) => letter.charCodeAt(0));
       const shown = JSON.parse(new TextDecoder().decode(bytes));
-      Object.assign(this.settings, shown.settings);
+      const context = JSON.parse(this.getAttribute("context") || "{}");
+      Object.assign(this.settings, context.settings);
       try {
-        const [image, maps] = await Promise.all([picture(shown.image), picture(shown.maps)]);
-        if (turn !== this.turn) return; // a newer result has come meanwhile
+        const [image, maps] = await Promise.all([loadImage(shown.image), loadImage(shown.maps)]);
+        if (turn !== this.turn) return; // a newer result has arrived meanwhile
         this.shown = shown;
         this.photo = pixels(image);
         this.maps = pixels(maps);
@@ -104,7 +106,7 @@
       this.canvas.height = this.photo.height;
       this.canvas.classList.toggle("small", this.photo.width < 320);
       this.update();
-      if (shown.link) writeLink(shown.link);
+      if (context.link) writeLink(context.link);
       this.setAttribute("ready", String(turn));
     }
 
@@ -112,14 +114,14 @@
     label(at) {
       const { data } = this.maps;
       const below = data[4 * at + 1] < this.settings.threshold * 255;
-      return below ? this.rest : data[4 * at];
+      return below ? this.belowThreshold : data[4 * at];
     }
 
     update() {
       if (!this.shown) return;
       const { classes, background } = this.shown;
       const index = background === null ? -1 : classes.findIndex((entry) => entry.name === background);
-      this.rest = index < 0 ? NOTHING : index;
+      this.belowThreshold = index < 0 ? NO_CLASS : index;
       this.count();
       this.draw();
     }
@@ -128,21 +130,21 @@
       const { classes } = this.shown;
       const total = this.maps.width * this.maps.height;
       const areas = new Array(classes.length).fill(0), sums = new Array(classes.length).fill(0);
-      let nothing = 0;
+      let unlabelled = 0;
       for (let at = 0; at < total; at++) {
         const label = this.label(at);
-        if (label === NOTHING) { nothing++; continue; }
+        if (label === NO_CLASS) { unlabelled++; continue; }
         areas[label]++;
         sums[label] += this.maps.data[4 * at + 1] / 255;
       }
       const order = classes.map((_, i) => i).filter((i) => areas[i] > 0).sort((a, b) => areas[b] - areas[a]);
       this.list.replaceChildren(...order.map((i) => {
         const item = document.createElement("li"), button = document.createElement("button");
-        const swatch = document.createElement("i"), name = document.createElement("span"), figures = document.createElement("small");
+        const swatch = document.createElement("i"), name = document.createElement("span"), details = document.createElement("small");
         swatch.style.background = `rgb(${classes[i].colour})`;
         name.textContent = classes[i].name;
-        figures.textContent = `${shareText(areas[i] / total)} · score ${(sums[i] / areas[i]).toFixed(2)}`;
-        button.append(swatch, name, figures);
+        details.textContent = `${percent(areas[i] / total)} · score ${(sums[i] / areas[i]).toFixed(2)}`;
+        button.append(swatch, name, details);
         button.type = "button";
         button.dataset.class = classes[i].name;
         button.setAttribute("aria-pressed", String(this.kept === i));
@@ -152,9 +154,9 @@
         item.append(button);
         return item;
       }));
-      const names = order.map((i) => `${classes[i].name} ${shareText(areas[i] / total)}`).join(", ");
+      const names = order.map((i) => `${classes[i].name} ${percent(areas[i] / total)}`).join(", ");
       this.canvas.setAttribute("aria-label", `The picture with its classes: ${names || "none"}`);
-      this.note.textContent = nothing ? `${shareText(nothing / total)} of the picture has no class at this threshold.` : "";
+      this.note.textContent = unlabelled ? `${percent(unlabelled / total)} of the picture has no class at this threshold.` : "";
     }
 
     focusOn(index) {
@@ -172,7 +174,7 @@
       for (let at = 0, p = 0; at < width * height; at++, p += 4) {
         const label = this.label(at);
         let tint = null, weight = opacity;
-        if (view === "classes" && label !== NOTHING) tint = classes[label].colour;
+        if (view === "classes" && label !== NO_CLASS) tint = classes[label].colour;
         else if (view === "clusters") tint = CLUSTERS[this.maps.data[p + 2]];
         else if (view === "scores") tint = SCORES[this.maps.data[p + 1]];
         if (marked !== null && label !== marked) weight *= 0.15;
@@ -191,14 +193,14 @@
       if (x < 0 || y < 0 || x >= this.photo.width || y >= this.photo.height) return this.leave();
       const at = y * this.photo.width + x, label = this.label(at);
       const [, score, cluster] = this.maps.data.subarray(4 * at, 4 * at + 3);
-      const name = label === NOTHING ? "no class" : this.shown.classes[label].name;
+      const name = label === NO_CLASS ? "no class" : this.shown.classes[label].name;
       const more = this.settings.view === "clusters" ? `cluster ${cluster}` : (score / 255).toFixed(2);
       this.tip.textContent = `${name} · ${more}`;
       this.tip.style.display = "block";
       const half = this.tip.offsetWidth / 2 + 4;
       this.tip.style.left = `${Math.max(half, Math.min(stage.width - half, event.clientX - stage.left))}px`;
       this.tip.style.top = `${Math.max(this.tip.offsetHeight + 12, event.clientY - stage.top)}px`;
-      const mark = label === NOTHING ? null : label;
+      const mark = label === NO_CLASS ? null : label;
       if (mark !== this.marked) { this.marked = mark; this.draw(); }
     }
 
@@ -216,7 +218,7 @@
     history.replaceState(history.state, "", url);
   }
 
-  // What Gradio's own controls call: names of viewers, and the settings to change.
+  // Called by Gradio's controls: names of viewers, and the settings to change.
   window.vilseg = {
     set(names, changes) {
       for (const name of names) Object.assign(settingsOf(name), changes);

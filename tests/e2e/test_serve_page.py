@@ -60,7 +60,7 @@ def url(tmp_path_factory: pytest.TempPathFactory, save_tiny_model: Callable[[str
     process, said = serve(
         folder / "log",
         *("--model", f"day={model}", "--model", f"night={model}"),
-        *(f"videos.storage={folder / 'films'}", "replicas.maximum=1", "limits.body_bytes=3000000"),
+        *(f"videos.storage={folder / 'videos'}", "replicas.maximum=1", "limits.body_bytes=3000000"),
         port=free_port(),
     )
     yield said["url"]
@@ -101,7 +101,7 @@ def open_page(browser: Any, url: str) -> Iterator[Open]:
     seen = list(wrong)  # a page that is closed gives up what it was fetching, and says so
     for page in pages:
         page.close()
-    # A film that is shown anew is fetched anew, and its page says that the fetch before was given up.
+    # A video that is shown anew is fetched anew, and its page says that the fetch before was given up.
     assert [text for text in seen if text != "Failed to fetch"] == []
 
 
@@ -329,26 +329,26 @@ def test_several_pictures_at_once(open_page: Open, photo: Path, tmp_path: Path) 
     keep(page, "5-batch")
 
 
-def test_a_film(open_page: Open, tmp_path: Path) -> None:
+def test_a_video(open_page: Open, tmp_path: Path) -> None:
     pytest.importorskip("av", reason="needs PyAV (pip install vilseg[video])")
     from vilseg.segmentation.video_io import Frame, write_video
 
     images = [scenes.render_scene(3, 0, 128).image for _ in range(2)]
-    write_video(str(tmp_path / "film.mp4"), (Frame(i, i / 10, images[i % 2]) for i in range(12)))
+    write_video(str(tmp_path / "video.mp4"), (Frame(i, i / 10, images[i % 2]) for i in range(12)))
     page = open_page()
-    page.get_by_role("tab", name="Film").click()
-    page.locator("#film input[type=file]").set_input_files(tmp_path / "film.mp4")
+    page.get_by_role("tab", name="Video").click()
+    page.locator("#video input[type=file]").set_input_files(tmp_path / "video.mp4")
     for name in ("sky", "grass"):
-        add_class(page, "film-classes", name)
-    page.locator("#film video").wait_for()
-    page.locator("#film-run").click()
+        add_class(page, "video-classes", name)
+    page.locator("#video video").wait_for()
+    page.locator("#video-run").click()
     page.get_by_text(re.compile(r"12 frames, 1\.2 s")).wait_for()
-    page.locator("#film-overlay video").wait_for()
+    page.locator("#video-overlay video").wait_for()
     with page.expect_download() as download:
-        page.locator("#film-masks a").first.click()
+        page.locator("#video-masks a").first.click()
     download.value.save_as(tmp_path / "masks.zip")
     assert "000011.png" in zipfile.ZipFile(tmp_path / "masks.zip").namelist()
-    keep(page, "6-film")
+    keep(page, "6-video")
 
 
 def test_a_telephone_shows_all_of_it(open_page: Open) -> None:
@@ -396,7 +396,7 @@ def test_with_keys_the_page_wants_one_and_a_stop_waits_for_what_is_in_work(
 ) -> None:
     keys, model = tmp_path / "keys.txt", save_tiny_model(str(tmp_path / "model"), 64)
     key = vilseg("key", "anna", "--file", str(keys)).stdout.strip()
-    options = ("--model", model, "--keys", str(keys), "--host", "0.0.0.0", f"videos.storage={tmp_path / 'films'}")
+    options = ("--model", model, "--keys", str(keys), "--host", "0.0.0.0", f"videos.storage={tmp_path / 'videos'}")
     process, said = serve(tmp_path / "log", *options, port=free_port())
     try:
         page = browser.new_page()

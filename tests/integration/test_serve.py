@@ -68,8 +68,8 @@ class Server:
 
         return int(serve.status().applications["vilseg"].deployments["models"].replica_states.get("RUNNING", 0))
 
-    def figure(self, name: str) -> float:
-        """A figure of ``/metrics``."""
+    def metric(self, name: str) -> float:
+        """Value of a metric of ``/metrics``."""
         lines = httpx.get(f"{self.url}/metrics").text.splitlines()
         return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name))
 
@@ -104,7 +104,7 @@ def server(ray_cluster: Session, models: dict[str, str], tmp_path_factory: pytes
             **{"minimum": 1, "maximum": 2, "cpus": 0.5, "ongoing": ONGOING, "queue": QUEUE},
             **{"target_ongoing": 1.5, "upscale_delay": 1, "downscale_delay": 3},
         },
-        "videos": {"storage": str(tmp_path_factory.mktemp("films"))},
+        "videos": {"storage": str(tmp_path_factory.mktemp("videos"))},
     }
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     deploy(tree)
@@ -120,7 +120,7 @@ def photo() -> bytes:
 
 @pytest.fixture(scope="module")
 def heavy() -> bytes:
-    """Much to paint: a few tenths of a second."""
+    """An image that takes a few tenths of a second to encode."""
     return encoded(
         np.kron(np.random.default_rng(0).integers(0, 255, (15, 20, 3)), np.ones((100, 100, 1))).astype(np.uint8)
     )
@@ -191,17 +191,17 @@ def test_the_client_gets_what_the_segmenter_finds(server: Server, models: dict[s
             client.segment(photo, ["sky"], model="nobody")
 
 
-def test_a_film_goes_the_whole_way(server: Server, tmp_path: Path) -> None:
+def test_a_video_is_segmented_by_the_client(server: Server, tmp_path: Path) -> None:
     pytest.importorskip("av", reason="needs PyAV (pip install vilseg[video])")
     from vilseg.segmentation.video_io import Frame, read_frames, write_video
 
     frames = (Frame(i, i / 10, np.full((48, 64, 3), 20 * i, np.uint8)) for i in range(8))
-    write_video(str(tmp_path / "film.mp4"), frames)
+    write_video(str(tmp_path / "video.mp4"), frames)
     with Client(server.url) as client:
-        film = client.film(
-            tmp_path / "film.mp4", ["sky", "grass"], overlay=tmp_path / "o.mp4", masks=tmp_path / "m.zip"
+        video = client.video(
+            tmp_path / "video.mp4", ["sky", "grass"], overlay=tmp_path / "o.mp4", masks=tmp_path / "m.zip"
         )
-    assert film.frames == len(list(read_frames(tmp_path / "o.mp4"))) == 8
+    assert video.frames == len(list(read_frames(tmp_path / "o.mp4"))) == 8
     assert (tmp_path / "m.zip").stat().st_size > 0
 
 
@@ -225,7 +225,7 @@ def test_work_for_clients_that_are_gone_is_dropped(server: Server, photo: bytes,
     begun = time.monotonic()
     post(server.url, heavy)
     one = time.monotonic() - begun
-    before = server.figure("vilseg_stage_seconds_count")
+    before = server.metric("vilseg_stage_seconds_count")
 
     async def leave() -> None:
         async with httpx.AsyncClient(timeout=PATIENCE) as client:
@@ -240,22 +240,22 @@ def test_work_for_clients_that_are_gone_is_dropped(server: Server, photo: bytes,
             await asyncio.gather(*asks, return_exceptions=True)
 
     asyncio.run(leave())
-    until(lambda: server.figure("vilseg_pictures_in_work") == 0, "what the clients left behind")
+    until(lambda: server.metric("vilseg_pictures_in_work") == 0, "what the clients left behind")
     assert post(server.url, photo).status_code == 200
-    answered = (server.figure("vilseg_stage_seconds_count") - before) / 4  # four stages a picture
+    answered = (server.metric("vilseg_stage_seconds_count") - before) / 4  # four stages a picture
     assert answered - 1 <= ONGOING, "what waited outside was never begun"
 
 
 def test_a_replica_that_is_killed_under_load_costs_no_request(server: Server, heavy: bytes) -> None:
     with Load(server.url, heavy, 4) as load:
         until(lambda: len(load.answers) >= 4, "answers")
-        retries = server.figure("vilseg_retries_total")
+        retries = server.metric("vilseg_retries_total")
         for replica in server.replicas():
             os.kill(replica, signal.SIGKILL)
         count = len(load.answers)
         until(lambda: len(load.answers) >= count + 12, "answers after the kill")
     assert load.failed() == []
-    assert server.figure("vilseg_retries_total") > retries, "what was in flight was asked again"
+    assert server.metric("vilseg_retries_total") > retries, "what was in flight was asked again"
 
 
 def test_a_model_is_rolled_out_under_load_without_a_failure(

@@ -35,7 +35,7 @@ def photo() -> bytes:
 
 @pytest.fixture
 def start(model_uri: str, tmp_path: Path) -> Iterator[Start]:
-    """``start(**config)``: a client of the application; ``ask`` takes the place of the model."""
+    """``start(**config)``: a client of the application; ``segment`` replaces the model."""
     from fastapi.testclient import TestClient
 
     from serve.api_keys import ApiKeys
@@ -49,24 +49,24 @@ def start(model_uri: str, tmp_path: Path) -> Iterator[Start]:
     clients: list[Any] = []
 
     def make(
-        ask: Any = None, address: str = "127.0.0.1", host: str = "localhost", root_path: str = "", **parts: Any
+        segment: Any = None, address: str = "127.0.0.1", host: str = "localhost", root_path: str = "", **parts: Any
     ) -> Any:
         tree = {
             "models": {"default": model_uri, "other": model_uri},
-            "videos": {"storage": str(tmp_path / "films")},
+            "videos": {"storage": str(tmp_path / "videos")},
             "page": False,
         }
         config = ServeConfig.model_validate({**tree, **parts})
         engine = Engine(batch=config.replicas.batch, max_pixels=config.limits.pixels)
         model = LoadedModel(model_uri)
 
-        async def answer(question: Any) -> Any:
-            found = await engine.answer(model, question)
+        async def segment_here(request: Any) -> Any:
+            found = await engine.segment(model, request)
             if found.status != 200:
                 raise HttpError(found.status, found.code, found.message)
             return found
 
-        async def work(job: Any) -> None:
+        async def segment_video(job: Any) -> None:
             await asyncio.to_thread(
                 segment_video_job, job, lambda: model.segmenter(job.vocabulary), config.limits, threading.Event()
             )
@@ -75,8 +75,8 @@ def start(model_uri: str, tmp_path: Path) -> Iterator[Start]:
             config=lambda: config,
             keys=ApiKeys(config.keys) if config.keys else None,
             metrics=Metrics(),
-            ask=ask or answer,
-            films=VideoUploads(config, work),
+            segment=segment or segment_here,
+            uploads=VideoUploads(config, segment_video),
         )
         client = TestClient(app, base_url=f"http://{host}", client=(address, 50000), root_path=root_path)
         client.__enter__()

@@ -1,4 +1,4 @@
-"""A segmentation as JSON, PNG and as what the page draws from."""
+"""Response bodies: JSON, PNG and the data of the page's viewer."""
 
 import base64
 import io
@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from serve.encoding import encode, view
+from serve.encoding import encode, viewer_data
 from serve.request_types import SegmentRequest
-from vilseg.client import arrays_of
+from vilseg.api_schema import ImageResult
 from vilseg.segmentation.result import Segmentation
 from vilseg.text.vocabulary import Vocabulary
 
@@ -29,7 +29,7 @@ def made(height: int, width: int, classes: tuple[str, ...]) -> Segmentation:
     )
 
 
-def question(**parts: Any) -> SegmentRequest:
+def request(**parts: Any) -> SegmentRequest:
     return SegmentRequest(request_id="r", model="m", image=b"", vocabulary=Vocabulary(("a",)), **parts)
 
 
@@ -39,11 +39,11 @@ def pixels(url: str) -> np.ndarray:
 
 def test_the_json_holds_every_pixel_and_the_threshold_takes_some_away() -> None:
     result = made(30, 50, ("sky", "sea", "boat"))
-    body, media_type = encode(result, question(threshold=0.4))
+    body, media_type = encode(result, request(threshold=0.4))
     assert media_type == "application/json"
     document = json.loads(body)
     kept = np.where(result.scores < 0.4, 255, result.labels)
-    np.testing.assert_array_equal(arrays_of(document)["labels"], kept)
+    np.testing.assert_array_equal(ImageResult.model_validate(document).to_segmentation().labels, kept)
     for region in document["regions"]:
         mask = kept == region["class_index"]
         assert region["area"] == mask.sum() == coco_mask.area(region["rle"])
@@ -53,8 +53,10 @@ def test_the_json_holds_every_pixel_and_the_threshold_takes_some_away() -> None:
 
 def test_below_the_threshold_is_background_where_there_is_one() -> None:
     result = made(30, 50, ("sky", "background", "boat"))
-    document = json.loads(encode(result, question(threshold=0.4))[0])
-    np.testing.assert_array_equal(arrays_of(document)["labels"], np.where(result.scores < 0.4, 1, result.labels))
+    document = json.loads(encode(result, request(threshold=0.4))[0])
+    np.testing.assert_array_equal(
+        ImageResult.model_validate(document).to_segmentation().labels, np.where(result.scores < 0.4, 1, result.labels)
+    )
 
 
 def test_polygons_enclose_what_the_run_lengths_hold() -> None:
@@ -63,7 +65,7 @@ def test_polygons_enclose_what_the_run_lengths_hold() -> None:
     labels[10:15, 20:30] = 1  # a hole
     labels[30:38, 2:9] = 0
     result = Segmentation(labels=labels, classes=("a", "b"), scores=np.ones((40, 60), np.float32))
-    regions = json.loads(encode(result, question(polygons=True))[0])["regions"]
+    regions = json.loads(encode(result, request(polygons=True))[0])["regions"]
     [region] = [region for region in regions if region["class"] == "a"]
     drawn = np.zeros((40, 60), int)
     for outline, *holes in region["polygons"]:
@@ -77,9 +79,9 @@ def test_polygons_enclose_what_the_run_lengths_hold() -> None:
     assert [len(polygon) for polygon in region["polygons"]] == [2, 1]
 
 
-def test_a_view_holds_labels_scores_and_clusters_of_every_pixel() -> None:
+def test_viewer_data_hold_labels_scores_and_clusters_of_every_pixel() -> None:
     result = made(30, 50, tuple(f"class {number}" for number in range(6)))
-    found = view(result)
+    found = viewer_data(result)
     maps = pixels(found["maps"])
     names = [found["classes"][index]["name"] for index in maps[:, :, 0].ravel()]
     assert names == [result.classes[index] for index in result.labels.ravel()]
@@ -88,9 +90,9 @@ def test_a_view_holds_labels_scores_and_clusters_of_every_pixel() -> None:
     assert pixels(found["image"]).shape == (30, 50, 3)
 
 
-def test_a_view_of_many_classes_and_of_a_large_picture() -> None:
+def test_viewer_data_of_many_classes_and_of_a_large_image() -> None:
     result = made(1500, 2000, tuple(f"class {number}" for number in range(300)))
-    found = view(result)
+    found = viewer_data(result)
     assert pixels(found["maps"]).shape == (768, 1024, 3)
     assert (found["width"], found["height"]) == (2000, 1500)
     assert len(found["classes"]) == 255, "a byte holds no more; the smallest are left out"

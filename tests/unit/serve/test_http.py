@@ -17,12 +17,16 @@ from serve.api_keys import add_key
 from serve.http_errors import overloaded_error
 from serve.request_types import SegmentRequest, SegmentResponse
 from vilseg import Segmenter, ViLSeg
-from vilseg.client import arrays_of
+from vilseg.api_schema import ImageResult
 from vilseg.data.image_decoding import decode_image
 from vilseg.text.vocabulary import Vocabulary
 
 Start = Callable[..., Any]
 CLASSES = "sky|clouds, sea"
+
+
+def labels_of(response: Any) -> np.ndarray:
+    return ImageResult.model_validate_json(response.content).to_segmentation().labels
 
 
 def post(client: Any, photo: bytes, path: str = "/v1/segment", name: str = "image", **form: Any) -> Any:
@@ -44,7 +48,7 @@ def test_the_answer_is_that_of_the_segmenter(start: Start, photo: bytes, model_u
     assert response.status_code == 200
     document = response.json()
     wanted = Segmenter(ViLSeg.from_pretrained(model_uri), CLASSES, device="cpu")(decode_image(photo))
-    np.testing.assert_array_equal(arrays_of(document)["labels"], wanted.labels)
+    np.testing.assert_array_equal(labels_of(response), wanted.labels)
     assert document["classes"] == ["sky", "sea"]
     assert (document["width"], document["height"], document["model"]) == (60, 40, "default")
     assert document["request_id"] == response.headers["x-request-id"]
@@ -52,7 +56,7 @@ def test_the_answer_is_that_of_the_segmenter(start: Start, photo: bytes, model_u
 
 def test_other_formats(start: Start, photo: bytes) -> None:
     client = start()
-    labels = arrays_of(post(client, photo).json())["labels"]
+    labels = labels_of(post(client, photo))
     png = post(client, photo, format="png")
     assert png.headers["content-type"] == "image/png"
     np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(png.content))), labels)
@@ -104,7 +108,7 @@ def test_what_is_wrong_is_said(
     assert words in refused(post(start(), photo, **form), status, code)
 
 
-def test_what_is_no_picture_is_refused(start: Start, photo: bytes) -> None:
+def test_what_is_no_image_is_refused(start: Start, photo: bytes) -> None:
     client = start(limits={"pixels": 2000, "body_bytes": 10_000})
     assert "known format" in refused(post(client, b"text named .jpg"), 422, "not_a_picture")
     assert "no bytes" in refused(post(client, b""), 422, "not_a_picture")
@@ -139,10 +143,10 @@ def test_a_batch_keeps_the_order_and_refuses_one_by_one(start: Start, photo: byt
 
 
 def test_overload_is_told_with_a_time_to_come_back(start: Start, photo: bytes) -> None:
-    async def ask(_: SegmentRequest) -> SegmentResponse:
+    async def segment(_: SegmentRequest) -> SegmentResponse:
         raise overloaded_error()
 
-    client = start(ask)
+    client = start(segment)
     for response in (post(client, photo), post(client, photo, "/v1/segment/batch", "images")):
         refused(response, 503, "overloaded")
         assert int(response.headers["retry-after"]) >= 1
@@ -151,7 +155,7 @@ def test_overload_is_told_with_a_time_to_come_back(start: Start, photo: bytes) -
 def test_what_takes_too_long_is_given_up(start: Start, photo: bytes) -> None:
     dropped = []
 
-    async def ask(_: SegmentRequest) -> SegmentResponse:
+    async def segment(_: SegmentRequest) -> SegmentResponse:
         try:
             await asyncio.sleep(30)
         except asyncio.CancelledError:
@@ -160,16 +164,16 @@ def test_what_takes_too_long_is_given_up(start: Start, photo: bytes) -> None:
         return SegmentResponse()
 
     # Long enough to be asked at all where other tests have the cores.
-    response = post(start(ask, limits={"seconds": 1.5}), photo)
+    response = post(start(segment, limits={"seconds": 1.5}), photo)
     assert "1.5 s" in refused(response, 503, "timeout")
     assert dropped
 
 
 def test_errors_of_our_own_tell_nothing_of_the_inside(start: Start, photo: bytes) -> None:
-    async def ask(_: SegmentRequest) -> SegmentResponse:
+    async def segment(_: SegmentRequest) -> SegmentResponse:
         raise RuntimeError("/srv/secret/model.safetensors")
 
-    client = start(ask)
+    client = start(segment)
     response = client.post("/v1/segment", files={"image": photo}, data={"classes": "a"})
     refused(response, 500, "internal")
     assert "secret" not in response.text
@@ -220,7 +224,7 @@ def test_wrong_addresses_and_methods(start: Start) -> None:
     assert client.get("/healthz").json() == {"status": "ok"}
 
 
-def test_figures_for_prometheus_count_what_happened(start: Start, photo: bytes) -> None:
+def test_metrics_for_prometheus_count_what_happened(start: Start, photo: bytes) -> None:
     client = start()
     for image in (photo, photo, b"no"):
         post(client, image)
@@ -247,35 +251,39 @@ def test_the_schema_shows_every_route_with_an_example(start: Start) -> None:
     assert schema["components"]["schemas"]["ImageResult"]["example"]["regions"]
 
 
-def test_a_picture_seen_before_is_named_anew_without_a_second_look(model_uri: str, photo: bytes) -> None:
+def test_an_encoded_image_is_classified_again_without_the_encoder(model_uri: str, photo: bytes) -> None:
     from serve import engine as module
 
     async def scenario() -> None:
         engine, model = module.Engine(batch=4, max_pixels=10**6), module.LoadedModel(model_uri)
-        looks = []
-        for names, seen in ((("sky", "sea"), None), (("boat", "sea", "sky"), "kept"), (("boat", "sea", "sky"), None)):
-            question = SegmentRequest(
+        responses = []
+        for names, encoded in (
+            (("sky", "sea"), None),
+            (("boat", "sea", "sky"), "kept"),
+            (("boat", "sea", "sky"), None),
+        ):
+            request = SegmentRequest(
                 request_id="r",
                 model="m",
                 image=photo,
                 vocabulary=Vocabulary(names),
-                format="view",
-                seen=looks[0].seen if seen else None,
+                format="viewer",
+                encoded=responses[0].encoded if encoded else None,
             )
-            looks.append(await engine.answer(model, question))
-        assert json.loads(looks[1].body) == json.loads(looks[2].body)
+            responses.append(await engine.segment(model, request))
+        assert json.loads(responses[1].body) == json.loads(responses[2].body)
 
     asyncio.run(scenario())
 
 
 @pytest.fixture
-def film(tmp_path: Path) -> bytes:
+def video(tmp_path: Path) -> bytes:
     pytest.importorskip("av", reason="needs PyAV (pip install vilseg[video])")
     from vilseg.segmentation.video_io import Frame, write_video
 
     frames = (Frame(i, i / 10, np.full((48, 64, 3), 20 * i, np.uint8)) for i in range(8))
-    write_video(str(tmp_path / "film.mp4"), frames)
-    return (tmp_path / "film.mp4").read_bytes()
+    write_video(str(tmp_path / "video.mp4"), frames)
+    return (tmp_path / "video.mp4").read_bytes()
 
 
 def wait(client: Any, url: str) -> dict[str, Any]:
@@ -285,12 +293,12 @@ def wait(client: Any, url: str) -> dict[str, Any]:
         if state["status"] in ("done", "failed"):
             return dict(state)
         time.sleep(0.1)
-    raise AssertionError(f"the film is still {state}")
+    raise AssertionError(f"the video is still {state}")
 
 
-def test_a_film_is_handed_in_asked_after_and_fetched(start: Start, film: bytes) -> None:
+def test_a_video_is_handed_in_asked_after_and_fetched(start: Start, video: bytes) -> None:
     client = start()
-    response = post(client, film, "/v1/videos", "video", key_every="4")
+    response = post(client, video, "/v1/videos", "video", key_every="4")
     assert response.status_code == 202
     state = wait(client, response.json()["status_url"])
     assert (state["status"], state["frames"], state["width"], state["height"]) == ("done", 8, 64, 48)
@@ -311,17 +319,17 @@ def test_a_film_is_handed_in_asked_after_and_fetched(start: Start, film: bytes) 
         (None, {"video_seconds": 0.3}, "longer than 0.3 s"),
     ],
 )
-def test_films_that_cannot_be_used(
-    start: Start, film: bytes, content: bytes | None, limits: dict[str, Any], words: str, tmp_path: Path
+def test_videos_that_cannot_be_used(
+    start: Start, video: bytes, content: bytes | None, limits: dict[str, Any], words: str, tmp_path: Path
 ) -> None:
     client = start(limits=limits)
-    state = wait(client, post(client, content or film, "/v1/videos", "video").json()["status_url"])
+    state = wait(client, post(client, content or video, "/v1/videos", "video").json()["status_url"])
     assert state["status"] == "failed"
     assert words in state["error"]
     assert str(tmp_path) not in state["error"]
 
 
-def test_film_ids_are_no_paths(start: Start) -> None:
+def test_video_ids_are_no_paths(start: Start) -> None:
     client = start()
     for video_id in ("..", "%2e%2e", "a" * 31, "A" * 32):
         assert client.get(f"/v1/videos/{video_id}").status_code in (404, 405, 422)

@@ -1,0 +1,1 @@
+"""The HTTP API: form fields, routes and error responses; `vilseg.api_schema` defines the JSON."""
