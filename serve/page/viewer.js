@@ -88,13 +88,13 @@
       if (!data) return;
       const turn = (this.turn = (this.turn ?? 0) + 1);
       const bytes = Uint8Array.from(atob(data), (letter) => letter.charCodeAt(0));
-      const shown = JSON.parse(new TextDecoder().decode(bytes));
+      const result = JSON.parse(new TextDecoder().decode(bytes));
       const context = JSON.parse(this.getAttribute("context") || "{}");
       Object.assign(this.settings, context.settings);
       try {
-        const [image, maps] = await Promise.all([loadImage(shown.image), loadImage(shown.maps)]);
+        const [image, maps] = await Promise.all([loadImage(result.image), loadImage(result.maps)]);
         if (turn !== this.turn) return; // a newer result has arrived meanwhile
-        this.shown = shown;
+        this.result = result;
         this.photo = pixels(image);
         this.maps = pixels(maps);
       } catch (error) {
@@ -118,8 +118,8 @@
     }
 
     update() {
-      if (!this.shown) return;
-      const { classes, background } = this.shown;
+      if (!this.result) return;
+      const { classes, background } = this.result;
       const index = background === null ? -1 : classes.findIndex((entry) => entry.name === background);
       this.belowThreshold = index < 0 ? NO_CLASS : index;
       this.count();
@@ -127,7 +127,7 @@
     }
 
     count() {
-      const { classes } = this.shown;
+      const { classes } = this.result;
       const total = this.maps.width * this.maps.height;
       const areas = new Array(classes.length).fill(0), sums = new Array(classes.length).fill(0);
       let unlabelled = 0;
@@ -160,14 +160,14 @@
     }
 
     focusOn(index) {
-      const name = this.shown.classes[index].name;
+      const name = this.result.classes[index].name;
       [...this.list.querySelectorAll("button")].find((button) => button.dataset.class === name)?.focus();
     }
 
     draw() {
-      if (!this.shown) return;
+      if (!this.result) return;
       const { view, opacity } = this.settings;
-      const { classes } = this.shown;
+      const { classes } = this.result;
       const { data: photo, width, height } = this.photo;
       const out = new ImageData(width, height);
       const marked = this.marked ?? this.kept;
@@ -186,14 +186,14 @@
     }
 
     hover(event) {
-      if (!this.shown) return;
+      if (!this.result) return;
       const box = this.canvas.getBoundingClientRect(), stage = this.canvas.parentElement.getBoundingClientRect();
       const x = Math.floor(((event.clientX - box.left) / box.width) * this.photo.width);
       const y = Math.floor(((event.clientY - box.top) / box.height) * this.photo.height);
       if (x < 0 || y < 0 || x >= this.photo.width || y >= this.photo.height) return this.leave();
       const at = y * this.photo.width + x, label = this.label(at);
       const [, score, cluster] = this.maps.data.subarray(4 * at, 4 * at + 3);
-      const name = label === NO_CLASS ? "no class" : this.shown.classes[label].name;
+      const name = label === NO_CLASS ? "no class" : this.result.classes[label].name;
       const more = this.settings.view === "clusters" ? `cluster ${cluster}` : (score / 255).toFixed(2);
       this.tip.textContent = `${name} · ${more}`;
       this.tip.style.display = "block";

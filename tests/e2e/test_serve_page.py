@@ -1,6 +1,6 @@
-"""`vilseg serve` and its page as people use them: in a browser, with pictures of their own.
+"""`vilseg serve` and its page in a browser.
 
-Pictures of the page are left in the folder that VILSEG_SCREENSHOTS names; VILSEG_PAGE_MODEL is the model to serve, a tiny
+Screenshots go to the directory VILSEG_SCREENSHOTS; VILSEG_PAGE_MODEL is the model to serve, a tiny
 untrained one without it.
 """
 
@@ -38,7 +38,7 @@ Open = Callable[..., Any]
 
 
 def serve(log: Path, *arguments: str, port: int) -> tuple[subprocess.Popen[str], dict[str, Any]]:
-    """The command, once it has printed its result."""
+    """Start the command; return it once it has printed its result."""
     command = [sys.executable, "-m", "cli.app", "serve", "--port", str(port), "--json", *arguments]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=log.open("w"), text=True)
     line = process.stdout.readline() if process.stdout else ""
@@ -54,7 +54,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory, save_tiny_model: Callable[[str, int], str]) -> Iterator[str]:
-    """A server with two models; it is told to stop in the end, and stops without a complaint."""
+    """URL of a server with two models; it is stopped in the end and must exit with 0."""
     folder = tmp_path_factory.mktemp("serve")
     model = os.environ.get("VILSEG_PAGE_MODEL") or save_tiny_model(str(folder / "model"), 128)
     process, said = serve(
@@ -110,7 +110,7 @@ def foreign(asked: str, url: str) -> bool:
 
 
 def keep(page: Any, name: str) -> None:
-    """A picture of the page for people to look at."""
+    """Save a screenshot of the page."""
     folder = os.environ.get("VILSEG_SCREENSHOTS")
     if folder:
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -138,7 +138,7 @@ def tags(page: Any, field: str) -> list[str]:
 
 
 def shown_pixels(viewer: Any) -> np.ndarray:
-    """Pixels of the canvas, (H, W, 4)."""
+    """Return the pixels of the canvas. Shape: (H, W, 4)."""
     script = """v => { const c = v.shadowRoot.querySelector('canvas');
         return [c.height, c.width, Array.from(c.getContext('2d').getImageData(0, 0, c.width, c.height).data)]; }"""
     height, width, values = viewer.evaluate(script)

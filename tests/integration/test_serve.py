@@ -1,4 +1,4 @@
-"""The deployment on Ray Serve: what dies, what is too much, what changes under load; and what strangers send."""
+"""The deployment on Ray Serve: lost replicas, overload, rollouts under load, invalid input."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ ONGOING, QUEUE = 4, 8
 
 
 def deploy(tree: dict[str, Any]) -> None:
-    """As ``serve deploy`` does: the file goes to the controller, and the application is up at the end."""
+    """Deploy as ``serve deploy`` does, and wait until the application runs."""
     from ray.serve.context import _get_global_client
     from ray.serve.schema import ServeDeploySchema
 
@@ -52,7 +52,7 @@ class Server:
         self.tree = tree
 
     def replicas(self) -> set[int]:
-        """The processes that hold models."""
+        """Return the processes that hold models."""
         found = set()
         for place in Path("/proc").glob("[0-9]*/cmdline"):
             try:
@@ -63,7 +63,7 @@ class Server:
         return found
 
     def running(self) -> int:
-        """Replicas that Serve calls running."""
+        """Return the number of replicas that Serve reports as running."""
         from ray import serve
 
         return int(serve.status().applications["vilseg"].deployments["models"].replica_states.get("RUNNING", 0))
@@ -145,7 +145,7 @@ def until(true: Callable[[], bool], what: str) -> None:
 
 
 class Load:
-    """Clients that ask again and again until they are told to stop; what they got is in ``answers``."""
+    """Clients that send requests until the context ends; their responses are in ``answers``."""
 
     def __init__(self, url: str, image: bytes, clients: int) -> None:
         self.answers: list[httpx.Response | Exception] = []
@@ -348,7 +348,7 @@ def test_whatever_the_schema_allows_and_what_it_does_not(server: Server, mode: s
 
 
 def test_what_is_in_flight_when_the_application_is_taken_down_is_answered(server: Server, heavy: bytes) -> None:
-    """The last of them: afterwards there is no application."""
+    """Must be the last test: it deletes the application."""
     from ray import serve
 
     with ThreadPoolExecutor(3) as pool:

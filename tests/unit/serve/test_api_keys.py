@@ -1,4 +1,4 @@
-"""API keys: made once, kept as hashes, told apart in constant time."""
+"""API keys: generated once, stored as hashes."""
 
 from pathlib import Path
 

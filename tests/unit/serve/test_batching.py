@@ -1,4 +1,4 @@
-"""What waits while the model is busy shares its next pass."""
+"""Dynamic batching: items that wait while the model is busy share its next pass."""
 
 import asyncio
 import threading
