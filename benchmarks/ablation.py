@@ -235,7 +235,7 @@ def _train(out: Path, job: Job) -> dict[str, Any]:
     config = scene_runs.config(
         out, f"trainer.steps={job.steps}", f"trainer.seed={job.seed}", f"name={name}", *job.overrides
     )
-    config.trainer.checkpoint_every = job.steps // job.evaluations
+    config = config.replace(**{"trainer.checkpoint_every": job.steps // job.evaluations})
     curve: list[list[float]] = []
 
     def miou(model: ViLSeg) -> float:
@@ -248,7 +248,7 @@ def _train(out: Path, job: Job) -> dict[str, Any]:
     found = {"miou": curve[-1][1], "curve": curve, "seconds": round(time.perf_counter() - started, 1)}
     if job.readings:
         for name, reading in READINGS.items():
-            model.segmentation = model.segmentation.model_copy(update=reading)
+            model.segmentation = model.segmentation.replace(**reading)
             found[name] = miou(model)
     return found
 

@@ -41,12 +41,12 @@ _PROMPT = "the {}"
 def train(name: str, config: RunConfig, dataset: FolderDataset, rate: float) -> float:
     """mIoU on ``dataset`` of a peer trained at ``rate``, with the pairs, steps, batch, views and seed of ``config``."""
     with tempfile.TemporaryDirectory() as left:
-        config = config.with_overrides([f"trainer.storage={left}", "name=peer"])
+        config = config.replace(name="peer", **{"trainer.storage": str(left)})
         prepared = run_setup.prepare(config, run_setup.open_run_directory(config, resume=False))
     torch.manual_seed(config.trainer.seed)
     words = prepared.tokenizer
     model = _MODELS[name](config.data.canvas, words)
-    optimizer_config = config.optimizer.model_copy(update={"learning_rate": rate})
+    optimizer_config = config.optimizer.replace(learning_rate=rate)
     optimizer = torch.optim.AdamW(parameter_groups(model, config.optimizer.weight_decay), betas=config.optimizer.betas)
     for step, batch in enumerate(read_batches_locally(config, prepared)):
         for group in optimizer.param_groups:

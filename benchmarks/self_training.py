@@ -68,7 +68,7 @@ def _measure(model: ViLSeg, out: Path) -> dict[str, float]:
     settings = model.segmentation
     found = {}
     for name, weight in (("blend", settings.region_weight), ("patches", 0.0)):
-        model.segmentation = settings.model_copy(update={"region_weight": weight})
+        model.segmentation = settings.replace(region_weight=weight)
         segmenter = Segmenter(model, dataset.classes, device="cpu", keep_clusters=False)
         found[name] = round(evaluate(segmenter, dataset).miou, 4)
     model.segmentation = settings

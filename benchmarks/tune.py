@@ -134,8 +134,9 @@ def _alone(out: Path, config: RunConfig, number: int) -> float:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     started = time.perf_counter()
-    config = config.with_overrides([f"trainer.seed={number}", f"name=alone-{number}", f"trainer.storage={out}/alone"])
-    config.trainer.checkpoint_every = config.trainer.steps // _EVALUATIONS
+    every = config.trainer.steps // _EVALUATIONS
+    trainer = config.trainer.replace(seed=number, storage=f"{out}/alone", checkpoint_every=every)
+    config = config.replace(name=f"alone-{number}", trainer=trainer)
     folder = run_setup.open_run_directory(config, resume=False)
     prepared = run_setup.prepare(config, folder)
     trainer = run_setup.make_trainer(config, folder, prepared, torch.device("cpu"))
@@ -167,8 +168,7 @@ def _search(out: Path, session: Session, scheduler: str) -> dict[str, Any]:
                 ended[record.number] = (time.perf_counter() - started, record.score(objective))
                 console.log(f"trial {record.number} {ended[record.number]}")
 
-    config = _config(out, scheduler, _SEARCH_STEPS)
-    config.data.held_out = f"{out}/pairs/00000.tar"
+    config = _config(out, scheduler, _SEARCH_STEPS).replace(**{"data.held_out": f"{out}/pairs/00000.tar"})
     done = sweep.main(config, _space(out, _POINTS, _SEARCH_TRIALS, scheduler=scheduler), session, show=note)
     return {
         "ended": list(ended.values()),

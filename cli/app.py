@@ -171,7 +171,7 @@ def train(
 
     settings = RunConfig.load(config, overrides or [])
     if name is not None:
-        settings.name = name  # not by an override, whose value is YAML: a run may be called 42
+        settings = settings.replace(name=name)  # not by an override, whose value is YAML: a run may be called 42
     if resume and not settings.name:
         raise ConfigError("--resume needs the run's --name")
     from vilseg.training.run_setup import preflight

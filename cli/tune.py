@@ -40,12 +40,12 @@ def tune(
 
     settings = RunConfig.load(config, overrides or [])
     if name is not None:
-        settings.name = name
+        settings = settings.replace(name=name)
     if resume and not settings.name:
         raise ConfigError("--resume needs the sweep's --name")
     wishes = SearchSpace.load(space)
     given = {"trials": trials, "dataset": dataset}
-    wishes = wishes.with_values(**{key: value for key, value in given.items() if value is not None})
+    wishes = wishes.replace(**{key: value for key, value in given.items() if value is not None})
     budget = None if time_budget is None else _seconds(time_budget)
     from tune import sweep as job
 

@@ -9,6 +9,7 @@ from pydantic import field_validator
 
 from vilseg import storage
 from vilseg.config.base import ConfigPart, ConfigTree, NonNegative, Positive, PositiveInt
+from vilseg.config.places import ModelRef, Uri
 from vilseg.errors import ConfigError
 
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -68,7 +69,7 @@ class Videos(ConfigPart):
     gpus: NonNegative = 0
     queue: PositiveInt = 8
     """Videos that wait; further ones are refused (503)."""
-    storage: str = "runs/serve/videos"
+    storage: Uri = "runs/serve/videos"
     """Directory or URI for videos and their results; all machines must reach it."""
     keep_hours: Positive = 24
     """Hours after which a video and its results are deleted."""
@@ -77,15 +78,15 @@ class Videos(ConfigPart):
 class ServeConfig(ConfigTree):
     """Configuration of the whole deployment."""
 
-    models: dict[str, str] = {}
+    models: dict[str, ModelRef] = {}
     """Name and URI of every model. A new version needs a new URI: it is loaded beside the old one, which is served meanwhile."""
-    keys: str | None = None
+    keys: Uri | None = None
     """URI of the file that ``vilseg key`` writes. Without it only this machine is answered."""
     cors_origins: list[str] = []
     """Web pages of other origins that may call the API; none by default."""
     page: bool = True
     """False serves the API only."""
-    examples: str | None = None
+    examples: Uri | None = None
     """Directory of images for the page, with ``classes.txt`` in it; three synthetic scenes without it."""
     limits: Limits = Limits()
     replicas: Replicas = Replicas()
@@ -119,10 +120,10 @@ class ServeConfig(ConfigTree):
             for name in names:
                 if names.count(name) > 1:
                     raise ConfigError(f"two models are called '{name}'; give names: --model NAME=URI")
-            config = config.with_values(models=dict(named))
+            config = config.replace(models=dict(named))
         if not config.models:
             raise ConfigError("there is no model to serve; give --model URI")
-        return config.with_values(keys=keys) if keys else config
+        return config.replace(keys=keys) if keys else config
 
     @property
     def default_model(self) -> str:

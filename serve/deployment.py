@@ -153,7 +153,7 @@ class Ingress:
         if settled == self._config.models:
             return
         self._router.models = settled
-        self._config = self._config.model_copy(update={"models": settled})
+        self._config = self._config.replace(models=settled)
         log.info("models are now: %s", ", ".join(settled))
 
     async def _segment_video(self, job: Any) -> None:

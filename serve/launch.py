@@ -15,7 +15,7 @@ from serve.api_keys import ApiKeys
 from serve.config import ServeConfig
 from serve.middleware import is_loopback
 from serve.rollout import LOG_DIRECTORY
-from vilseg import storage
+from vilseg.config import absolute_places
 from vilseg.errors import ConfigError, UserError
 from vilseg.model.serialization import read_segmentation_config
 
@@ -83,20 +83,7 @@ def fit_to_cluster(config: ServeConfig, session: Session) -> ServeConfig:
             f"replicas.minimum is {replicas.minimum}, but there is room for {most} of {replicas.cpus:g} CPUs "
             f"and {gpus:g} GPUs each; lower replicas.minimum, cpus or gpus"
         )
-    return config.model_copy(
-        update={
-            "models": {name: _absolute(uri) for name, uri in config.models.items()},
-            "keys": config.keys and _absolute(config.keys),
-            "examples": config.examples and _absolute(config.examples),
-            "replicas": replicas.model_copy(update={"maximum": most, "gpus": gpus}),
-            "videos": config.videos.model_copy(update={"storage": _absolute(config.videos.storage)}),
-        }
-    )
-
-
-def _absolute(uri: str) -> str:
-    """Return a path of this machine as an absolute one; a hub id stays as it is."""
-    return storage.absolute(uri) if storage.exists(uri) or "/" not in uri or uri.startswith(".") else uri
+    return absolute_places(config.replace(replicas=replicas.replace(maximum=most, gpus=gpus)))
 
 
 def _address(host: str) -> str:

@@ -25,6 +25,7 @@ from pydantic import Field, model_validator
 
 from vilseg.config import RunConfig
 from vilseg.config.base import ConfigPart, ConfigTree, PositiveInt
+from vilseg.config.places import DatasetUri
 from vilseg.data.cached_views import VIEW_KEYS
 from vilseg.errors import ConfigError, UserError
 from vilseg.evaluation.proxy_metrics import MEASURES
@@ -139,7 +140,7 @@ class SearchSpace(ConfigTree):
     """How many points, at most; ``--trials`` takes its place."""
     objective: Literal["miou", "retrieval", "nouns", "mutual_information", "agreement"] | None = None
     """What counts, more is better. mIoU where there is a ``dataset``, else ``nouns``; see docs/tuning.md."""
-    dataset: str | None = None
+    dataset: DatasetUri | None = None
     """Images with masks, ``KIND:URI``; ``--dataset`` takes its place."""
     images: PositiveInt = 200
     """Of the dataset and of the held-out pairs, at most, at each evaluation."""

@@ -33,7 +33,7 @@ from tune.search_space import SearchSpace, config_at_point
 from tune.trial import Trial, TrialResources, function_trainable, ray_train_trainable
 from tune.trial_records import PointResult, TrialRecord, TrialRecords, groups, trial_name
 from vilseg import storage
-from vilseg.config import RunConfig
+from vilseg.config import RunConfig, absolute_places, list_places
 from vilseg.errors import ConfigError, StorageError, UserError
 from vilseg.evaluation.datasets import open_dataset
 from vilseg.training.run_dir import new_run_name
@@ -76,9 +76,10 @@ def check(config: RunConfig, space: SearchSpace, *, resume: bool) -> None:
     Raises:
         ConfigError, DataError, StorageError: see there.
     """
-    config, space = _absolute(config), _absolute_dataset(space)
+    config = absolute_places(config)
+    space = absolute_choices(config, space)
     space.check(config)
-    preflight(config.model_copy(update={"name": None}), resume=False)
+    preflight(config.replace(name=None), resume=False)
     if config.data.held_out:
         storage.require_bucket(config.data.held_out)
     if space.dataset:
@@ -111,8 +112,9 @@ def main(
     Raises:
         UserError: what is wrong with the configuration, the space, the pairs or the storage.
     """
-    config = config if config.name else config.model_copy(update={"name": new_run_name()})
-    config, space = _absolute(config), _absolute_dataset(space)
+    config = config if config.name else config.replace(name=new_run_name())
+    config = absolute_places(config)
+    space = absolute_choices(config, space)
     check(config, space, resume=resume)
     folder = _folder(config)
     cache = (
@@ -134,23 +136,17 @@ def main(
     return done
 
 
-def _absolute(config: RunConfig) -> RunConfig:
-    """The configuration so that it means the same in every trial, wherever that runs."""
-    data = config.data.model_copy()
-    if data.source:
-        data.source = storage.absolute(data.source)
-    data.mix = [part.model_copy(update={"source": storage.absolute(part.source)}) for part in data.mix]
-    if data.held_out:
-        data.held_out = storage.absolute(data.held_out)
-    trainer = config.trainer.model_copy(update={"storage": storage.absolute(config.trainer.storage)})
-    return config.model_copy(update={"data": data, "trainer": trainer})
-
-
-def _absolute_dataset(space: SearchSpace) -> SearchSpace:
-    if not space.dataset:
-        return space
-    kind, _, uri = space.dataset.partition(":")
-    return space.with_values(dataset=f"{kind}:{storage.absolute(uri)}")
+def absolute_choices(config: RunConfig, space: SearchSpace) -> SearchSpace:
+    """Return ``space`` with the places among its choices made absolute, as those of the configuration are."""
+    parameters = dict(space.parameters)
+    for key, parameter in parameters.items():
+        if parameter.choice is None or not all(isinstance(value, str) for value in parameter.choice):
+            continue
+        points = [absolute_places(config_at_point(config, {key: value})) for value in parameter.choice]
+        places = [{place.key: place.value for place in list_places(point)} for point in points]
+        choice = [found.get(key, value) for found, value in zip(places, parameter.choice, strict=True)]
+        parameters[key] = parameter.replace(choice=choice)
+    return absolute_places(space.replace(parameters=parameters))
 
 
 def plan_trials(config: RunConfig, session: Session) -> TrialResources:
@@ -258,8 +254,8 @@ def _run(trial: Trial, watch: TrialCallback, records: TrialRecords, time_budget:
 def _write(done: SweepResult, config: RunConfig, space: SearchSpace, command: str) -> None:
     """``best.yaml``, ``sweep.json`` and the report."""
     if done.best:
-        best = config_at_point(config, done.best.point)
-        best.name = None  # of the sweep; a run is given its own
+        # The name is that of the sweep; a run is given its own.
+        best = config_at_point(config, done.best.point).replace(name=None)
         storage.write_text(done.best_config, best.to_yaml())
     tree = {
         "objective": space.objective_name,

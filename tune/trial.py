@@ -82,11 +82,12 @@ class Trial:
     def config_at(self, number: int, point: Point) -> RunConfig:
         """The configuration of a trial's run."""
         config = config_at_point(self.config, point)
-        config.name = trial_name(number)
-        config.trainer.storage = self.folder
-        config.trainer.checkpoint_every = -(-config.trainer.steps // self.space.evaluations)
-        config.trainer.keep_checkpoints = None if self.space.scheduler == "pbt" else 2
-        return config
+        trainer = config.trainer.replace(
+            storage=self.folder,
+            checkpoint_every=-(-config.trainer.steps // self.space.evaluations),
+            keep_checkpoints=None if self.space.scheduler == "pbt" else 2,
+        )
+        return config.replace(name=trial_name(number), trainer=trainer)
 
     def train(self, number: int, point: Point, report: Report, should_stop: Callable[[], bool] = lambda: False) -> None:
         """Train trial ``number``; ``report`` is told of every evaluation, and ``should_stop`` asked with workers only."""

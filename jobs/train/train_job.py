@@ -52,7 +52,7 @@ def main(
     """
     check_workers(config.trainer.min_workers, session.cpus)
     config.trainer.check_even_split()
-    config = config if config.name else config.model_copy(update={"name": new_run_name()})
+    config = config if config.name else config.replace(name=new_run_name())
     run_dir = run_setup.open_run_directory(config, resume=resume)
     if resume:
         prepared = run_setup.resume(config, run_dir)
@@ -108,8 +108,7 @@ def _ray_trainer(
     """Return Ray's trainer of the run with ``workers`` workers, which starts from the run's last checkpoint."""
     resources = session.worker_resources(workers)
     elastic = not isinstance(config.trainer.workers, int)
-    trainer_config = config.trainer.model_copy(update={"workers": workers})
-    config = config.model_copy(update={"trainer": trainer_config})
+    config = config.replace(**{"trainer.workers": workers})
     filesystem, path = storage.filesystem(storage.parent(run_dir.uri))
     return TorchTrainer(
         partial(train_worker, config=config, run_dir=run_dir, prepared=prepared, monitor=monitor),

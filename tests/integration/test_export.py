@@ -69,8 +69,8 @@ def made(kind: str, folder: Path) -> ViLSeg:
 
 def exported(kind: str, place: Path) -> Case:
     model = made(kind, place / "checkpoint")
-    model.segmentation.image_mix, model.segmentation.region_weight, model.segmentation.calibration = 0.3, 0.6, 0.5
-    model.segmentation.center_text = True
+    changed = {"image_mix": 0.3, "region_weight": 0.6, "calibration": 0.5, "center_text": True}
+    model.segmentation = model.segmentation.replace(**changed)
     with torch.no_grad():
         spread = torch.randn(model.embedding_dim, model.embedding_dim, generator=torch.Generator().manual_seed(2)) / 8
         model.patch_covariance.copy_(spread @ spread.T)

@@ -91,19 +91,19 @@ def test_the_best_of_some_trials_trains_on_and_a_failed_one_is_told_of(ray_clust
     with pytest.raises(StorageError, match="go on with its sweep by --resume"):
         sweep.main(made, varied, ray_cluster)
     with pytest.raises(ConfigError, match=r"space\.yaml is another"):
-        sweep.main(made, varied.with_values(scheduler="asha"), ray_cluster, resume=True)
+        sweep.main(made, varied.replace(scheduler="asha"), ray_cluster, resume=True)
 
 
 def test_a_sweep_goes_on_from_its_records(ray_cluster: Session) -> None:
     varied = space({"model.clusters": {"choice": [4, 5, 6]}}, objective="agreement")
     made = config("again")
-    first = sweep.main(made, varied.with_values(trials=1), ray_cluster)
+    first = sweep.main(made, varied.replace(trials=1), ray_cluster)
     [ended] = first.records
     # As a driver that was killed leaves a trial: begun, one evaluation made, its checkpoint there.
     folder = RunDirectory(f"{first.folder}/trials/{ended.number:04d}")
     points = varied.points()
     storage.write_text(f"{first.folder}/records/0001.json", json.dumps(vars(TrialRecord(1, points[1]))))
-    resumed = sweep.main(made, varied.with_values(trials=3), ray_cluster, resume=True)
+    resumed = sweep.main(made, varied.replace(trials=3), ray_cluster, resume=True)
     assert [record.status for record in resumed.records] == ["done"] * 3
     assert resumed.records[0] == ended, "what has ended is not done again"
     assert [record.point for record in resumed.records] == points
@@ -113,7 +113,7 @@ def test_a_sweep_goes_on_from_its_records(ray_cluster: Session) -> None:
     ended.status = "running"
     ended.curve = ended.curve[:-1]
     TrialRecords(f"{first.folder}/records").keep(ended)
-    third = sweep.main(made, varied.with_values(trials=3), ray_cluster, resume=True)
+    third = sweep.main(made, varied.replace(trials=3), ray_cluster, resume=True)
     assert [entry["step"] for entry in third.records[0].curve] == [4, 8, 12]
     assert third.records[0].curve[:2] == ended.curve
 
@@ -122,13 +122,13 @@ def test_a_sweep_goes_on_from_its_records(ray_cluster: Session) -> None:
 def test_trials_on_workers_do_as_those_alone_and_make_room_for_the_next(ray_cluster: Session) -> None:
     """Both workers' CPUs go to one trial after the other; a trial's losses are those of one that trains by itself."""
     varied = space({"loss.nouns.weight": {"choice": [1.0, 0.1]}}, search="grid", objective="nouns")
-    asha = varied.with_values(scheduler="asha", asha={"grace": 0.3, "reduction": 2})
+    asha = varied.replace(scheduler="asha", asha={"grace": 0.3, "reduction": 2})
     settings = ("trainer.log_every=1", "trainer.precision=float32")
     together = sweep.main(config("nested", "trainer.workers=2", *settings), asha, ray_cluster)
     assert [entry["step"] for entry in together.records[0].curve] == [4, 8, 12]
     assert together.records[0].status == "done"
     assert together.records[1].status == ("done" if together.records[1].step == 12 else "stopped")
-    alone = sweep.main(config("alone", *settings), varied.with_values(trials=1), ray_cluster)
+    alone = sweep.main(config("alone", *settings), varied.replace(trials=1), ray_cluster)
     runs = [read_metrics(RunDirectory(f"{done.folder}/trials/0000")) for done in (together, alone)]
     for ours, theirs in zip(*runs, strict=True):
         losses = {name: value for name, value in theirs.items() if name.startswith("loss")}
@@ -164,7 +164,7 @@ def test_optuna_and_the_end_of_the_time(ray_cluster: Session) -> None:
     done = sweep.main(config("optuna"), varied, ray_cluster)
     assert sorted(record.number for record in done.records) == [0, 1, 2]
     assert len({json.dumps(record.point) for record in done.records}) == 3
-    more = varied.with_values(trials=4)
+    more = varied.replace(trials=4)
     assert len(sweep.main(config("optuna"), more, ray_cluster, resume=True).records) == 4
     with pytest.raises(UserError, match="before the time was over"):
         sweep.main(config("short", "trainer.steps=4000", "trainer.log_every=4000"), varied, ray_cluster, time_budget=1)

@@ -1,25 +1,51 @@
-"""Run configuration: one pydantic tree of small parts, each handed alone to the component that it configures."""
+"""Run configuration: one pydantic tree of small parts, each passed alone to the component that it configures."""
 
-from vilseg.config.run import (
-    ImageEncoderConfig,
-    ModelConfig,
-    OptimizerConfig,
-    RefinementConfig,
-    RunConfig,
-    SegmentationConfig,
-    TextEncoderConfig,
-    TrainerConfig,
-    ViewsConfig,
+from vilseg.config.base import ConfigPart, ConfigTree, flatten
+from vilseg.config.data import ColumnsConfig, DataConfig, FiltersConfig, TextConfig, WeightedSource
+from vilseg.config.loss import (
+    CrossModalConfig,
+    LossConfig,
+    MutualInformationConfig,
+    NounsConfig,
+    SelfTrainingConfig,
+    VisionConfig,
 )
+from vilseg.config.model import ImageEncoderConfig, ModelConfig, TextEncoderConfig
+from vilseg.config.places import DatasetUri, ModelRef, Uri, absolute_places, is_hub_id, list_places, map_places
+from vilseg.config.run import RunConfig
+from vilseg.config.segmentation import RefinementConfig, SegmentationConfig
+from vilseg.config.training import OptimizerConfig, TrainerConfig
+from vilseg.config.views import ViewsConfig
 
 __all__ = [
+    "ColumnsConfig",
+    "ConfigPart",
+    "ConfigTree",
+    "CrossModalConfig",
+    "DataConfig",
+    "DatasetUri",
+    "FiltersConfig",
     "ImageEncoderConfig",
+    "LossConfig",
     "ModelConfig",
+    "ModelRef",
+    "MutualInformationConfig",
+    "NounsConfig",
     "OptimizerConfig",
     "RefinementConfig",
     "RunConfig",
     "SegmentationConfig",
+    "SelfTrainingConfig",
+    "TextConfig",
     "TextEncoderConfig",
     "TrainerConfig",
+    "Uri",
     "ViewsConfig",
+    "VisionConfig",
+    "WeightedSource",
+    "absolute_places",
+    "flatten",
+    "is_hub_id",
+    "list_places",
+    "map_places",
 ]

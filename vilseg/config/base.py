@@ -1,4 +1,4 @@
-"""Trees of configuration: YAML plus ``key.sub=value`` overrides in, checked parts out, one sentence for what is wrong."""
+"""Base classes of configurations: YAML and ``key.sub=value`` overrides are read into validated parts; errors are one sentence."""
 
 from __future__ import annotations
 
@@ -28,21 +28,61 @@ def _in_order(ends: tuple[float, float]) -> tuple[float, float]:
 
 
 FractionRange = Annotated[tuple[PositiveFraction, PositiveFraction], AfterValidator(_in_order)]
-"""From the least to the most of what is left of something."""
+"""Smallest and largest fraction, both above 0."""
 
 
 class ConfigPart(BaseModel):
-    """Base of every part: unknown keys are refused, values are checked on assignment, docstrings become descriptions."""
+    """Base class of every part of a configuration: immutable, unknown keys are errors, docstrings become descriptions."""
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    def replace(self, **values: Any) -> Self:
+        """Return a validated copy with other values; keys may be dotted.
+
+        Args:
+            values: value by key, as ``replace(**{"trainer.workers": 2})``; whole parts are taken too.
+
+        Raises:
+            ConfigError: an unknown key (the nearest right one is named) or a value that is not allowed.
+
+        Example:
+            >>> from vilseg.config import RunConfig, TrainerConfig
+            >>> config = RunConfig().replace(name="first", **{"trainer.workers": 2})
+            >>> config.name, config.trainer.workers
+            ('first', 2)
+            >>> config.replace(trainer=TrainerConfig(steps=5)).trainer.steps
+            5
+        """
+        return self._replace(values.items())
+
+    def with_overrides(self, overrides: Iterable[str]) -> Self:
+        """Return a validated copy with ``key.sub=value`` overrides applied in order; values are YAML.
+
+        Raises:
+            ConfigError: as :meth:`replace`, or an override that cannot be parsed.
+        """
+        return self._replace(map(_parse_override, overrides))
+
+    def _replace(self, values: Iterable[tuple[str, Any]]) -> Self:
+        tree = self.model_dump()
+        for key, value in values:
+            _set(tree, key, value)
+        return self._validate_tree(tree)
+
+    @classmethod
+    def _validate_tree(cls, tree: dict[str, Any], uri: str | None = None) -> Self:
+        try:
+            return cls.model_validate(tree)
+        except ValidationError as error:
+            raise ConfigError(_sentence(cls, error, uri)) from error
 
 
 class ConfigTree(ConfigPart):
-    """Base of a whole configuration, which a file holds."""
+    """Base class of a whole configuration, as a file holds it."""
 
     @classmethod
     def load(cls, uri: str | None = None, overrides: Iterable[str] = ()) -> Self:
-        """Read YAML at ``uri`` (defaults alone where None) and apply ``key.sub=value`` overrides; values are YAML.
+        """Read YAML at ``uri`` (defaults alone if None) and apply ``key.sub=value`` overrides; values are YAML.
 
         Raises:
             ConfigError: file missing, not a mapping, unknown key (the nearest right one is named) or bad value.
@@ -57,46 +97,40 @@ class ConfigTree(ConfigPart):
                 raise ConfigError(f"{uri} is not valid YAML: {' '.join(str(error).split())}") from error
             if not isinstance(tree, dict):
                 raise ConfigError(f"{uri} must hold a mapping of keys to values, not {type(tree).__name__}")
-        return cls._of(tree, overrides, uri)
-
-    def with_overrides(self, overrides: Iterable[str]) -> Self:
-        """This configuration with ``key.sub=value`` overrides applied; raises as :meth:`load`."""
-        return self._of(self.model_dump(), overrides, None)
-
-    def with_values(self, **values: Any) -> Self:
-        """This configuration with other values of top-level keys, checked; raises as :meth:`load`."""
-        return self._of({**self.model_dump(), **values}, (), None)
-
-    @classmethod
-    def _of(cls, tree: dict[str, Any], overrides: Iterable[str], uri: str | None) -> Self:
         for override in overrides:
-            _apply(tree, override)
-        try:
-            return cls.model_validate(tree)
-        except ValidationError as error:
-            raise ConfigError(_sentence(cls, error, uri)) from error
+            _set(tree, *_parse_override(override))
+        return cls._validate_tree(tree, uri)
 
     def to_yaml(self) -> str:
-        """The resolved tree, every default written out."""
+        """Return the configuration as YAML with every default written out."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Values of a nested mapping by their dotted keys; an empty mapping counts as a value."""
+    """Return the values of a nested mapping by their dotted keys; an empty mapping counts as a value.
+
+    Example:
+        >>> flatten({"trainer": {"steps": 5, "workers": 1}, "sizes": {}})
+        {'trainer.steps': 5, 'trainer.workers': 1, 'sizes': {}}
+    """
     values: dict[str, Any] = {}
     for key, value in tree.items():
         values |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: value}
     return values
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
+def _parse_override(override: str) -> tuple[str, Any]:
     key, separator, value = override.partition("=")
     if not separator or not key:
         raise ConfigError(f"'{override}' is not an override; write key.sub=value, for example trainer.steps=100")
     try:
-        parsed = yaml.safe_load(value)
+        return key, yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise ConfigError(f"the value of {key} is not valid YAML: {value!r}") from error
+
+
+def _set(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Set the value at a dotted key of nested mappings; missing mappings on the way are made."""
     *parents, last = key.split(".")
     node = tree
     for parent in parents:
@@ -106,12 +140,12 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         elif not isinstance(child, dict):
             raise ConfigError(f"{key}: '{parent}' holds a value, not further keys")
         node = child
-    node[last] = parsed
+    node[last] = value.model_dump() if isinstance(value, ConfigPart) else value
 
 
 def _sentence(root: type[ConfigPart], error: ValidationError, uri: str | None) -> str:
-    """One of pydantic's complaints as one sentence."""
-    # A key that is misspelt is missing too; the former is the better thing to say.
+    """Return the most helpful of pydantic's errors as one sentence."""
+    # A misspelt key often leaves a required one missing as well: report the misspelling.
     first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
     path = [str(step) for step in first["loc"]]
     where = f" in {uri}" if uri else ""

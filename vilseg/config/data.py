@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from vilseg import storage
 from vilseg.config.base import ConfigPart, Fraction, NonNegative, NonNegativeInt, Positive, PositiveInt
+from vilseg.config.places import Uri
 
 
 class ColumnsConfig(ConfigPart):
@@ -54,7 +55,7 @@ class FiltersConfig(ConfigPart):
 class WeightedSource(ConfigPart):
     """One of several sources of pairs."""
 
-    source: str
+    source: Uri
     """URI of pair shards, as ``data.source``."""
     weight: Positive = 1.0
     """Relative number of pairs drawn from it; each source goes through its own epochs."""
@@ -63,14 +64,14 @@ class WeightedSource(ConfigPart):
 class DataConfig(ConfigPart):
     """Where the pairs come from and how they are read."""
 
-    source: str | None = None
+    source: Uri | None = None
     """URI of pair shards (tar or Parquet), a folder or a single file. This or ``mix`` is needed for training."""
     mix: list[WeightedSource] = []
     """Several sources in the place of one."""
     shuffle_shards: PositiveInt = 1
     """Shards whose pairs are mixed with each other. One of 1,000 to 10,000 pairs is as much as others shuffle in (5,000 pairs,
     OpenCLIP); shards sorted by topic need more, 8 say. Memory stays that of one shard."""
-    held_out: str | None = None
+    held_out: Uri | None = None
     """URI of pair shards that are never trained on: `vilseg tune` measures by them. May be a file or folder of ``source``."""
     columns: ColumnsConfig = ColumnsConfig()
     canvas: PositiveInt = 224
@@ -81,7 +82,7 @@ class DataConfig(ConfigPart):
     """The run stops when more than this share of the pairs read so far could not be read."""
     text: TextConfig = TextConfig()
     filters: FiltersConfig = FiltersConfig()
-    feature_cache: str | None = None
+    feature_cache: Uri | None = None
     """URI of patch features written once for a frozen image encoder; training then reads features, not pictures."""
     cache_variants: PositiveInt = 1
     """Feature sets of each picture in the feature cache, of which an epoch takes one: that of the picture's middle, and those of

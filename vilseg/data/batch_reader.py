@@ -161,7 +161,7 @@ class BatchReader:
         columns = self.columns
         if self.variants > 1:
             name = column_name(column_of_epoch(segment.epoch, self.seed, self.variants))
-            columns = columns.model_copy(update={"image": name})
+            columns = columns.replace(image=name)
         return read_shard(segment.uri, columns, self.rules)
 
     def _read_window(self, window: Window, skip: int, streams: _Streams) -> Iterator[WorkerBatch]:

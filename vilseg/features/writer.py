@@ -81,7 +81,7 @@ class FeatureWriter:
         self._texts = None if text_encoder is None else text_encoder.to(self._device).eval()
         self._canvas, self._max_pixels, self._columns = canvas, max_pixels, columns
         # All variants are of one size, so that the number of patches is one.
-        self._variants, self._views = variants, (views or ViewsConfig()).model_copy(update={"global_size": canvas})
+        self._variants, self._views = variants, (views or ViewsConfig()).replace(global_size=canvas)
 
     def write(self, source: str, target: str) -> ShardSummary:
         """Write the features of the shard ``source`` to ``target``; a target that exists is kept and its summary returned."""

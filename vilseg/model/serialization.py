@@ -121,12 +121,12 @@ def load_initial(cls: type[Model], config: ModelConfig, *, segmentation: Segment
             has = f"has {loaded[key]!r}" if key in loaded else "has no such key"
             raise ConfigError(f"model.{key} is {value!r}, but model.init {config.init} {has}; leave the key away")
     encoders = {
-        name: getattr(initial.config, name).model_copy(update={"frozen": getattr(config, name).frozen})
+        name: getattr(initial.config, name).replace(frozen=getattr(config, name).frozen)
         for name in ("image_encoder", "text_encoder")
     }
     initial.requires_grad_(True)
     model = cls(
-        initial.config.model_copy(update=encoders),
+        initial.config.replace(**encoders),
         initial.image_encoder,
         initial.text_encoder,
         segmentation=segmentation,

@@ -206,7 +206,7 @@ class Segmenter:
 
     def _similarity(self, look: DenseFeatures, background_bias: float | None = None, *, whole: bool = True) -> Tensor:
         """Shape: -> (C, h, w)."""
-        config = self.config if whole else self.config.model_copy(update={"objectness": 0.0})
+        config = self.config if whole else self.config.replace(objectness=0.0)
         # Of the image as a whole only the mean of its patches counts.
         embeddings = ImageEmbeddings(look.patches_ND.mean(0, keepdim=True), look.patches_ND.unsqueeze(0), look.grid)
         assignments_1NK = look.assignments_NK.unsqueeze(0)

@@ -150,7 +150,7 @@ def model_settings(config: RunConfig) -> ModelConfig:
         return config.model
     model = RunDirectory(storage.absolute(config.init)).model
     begun = model if storage.exists(storage.join(model, "config.json")) else config.init
-    return config.model.model_copy(update={"init": begun})
+    return config.model.replace(init=begun)
 
 
 def _check_temperature(config: RunConfig) -> None:

@@ -19,7 +19,7 @@ def status(key):
 torch.set_num_threads(1)
 folder, picture = sys.argv[1:]
 model = vilseg.ViLSeg.from_pretrained(folder)
-model.segmentation = model.segmentation.model_copy(update={"input_size": 1024, "window": 256, "calibration": 1})
+model.segmentation = model.segmentation.replace(input_size=1024, window=256, calibration=1)
 patches = model.encode_image(torch.rand(1, 3, 8, 8).repeat_interleave(8, 2).repeat_interleave(8, 3)).patches[0]
 model.patch_mean, model.patch_covariance = patches.mean(0), torch.cov(patches.T)  # else one class is best everywhere
 names = ["sky", "grass", "boat", *(f"thing {number}" for number in range(17))]

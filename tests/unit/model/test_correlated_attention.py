@@ -220,7 +220,7 @@ def test_a_segmenter_names_the_patches_that_the_settings_ask_for(
     images = torch.from_numpy(picture).permute(2, 0, 1)[None] / 255
     clusters = []
     for attention in ATTENTIONS:
-        model.segmentation = model.segmentation.model_copy(update={"attention": attention})
+        model.segmentation = model.segmentation.replace(attention=attention)
         look = Segmenter(model, classes=["dog", "cat"], device="cpu").encode([picture])[0]
         grid = (SIDE // PATCH, 48 // PATCH)
         tokens = last_hidden_state(attention, original.vision_model, seen_by("clip", images), grid)

@@ -411,7 +411,7 @@ def test_negative_words_and_the_threshold_leave_pixels_without_a_class(segmenter
     labels, mask = segmented(segmenter.with_classes(vocabulary), source)
     np.testing.assert_array_equal(labels, np.where(every == 3, 255, every))
     assert sum(mask.areas) == (every != 3).sum() < every.size
-    segmenter.config.threshold = 0.3
+    segmenter.config = segmenter.config.replace(threshold=0.3)
     labels, mask = segmented(segmenter, source)
     np.testing.assert_array_equal(labels, looked_at(segmenter, bands))
     assert 0 < sum(mask.areas) == (labels != 255).sum() < labels.size

@@ -107,7 +107,7 @@ def test_the_segmenter_names_only_classes_that_won_and_scores_them(make_model: C
     model.patch_mean = model.encode_image(torch.rand(1, 3, 32, 32)).patches[0].mean(0)
     model.segmentation = plain
     coarse = Segmenter(model, classes, device="cpu")(image)
-    model.segmentation = plain.model_copy(update={"refinement": RefinementConfig(iterations=4, dilations=[1, 2])})
+    model.segmentation = plain.replace(refinement=RefinementConfig(iterations=4, dilations=[1, 2]))
     fine = Segmenter(model, classes, device="cpu")(image)
     assert set(np.unique(fine.labels)) <= set(np.unique(coarse.labels))
     assert (fine.labels != coarse.labels).any()

@@ -398,7 +398,7 @@ def test_pixels_without_a_class_are_no_area_of_a_film(
     write_video(source, frames_of(films[0])[:3])
     every = segment_file(segmenter, source, masks_uri=str(tmp_path / "every"))
     vocabulary = Vocabulary(segmenter.classes, negatives=("nothing of this kind",))
-    segmenter.config.threshold = 0.5
+    segmenter.config = segmenter.config.replace(threshold=0.5)
     some = segment_file(segmenter.with_classes(vocabulary), source, masks_uri=str(tmp_path / "some"))
     labels = [np.asarray(Image.open(path)) for path in sorted((tmp_path / "some").glob("*.png"))]
     assert sum(some.areas) == sum(int((frame != 255).sum()) for frame in labels) < sum(every.areas)

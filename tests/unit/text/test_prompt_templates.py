@@ -54,7 +54,7 @@ def test_a_configuration_takes_the_name_of_a_set() -> None:
     assert RunConfig.load(None, ["segmentation.prompts=clip"]).segmentation.prompts == list(resolve_templates("clip"))
     assert RunConfig.load(None, ["segmentation.prompts=the {}"]).segmentation.prompts == ["the {}"]
     resolved = RunConfig.load(None, ["segmentation.prompts=short"])
-    assert RunConfig.load(None).with_values(**resolved.model_dump()) == resolved
+    assert RunConfig.load(None).replace(**resolved.model_dump()) == resolved
     with pytest.raises(ConfigError, match=r"segmentation\.prompts.*did you mean 'short'"):
         RunConfig.load(None, ["segmentation.prompts=shorts"])
 

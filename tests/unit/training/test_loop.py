@@ -171,7 +171,7 @@ def test_a_resumed_run_repeats_the_unbroken_one_bit_by_bit(
 def test_reports_and_checkpoints_come_when_they_are_due(tmp_path: Path, make_model: Callable[..., ViLSeg]) -> None:
     folder = write_run(tmp_path, make_model)
     trainer = make_trainer(folder, 5, checkpoint_every=2)
-    trainer.trainer.log_every = 3
+    trainer.trainer = trainer.trainer.replace(log_every=3)
     reports: list[dict[str, float]] = []
     kept: list[int] = []
     trainer.train(batches(folder, 0, 5), on_report=reports.append, on_checkpoint=lambda: kept.append(trainer.step))
@@ -192,7 +192,7 @@ def test_reports_and_checkpoints_come_when_they_are_due(tmp_path: Path, make_mod
 def test_training_lowers_the_loss(tmp_path: Path, make_model: Callable[..., ViLSeg]) -> None:
     folder = write_run(tmp_path, make_model)
     trainer = make_trainer(folder, 25)
-    trainer.optimizer.learning_rate = 0.01
+    trainer.optimizer = trainer.optimizer.replace(learning_rate=0.01)
     reports = run(trainer, batches(folder, 0, 25))
     first, last = (np.mean([report["loss/cross_modal"] for report in part]) for part in (reports[:5], reports[-5:]))
     assert last < first - 0.15
@@ -236,7 +236,7 @@ def test_the_step_that_lost_the_number_is_found_between_two_reports(
 ) -> None:
     folder = write_run(tmp_path, make_model)
     trainer = make_trainer(folder, 6)
-    trainer.trainer.log_every = 6
+    trainer.trainer = trainer.trainer.replace(log_every=6)
 
     def spoil() -> None:
         with torch.no_grad():
@@ -255,7 +255,7 @@ def test_a_gradient_that_is_no_number_ends_the_run_before_a_checkpoint_has_it(
 ) -> None:
     folder = write_run(tmp_path, make_model)
     trainer = make_trainer(folder, 4)
-    trainer.trainer.checkpoint_every = 2
+    trainer.trainer = trainer.trainer.replace(checkpoint_every=2)
     projection = trainer.objective.model.image_projection.weight
 
     def spoil() -> None:
@@ -274,7 +274,7 @@ def test_the_gradient_is_clipped(tmp_path: Path, make_model: Callable[..., ViLSe
     norms = []
     for clip in (0.0, 0.01):
         trainer = make_trainer(folder, 1)
-        trainer.optimizer.gradient_clip = clip
+        trainer.optimizer = trainer.optimizer.replace(gradient_clip=clip)
         run(trainer, batches(folder, 0, 1))
         gradients = [p.grad for p in trainer.objective.parameters() if p.grad is not None]
         norms.append(math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients)))

@@ -245,7 +245,7 @@ def test_there_is_no_teacher_without_the_vision_loss(make_model: Make) -> None:
 
 def test_cached_half_precision_features_train_all_losses(make_model: Make) -> None:
     model = make_model(image_encoder=FROZEN)
-    objective = Objective(model, loss_config(*LOSSES), VIEWS.model_copy(update={"feature_dropout": 0.5}), PHRASES)
+    objective = Objective(model, loss_config(*LOSSES), VIEWS.replace(feature_dropout=0.5), PHRASES)
     losses, parts = gradients(objective, batch_for(model, features=True))
     assert all(value.isfinite() for value in losses.values())
     assert parts == {
@@ -261,7 +261,7 @@ def test_cached_half_precision_features_train_all_losses(make_model: Make) -> No
 
 def test_the_cached_embedding_of_a_picture_as_a_whole_is_what_captions_meet(make_model: Make) -> None:
     model = make_model(image_encoder=FROZEN)
-    objective = Objective(model, loss_config(*LOSSES), VIEWS.model_copy(update={"feature_dropout": 0.5}), PHRASES)
+    objective = Objective(model, loss_config(*LOSSES), VIEWS.replace(feature_dropout=0.5), PHRASES)
     batch = batch_for(model, features=True)
     whole = torch.randn(4, 16, generator=torch.Generator().manual_seed(5)).half()
     batch = replace(batch, images=torch.cat([batch.images, whole.unsqueeze(1)], 1))
@@ -278,7 +278,7 @@ def test_the_cached_embedding_of_a_picture_as_a_whole_is_what_captions_meet(make
 
 def test_dropout_takes_whole_channels_of_a_pair_and_is_what_makes_two_views(make_model: Make) -> None:
     model = make_model(image_encoder=FROZEN)
-    objective = Objective(model, loss_config(*LOSSES), VIEWS.model_copy(update={"feature_dropout": 0.25}), PHRASES)
+    objective = Objective(model, loss_config(*LOSSES), VIEWS.replace(feature_dropout=0.25), PHRASES)
     batch = batch_for(model, features=True)
 
     def views(*, drop: bool) -> list[Tensor]:
@@ -301,7 +301,7 @@ def test_dropout_takes_whole_channels_of_a_pair_and_is_what_makes_two_views(make
 
 def test_cached_views_meet_the_head_as_if_each_had_been_made(make_model: Make) -> None:
     model = make_model(image_encoder=FROZEN)
-    dropout = VIEWS.model_copy(update={"feature_dropout": 0.5})
+    dropout = VIEWS.replace(feature_dropout=0.5)
     objective = Objective(model, loss_config("mutual_information"), dropout).train()
     batch = batch_for(model, features=True)
     losses = objective(batch)

@@ -135,7 +135,7 @@ def test_a_picture_takes_the_same_way_through_both_preparations(
     whole, patches = images_of_original(kind, original, dict(processor(images=picture, return_tensors="pt")))
 
     model = ViLSeg.from_pretrained(str(tmp_path))
-    model.segmentation.input_size, model.segmentation.attention = SIDE, "plain"
+    model.segmentation = model.segmentation.replace(input_size=SIDE, attention="plain")
     resized = torch.from_numpy(crop_to_square(np.asarray(picture), SIDE).copy()).permute(2, 0, 1)[None]
     with torch.no_grad():
         np.testing.assert_allclose(model.encode_image(resized / 255).pooled, whole, atol=1e-5)
@@ -274,7 +274,7 @@ def test_a_model_of_ours_goes_on_with_all_it_has(tmp_path: Path, make_model: Mak
 def test_keys_that_say_what_the_model_is_anyway_are_no_contradiction(tmp_path: Path, make_model: Make) -> None:
     before = make_model()
     before.save_pretrained(str(tmp_path))
-    again = ViLSeg.from_config(before.config.model_copy(update={"init": str(tmp_path)}))
+    again = ViLSeg.from_config(before.config.replace(init=str(tmp_path)))
     assert again.config == before.config
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tune import sweep
 from tune.search_space import SearchSpace, config_at_point, identity
 from vilseg.config import RunConfig
 from vilseg.errors import ConfigError
@@ -29,7 +30,7 @@ def config(*overrides: str) -> RunConfig:
 
 @pytest.mark.parametrize("name", sorted(path.name for path in (CONFIGS / "spaces").glob("*.yaml")))
 def test_shipped_spaces_fit_the_demo(name: str) -> None:
-    shipped = SearchSpace.load(str(CONFIGS / "spaces" / name)).with_values(dataset="folder:/val")
+    shipped = SearchSpace.load(str(CONFIGS / "spaces" / name)).replace(dataset="folder:/val")
     shipped.check(config("loss.vision.weight=0.1"))
     if shipped.search != "optuna":
         assert len(shipped.points()) == shipped.trials
@@ -143,3 +144,17 @@ def test_the_objective_follows_what_there_is() -> None:
 def test_values_of_a_log_range_stay_in_it() -> None:
     points = space({TEMPERATURE: {"loguniform": [0.02, 0.3]}}, trials=50).points()
     assert all(0.02 <= point[TEMPERATURE] <= 0.3 and math.isfinite(point[TEMPERATURE]) for point in points)
+
+
+def test_places_mean_the_same_in_every_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trials run in another working directory: relative models, also those that the space chooses from, are made absolute."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "vit").mkdir()
+    key = "model.image_encoder.checkpoint"
+    chosen = space(
+        {key: {"choice": ["vit", "org/vit", "s3://b/vit"]}, "trainer.seed": {"choice": [1]}}, dataset="folder:val"
+    )
+    moved = sweep.absolute_choices(config(), chosen)
+    assert moved.parameters[key].choice == [str(tmp_path / "vit"), "org/vit", "s3://b/vit"]
+    assert moved.parameters["trainer.seed"].choice == [1]
+    assert moved.dataset == f"folder:{tmp_path / 'val'}"

@@ -1,0 +1,130 @@
+"""Types of configuration keys that name places (URIs, models, datasets), and one walk over all of them.
+
+A key that is typed :data:`Uri`, :data:`ModelRef` or :data:`DatasetUri` is found by :func:`map_places` wherever it stands in a
+tree of parts, so that whoever has to list places or make them absolute needs no list of keys.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Sequence
+from types import UnionType
+from typing import Annotated, Any, NamedTuple, TypeVar, Union, get_args, get_origin
+
+from vilseg import storage
+from vilseg.config.base import ConfigPart
+
+
+class PlaceKind(enum.Enum):
+    """Syntax of a key that names a place."""
+
+    URI = "uri"
+    """Path or ``s3://`` URI."""
+    MODEL = "model"
+    """Path or URI of a model or run directory, or the id of a model on the Hugging Face hub."""
+    DATASET = "dataset"
+    """``KIND:URI``."""
+
+
+Uri = Annotated[str, PlaceKind.URI]
+ModelRef = Annotated[str, PlaceKind.MODEL]
+DatasetUri = Annotated[str, PlaceKind.DATASET]
+
+Config = TypeVar("Config", bound=ConfigPart)
+Change = Callable[[str, str, PlaceKind], str]
+
+
+class Place(NamedTuple):
+    """A configuration key that names a place."""
+
+    key: str
+    """Dotted, with positions in lists: ``data.mix.0.source``."""
+    value: str
+    kind: PlaceKind
+
+    @property
+    def uri(self) -> str:
+        """The value without the ``KIND:`` of a dataset."""
+        return self.value.partition(":")[2] if self.kind is PlaceKind.DATASET else self.value
+
+
+def map_places(config: Config, change: Change) -> Config:
+    """Return ``config`` with every place replaced by ``change(key, value, kind)``; keys that are not set are skipped."""
+    return _map_part(config, "", change)
+
+
+def list_places(config: ConfigPart) -> list[Place]:
+    """Return the places that are set in ``config``, in the order of its keys.
+
+    Example:
+        >>> from vilseg.config import RunConfig
+        >>> config = RunConfig.load(None, ["data.source=s3://bucket/pairs"])
+        >>> [(place.key, place.uri) for place in list_places(config)]
+        [('data.source', 's3://bucket/pairs'), ('trainer.storage', 'runs')]
+    """
+    found: list[Place] = []
+
+    def note(key: str, value: str, kind: PlaceKind) -> str:
+        found.append(Place(key, value, kind))
+        return value
+
+    map_places(config, note)
+    return found
+
+
+def absolute_places(config: Config) -> Config:
+    """Return ``config`` so that it means the same in a process with another working directory; hub ids stay as they are."""
+
+    def absolute(key: str, value: str, kind: PlaceKind) -> str:
+        if kind is PlaceKind.DATASET:
+            dataset_kind, _, uri = value.partition(":")
+            return f"{dataset_kind}:{storage.absolute(uri)}"
+        return value if kind is PlaceKind.MODEL and is_hub_id(value) else storage.absolute(value)
+
+    return map_places(config, absolute)
+
+
+def is_hub_id(reference: str) -> bool:
+    """Tell a model id of the Hugging Face hub (``gpt2``, ``openai/clip-vit-base-patch16``) from a path or URI.
+
+    A relative path that exists is a path, even if it reads like an id.
+    """
+    return (
+        reference.count("/") <= 1
+        and not reference.startswith((".", "/", "~"))
+        and storage.is_local(reference)
+        and not storage.exists(reference)
+    )
+
+
+def _map_part(part: Config, prefix: str, change: Change) -> Config:
+    changed = {}
+    for name, field in type(part).model_fields.items():
+        value = getattr(part, name)
+        mapped = _map_value(value, field.annotation, field.metadata, prefix + name, change)
+        if mapped != value:
+            changed[name] = mapped
+    return part.replace(**changed) if changed else part
+
+
+def _map_value(value: Any, annotation: Any, metadata: Sequence[Any], key: str, change: Change) -> Any:
+    """Map one value; ``metadata`` is what ``Annotated`` adds to ``annotation``."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if isinstance(value, ConfigPart):
+        return _map_part(value, f"{key}.", change)
+    if origin is Annotated:
+        return _map_value(value, arguments[0], [*metadata, *arguments[1:]], key, change)
+    if origin in (Union, UnionType):
+        if value is None:
+            return value
+        for argument in arguments:
+            value = _map_value(value, argument, metadata, key, change)
+        return value
+    if isinstance(value, str):
+        kind = next((mark for mark in metadata if isinstance(mark, PlaceKind)), None)
+        return value if kind is None else change(key, value, kind)
+    if origin is list and isinstance(value, list):
+        return [_map_value(one, arguments[0], (), f"{key}.{number}", change) for number, one in enumerate(value)]
+    if origin is dict and isinstance(value, dict):
+        return {name: _map_value(one, arguments[1], (), f"{key}.{name}", change) for name, one in value.items()}
+    return value

@@ -1,0 +1,27 @@
+"""Augmented views of images: a part of the run configuration."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from vilseg.config.base import ConfigPart, Fraction, FractionBelowOne, FractionRange, NonNegativeInt, PositiveInt
+
+
+class ViewsConfig(ConfigPart):
+    """Augmented views of an image. Crop scales are shares of the area (DINO, Caron et al. 2021, section 3.2)."""
+
+    global_size: PositiveInt = 224
+    global_scale: FractionRange = (0.4, 1.0)
+    local_size: PositiveInt = 96
+    local_crops: NonNegativeInt = 2
+    local_scale: FractionRange = (0.05, 0.4)
+    flip: Fraction = 0.5
+    brightness: Fraction = 0.3
+    contrast: Fraction = 0.3
+    saturation: Fraction = 0.2
+    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.03
+    """Largest photometric change, as a factor around 1 (hue: share of the circle)."""
+    feature_dropout: FractionBelowOne = 0.0
+    """Share of a frozen encoder's channels dropped for a whole view; with a feature cache it is what makes two views."""
