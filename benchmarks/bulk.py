@@ -107,7 +107,7 @@ def _upload() -> list[str]:
 
 
 def save_model(uri: str) -> None:
-    """The demo's model before training, which takes as long as afterwards, on pictures twice as large as there."""
+    """The demo's model before training, which takes as long as afterwards, on images twice as large as there."""
     config = RunConfig.load(
         str(Path(__file__).parent.parent / "configs" / "demo.yaml"), ["segmentation.input_size=128"]
     )
@@ -192,7 +192,7 @@ def _write_rows(place: str, name: str, rows: list[dict[str, Any]]) -> None:
 
 
 def _bare_loop(place: str, names: list[str]) -> list[float]:
-    """One process a core, each with its share of the photos."""
+    """One process a core, each with its fraction of the photos."""
     workers = os.cpu_count() or 1
     context = multiprocessing.get_context("spawn")
     barrier = context.Barrier(workers)

@@ -1,9 +1,9 @@
 """Overhead of `vilseg segment`: listing and bookkeeping for up to a million keys.
 
-The pictures are 8 x 8 pixels under many names, and the model is replaced by a constant through its configuration
-(``model.image_encoder.factory``), so that little but reading remains. The overhead of a picture is the time of the whole
+The images are 8 x 8 pixels under many names, and the model is replaced by a constant through its configuration
+(``model.image_encoder.factory``), so that little but reading remains. The overhead of an image is the time of the whole
 command, without its start, less that of a bare loop in one process a core that reads, decodes, segments and keeps the same
-rows, over the number of pictures, times the cores. Memory is the largest resident set: the driver's, and of all processes
+rows, over the number of images, times the cores. Memory is the largest resident set: the driver's, and of all processes
 of the job together (pages that they share count for each).
 """
 
@@ -40,7 +40,7 @@ _SIDE = 8
 
 
 class Constant(nn.Module):
-    """An image encoder that says the same of every picture."""
+    """An image encoder that says the same of every image."""
 
     num_features = 4
     patch_size = _SIDE
@@ -51,12 +51,12 @@ class Constant(nn.Module):
 
 
 def main(out: Path) -> dict[str, Any]:
-    """Run the measurement; ``out`` keeps the pictures, and where they are already they are used again.
+    """Run the measurement; ``out`` keeps the images, and where they are already they are used again.
 
     ``VILSEG_BULK_KEYS`` takes the place of the largest size.
 
     Returns:
-        ``ratio`` (0.3 ms over the overhead a picture at the largest size) and the figures of every size.
+        ``ratio`` (0.3 ms over the overhead an image at the largest size) and the figures of every size.
     """
     out = out.absolute()
     most = int(os.environ.get("VILSEG_BULK_KEYS", _SIZES[-1]))

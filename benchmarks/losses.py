@@ -37,7 +37,7 @@ _CLUSTERS, _GRID = 25, 14
 _SCALE, _BIAS, _POOLING, _TOP, _ENTROPY_WEIGHT = 14.3, -10.0, 0.1, 8, 1.5
 _VIEWS, _GLOBALS, _PROTOTYPES = 4, 2, 256
 _TOLERANCE = 1e-3
-"""Largest difference between the gradients of the two, as a share of the largest entry."""
+"""Largest difference between the gradients of the two, as a fraction of the largest entry."""
 
 Loss = Callable[..., Tensor]
 

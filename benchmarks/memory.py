@@ -1,7 +1,7 @@
 """GPU memory of the paper's setting, configs/vitb16_cc12m.yaml: computed, and measured on a CPU where that is possible.
 
     weights, gradients, AdamW   parameters counted on the meta device, float32
-    activations of the towers   bytes that autograd keeps for one picture or caption more, measured: a forward pass of two
+    activations of the towers   bytes that autograd keeps for one image or caption more, measured: a forward pass of two
                                 and of one in bfloat16 autocast on the CPU, every storage once, weights left out
     losses                      bytes that autograd keeps for the shapes of one worker, measured on the meta device; as much
                                 again for gradients, which is more than ever live at once
@@ -35,7 +35,7 @@ _GB = 1e9
 _CARDS = (40, 80)
 _FREE_SHARE = 0.1
 _PHRASES_IN_BATCH = 0.5
-"""Share of the table of phrases that occurs in a batch: an assumption, 4,096 captions name most of the frequent ones."""
+"""Fraction of the table of phrases that occurs in a batch: an assumption, 4,096 captions name most of the frequent ones."""
 
 
 def main(out: Path) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 ``GroupViTModel`` (Xu et al. 2022) groups patches inside the network and names its groups; ``CLIPModel`` (Radford et al. 2021)
 names every patch by its own embedding, through the projection that it learnt for the image as a whole. Both are the classes
 of ``transformers`` with their own loss, in sizes near to those of the demo's model and with patches of the same 4 pixels; they
-see the same pictures in the same order, cropped and flipped alike, through the same tokenizer. Their maps get the same
+see the same images in the same order, cropped and flipped alike, through the same tokenizer. Their maps get the same
 refinement at the end as vilseg's, so that what is compared is the training.
 """
 
@@ -82,7 +82,7 @@ class _Named:
 
     classes: tuple[str, ...]
     scores: Callable[[Tensor], Tensor]
-    """Pictures (B, 3, H, W) -> (B, C, h, w)."""
+    """Images (B, 3, H, W) -> (B, C, h, w)."""
     config: RunConfig
 
     def batch(self, images: list[np.ndarray], /) -> Sequence[Any]:

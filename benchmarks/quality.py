@@ -1,7 +1,7 @@
 """Effect of each inference setting: mIoU, boundary IoU and time with one setting changed at a time.
 
 On unseen synthetic scenes with the demo's model, and on photos with that of ``benchmarks real_photos``; both are trained first
-unless an earlier run left them. What a model sees in a picture is kept for all rows that see it alike, so a row costs the
+unless an earlier run left them. What a model sees in an image is kept for all rows that see it alike, so a row costs the
 naming of the pixels.
 """
 
@@ -36,7 +36,7 @@ from vilseg.text.vocabulary import Vocabulary
 SCENES = ("scenes",)
 PHOTOS = real_photos.TASKS
 _LARGE = 512
-"""Side of the pictures that refinement is timed on."""
+"""Side of the images that refinement is timed on."""
 _ROUNDS = 9
 _DRAWN = 5
 
@@ -100,7 +100,7 @@ def main(out: Path) -> dict[str, Any]:
 
     Returns:
         ``rows``, a list of what was measured for each choice and dataset; ``ratio``, the boundary IoU of scenes with the default
-        refinement over that without; ``refinement_share``, the part of the time of a 512-pixel picture that refinement takes.
+        refinement over that without; ``refinement_share``, the part of the time of a 512-pixel image that refinement takes.
 
     Raises:
         DataError: the photos are not where ``VILSEG_SHARED_DATA`` says.
@@ -154,7 +154,7 @@ def _datasets(out: Path, data: Path) -> list[tuple[str, FolderDataset, Vocabular
 
 
 class _Kept:
-    """A segmenter that has looked at a dataset's pictures already; they come in their order."""
+    """A segmenter that has looked at a dataset's images already; they come in their order."""
 
     def __init__(self, segmenter: Segmenter, looks: Sequence[DenseFeatures]) -> None:
         self._segmenter, self._looks = segmenter, iter(looks)
@@ -206,7 +206,7 @@ def _segmenter(uri: str, vocabulary: Vocabulary, overrides: Sequence[str]) -> Se
 
 
 def _time_large(uri: str, out: Path) -> dict[str, float]:
-    """By method, the share of refinement in the time of a 512-pixel scene, seen at 512 pixels and at the model's own size."""
+    """By method, the fraction of refinement in the time of a 512-pixel scene, seen at 512 pixels and at the model's own size."""
     classes = FolderDataset(str(out / "scenes" / "unseen")).classes
     pictures = [scenes.render_scene(0, index, _LARGE, split="eval").image for index in range(3)]
     shares: dict[str, float] = {}

@@ -1,11 +1,11 @@
 """Video against frame by frame: mIoU, steadiness and cost a frame on moving scenes whose masks and motion are exact.
 
-A small model is trained first, on still scenes and their captions, in this process. The films are from another stream.
+A small model is trained first, on still scenes and their captions, in this process. The videos are from another stream.
 
 Steadiness is the temporal consistency of Liu et al. 2020 ("Efficient semantic video segmentation with per-frame
 inference", section 3.3): the mIoU between the labels of a frame and those of the frame before it brought along the motion,
-counted over each film and averaged over films; here with the exact motion in the place of estimated flow, and without the
-pixels that were not visible before. ``flicker`` is the share of these pixels whose label changes, though none truly does.
+counted over each video and averaged over videos; here with the exact motion in the place of estimated flow, and without the
+pixels that were not visible before. ``flicker`` is the fraction of these pixels whose label changes, though none truly does.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _STEPS = 600
 _FILMS = 20
 _FRAMES = 37
 _ROUNDS = 3
-"""How often every film is segmented in each way; the ways alternate, so that a busy machine hits them alike."""
+"""How often every video is segmented in each way; the ways alternate, so that a busy machine hits them alike."""
 _CLASSES = tuple(scene_class.name for scene_class in scenes.CLASSES)
 
 Way = Callable[[Iterable[np.ndarray]], Iterable[Segmentation]]
@@ -60,7 +60,7 @@ def main(out: Path) -> dict[str, Any]:
         started = time.perf_counter()
         model = _train(out.absolute())
         trained = time.perf_counter() - started
-        # Films have no clusters, so that frame by frame should not compute them either.
+        # Videos have no clusters, so that frame by frame should not compute them either.
         measured = _measure(Segmenter(model, _CLASSES, device="cpu", keep_clusters=False))
         return measured | {"ratio_vit_b16": _vit_b16(), "train_seconds": round(trained, 1)}
     finally:

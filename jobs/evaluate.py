@@ -52,7 +52,7 @@ def main(
         dataset: ``KIND:URI``.
         classes: other names for the classes that the protocol asks for, in the dataset's order.
         protocol: one of `EvaluationProtocol`: which classes are asked for and measured.
-        boundary_width: of the band along contours for boundary IoU, as a share of the image's diagonal.
+        boundary_width: of the band along contours for boundary IoU, as a fraction of the image's diagonal.
         fit: find the temperature that fits the scores to the first 100 masks, too.
         out: folder or URI for ``evaluation.json`` and ``report.html``.
         overwrite: replace what is at ``out``.

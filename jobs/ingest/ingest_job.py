@@ -27,7 +27,7 @@ _TASKS_PER_CPU = 2
 """Submitted at a time: one runs, one is ready to. More would only hold their records in memory."""
 _MIN_READ = 20
 _MIN_READ_TO_STOP = 5000
-"""A share of bad pairs means little before so many were read: at the end, and on the way."""
+"""A fraction of bad pairs means little before so many were read: at the end, and on the way."""
 
 
 @dataclass(frozen=True)

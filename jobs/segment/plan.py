@@ -207,7 +207,7 @@ def clear_output(out: str) -> None:
     written = {"png": [MASKS], "geotiff": [MASKS], "overlay": [OVERLAYS], "gallery": [THUMBS, PAGE, DATA]}
     written["coco"] = [ANNOTATIONS]
     folders = [name for kind in formats for name in written.get(kind, [])]
-    # Rows first: a picture with a row and without its mask would pass for done.
+    # Rows first: an image with a row and without its mask would pass for done.
     for name in (RESULTS, PARTS, SUMMARY, *dict.fromkeys(folders)):
         storage.delete(storage.join(out, name))
 
@@ -218,7 +218,7 @@ class Estimate:
 
     images: int
     bytes: int
-    """Of files; of what containers hold, the pictures' own."""
+    """Of files; of what containers hold, the images' own."""
     containers: int
     rejected_of_tried: int
     tried: int

@@ -44,7 +44,7 @@ _COPIES_AT_ONCE = 1000
 _DEATHS_TO_SUSPECT, _DEATHS_TO_REJECT = 2, 2
 """After so many deaths of actors in a block its inputs go one by one; then one that two die of is rejected."""
 _MIN_INPUTS_TO_STOP = 50
-"""A share of rejected inputs means little before so many were seen."""
+"""A fraction of rejected inputs means little before so many were seen."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def main(
     Args:
         job: what to do, and where to write.
         session: the cluster.
-        max_rejected: end early when more than this share of the inputs cannot be used.
+        max_rejected: end early when more than this fraction of the inputs cannot be used.
         progress: told as blocks end.
 
     Raises:
@@ -195,7 +195,7 @@ def _row(items: list[Any]) -> dict[str, np.ndarray]:
 def _load(job: Job) -> tuple[SplitObject, str]:
     """The segmenter in parts for the object store, where all actors of a machine share its weights; and their digest.
 
-    The classes are embedded here once, and the text encoder, which no picture needs, stays behind.
+    The classes are embedded here once, and the text encoder, which no image needs, stays behind.
     """
     from vilseg.model import ViLSeg
     from vilseg.model.shared_weights import split_weights
@@ -338,7 +338,7 @@ def _finish(job: Job, rate: float) -> Summary:
 def _write_annotations(job: Job) -> None:
     masks = _mask_name if job.outputs.png else None
     with storage.open_atomic(storage.join(job.out, ANNOTATIONS)) as file:
-        write_coco(file, lambda: _pictures(job.out), job.classes.classes, masks)
+        write_coco(file, lambda: _rows_of_images(job.out), job.classes.classes, masks)
 
 
 def _summarise(job: Job, rate: float) -> Summary:
@@ -348,7 +348,7 @@ def _summarise(job: Job, rate: float) -> Summary:
     return summary
 
 
-def _pictures(out: str) -> Iterator[Row]:
+def _rows_of_images(out: str) -> Iterator[Row]:
     """Rows that have run lengths; of a video or a GeoTIFF there are none."""
     return (row for row in results_table.read_results(out) if row["status"] == "ok" and row["rle"])
 

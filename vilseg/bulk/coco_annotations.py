@@ -21,7 +21,7 @@ def write_coco(
 
     Args:
         file: to write to.
-        rows: gives the rows of pictures anew at every call: the sections of the file follow each other.
+        rows: gives the rows of images anew at every call: the sections of the file follow each other.
         classes: names in index order.
         mask_name: name of a row's mask file below the output; None where none is written.
     """

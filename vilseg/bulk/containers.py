@@ -25,7 +25,7 @@ from vilseg.ingest.image_files import resolve
 _BUFFER = 4 << 20
 _BLOCK = tarfile.BLOCKSIZE
 _ROWS = 4
-"""Of a Parquet file, read at once; pictures may have many megabytes."""
+"""Of a Parquet file, read at once; images may have many megabytes."""
 _MAX_MEMBER = 1 << 30
 """Bytes of one member of a tar, which have to be in memory."""
 _NAMELESS = "_"
@@ -44,13 +44,13 @@ class Input:
     size: int | None = None
     """Bytes, where known."""
     data: bytes | None = field(default=None, repr=False)
-    """The encoded picture, where it came out of a container."""
+    """The encoded image, where it came out of a container."""
     problem: str | None = None
     """Why there is nothing to read, where that is known already."""
 
     @property
     def kind(self) -> Literal["image", "video"]:
-        """By suffix; what is no video is tried as a picture."""
+        """By suffix; what is no video is tried as an image."""
         return "video" if is_video(self.name if self.data is not None else self.uri) else "image"
 
     def read(self) -> bytes:
@@ -85,7 +85,7 @@ class Container:
         is no key column. A name that is taken gets the number of its member or row.
 
         Raises:
-            DataError: it is damaged (after the inputs before the damage), or has no column of pictures.
+            DataError: it is damaged (after the inputs before the damage), or has no column of images.
             StorageError: it cannot be read, or the connection broke on the way.
         """
         taken = Hashes()
@@ -179,17 +179,17 @@ def _parquet_rows(container: Container) -> Iterator[Input]:
         # So, pages are read as they are needed and not a whole row group at once.
         with storage.open_input(uri) as source, pq.ParquetFile(source, buffer_size=_BUFFER, pre_buffer=False) as file:
             names = file.schema_arrow.names
-            picture = split_image({name: name for name in names}, columns)[0]
-            if picture is None:
+            image_column = split_image({name: name for name in names}, columns)[0]
+            if image_column is None:
                 raise DataError(
                     f"{uri} has no column of pictures or of their paths, only {', '.join(names)}; "
                     f"name it {columns.image} or {columns.path}"
                 )
-            wanted = [name for name in (picture, columns.path, columns.key) if name in names]
+            wanted = [name for name in (image_column, columns.path, columns.key) if name in names]
             for batch in file.iter_batches(batch_size=_ROWS, columns=list(dict.fromkeys(wanted))):
                 for index in range(batch.num_rows):  # not to_pylist, which copies all of them
                     values = {name: batch[name][index].as_py() for name in batch.schema.names}
-                    yield _of_row(uri, row, values.get(columns.key), values[picture] or values.get(columns.path))
+                    yield _of_row(uri, row, values.get(columns.key), values[image_column] or values.get(columns.path))
                     row += 1
     except StoreUnavailable as error:
         raise _broken_off(uri, f"from row {row} on", error) from error
@@ -197,15 +197,15 @@ def _parquet_rows(container: Container) -> Iterator[Input]:
         raise _damage(uri, f"from row {row} on", error) from error
 
 
-def _of_row(uri: str, row: int, key: Any, picture: Any) -> Input:
+def _of_row(uri: str, row: int, key: Any, image: Any) -> Input:
     name = f"{row:08d}" if key in (None, "") else str(key)
-    if isinstance(picture, dict):  # as Hugging Face datasets write it
-        picture = picture.get("bytes") or picture.get("path")
-    if isinstance(picture, bytes):
-        return Input(name, uri, len(picture), picture)
-    if isinstance(picture, str) and picture:
-        absolute = "://" in picture or picture.startswith("/")
-        return Input(name, picture if absolute else resolve(storage.parent(uri), picture))
+    if isinstance(image, dict):  # as Hugging Face datasets write it
+        image = image.get("bytes") or image.get("path")
+    if isinstance(image, bytes):
+        return Input(name, uri, len(image), image)
+    if isinstance(image, str) and image:
+        absolute = "://" in image or image.startswith("/")
+        return Input(name, image if absolute else resolve(storage.parent(uri), image))
     return Input(name, uri, problem=f"row {row} of {uri} has no picture")
 
 

@@ -10,13 +10,13 @@ def _words(*lines: str) -> frozenset[str]:
 
 
 VIDEO_SUFFIXES = frozenset({".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v"})
-_PICTURE_SUFFIXES = _words(
+_IMAGE_SUFFIXES = _words(
     ".jpg .jpeg .jpe .jfif .png .apng .webp .gif .bmp .dib .tif .tiff .ppm .pgm .pbm .pnm .avif .heic .heif .jp2 .j2k .jpx",
     ".tga .dds .ico .pcx .sgi .qoi",
 )
-"""Of hidden files only these are pictures; of all others, these need no list."""
+"""Of hidden files only these are images; of all others, these need no list."""
 _OTHER_SUFFIXES = _words(
-    # text, records and what describes pictures
+    # text, records and what describes images
     ".txt .lst .json .jsonl .ndjson .geojson .csv .tsv .xml .html .htm .css .md .rst .yaml .yml .toml .ini .cfg .conf",
     ".log .tex .rtf .srt .vtt .cls .xmp .thm .aae .url .lnk",
     # documents
@@ -61,5 +61,5 @@ def is_tried(path: str) -> bool:
     if suffix in _OTHER_SUFFIXES or name.lower() in _OTHER_NAMES or (folder and is_hidden_folder(folder)):
         return False
     if name.startswith("."):
-        return not name.startswith("._") and (suffix in _PICTURE_SUFFIXES or suffix in VIDEO_SUFFIXES)
+        return not name.startswith("._") and (suffix in _IMAGE_SUFFIXES or suffix in VIDEO_SUFFIXES)
     return bool(name)

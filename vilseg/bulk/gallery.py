@@ -1,4 +1,4 @@
-"""The gallery of a bulk segmentation: one page to leaf through, filter and order its pictures, and their thumbnails.
+"""The gallery of a bulk segmentation: one page to leaf through, filter and order its images, and their thumbnails.
 
 ``gallery.html`` works by double click from a disk as well as from any static web server: it requests nothing but what
 lies beside it, and its rows come as scripts (``gallery/rows-0000.js``, …), because a page from a disk may not read files
@@ -29,13 +29,13 @@ _CHUNK_ROWS = 4096
 _SHARE_UNITS, _SCORE_UNITS = 10_000, 1_000
 """Shares and scores are whole numbers of these parts in the data files; gallery_rows.js has the same figures."""
 _WEBP_QUALITY = 80
-_MAX_SIDE = 8191  # px: WebP ends at 16383, and two pictures lie side by side
+_MAX_SIDE = 8191  # px: WebP ends at 16383, and two images lie side by side
 
 
 def thumbnail(image: np.ndarray, labels: np.ndarray, classes: Sequence[str], side: int = 256) -> bytes:
-    """The picture and, to its right, the same picture with its regions in their colours, as one WebP.
+    """The image and, to its right, the same image with its regions in their colours, as one WebP.
 
-    Each half has the picture's shape and a longer side of `side` px; a picture that is smaller is enlarged by the largest
+    Each half has the image's shape and a longer side of `side` px; an image that is smaller is enlarged by the largest
     whole factor that fits. The halves have the same size, so that a page can show one, both, or one over the other.
 
     Args:

@@ -1,6 +1,6 @@
 """The inputs of bulk segmentation as a stream: folders, prefixes, globs, lists and single files, mixed in one call.
 
-:func:`scan` gives the first picture while the rest is still being listed, so an archive of any size starts at once and needs
+:func:`scan` gives the first image while the rest is still being listed, so an archive of any size starts at once and needs
 no list of it in memory.
 """
 
@@ -34,7 +34,7 @@ _EXPECTED = (
 def scan(inputs: Sequence[str], columns: ColumnsConfig | None = None) -> Iterator[Input | Container]:
     """Everything to be segmented at ``inputs``, input by input in the order of its listing, while it is being listed.
 
-    A folder, prefix or glob gives all files below it but those whose suffix or name says that they are no picture; hidden
+    A folder, prefix or glob gives all files below it but those whose suffix or name says that they are no image; hidden
     folders are skipped. The lines of a list (``.txt``, ``.lst``) are paths relative to its folder, or URIs; blank lines and
     those that begin with "#" are skipped. A path that exists is never read as a glob. What is met twice under one name comes
     once. Inside `storage.retrying`, a store that goes away while it is listed is asked again from the last key on; one that is
@@ -204,7 +204,7 @@ def _is_list(uri: str) -> bool:
 def _lines(uri: str, columns: ColumnsConfig) -> Iterator[Input | Container]:
     """Inputs listed in a text file; a line that is no supported URI becomes an input with a problem."""
     folder, number = storage.parent(uri), 0
-    # A copy, because a connection would be open for as long as the pictures take.
+    # A copy, because a connection would be open for as long as the images take.
     with ExitStack() as stack:
         path = stack.enter_context(storage.local_copy(uri))
         file = stack.enter_context(open(path, encoding="utf-8-sig", newline="\n"))

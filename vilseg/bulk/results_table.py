@@ -1,6 +1,6 @@
 """The rows of a bulk segmentation: small part files while it runs, one ``results.parquet`` at its end.
 
-An actor writes what it finished as a part, whole or not at all. A picture done twice, because an actor died or an old one
+An actor writes what it finished as a part, whole or not at all. An image done twice, because an actor died or an old one
 lived on, is in two parts with the same outcome; merging keeps one row of it.
 """
 

@@ -1,6 +1,6 @@
 """Inputs in blocks, each the work of one process at a time: what a death loses, and what a part of the results holds.
 
-A block costs its worker some hundredths of a second beside its pictures, so blocks should be large; but all workers should
+A block costs its worker some hundredths of a second beside its images, so blocks should be large; but all workers should
 begin at once and end together. So blocks grow with what was listed, and the last inputs are kept back until the listing
 ends, to be given away in ever smaller blocks (guided self-scheduling, Polychronopoulos and Kuck 1987).
 """
@@ -21,7 +21,7 @@ _KEPT_BACK = 4
 """And 1 of so many is kept back, but never more than some blocks a worker."""
 _IN_CONTAINER = 64
 _BYTES = 64 << 20
-"""Of pictures that travel with their block because they come out of a container; so much is held or a block has."""
+"""Of images that travel with their block because they come out of a container; so much is held or a block has."""
 
 
 def cut(found: Iterable[Input | Container], workers: int) -> Iterator[list[Input] | Container]:
@@ -60,9 +60,9 @@ def cut_container(inputs: Iterable[Input]) -> Iterator[list[Input]]:
 
 
 def _videos_apart(block: list[Input]) -> Iterator[list[Input]]:
-    # A video takes as long as a block, and no picture should wait for its row so long.
-    pictures = [item for item in block if not _is_video(item)]
-    yield from ([pictures] if pictures else [])
+    # A video takes as long as a block, and no image should wait for its row so long.
+    images = [item for item in block if not _is_video(item)]
+    yield from ([images] if images else [])
     yield from ([item] for item in block if _is_video(item))
 
 

@@ -36,9 +36,9 @@ from vilseg.segmentation.video import VideoResult, segment_file
 
 _PART_SECONDS = 60.0
 _AHEAD_PIXELS = 64_000_000
-"""Decoded pictures that wait for the model, and as many whose masks wait to be written; a few more may be under way."""
+"""Decoded images that wait for the model, and as many whose masks wait to be written; a few more may be under way."""
 _GPU_BATCH = 16
-"""Pictures a pass through the model on a GPU. On CPUs a batch is no faster."""
+"""Images a pass through the model on a GPU. On CPUs a batch is no faster."""
 _WRITERS = 4
 _TIFF = (".tif", ".tiff")
 _MAX_PART = 250
@@ -160,7 +160,7 @@ class BlockSegmenter:
             if min(image.shape[:2]) < self._rules.min_side:
                 least = self._rules.min_side
                 raise DataError(f"{row['width']} x {row['height']} pixels, less than --min-side {least}")
-            # After the checks: a copy of what is no picture is rejected as well, and told and counted.
+            # After the checks: a copy of what is no image is rejected as well, and told and counted.
             if self._claim and (first := self._claim(row["sha256"], item.name)) != item.name:
                 return _Loaded({"path": item.name, "status": "ok", "sha256": row["sha256"], "duplicate_of": first})
             return _Loaded(row, image=image)

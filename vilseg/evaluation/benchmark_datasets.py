@@ -59,7 +59,7 @@ class Layout:
         return f"{self.images}/NAME.jpg and {masks}{listed}{self.remark}"
 
 
-_NO_PICTURES = (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90)
+_NEVER_ANNOTATED = (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90)
 """Ids among 0..181 in COCO-Stuff's masks that COCO lists but never annotated (nightrome/cocostuff, README, "Labels")."""
 
 LAYOUTS = (
@@ -97,7 +97,7 @@ LAYOUTS = (
         images="images/val2017",
         masks="annotations/val2017",
         suffixes={
-            ".png": tuple(value for value in range(182) if value not in _NO_PICTURES),
+            ".png": tuple(value for value in range(182) if value not in _NEVER_ANNOTATED),
             "_labelTrainIds.png": tuple(range(171)),
         },
         unseen=(

@@ -1,6 +1,6 @@
 """The HTML page of a report: its style, and small pieces that several reports are put together from.
 
-A page stands for itself: style and pictures are inline, there is no script, and nothing is requested from anywhere.
+A page stands for itself: style and images are inline, there is no script, and nothing is requested from anywhere.
 """
 
 import base64
@@ -12,7 +12,7 @@ from PIL import Image
 
 from vilseg.segmentation.visualization import LegendEntry, percent_text
 
-_MOST_NAMES = 8  # in the legend of one picture: a noisy prediction has dozens of classes with a few pixels each
+_MOST_NAMES = 8  # in the legend of one image: a noisy prediction has dozens of classes with a few pixels each
 
 _STYLE = """
 :root { color-scheme: light dark;
@@ -118,7 +118,7 @@ def key(entries: Iterable[tuple[str, str, str]]) -> str:
 
 
 def class_key(entries: Sequence[LegendEntry]) -> str:
-    """The legend of a label map: its largest classes, each with its colour and its share of the area."""
+    """The legend of a label map: its largest classes, each with its colour and its fraction of the area."""
     shown = [(css_colour(entry.colour), entry.name, percent_text(entry.fraction)) for entry in entries[:_MOST_NAMES]]
     if rest := entries[_MOST_NAMES:]:
         shown.append(("none", "", f"+ {len(rest)} more, {percent_text(sum(entry.fraction for entry in rest))}"))
@@ -130,14 +130,14 @@ def css_colour(colour: tuple[int, int, int]) -> str:
     return "#{:02x}{:02x}{:02x}".format(*colour)
 
 
-def picture(image: Image.Image, caption: str, *, below: str = "", crisp: bool) -> str:
-    """A picture within the page, with a caption and HTML below it.
+def figure(image: Image.Image, caption: str, *, below: str = "", crisp: bool) -> str:
+    """An image within the page, with a caption and HTML below it.
 
     Args:
         image: RGB.
         caption: text; also what a screen reader says.
         below: HTML.
-        crisp: store without loss and enlarge without smoothing, for enlarged or flat pictures; otherwise JPEG.
+        crisp: store without loss and enlarge without smoothing, for enlarged or flat images; otherwise JPEG.
     """
     buffer = io.BytesIO()
     if crisp:

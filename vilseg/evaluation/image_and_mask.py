@@ -66,19 +66,19 @@ def values_of(mask: np.ndarray) -> np.ndarray:
 def _decode_mask(data: bytes, uri: str, width: int, height: int) -> np.ndarray:
     """Class ids of a PNG mask: (H, W) uint8 or uint16, by its bit depth."""
     try:
-        with Image.open(io.BytesIO(data), formats=["PNG"]) as picture:
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
             # Bit depth and colour type as in the header (PNG, section 11.2.1): Pillow itself stretches grey of less
             # than 8 bit to 0..255, which would turn class 1 into class 85.
             depth, colour = data[24], data[25]
             if (colour, depth) not in {(0, 8), (0, 16)} and colour != 3:
                 raise DataError(f"mask {uri} is neither a grey PNG of 8 or 16 bit nor one with a palette: convert it")
             # Before the pixels are unpacked: a mask as large as its image is as harmless as the image was.
-            if picture.size != (width, height):
+            if image.size != (width, height):
                 raise DataError(
-                    f"mask {uri} is {picture.width} x {picture.height} pixels but its image is {width} x {height}: "
+                    f"mask {uri} is {image.width} x {image.height} pixels but its image is {width} x {height}: "
                     "make them equal"
                 )
-            return np.array(picture, dtype=np.uint16 if depth == 16 else np.uint8)
+            return np.array(image, dtype=np.uint16 if depth == 16 else np.uint8)
     except UnidentifiedImageError as error:
         raise DataError(f"mask {uri} is no PNG: write it anew as one") from error
     except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for damaged files

@@ -2,11 +2,11 @@
 
 Most users have no masks but must compare trainings. Four metrics, all higher is better:
 
-    retrieval            mean reciprocal rank of the right caption among all, and of the right picture, by the embeddings of
-                         pictures as wholes
-    nouns                mean average precision with which a picture's best patches tell that its captions hold a noun phrase
-    mutual_information   between the cluster assignments of two views of a picture, in nats (IIC, Ji et al. 2019, equation 3)
-    agreement            adjusted Rand index (Hubert & Arabie 1985) between the clusters of two views, mean over the pictures
+    retrieval            mean reciprocal rank of the right caption among all, and of the right image, by the embeddings of
+                         images as wholes
+    nouns                mean average precision with which an image's best patches tell that its captions hold a noun phrase
+    mutual_information   between the cluster assignments of two views of an image, in nats (IIC, Ji et al. 2019, equation 3)
+    agreement            adjusted Rand index (Hubert & Arabie 1985) between the clusters of two views, mean over the images
 
 How well each of them ranks trainings against mIoU is measured in docs/tuning.md.
 """
@@ -35,9 +35,9 @@ MEASURES = ("retrieval", "nouns", "mutual_information", "agreement")
 """Names of the figures."""
 
 _TOP_PATCHES = 8
-"""Patches whose mean similarity is a picture's score for a phrase, as in the noun contrast."""
+"""Patches whose mean similarity is an image's score for a phrase, as in the noun contrast."""
 _MIN_COUNT = 5
-"""Pictures that hold a phrase, at least; the average precision of fewer is chance."""
+"""Images that hold a phrase, at least; the average precision of fewer is chance."""
 _BATCH = 64
 _SEED = 20
 """Of the views: every model is shown the same."""
@@ -54,7 +54,7 @@ class HeldOut:
     phrases: tuple[str, ...]
     """Noun phrases in the captions."""
     holds_BP: np.ndarray
-    """Whether a picture's captions hold a phrase, bool."""
+    """Whether an image's captions hold a phrase, bool."""
 
     @classmethod
     def load(
@@ -64,10 +64,10 @@ class HeldOut:
 
         Args:
             source: URI of pair shards.
-            side: pixels of the squares that pictures are brought to, as models see them.
+            side: pixels of the squares that images are brought to, as models see them.
             columns: names of the columns of Parquet shards.
             limit: pairs, at most.
-            max_pixels: larger pictures are left out.
+            max_pixels: larger images are left out.
 
         Raises:
             DataError: no shards, or fewer than two readable pairs.
@@ -154,9 +154,9 @@ def _two_views(model: ViLSeg, images_BHW3: Tensor, seeds_B: Tensor) -> tuple[Ten
 
 
 def retrieval(similarity_IT: Tensor, captions: tuple[str, ...]) -> float:
-    """Mean reciprocal rank, in 0..1, over pictures and captions; of equal captions any is the right one.
+    """Mean reciprocal rank, in 0..1, over images and captions; of equal captions any is the right one.
 
-    Shape: (B, B), pictures by captions.
+    Shape: (B, B), images by captions.
     """
     numbers = {caption: number for number, caption in enumerate(dict.fromkeys(captions))}
     owner = torch.tensor([numbers[caption] for caption in captions], device=similarity_IT.device)
@@ -171,7 +171,7 @@ def retrieval(similarity_IT: Tensor, captions: tuple[str, ...]) -> float:
 
 
 def mean_average_precision(scores_BP: np.ndarray, holds_BP: np.ndarray) -> float:
-    """Mean over the phrases that some pictures hold and some do not of the average precision, in 0..1; nan without any."""
+    """Mean over the phrases that some images hold and some do not of the average precision, in 0..1; nan without any."""
     told = holds_BP.any(0) & ~holds_BP.all(0)
     precisions = []
     for scores_B, holds_B in zip(scores_BP.T[told], holds_BP.T[told], strict=True):
@@ -183,7 +183,7 @@ def mean_average_precision(scores_BP: np.ndarray, holds_BP: np.ndarray) -> float
 
 
 def agreement(first_Bhw: Tensor, second_Bhw: Tensor, valid_Bhw: Tensor) -> float:
-    """Mean over the pictures of the adjusted Rand index of two clusterings of their valid patches; 0 is chance, 1 the same."""
+    """Mean over the images of the adjusted Rand index of two clusterings of their valid patches; 0 is chance, 1 the same."""
     count = int(max(first_Bhw.max(), second_Bhw.max())) + 1
     indices = []
     for first, second, valid in zip(first_Bhw, second_Bhw, valid_Bhw, strict=True):

@@ -16,7 +16,7 @@ from vilseg.evaluation.evaluate import Evaluation, Example
 from vilseg.segmentation import visualization
 from vilseg.segmentation.result import no_class
 
-_LONGEST_SIDE = 640  # px: larger pictures are shrunk, a page of dozens must still open on a phone
+_LONGEST_SIDE = 640  # px: larger images are shrunk, a page of dozens must still open on a phone
 _MOST_CONFUSIONS = 12
 
 
@@ -26,7 +26,7 @@ class RunReport:
 
     title: str
     trained: Evaluation
-    """Of the trained model; its `examples` become the rows of pictures."""
+    """Of the trained model; its `examples` become the rows of images."""
     untrained: Evaluation | None = None
     """Of the same model before training, on the same images."""
     summary: str = ""
@@ -166,15 +166,15 @@ def _example(example: Example) -> str:
     factor = visualization.upscale_factor(*result.labels.shape)
     crisp = factor > 1
 
-    pictures = [html_page.picture(_fit(Image.fromarray(image)), "image", crisp=crisp)]
+    panels = [html_page.figure(_fit(Image.fromarray(image)), "image", crisp=crisp)]
     for caption, labels in (("prediction", result.labels), ("truth", true_labels)):
         drawn = _fit(visualization.draw_overlay(image, labels, classes, opacity=0.65, factor=factor))
         legend = html_page.class_key(visualization.legend_entries(labels, classes))
-        pictures.append(html_page.picture(drawn, caption, below=legend, crisp=crisp))
+        panels.append(html_page.figure(drawn, caption, below=legend, crisp=crisp))
     if result.clusters is not None:
         drawn = _fit(visualization.draw_clusters(result.clusters, factor=factor), Image.Resampling.NEAREST)
         caption = f"{len(np.unique(result.clusters))} clusters"
-        pictures.append(html_page.picture(drawn, caption, crisp=True))
+        panels.append(html_page.figure(drawn, caption, crisp=True))
 
     known = truth.mask != truth.ignore
     right = int(np.count_nonzero((result.labels == truth.mask) & known)) / max(int(np.count_nonzero(known)), 1)
@@ -182,14 +182,14 @@ def _example(example: Example) -> str:
     return (
         f'<article class="card example"><header><h3>{html_page.escape(truth.name)}</h3>'
         f'<span class="note">{visualization.percent_text(right)} of the pixels right{mean}</span></header>'
-        f'<div class="pictures">{"".join(pictures)}</div></article>'
+        f'<div class="pictures">{"".join(panels)}</div></article>'
     )
 
 
-def _fit(picture: Image.Image, resample: Image.Resampling = Image.Resampling.LANCZOS) -> Image.Image:
-    """The picture, shrunk to `_LONGEST_SIDE` if it is larger."""
-    picture.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE), resample)
-    return picture
+def _fit(image: Image.Image, resample: Image.Resampling = Image.Resampling.LANCZOS) -> Image.Image:
+    """The image, shrunk to `_LONGEST_SIDE` if it is larger."""
+    image.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE), resample)
+    return image
 
 
 def _per_class(trained: Evaluation, untrained: Evaluation | None) -> str:
