@@ -76,7 +76,13 @@ class Videos(ConfigPart):
 
 
 class ServeConfig(ConfigTree):
-    """Configuration of the whole deployment."""
+    """Configuration of the whole deployment.
+
+    Example:
+        >>> config = ServeConfig.of(None, ["day=runs/day/model"], None, ["replicas.maximum=2"])
+        >>> config.default_model, config.replicas.maximum
+        ('day', 2)
+    """
 
     models: dict[str, ModelRef] = {}
     """Name and URI of every model. A new version needs a new URI: it is loaded beside the old one, which is served meanwhile."""

@@ -13,6 +13,10 @@ class HttpError(Exception):
         code: For programs, in snake_case.
         message: One sentence without paths of this machine.
         retry_after: Seconds to wait before another try.
+
+    Example:
+        >>> HttpError(404, "unknown_model", "There is no such model.").body(request_id="1")
+        b'{"error":{"code":"unknown_model","message":"There is no such model.","request_id":"1"}}'
     """
 
     def __init__(self, status: int, code: str, message: str, *, retry_after: int | None = None) -> None:

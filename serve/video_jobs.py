@@ -25,7 +25,7 @@ from vilseg.text.vocabulary import Vocabulary
 OVERLAY, MASKS = "overlay.mp4", "masks.zip"
 _STATE, _VIDEO = "job.json", "video"
 _ID = re.compile(r"[0-9a-f]{32}")
-_FRAMES_A_SECOND = 120
+_MAX_FRAME_RATE = 120
 """Largest frame rate; a video of more frames is too long whatever its timestamps say, as they may all be 0."""
 _STALE_S = 600.0
 """Seconds without an update of ``job.json`` after which a job counts as failed."""
@@ -123,7 +123,7 @@ def segment_video_job(
         nonlocal written_at
         if cancelled.is_set():
             raise InterruptedError
-        if seconds > limits.video_seconds or frames > _FRAMES_A_SECOND * limits.video_seconds:
+        if seconds > limits.video_seconds or frames > _MAX_FRAME_RATE * limits.video_seconds:
             raise TooLargeError(f"the video is longer than {limits.video_seconds:g} s, the most that is taken")
         if time.monotonic() - written_at > _PROGRESS_S:
             written_at = time.monotonic()

@@ -15,7 +15,9 @@ from vilseg.text.vocabulary import Vocabulary
 
 log = logging.getLogger("ray.serve")
 _TOUCH_S = 30.0
+"""Seconds between two updates of the time of a queued job."""
 _CLEANUP_S = 600.0
+"""Least seconds between two deletions of expired jobs."""
 
 SegmentVideo = Callable[[VideoJob], Awaitable[None]]
 

@@ -45,7 +45,18 @@ class Region(_Message):
 
 
 class ImageResult(_Message):
-    """Segmentation of one image."""
+    """Segmentation of one image.
+
+    Example:
+        >>> labels = np.array([[0, 0, 1], [0, 0, 1]], np.uint8)
+        >>> result = Segmentation(labels=labels, classes=("sky", "sea"), scores=np.ones((2, 3), np.float32))
+        >>> body = ImageResult.from_segmentation(result, request_id="1", model="day").to_json()
+        >>> received = ImageResult.model_validate_json(body)
+        >>> [(region.class_name, region.area) for region in received.regions]
+        [('sky', 4), ('sea', 2)]
+        >>> received.to_segmentation().labels.tolist()
+        [[0, 0, 1], [0, 0, 1]]
+    """
 
     request_id: str
     model: str
@@ -56,6 +67,7 @@ class ImageResult(_Message):
 
     model_config = ConfigDict(
         json_schema_extra={
+            "description": "Segmentation of one image.",  # without the example in Python
             "example": {
                 "request_id": "5f2c9a01d3b4e677",
                 "model": "default",
@@ -72,7 +84,7 @@ class ImageResult(_Message):
                         "rle": {"size": [2, 4], "counts": "0111111O"},
                     }
                 ],
-            }
+            },
         }
     )
 

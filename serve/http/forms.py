@@ -52,6 +52,12 @@ class FormParser:
 
     Args:
         config: Returns the present configuration.
+
+    Example:
+        >>> config = ServeConfig(models={"day": "runs/day/model"})
+        >>> parser = FormParser(lambda: config)
+        >>> parser.model(None), parser.vocabulary("sky|clouds, sea", background="true").classes
+        ('day', ('sky', 'sea', 'background'))
     """
 
     def __init__(self, config: Callable[[], ServeConfig]) -> None:
