@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import optuna
 
 from tune import charts
-from tune.search import optuna_distribution, to_optuna_params
+from tune.searcher import optuna_distribution, to_optuna_params
 from tune.search_space import SEED, Parameter, SearchSpace, format_value
 from tune.trial_records import PointResult, TrialRecord, trial_name
 from vilseg.config import RunConfig

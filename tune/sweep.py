@@ -28,7 +28,7 @@ from jobs.train import feature_cache, train_job
 from jobs.train.supervisor import collect_signals
 from tune.callbacks import TrialCallback
 from tune.report import render
-from tune.search import make_optuna_search, scheduler, unfinished_points
+from tune.searcher import make_optuna_search, scheduler, unfinished_points
 from tune.search_space import SearchSpace, config_at_point
 from tune.trial import Trial, TrialResources, function_trainable, ray_train_trainable
 from tune.trial_records import PointResult, TrialRecord, TrialRecords, groups, trial_name

@@ -10,7 +10,7 @@ import pytest
 
 from cluster.ray_session import Session
 from tune.report import parameter_importance, rank_correlations, render
-from tune.search import make_optuna_search, unfinished_points
+from tune.searcher import make_optuna_search, unfinished_points
 from tune.search_space import Point, SearchSpace
 from tune.sweep import plan_trials
 from tune.trial_records import TrialRecord, TrialRecords, groups
