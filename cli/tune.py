@@ -61,7 +61,7 @@ def tune(
             command=shlex.join(["vilseg", *sys.argv[1:]]),
         )
     if done.interrupted:
-        console.log(f"stopped; go on with --resume --name {storage.name(done.folder)}")
+        console.log(f"stopped; go on with --resume --name {storage.name(done.uri)}")
         return 130
     assert done.best is not None
     point = "  ".join(f"{key}={format_value(value)}" for key, value in done.best.point.items())

@@ -11,60 +11,60 @@ from tune.trial_records import TrialRecord, TrialRecords
 
 
 class TrialCallback(Callback):
-    """Keeps the record of every trial.
+    """Writes the record of every trial.
 
     Args:
         records: of the sweep.
         steps: that a trial makes.
-        news: called when any record has changed.
+        on_change: called when a record has changed.
     """
 
-    def __init__(self, records: TrialRecords, steps: int, news: Callable[[], None]) -> None:
+    def __init__(self, records: TrialRecords, steps: int, on_change: Callable[[], None]) -> None:
         self.interrupts: list[int] = []
-        """Every Ctrl-C; the first lets trials leave as they stand, for --resume."""
+        """Every Ctrl-C; after the first, trials end with the state ``running``, for ``--resume``."""
         self._records = records
         self._steps = steps
-        self._news = news
+        self._on_change = on_change
 
     def __getstate__(self) -> dict[str, Any]:
-        """Nothing: Tune pickles all it is given, for a way of resuming that is not used here."""
+        """Return nothing: Tune pickles its callbacks for its own way of resuming, which is not used."""
         return {}
 
     def stopper(self) -> Stopper:
-        """Ends all trials after Ctrl-C."""
-        return _Interrupted(self)
+        """Return the stopper that ends all trials after Ctrl-C."""
+        return _StopOnInterrupt(self)
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """A trial begins, or goes on with what another has handed over."""
+        """Mark a trial as running: it starts, or goes on with the weights of another."""
         record = self._record(trial)
         record.status = "running"
-        self._keep(record)
+        self._save(record)
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        """An evaluation."""
+        """Add an evaluation."""
         record = self._record(trial)
-        figures = {name: float(value) for name, value in result.items() if _is_figure(name, value)}
-        # A trial that goes on after a kill may make an evaluation once more.
-        record.curve = [before for before in record.curve if before["step"] < figures["step"]] + [figures]
-        self._keep(record)
+        metrics = {name: float(value) for name, value in result.items() if _is_metric(name, value)}
+        # A trial resumed after a kill may repeat an evaluation.
+        record.curve = [before for before in record.curve if before["step"] < metrics["step"]] + [metrics]
+        self._save(record)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """The last step, the scheduler's verdict, the end of the time, or Ctrl-C."""
+        """Record the end of a trial: its last step, a stop by the scheduler or the time budget, or Ctrl-C."""
         record = self._record(trial)
         if record.step >= self._steps:
             record.status = "done"
         elif not self.interrupts:
             record.status = "stopped"
-        self._keep(record)
+        self._save(record)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """A trial failed; the others go on."""
+        """Record the error of a trial; the others go on."""
         record = self._record(trial)
-        record.error = self._records.error(record.number)
+        record.error = self._records.read_error(record.number)
         record.status = "failed"
-        self._keep(record)
+        self._save(record)
 
     def _record(self, trial: Any) -> TrialRecord:
         number, point = int(str(trial)), dict(trial.config["trial"]["values"])
@@ -72,23 +72,25 @@ class TrialCallback(Callback):
         record.point = point
         return record
 
-    def _keep(self, record: TrialRecord) -> None:
-        self._records.keep(record)
-        self._news()
+    def _save(self, record: TrialRecord) -> None:
+        self._records.save(record)
+        self._on_change()
 
 
-class _Interrupted(Stopper):
-    def __init__(self, watch: TrialCallback) -> None:
-        self._watch = watch
+class _StopOnInterrupt(Stopper):
+    """Stops all trials after the first Ctrl-C; raises KeyboardInterrupt after the second."""
+
+    def __init__(self, callback: TrialCallback) -> None:
+        self._callback = callback
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         return False
 
     def stop_all(self) -> bool:
-        if len(self._watch.interrupts) > 1:
+        if len(self._callback.interrupts) > 1:
             raise KeyboardInterrupt
-        return bool(self._watch.interrupts)
+        return bool(self._callback.interrupts)
 
 
-def _is_figure(name: str, value: Any) -> bool:
+def _is_metric(name: str, value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and name != "pid"

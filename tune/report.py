@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import optuna
 
 from tune import charts
-from tune.searcher import optuna_distribution, to_optuna_params
 from tune.search_space import SEED, Parameter, SearchSpace, format_value
+from tune.searcher import optuna_distribution, to_optuna_params
 from tune.trial_records import PointResult, TrialRecord, trial_name
 from vilseg.config import RunConfig
 from vilseg.evaluation import html_page

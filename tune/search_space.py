@@ -1,4 +1,4 @@
-"""Search spaces: a YAML file that says which keys of the configuration vary, how they are searched, and what counts.
+"""Search spaces: a YAML file of the configuration keys that vary, how they are searched, and the objective.
 
     parameters:
       loss.cross_modal.temperature: {loguniform: [0.02, 0.3]}
@@ -9,7 +9,7 @@
     scheduler: asha
 
 A point of the space is a value for each parameter whose condition holds; the others keep what the configuration says.
-Repeats are a parameter, too: ``trainer.seed: {choice: [0, 1, 2]}``, and points that differ in it alone count as one.
+Repeats are a parameter too, ``trainer.seed: {choice: [0, 1, 2]}``: points that differ in it alone count as one.
 """
 
 from __future__ import annotations
@@ -36,36 +36,51 @@ SEED = "trainer.seed"
 Point = dict[str, Any]
 """Values by configuration key."""
 
-_NOT_SWEPT = ("name", "data.source", "data.mix", "data.held_out", "trainer.storage", "trainer.workers", "trainer.steps")
-"""What all trials share."""
-_CACHED = ("init", "data.", "model.init", "model.image_encoder.", "model.text_encoder.")
-"""What cached features depend on."""
-_CACHED_VIEWS = tuple(f"views.{key}" for key in VIEW_KEYS)
-"""What they depend on as well where pictures have variants."""
+_SHARED_KEYS = (
+    "name",
+    "data.source",
+    "data.mix",
+    "data.held_out",
+    "trainer.storage",
+    "trainer.workers",
+    "trainer.steps",
+)
+"""Keys that all trials share."""
+_CACHED_KEYS = ("init", "data.", "model.init", "model.image_encoder.", "model.text_encoder.")
+"""Keys, or prefixes of keys, that cached features depend on."""
+_CACHED_VIEW_KEYS = tuple(f"views.{key}" for key in VIEW_KEYS)
+"""Further keys that they depend on where images have variants."""
 _TRIES = 1000
-"""Draws until a random search gives up on finding another point."""
+"""Smallest number of draws after which a random search gives up on finding another point."""
 
 
 _Bounds = tuple[int, int]
-"""Out here, as the name ``int`` means something else in there."""
+"""Outside of `Parameter`, where ``int`` is a field."""
 
 
 class Parameter(ConfigPart):
-    """One of ``choice``, ``uniform``, ``loguniform`` and ``int``."""
+    """A configuration key that varies: one of ``choice``, ``uniform``, ``loguniform`` and ``int``.
+
+    Example:
+        >>> Parameter(int=(2, 4)).values
+        [2, 3, 4]
+        >>> Parameter(loguniform=(0.01, 1.0)).values is None
+        True
+    """
 
     choice: Annotated[list[Any], Field(min_length=1)] | None = None
     """Values, as the configuration would have them."""
     uniform: tuple[float, float] | None = None
-    """From, to."""
+    """Lowest and highest value."""
     loguniform: tuple[float, float] | None = None
-    """From, to, every order of magnitude as likely as the next."""
+    """Lowest and highest value; the logarithm is uniform."""
     int: _Bounds | None = None
-    """From, to, both included."""
+    """Lowest and highest value, both included."""
     when: dict[str, list[Any]] = {}
     """Vary only where each of these parameters, named before, has one of these values."""
 
     @model_validator(mode="after")
-    def _one_kind(self) -> Self:
+    def _require_one_kind(self) -> Self:
         given = [kind for kind in ("choice", "uniform", "loguniform", "int") if getattr(self, kind) is not None]
         if len(given) != 1:
             raise ValueError("give one of choice, uniform, loguniform and int")
@@ -79,23 +94,23 @@ class Parameter(ConfigPart):
 
     @property
     def values(self) -> list[Any] | None:
-        """All of them, in order; None where they cannot be counted."""
+        """All values in order; None for a continuous range."""
         if self.int is not None:
             return list(range(self.int[0], self.int[1] + 1))
         return self.choice
 
-    def draw(self, chance: random.Random) -> Any:
-        """A random value."""
+    def sample(self, rng: random.Random) -> Any:
+        """Return a random value."""
         if self.uniform:
-            return chance.uniform(*self.uniform)
+            return rng.uniform(*self.uniform)
         if self.loguniform:
             low, high = map(math.log, self.loguniform)
-            return math.exp(chance.uniform(low, high))
+            return math.exp(rng.uniform(low, high))
         assert self.values is not None
-        return chance.choice(self.values)
+        return rng.choice(self.values)
 
     def suggest(self, name: str, trial: Any) -> Any:
-        """A value that an Optuna trial suggests."""
+        """Return the value that an Optuna trial suggests."""
         if self.uniform:
             return trial.suggest_float(name, *self.uniform)
         if self.loguniform:
@@ -103,54 +118,60 @@ class Parameter(ConfigPart):
         if self.int:
             return trial.suggest_int(name, *self.int)
         assert self.choice is not None
-        # By position: a choice may be a list, which Optuna does not know how to keep.
+        # By position: a choice may be a list, which Optuna cannot store.
         return self.choice[trial.suggest_categorical(name, list(range(len(self.choice))))]
 
 
 class AshaConfig(ConfigPart):
-    """Asynchronous successive halving (Li et al. 2020): at every rung only the best share goes on."""
+    """Settings of asynchronous successive halving (Li et al. 2020): at every rung only the best fraction goes on."""
 
     grace: Annotated[float, Field(gt=0, lt=1)] = 0.125
-    """Share of the steps that every trial makes."""
+    """Fraction of the steps that every trial makes."""
     reduction: Annotated[float, Field(gt=1)] = 3.0
-    """One in so many goes on from a rung, and rungs are so many times further apart."""
+    """One in ``reduction`` trials goes on from a rung; each rung has ``reduction`` times the steps of the one before."""
 
 
 class PbtConfig(ConfigPart):
-    """Population based training (Jaderberg et al. 2017): the worst take over the weights of the best, and vary its values."""
+    """Settings of population based training (Jaderberg et al. 2017): the worst copy the weights of the best."""
 
     interval: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    """Share of the steps between two comparisons."""
+    """Fraction of the steps between two comparisons."""
     quantile: Annotated[float, Field(gt=0, le=0.5)] = 0.25
-    """Share of the population that counts as the best, and as the worst."""
+    """Fraction of the population that counts as the best, and as the worst."""
 
 
 class SearchSpace(ConfigTree):
-    """What varies, how it is searched, and what counts."""
+    """The keys that vary, how they are searched, and the objective.
+
+    Example:
+        >>> space = SearchSpace(parameters={"model.clusters": Parameter(choice=[5, 15])}, search="grid")
+        >>> space.points()
+        [{'model.clusters': 5}, {'model.clusters': 15}]
+    """
 
     parameters: Annotated[dict[str, Parameter], Field(min_length=1)]
     """By configuration key."""
     search: Literal["random", "grid", "optuna"] = "random"
     """``optuna`` is its tree-structured Parzen estimator (Bergstra et al. 2011); ``grid`` tries all combinations."""
     scheduler: Literal["none", "asha", "pbt"] = "none"
-    """What becomes of trials on their way; ``none`` lets all of them end."""
+    """Rule by which trials are stopped early; ``none`` lets all of them end."""
     asha: AshaConfig = AshaConfig()
     pbt: PbtConfig = PbtConfig()
     trials: PositiveInt = 16
-    """How many points, at most; ``--trials`` takes its place."""
+    """Largest number of points; ``--trials`` takes precedence."""
     objective: Literal["miou", "retrieval", "nouns", "mutual_information", "agreement"] | None = None
-    """What counts, more is better. mIoU where there is a ``dataset``, else ``nouns``; see docs/tuning.md."""
+    """Metric to maximize. mIoU where there is a ``dataset``, else ``nouns``; see docs/tuning.md."""
     dataset: DatasetUri | None = None
-    """Images with masks, ``KIND:URI``; ``--dataset`` takes its place."""
+    """Images with masks, ``KIND:URI``; ``--dataset`` takes precedence."""
     images: PositiveInt = 200
-    """Of the dataset and of the held-out pairs, at most, at each evaluation."""
+    """Largest number of images of the dataset, and of the held-out pairs, at each evaluation."""
     evaluations: PositiveInt = 6
-    """How often each trial is evaluated, evenly over its steps, the last time at the end."""
+    """Number of evaluations of each trial, evenly over its steps, the last one at the end."""
     seed: int = 0
-    """Of the search."""
+    """Random seed of the search."""
 
     @model_validator(mode="after")
-    def _sound(self) -> Self:
+    def _check_consistency(self) -> Self:
         before: list[str] = []
         for key, parameter in self.parameters.items():
             unknown = next((other for other in parameter.when if other not in before), None)
@@ -169,16 +190,16 @@ class SearchSpace(ConfigTree):
         return self
 
     def check(self, config: RunConfig) -> None:
-        """Say what of this space does not fit a configuration.
+        """Raise an error where the space does not fit a configuration.
 
         Raises:
             ConfigError: a parameter is no key of the configuration, or may not vary; the objective lacks what it needs.
         """
         cached: tuple[str, ...] = ()
         if config.data.feature_cache:
-            cached = (*_CACHED, *(_CACHED_VIEWS if config.data.cache_variants > 1 else ()))
+            cached = (*_CACHED_KEYS, *(_CACHED_VIEW_KEYS if config.data.cache_variants > 1 else ()))
         for key, parameter in self.parameters.items():
-            if key in _NOT_SWEPT:
+            if key in _SHARED_KEYS:
                 raise ConfigError(f"the space varies {key}, but all trials of a sweep share it; leave it away")
             if key.startswith(cached):
                 raise ConfigError(
@@ -201,6 +222,7 @@ class SearchSpace(ConfigTree):
             )
 
     def _check_pbt(self, config: RunConfig) -> None:
+        """Refuse parameters that the weights of a trial are made for: PBT hands weights from trial to trial."""
         fixed = (
             "model.",
             "data.",
@@ -226,11 +248,11 @@ class SearchSpace(ConfigTree):
 
     @property
     def objective_name(self) -> str:
-        """The objective."""
+        """Name of the metric to maximize."""
         return self.objective or ("miou" if self.dataset else "nouns")
 
-    def complete(self, suggest: Callable[[str, Parameter], Any]) -> Point:
-        """A point, parameter by parameter, of those whose conditions hold."""
+    def build_point(self, suggest: Callable[[str, Parameter], Any]) -> Point:
+        """Build a point: a value of ``suggest`` for each parameter whose condition holds, in order."""
         point: Point = {}
         for key, parameter in self.parameters.items():
             if all(point.get(other) in values for other, values in parameter.when.items()):
@@ -238,29 +260,29 @@ class SearchSpace(ConfigTree):
         return point
 
     def points(self) -> list[Point]:
-        """What a random or grid search tries, each point once and the same ones every time; at most ``trials``."""
+        """Return the points of a random or grid search: each once, the same ones every time, at most ``trials``."""
         found: dict[str, Point] = {}
-        candidates = self._grid() if self.search == "grid" else self._draws()
+        candidates = self._grid_points() if self.search == "grid" else self._random_points()
         for point in candidates:
-            found.setdefault(identity(point), point)
+            found.setdefault(point_key(point), point)
             if len(found) == self.trials:
                 break
         return list(found.values())
 
-    def _grid(self) -> Iterator[Point]:
+    def _grid_points(self) -> Iterator[Point]:
         values = {key: parameter.values or [] for key, parameter in self.parameters.items()}
         for combination in itertools.product(*values.values()):
             chosen = dict(zip(values, combination, strict=True))
-            yield self.complete(lambda key, _, chosen=chosen: chosen[key])  # type: ignore[misc]
+            yield self.build_point(lambda key, _, chosen=chosen: chosen[key])  # type: ignore[misc]
 
-    def _draws(self) -> Iterator[Point]:
-        chance = random.Random(self.seed)
+    def _random_points(self) -> Iterator[Point]:
+        rng = random.Random(self.seed)
         for _ in range(max(_TRIES, 10 * self.trials)):
-            yield self.complete(lambda _, parameter: parameter.draw(chance))
+            yield self.build_point(lambda _, parameter: parameter.sample(rng))
 
 
-def identity(point: Point) -> str:
-    """What two equal points have in common."""
+def point_key(point: Point) -> str:
+    """Return a string that equal points share."""
     return json.dumps(point, sort_keys=True)
 
 
@@ -275,10 +297,10 @@ def format_value(value: Any) -> str:
 
 
 def config_at_point(config: RunConfig, point: Point) -> RunConfig:
-    """The configuration at a point of the space.
+    """Return the configuration at a point of the space.
 
     Raises:
-        ConfigError: a value that the configuration does not take.
+        ConfigError: the configuration does not accept a value.
     """
     try:
         return config.with_overrides(f"{key}={json.dumps(value)}" for key, value in point.items())

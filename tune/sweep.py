@@ -1,15 +1,15 @@
-"""A sweep: trials under Ray Tune, their records, and what is made of them: ``best.yaml`` and ``report.html``.
+"""A sweep: run trials under Ray Tune, keep their records, and write the best configuration and a report.
 
-The folder of a sweep:
+The directory of a sweep:
 
-    config.yaml, space.yaml   what it was begun with
-    records/NNNN.json         a trial: its point, how it ended, every evaluation
-    trials/NNNN/              the trial's run, as `vilseg train` leaves it
+    config.yaml, space.yaml   configuration and search space that it was started with
+    records/NNNN.json         a trial: its point, its status, every evaluation
+    trials/NNNN/              the trial's run directory, as of `vilseg train`
     best.yaml                 configuration of the best point, for `vilseg train --config`
-    sweep.json, report.html   the figures, and a page to look at
+    sweep.json, report.html   metrics of all trials, and the report
 
-Tune schedules, prunes and searches; what is known of a trial is kept here and not in Tune's own pickled state. So a sweep
-that was killed goes on from the records: what ended is not done again, what was on its way goes on from its last checkpoint.
+Tune schedules, stops and searches. The state of a trial is kept in its record and not in Tune's own pickled state, so a killed
+sweep is resumed from the records: ended trials are not repeated, running ones continue from their last checkpoint.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ from jobs.train import feature_cache, train_job
 from jobs.train.supervisor import collect_signals
 from tune.callbacks import TrialCallback
 from tune.report import render
-from tune.searcher import make_optuna_search, scheduler, unfinished_points
+from tune.scheduler import make_scheduler
 from tune.search_space import SearchSpace, config_at_point
-from tune.trial import Trial, TrialResources, function_trainable, ray_train_trainable
-from tune.trial_records import PointResult, TrialRecord, TrialRecords, groups, trial_name
+from tune.searcher import make_optuna_search, unfinished_points
+from tune.trial import TrialResources, TrialRunner, function_trainable, ray_train_trainable
+from tune.trial_records import PointResult, TrialRecord, TrialRecords, rank_points, trial_name
 from vilseg import storage
 from vilseg.config import RunConfig, absolute_places, list_places
 from vilseg.errors import ConfigError, StorageError, UserError
@@ -40,20 +41,20 @@ from vilseg.training.run_dir import new_run_name
 from vilseg.training.run_setup import preflight
 
 _TUNE_ENVIRONMENT = {
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # ours does not lose what Tune has not written yet
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # files of its own that nobody reads
-    "RAY_AIR_NEW_OUTPUT": "0",  # the new one greets whatever it is told
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # collect_signals handles Ctrl-C without losing results that Tune has not written yet
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # no result files of its own
+    "RAY_AIR_NEW_OUTPUT": "0",  # the new output prints a banner at any verbosity
 }
-_ALONE = 0.01
-"""CPUs of a trial's own process where workers of Ray Train do its work: it waits, and evaluates now and then. What it held
-would be missing where pairs are read."""
+_WAITING_TRIAL_CPUS = 0.01
+"""CPUs held by a trial's process where workers of Ray Train do its work: it mostly waits, and the readers need the CPUs."""
 
 
 @dataclass(frozen=True)
 class SweepResult:
-    """How a sweep ended."""
+    """Result of a sweep."""
 
-    folder: str
+    uri: str
+    """Directory of the sweep."""
     best: PointResult | None
     """None where no trial has a score."""
     records: tuple[TrialRecord, ...]
@@ -62,19 +63,21 @@ class SweepResult:
     @property
     def best_config(self) -> str:
         """URI of the best point's configuration."""
-        return storage.join(self.folder, "best.yaml")
+        return storage.join(self.uri, "best.yaml")
 
     @property
     def report(self) -> str:
-        """URI of the page."""
-        return storage.join(self.folder, "report.html")
+        """URI of the HTML report."""
+        return storage.join(self.uri, "report.html")
 
 
 def check(config: RunConfig, space: SearchSpace, *, resume: bool) -> None:
-    """What can be said against a sweep before anything is started.
+    """Check a sweep before anything is started.
 
     Raises:
-        ConfigError, DataError, StorageError: see there.
+        ConfigError: the space does not fit the configuration, or the sweep to resume is another one.
+        DataError: the dataset, or the pairs, cannot be read.
+        StorageError: a bucket is missing, or the sweep's directory exists.
     """
     config = absolute_places(config)
     space = absolute_choices(config, space)
@@ -85,7 +88,7 @@ def check(config: RunConfig, space: SearchSpace, *, resume: bool) -> None:
     if space.dataset:
         open_dataset(space.dataset)
     if config.name:
-        _check_folder(config, space, resume=resume)
+        _check_directory(config, space, resume=resume)
 
 
 def main(
@@ -98,42 +101,42 @@ def main(
     show: Callable[[list[TrialRecord], str], None] = lambda records, objective: None,
     command: str = "",
 ) -> SweepResult:
-    """Run the trials and leave the best configuration and the report in ``{trainer.storage}/{name}``.
+    """Run the trials, and write the best configuration and the report to ``{trainer.storage}/{name}``.
 
     Args:
-        config: what every trial has but for the point's values; a name is made where it has none.
-        space: what varies.
+        config: of every trial, except for the values of its point; a name is made where it has none.
+        space: the search space.
         session: the cluster.
-        resume: go on with the sweep of that name.
-        time_budget: seconds after which no trial goes on.
-        show: told of all trials so far, and the objective, whenever one of them has news.
-        command: shown in the report.
+        resume: continue the sweep of that name.
+        time_budget: seconds after which all trials are stopped.
+        show: called with all trials so far and the name of the objective, whenever a trial changes.
+        command: command line, for the report.
 
     Raises:
-        UserError: what is wrong with the configuration, the space, the pairs or the storage.
+        UserError: an error in the configuration, the space, the pairs or the storage, or no trial has a score.
     """
     config = config if config.name else config.replace(name=new_run_name())
     config = absolute_places(config)
     space = absolute_choices(config, space)
     check(config, space, resume=resume)
-    folder = _folder(config)
+    uri = _sweep_uri(config)
     cache = (
         feature_cache.main(config, session, progress=train_job.log_cache_progress).uri
         if config.data.feature_cache
         else None
     )
-    kept = storage.join(folder, "records")
-    records = TrialRecords(kept)
-    layout = plan_trials(config, session)
-    trial = Trial(config, space, storage.join(folder, "trials"), kept, layout, cache)
-    watch = TrialCallback(records, config.trainer.steps, lambda: show(list(records), space.objective_name))
-    _run(trial, watch, records, time_budget)
-    best = next(iter(groups(list(records), space.objective_name)), None)
-    done = SweepResult(folder, best, tuple(records), bool(watch.interrupts))
-    _write(done, config, space, command)
-    if best is None and not done.interrupted:
-        raise _no_score_error(done, space)
-    return done
+    records_uri = storage.join(uri, "records")
+    records = TrialRecords(records_uri)
+    resources = plan_trials(config, session)
+    runner = TrialRunner(config, space, storage.join(uri, "trials"), records_uri, resources, cache)
+    callback = TrialCallback(records, config.trainer.steps, lambda: show(list(records), space.objective_name))
+    _run_tuner(runner, callback, records, time_budget)
+    best = next(iter(rank_points(list(records), space.objective_name)), None)
+    result = SweepResult(uri, best, tuple(records), bool(callback.interrupts))
+    _write_results(result, config, space, command)
+    if best is None and not result.interrupted:
+        raise _no_score_error(result, space)
+    return result
 
 
 def absolute_choices(config: RunConfig, space: SearchSpace) -> SearchSpace:
@@ -150,87 +153,111 @@ def absolute_choices(config: RunConfig, space: SearchSpace) -> SearchSpace:
 
 
 def plan_trials(config: RunConfig, session: Session) -> TrialResources:
-    """How many trials run at a time, and what each takes.
+    """Return the number of trials that run at a time, and the resources of each.
 
-    A trial of one worker holds a CPU (and a GPU, where there are some) and reads its own pairs. A trial of several is a
-    process that mostly waits and workers of Ray Train beside it; these and the tasks that read for them share what the
-    trials that run at a time leave to each, so that nobody waits for a CPU that another trial will not give back.
+    A trial with one worker holds a CPU (and a GPU, where there are any) and reads its own pairs. A trial with several is a
+    process that mostly waits, beside workers of Ray Train and their readers. These share an equal part of the cluster, so that
+    no trial waits for a CPU that another one holds until its end.
 
     Raises:
-        ConfigError: more workers than CPUs.
+        ConfigError: more workers than CPUs, or a range of workers.
     """
     workers = config.trainer.workers
     if not isinstance(workers, int):
         raise ConfigError(
             f"trainer.workers is {list(workers)}, but a sweep lays its trials out before they begin; give one number"
         )
-    session.worker_resources(workers)  # refuses what cannot run
+    session.worker_resources(workers)  # raises where there are too few CPUs
     if workers == 1:
         concurrent = min(session.cpus, session.gpus or session.cpus)
-        return TrialResources(concurrent, 1, 1 if session.gpus else 0, nested=False)
+        return TrialResources(concurrent, 1, 1 if session.gpus else 0, on_ray_workers=False)
     by_gpus = session.gpus // workers if session.gpus else session.cpus
     concurrent = max(1, min(session.cpus // (workers + 1), by_gpus))
-    return TrialResources(concurrent, session.cpus // concurrent, session.gpus // concurrent, nested=True)
+    return TrialResources(concurrent, session.cpus // concurrent, session.gpus // concurrent, on_ray_workers=True)
 
 
-def _folder(config: RunConfig) -> str:
+def _sweep_uri(config: RunConfig) -> str:
     return storage.join(config.trainer.storage, str(config.name))
 
 
-def _check_folder(config: RunConfig, space: SearchSpace, *, resume: bool) -> None:
-    """Refuse a folder that belongs to another sweep, or to none where one is to go on."""
-    folder = _folder(config)
-    written = storage.join(folder, "space.yaml")
+def _check_directory(config: RunConfig, space: SearchSpace, *, resume: bool) -> None:
+    """Refuse the directory of another sweep; on ``resume``, refuse a directory without a sweep."""
+    uri = _sweep_uri(config)
+    written = storage.join(uri, "space.yaml")
     if not resume:
-        if storage.exists(folder):
-            raise StorageError(f"{folder} exists already; go on with its sweep by --resume or choose another --name")
+        if storage.exists(uri):
+            raise StorageError(f"{uri} exists already; go on with its sweep by --resume or choose another --name")
         return
     if not storage.exists(written):
-        raise ConfigError(f"there is no sweep to resume at {folder}")
+        raise ConfigError(f"there is no sweep to resume at {uri}")
     for name, now in (("config.yaml", config), ("space.yaml", space)):
-        before = type(now).load(storage.join(folder, name))
+        before = type(now).load(storage.join(uri, name))
         if _fixed_settings(before) != _fixed_settings(now):
             raise ConfigError(
-                f"cannot resume the sweep {folder}: its {name} is another; give what it was begun with, or another --name"
+                f"cannot resume the sweep {uri}: its {name} is another; give what it was begun with, or another --name"
             )
 
 
 def _fixed_settings(tree: RunConfig | SearchSpace) -> dict[str, Any]:
-    """What must not change from one part of a sweep to the next; more trials are welcome."""
+    """Return the values that must not change on ``--resume``: all but the number of trials."""
     values = tree.model_dump(mode="json")
     values.pop("trials", None)
     return values
 
 
-def _run(trial: Trial, watch: TrialCallback, records: TrialRecords, time_budget: float | None) -> None:
-    """Let Tune run what is not done yet."""
-    space = trial.space
-    sweep = storage.parent(trial.folder)
-    storage.write_text(storage.join(sweep, "config.yaml"), trial.config.to_yaml())
-    storage.write_text(storage.join(sweep, "space.yaml"), space.to_yaml())
-    search = make_optuna_search(space, list(records)) if space.search == "optuna" else None
-    left = unfinished_points(space, list(records))
-    count = space.trials - sum(record.ended for record in records) if search else len(left)
-    if count <= 0:
+def _run_tuner(runner: TrialRunner, callback: TrialCallback, records: TrialRecords, time_budget: float | None) -> None:
+    """Run the trials that have not ended, by Ray Tune."""
+    space = runner.space
+    sweep_uri = storage.parent(runner.runs_uri)
+    storage.write_text(storage.join(sweep_uri, "config.yaml"), runner.config.to_yaml())
+    storage.write_text(storage.join(sweep_uri, "space.yaml"), space.to_yaml())
+    tune_uri = storage.join(sweep_uri, "tune")
+    tuner = _make_tuner(runner, callback, list(records), time_budget, tune_uri)
+    if tuner is None:
         return
-    filesystem, path = storage.filesystem(storage.join(sweep, "tune"))
-    layout = trial.layout
-    resources = {"cpu": _ALONE if layout.nested else layout.cpus, "gpu": 0 if layout.nested else layout.gpus}
-    tuner = tune.Tuner(
-        tune.with_resources((ray_train_trainable if layout.nested else function_trainable)(trial), resources),
-        param_space={} if search else {"trial": tune.grid_search(left)},
+    os.environ.update(_TUNE_ENVIRONMENT)
+    logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    with collect_signals() as callback.interrupts:
+        tuner.fit()
+    storage.delete(tune_uri)
+
+
+def _make_tuner(
+    runner: TrialRunner, callback: TrialCallback, records: list[TrialRecord], time_budget: float | None, tune_uri: str
+) -> tune.Tuner | None:
+    """Return Ray Tune's tuner of the trials that have not ended; None where all have.
+
+    Args:
+        runner: trains the trials.
+        callback: writes their records.
+        records: of the trials so far.
+        time_budget: seconds after which all trials are stopped.
+        tune_uri: directory of Tune's own state.
+    """
+    space, resources = runner.space, runner.resources
+    search = make_optuna_search(space, records) if space.search == "optuna" else None
+    points = unfinished_points(space, records)
+    count = space.trials - sum(record.ended for record in records) if search else len(points)
+    if count <= 0:
+        return None
+    filesystem, path = storage.filesystem(tune_uri)
+    on_workers = resources.on_ray_workers
+    held = {"cpu": _WAITING_TRIAL_CPUS, "gpu": 0} if on_workers else {"cpu": resources.cpus, "gpu": resources.gpus}
+    return tune.Tuner(
+        tune.with_resources((ray_train_trainable if on_workers else function_trainable)(runner), held),
+        param_space={} if search else {"trial": tune.grid_search(points)},
         tune_config=tune.TuneConfig(
             metric=space.objective_name,
             mode="max",
-            scheduler=scheduler(space, trial.config.trainer.steps),
+            scheduler=make_scheduler(space, runner.config.trainer.steps),
             search_alg=search,
             num_samples=count if search else 1,
-            # A population takes turns on what there is; all others come when there is room.
-            max_concurrent_trials=None if space.scheduler == "pbt" else layout.concurrent,
+            # The trials of a population take turns on the resources; other trials start when there is room.
+            max_concurrent_trials=None if space.scheduler == "pbt" else resources.concurrent,
             time_budget_s=time_budget,
-            # What has workers of Ray Train beside it is ended with them; only a trial alone is begun anew in its process.
-            reuse_actors=not layout.nested,
-            # Population based training copies configurations from trial to trial; names stay.
+            # A process with workers of Ray Train ends together with them; others run one trial after another.
+            reuse_actors=not on_workers,
+            # Population based training copies configurations from trial to trial; the names stay.
             trial_name_creator=lambda made: trial_name(made.config["trial"]["number"]),
             trial_dirname_creator=lambda made: trial_name(made.config["trial"]["number"]),
         ),
@@ -239,41 +266,36 @@ def _run(trial: Trial, watch: TrialCallback, records: TrialRecords, time_budget:
             storage_path=path,
             storage_filesystem=filesystem,
             verbose=0,
-            callbacks=[watch],
-            stop=watch.stopper(),
+            callbacks=[callback],
+            stop=callback.stopper(),
             failure_config=tune.FailureConfig(max_failures=0),
         ),
     )
-    os.environ.update(_TUNE_ENVIRONMENT)
-    logging.getLogger("ray.tune").setLevel(logging.ERROR)
-    with collect_signals() as watch.interrupts:
-        tuner.fit()
-    storage.delete(storage.join(sweep, "tune"))
 
 
-def _write(done: SweepResult, config: RunConfig, space: SearchSpace, command: str) -> None:
-    """``best.yaml``, ``sweep.json`` and the report."""
-    if done.best:
+def _write_results(result: SweepResult, config: RunConfig, space: SearchSpace, command: str) -> None:
+    """Write ``best.yaml``, ``sweep.json`` and the report."""
+    if result.best:
         # The name is that of the sweep; a run is given its own.
-        best = config_at_point(config, done.best.point).replace(name=None)
-        storage.write_text(done.best_config, best.to_yaml())
+        best = config_at_point(config, result.best.point).replace(name=None)
+        storage.write_text(result.best_config, best.to_yaml())
     tree = {
         "objective": space.objective_name,
-        "best": {"point": done.best.point, "score": done.best.score} if done.best else None,
-        "trials": [asdict(record) for record in done.records],
+        "best": {"point": result.best.point, "score": result.best.score} if result.best else None,
+        "trials": [asdict(record) for record in result.records],
     }
-    commands = [*([command] if command else ()), f"vilseg train --config {done.best_config} --name best"]
-    storage.write_text(storage.join(done.folder, "sweep.json"), json.dumps(tree, indent=1))
-    storage.write_text(done.report, render(str(config.name), config, space, done.records, done.best, commands))
+    commands = [*([command] if command else ()), f"vilseg train --config {result.best_config} --name best"]
+    storage.write_text(storage.join(result.uri, "sweep.json"), json.dumps(tree, indent=1))
+    storage.write_text(result.report, render(str(config.name), config, space, result.records, result.best, commands))
 
 
-def _no_score_error(done: SweepResult, space: SearchSpace) -> UserError:
-    failed = [record for record in done.records if record.status == "failed"]
+def _no_score_error(result: SweepResult, space: SearchSpace) -> UserError:
+    failed = [record for record in result.records if record.status == "failed"]
     if not failed:
         return UserError(
             "no trial was evaluated before the time was over; give more than --time-budget, or fewer steps"
         )
     return UserError(
         f"all {len(failed)} trials failed; the first, {trial_name(failed[0].number)}, because {failed[0].error} "
-        f"(all in {storage.join(done.folder, 'records')})"
+        f"(all in {storage.join(result.uri, 'records')})"
     )

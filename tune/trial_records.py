@@ -1,4 +1,4 @@
-"""What is kept of a sweep: one JSON file a trial, so that a sweep that was killed knows what is done."""
+"""Records of a sweep: one JSON file for each trial, by which a killed sweep is resumed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from statistics import fmean
 from typing import Any, Literal
 
-from tune.search_space import SEED, Point, identity
+from tune.search_space import SEED, Point, point_key
 from vilseg import storage
 
 Status = Literal["running", "done", "stopped", "failed"]
@@ -17,34 +17,34 @@ Status = Literal["running", "done", "stopped", "failed"]
 
 @dataclass
 class TrialRecord:
-    """A trial and what came of it."""
+    """A trial, its state and its evaluations."""
 
     number: int
     point: Point
-    """The last one, where population based training changed it on the way."""
+    """Values of the trial; the last ones where population based training changed them."""
     status: Status = "running"
-    """``stopped`` by the scheduler or the end of the time; ``failed`` with an `error`."""
+    """``stopped``: by the scheduler or the time budget; ``failed``: see `error`."""
     error: str = ""
     curve: list[dict[str, float]] = field(default_factory=list)
-    """Every evaluation: ``step``, ``seconds`` of the trial, the figures, losses."""
+    """Every evaluation: ``step``, ``seconds`` since the trial's start, metrics and losses."""
 
     @property
     def ended(self) -> bool:
-        """Whether nothing more is to come."""
+        """True unless the trial is running."""
         return self.status != "running"
 
     @property
     def step(self) -> int:
-        """Step of the last evaluation."""
+        """Step of the last evaluation; 0 where there was none."""
         return int(self.curve[-1]["step"]) if self.curve else 0
 
     def score(self, objective: str) -> float:
-        """The objective at the last evaluation; nan where there was none."""
+        """Return the objective at the last evaluation; nan where there was none."""
         return float(self.curve[-1].get(objective, math.nan)) if self.curve else math.nan
 
 
 class TrialRecords:
-    """The trials of a sweep, on storage below ``uri``."""
+    """The records of a sweep, on storage below ``uri``; iterating yields them by number."""
 
     def __init__(self, uri: str) -> None:
         self._uri = uri
@@ -57,13 +57,13 @@ class TrialRecords:
     def __iter__(self) -> Iterator[TrialRecord]:
         return iter(sorted(self.trials.values(), key=lambda record: record.number))
 
-    def error(self, number: int) -> str:
-        """Why a trial failed, as far as it could tell."""
+    def read_error(self, number: int) -> str:
+        """Return the reason that a failed trial left."""
         uri = error_uri(self._uri, number)
         return storage.read_text(uri).partition("\n")[0] if storage.exists(uri) else "its process died"
 
-    def keep(self, record: TrialRecord) -> None:
-        """Write a trial as it stands."""
+    def save(self, record: TrialRecord) -> None:
+        """Write the record of a trial."""
         self.trials[record.number] = record
         storage.write_text(
             storage.join(self._uri, f"{trial_name(record.number)}.json"), json.dumps(asdict(record), indent=1)
@@ -71,40 +71,46 @@ class TrialRecords:
 
 
 def trial_name(number: int) -> str:
-    """Name of a trial, of its run and of its record."""
+    """Return the name of a trial, its run and its record.
+
+    Example:
+        >>> trial_name(7)
+        '0007'
+    """
     return f"{number:04d}"
 
 
 def error_uri(records: str, number: int) -> str:
-    """Where a trial that fails leaves its error: a sentence, and below it the traceback."""
+    """Return the URI of the file in which a failing trial leaves its error: a sentence, and below it the traceback."""
     return storage.join(records, f"{trial_name(number)}-error.txt")
 
 
 @dataclass(frozen=True)
 class PointResult:
-    """Trials that differ in their seed alone."""
+    """Trials that differ in their seed alone, with their mean score."""
 
     point: Point
-    """Without the seed."""
+    """Values without the seed."""
     trials: tuple[TrialRecord, ...]
     score: float
-    """Mean of the objective."""
+    """Mean of the objective over the trials."""
 
 
-def groups(records: Sequence[TrialRecord], objective: str) -> list[PointResult]:
-    """Trials by point, the best first: those that made most steps before the others, as scores of different steps say little.
+def rank_points(records: Sequence[TrialRecord], objective: str) -> list[PointResult]:
+    """Return the points with their trials, the best first.
 
-    Trials without a score are left out; a point counts as far trained as the one of its repeats that made fewest steps.
+    Points trained for more steps come before the others, since scores at different steps are not comparable. The steps of a
+    point are those of its shortest trial. Failed trials and trials without a score are left out.
     """
     by_point: dict[str, list[TrialRecord]] = {}
     for record in records:
         if record.status != "failed" and math.isfinite(record.score(objective)):
-            by_point.setdefault(identity(_without_seed(record.point)), []).append(record)
-    found = [
+            by_point.setdefault(point_key(_without_seed(record.point)), []).append(record)
+    points = [
         PointResult(_without_seed(same[0].point), tuple(same), fmean(record.score(objective) for record in same))
         for same in by_point.values()
     ]
-    return sorted(found, key=lambda group: (-min(trial.step for trial in group.trials), -group.score))
+    return sorted(points, key=lambda point: (-min(trial.step for trial in point.trials), -point.score))
 
 
 def _without_seed(point: Point) -> dict[str, Any]:

@@ -79,15 +79,15 @@ def test_the_best_of_some_trials_trains_on_and_a_failed_one_is_told_of(ray_clust
         if record.status == "done":
             assert [entry["step"] for entry in record.curve] == [4, 8, 12]
             assert all(measure in record.curve[-1] for measure in ("miou", *MEASURES))
-            model = ViLSeg.from_pretrained(f"{done.folder}/trials/{record.number:04d}/model")
+            model = ViLSeg.from_pretrained(f"{done.uri}/trials/{record.number:04d}/model")
             assert model.config.clusters == record.point["model.clusters"]
-            assert RunDirectory(f"{done.folder}/trials/{record.number:04d}").checkpoint_steps() == [8, 12]
+            assert RunDirectory(f"{done.uri}/trials/{record.number:04d}").checkpoint_steps() == [8, 12]
     best = RunConfig.load(done.best_config)
     assert best.model.clusters == done.best.point["model.clusters"]
     assert best.name is None
     assert "<svg" in storage.read_text(done.report)
-    assert json.loads(storage.read_text(f"{done.folder}/sweep.json"))["best"]["score"] == done.best.score
-    assert not storage.exists(f"{done.folder}/tune"), "what Tune keeps for itself is gone"
+    assert json.loads(storage.read_text(f"{done.uri}/sweep.json"))["best"]["score"] == done.best.score
+    assert not storage.exists(f"{done.uri}/tune"), "what Tune keeps for itself is gone"
     with pytest.raises(StorageError, match="go on with its sweep by --resume"):
         sweep.main(made, varied, ray_cluster)
     with pytest.raises(ConfigError, match=r"space\.yaml is another"):
@@ -100,9 +100,9 @@ def test_a_sweep_goes_on_from_its_records(ray_cluster: Session) -> None:
     first = sweep.main(made, varied.replace(trials=1), ray_cluster)
     [ended] = first.records
     # As a driver that was killed leaves a trial: begun, one evaluation made, its checkpoint there.
-    folder = RunDirectory(f"{first.folder}/trials/{ended.number:04d}")
+    folder = RunDirectory(f"{first.uri}/trials/{ended.number:04d}")
     points = varied.points()
-    storage.write_text(f"{first.folder}/records/0001.json", json.dumps(vars(TrialRecord(1, points[1]))))
+    storage.write_text(f"{first.uri}/records/0001.json", json.dumps(vars(TrialRecord(1, points[1]))))
     resumed = sweep.main(made, varied.replace(trials=3), ray_cluster, resume=True)
     assert [record.status for record in resumed.records] == ["done"] * 3
     assert resumed.records[0] == ended, "what has ended is not done again"
@@ -112,7 +112,7 @@ def test_a_sweep_goes_on_from_its_records(ray_cluster: Session) -> None:
     storage.delete(folder.checkpoint(12))
     ended.status = "running"
     ended.curve = ended.curve[:-1]
-    TrialRecords(f"{first.folder}/records").keep(ended)
+    TrialRecords(f"{first.uri}/records").save(ended)
     third = sweep.main(made, varied.replace(trials=3), ray_cluster, resume=True)
     assert [entry["step"] for entry in third.records[0].curve] == [4, 8, 12]
     assert third.records[0].curve[:2] == ended.curve
@@ -129,7 +129,7 @@ def test_trials_on_workers_do_as_those_alone_and_make_room_for_the_next(ray_clus
     assert together.records[0].status == "done"
     assert together.records[1].status == ("done" if together.records[1].step == 12 else "stopped")
     alone = sweep.main(config("alone", *settings), varied.replace(trials=1), ray_cluster)
-    runs = [read_metrics(RunDirectory(f"{done.folder}/trials/0000")) for done in (together, alone)]
+    runs = [read_metrics(RunDirectory(f"{done.uri}/trials/0000")) for done in (together, alone)]
     for ours, theirs in zip(*runs, strict=True):
         losses = {name: value for name, value in theirs.items() if name.startswith("loss")}
         assert {name: ours[name] for name in losses} == pytest.approx(losses, rel=1e-3, abs=1e-4)

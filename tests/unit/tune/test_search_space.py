@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tune import sweep
-from tune.search_space import SearchSpace, config_at_point, identity
+from tune.search_space import SearchSpace, config_at_point, point_key
 from vilseg.config import RunConfig
 from vilseg.errors import ConfigError
 
@@ -45,7 +45,7 @@ def test_random_points_are_drawn_once_and_always_the_same() -> None:
     points = space(parameters, trials=300).points()
     assert points == space(parameters, trials=300).points()
     assert points != space(parameters, trials=300, seed=1).points()
-    assert len({identity(point) for point in points}) == 300
+    assert len({point_key(point) for point in points}) == 300
     below = sum(point[TEMPERATURE] < 0.1 for point in points)
     assert 110 < below < 190, "every order of magnitude is as likely as the next"
     assert {point[CLUSTERS] for point in points} == {5, 15}

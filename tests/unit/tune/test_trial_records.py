@@ -10,10 +10,10 @@ import pytest
 
 from cluster.ray_session import Session
 from tune.report import parameter_importance, rank_correlations, render
-from tune.searcher import make_optuna_search, unfinished_points
 from tune.search_space import Point, SearchSpace
+from tune.searcher import make_optuna_search, unfinished_points
 from tune.sweep import plan_trials
-from tune.trial_records import TrialRecord, TrialRecords, groups
+from tune.trial_records import TrialRecord, TrialRecords, rank_points
 from vilseg.config import RunConfig
 from vilseg.errors import ConfigError
 
@@ -35,7 +35,7 @@ def test_records_are_read_as_they_were_kept(tmp_path: Path) -> None:
     records = TrialRecords(f"{tmp_path}/records")
     kept = [record(1, 0.5), record(0, 0.4, status="failed", error="no", curve=[])]
     for one in kept:
-        records.keep(one)
+        records.save(one)
     again = list(TrialRecords(f"{tmp_path}/records"))
     assert again == sorted(kept, key=lambda one: one.number)
     assert math.isnan(again[0].score("miou"))
@@ -45,7 +45,7 @@ def test_records_are_read_as_they_were_kept(tmp_path: Path) -> None:
 def test_the_best_point_is_the_best_over_its_repeats() -> None:
     lucky = [record(i, score, {CLUSTERS: 5, "trainer.seed": i}) for i, score in enumerate((0.9, 0.1, 0.2))]
     steady = [record(i + 3, 0.5, {CLUSTERS: 15, "trainer.seed": i}) for i in range(3)]
-    best, second = groups([*lucky, *steady], "miou")
+    best, second = rank_points([*lucky, *steady], "miou")
     assert best.point == {CLUSTERS: 15}
     assert best.score == pytest.approx(0.5)
     assert second.score == pytest.approx(0.4)
@@ -56,8 +56,8 @@ def test_a_failed_trial_is_no_candidate_and_a_stopped_one_comes_after_those_that
     early = record(0, 0.9, {CLUSTERS: 5}, step=50, status="stopped")
     late = record(1, 0.6, {CLUSTERS: 15})
     failed = record(2, 1.0, {CLUSTERS: 25}, status="failed")
-    assert [group.trials[0].number for group in groups([early, late, failed], "miou")] == [1, 0]
-    assert groups([failed], "miou") == []
+    assert [group.trials[0].number for group in rank_points([early, late, failed], "miou")] == [1, 0]
+    assert rank_points([failed], "miou") == []
 
 
 def test_only_what_has_not_ended_is_left() -> None:
@@ -128,7 +128,7 @@ def test_the_page_shows_every_trial_and_stands_for_itself() -> None:
     records[1].curve.pop()
     records[1].status = "stopped"
     records.append(record(8, 0, points[8], status="failed", error="the loss is <nan>", curve=[]))
-    html = render("first", config, space(), records, groups(records, "miou")[0], ["vilseg tune --space a&b"])
+    html = render("first", config, space(), records, rank_points(records, "miou")[0], ["vilseg tune --space a&b"])
     assert html.count("<svg") == 4, "parallel coordinates, learning curves, heat map, importance"
     assert all(f"<td>{number:04d}</td>" in html for number in range(9))
     assert "the loss is &lt;nan&gt;" in html
@@ -155,7 +155,7 @@ def test_repeats_and_gaps_are_drawn() -> None:
         records.append(record(2 * seed, 0.4 + seed / 10, {"loss.vision.weight": 0, "trainer.seed": seed}))
         point = {"loss.vision.weight": 0.1, "loss.vision.student_temperature": 0.2, "trainer.seed": seed}
         records.append(record(2 * seed + 1, 0.6 + seed / 10, point))
-    html = render("gaps", RunConfig(), wanted, records, groups(records, "miou")[0], [])
+    html = render("gaps", RunConfig(), wanted, records, rank_points(records, "miou")[0], [])
     assert "0.650" in html
     assert "±0.050 (2)" in html, "mean, spread and number of the repeats"
 
@@ -171,9 +171,9 @@ def test_trials_share_the_cluster_without_waiting_for_each_other(
     layout = plan_trials(config, Session(cpus, gpus))
     assert layout.concurrent == concurrent
     assert (layout.cpus, layout.gpus) == each
-    assert layout.nested == (workers > 1)
+    assert layout.on_ray_workers == (workers > 1)
     assert layout.concurrent * layout.cpus <= cpus
-    if layout.nested:
+    if layout.on_ray_workers:
         taken = Session(int(layout.cpus), int(layout.gpus)).worker_resources(workers)["CPU"] * workers
         assert layout.cpus - taken >= 0.5, "what reads for the workers has room"
 

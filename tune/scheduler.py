@@ -1,0 +1,56 @@
+"""Choose which trials go on: Ray Tune's ASHA, population based training, or none."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, PopulationBasedTraining, TrialScheduler
+
+from tune.search_space import Parameter, SearchSpace
+
+
+def make_scheduler(space: SearchSpace, steps: int) -> TrialScheduler:
+    """Return Ray Tune's scheduler of the space.
+
+    Args:
+        space: names the scheduler and its settings.
+        steps: that a trial makes.
+    """
+    if space.scheduler == "asha":
+        return ASHAScheduler(
+            time_attr="step",
+            max_t=steps,
+            grace_period=max(1, round(space.asha.grace * steps)),
+            reduction_factor=space.asha.reduction,
+        )
+    if space.scheduler == "pbt":
+        random.seed(space.seed)
+        return PopulationBasedTraining(
+            time_attr="step",
+            perturbation_interval=max(1, round(space.pbt.interval * steps)),
+            quantile_fraction=space.pbt.quantile,
+            hyperparam_mutations={"trial": {"values": {k: _mutation_domain(p) for k, p in space.parameters.items()}}},
+            custom_explore_fn=lambda config: _clip_to_bounds(space, config),
+        )
+    return FIFOScheduler()
+
+
+def _mutation_domain(parameter: Parameter) -> Any:
+    """Return the values that population based training may give a parameter."""
+    if parameter.uniform:
+        return tune.uniform(*parameter.uniform)
+    if parameter.loguniform:
+        return tune.loguniform(*parameter.loguniform)
+    return parameter.values
+
+
+def _clip_to_bounds(space: SearchSpace, config: dict[str, Any]) -> dict[str, Any]:
+    """Return the configuration with values clipped to their bounds: PBT multiplies them by a factor."""
+    values = config["trial"]["values"]
+    for key, parameter in space.parameters.items():
+        bounds = parameter.uniform or parameter.loguniform
+        if bounds:
+            values[key] = min(max(values[key], bounds[0]), bounds[1])
+    return config
