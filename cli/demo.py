@@ -91,7 +91,7 @@ def _require_one_machine() -> None:
 def _run(session: Session, out: Path, seconds: dict[str, float], *, quick: bool) -> dict[str, Any]:
     storage.delete(_ROOT)
     pairs, unseen, results = (storage.join(_ROOT, name) for name in ("pairs", "unseen", "segmented"))
-    workers = min(2, session.cpus)
+    workers = min(2, session.gpus or session.cpus)
     overrides = [f"data.source={pairs}", f"trainer.storage={_ROOT}/runs", f"trainer.workers={workers}"]
     overrides += _QUICK if quick else ()
     config = RunConfig.load(str(CONFIG), [*overrides, "name=scenes"])

@@ -26,48 +26,70 @@ def forwarded_environment() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Session:
-    """A live connection to Ray."""
+    """Resources of the Ray cluster that this process is connected to.
+
+    Example:
+        >>> Session(cpus=8, gpus=2).worker_resources(2)
+        {'CPU': 1.0, 'GPU': 1.0}
+        >>> Session(cpus=8, gpus=0, node_cpus=4, nodes=2).worker_resources(2)
+        {'CPU': 0.5}
+    """
 
     cpus: int
     gpus: int
     node_cpus: int | None = None
-    """Of the smallest machine, of those with a GPU where there is any; as many as there are in all where None."""
+    """CPUs of the smallest machine (of the smallest with a GPU, if there are any); None for `cpus`."""
     nodes: int = 1
-    """Machines that work is given to."""
+    """Number of machines that work is given to."""
 
     def worker_resources(self, workers: int) -> dict[str, float]:
-        """What each training worker takes, so that reading always keeps a CPU: a plan without one hangs silently.
+        """Return the resources of each training worker; some CPU is always left for reading, or training would hang.
 
         Raises:
-            ConfigError: fewer than one worker, or more workers than CPUs.
+            ConfigError: fewer than one worker, or more workers than CPUs or, on a cluster with GPUs, than GPUs.
         """
-        check_workers(workers, self.cpus)
-        here, cpus = math.ceil(workers / self.nodes), self.node_cpus or self.cpus
+        check_workers(workers, self.cpus, self.gpus)
+        here, cpus = self.workers_per_node(workers), self.node_cpus or self.cpus
         share = min(1.0, max(cpus - 1, 0.5 * cpus) / here)
-        return {"CPU": self.reserved_cpus(share), **({"GPU": 1.0} if self.gpus >= workers else {})}
+        return {"CPU": self.reserved_cpus(share), **({"GPU": 1.0} if self.gpus else {})}
+
+    def workers_per_node(self, workers: int) -> int:
+        """Return the largest number of workers on one machine when ``workers`` are spread evenly."""
+        return math.ceil(workers / self.nodes)
 
     def cpus_per_actor(self, actors: int) -> float:
-        """The share of each of ``actors``, as far as one machine has it: what no machine has is waited for without end."""
+        """Return the CPUs of each of ``actors``, at most those of one machine: Ray would wait forever for more."""
         return min(self.cpus / actors, self.node_cpus or self.cpus)
 
     def reserved_cpus(self, cpus: float) -> float:
-        """What Ray is told of a process that takes ``cpus``: where a machine is lost, the others must have room for it.
+        """Return the CPUs to request from Ray for a process that uses ``cpus``.
 
-        What ran there is waited for, and with every CPU given away that would be without end.
+        On several machines half is requested, so that the others have room for the processes of a machine that is lost.
         """
         return cpus / 2 if self.nodes > 1 else cpus
 
 
-def check_workers(workers: int, cpus: int) -> None:
-    """Refuse what cannot run on ``cpus`` CPUs.
+def check_workers(workers: int, cpus: int, gpus: int = 0) -> None:
+    """Refuse a number of training workers that the cluster has no room for.
+
+    Args:
+        workers: number of workers.
+        cpus: CPUs of the cluster.
+        gpus: GPUs of the cluster; each worker takes one if there are any, as training on CPUs beside them is never meant.
 
     Raises:
-        ConfigError: no worker, or more workers than CPUs.
+        ConfigError: no worker, more workers than CPUs, or more workers than GPUs.
     """
     if workers < 1:
         raise ConfigError(f"trainer.workers is {workers}, but training needs at least 1")
     if workers > cpus:
         raise ConfigError(f"trainer.workers is {workers}, but there are {cpus} CPUs; ask for at most {cpus}")
+    if gpus and workers > gpus:
+        raise ConfigError(
+            f"trainer.workers is {workers}, but there {'is 1 GPU' if gpus == 1 else f'are {gpus} GPUs'} and each worker takes "
+            f"one; set trainer.workers={gpus}, or hide the GPUs from Ray to train on CPUs (CUDA_VISIBLE_DEVICES= where it is "
+            "started)"
+        )
 
 
 @contextmanager

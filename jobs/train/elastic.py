@@ -7,7 +7,6 @@ depend on the number.
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Iterator
 
@@ -29,16 +28,23 @@ _CAPACITY_TIMEOUT_S = 1800.0
 """Seconds without room for the smallest number of workers after which the run fails."""
 
 
-def most_workers_that_fit(trainer: TrainerConfig, session: Session) -> int:
-    """Return the largest number of workers, up to the one configured, that divides a batch and fits on the whole cluster."""
-    return trainer.max_even_workers(session.gpus or session.cpus)
+def most_workers_that_fit(trainer: TrainerConfig, session: Session, on_gpus: bool = False) -> int:
+    """Return the largest number of workers, up to the one configured, that divides a batch and fits on the whole cluster.
+
+    Each worker takes a GPU if the cluster has any, or if the run is ``on_gpus``: it waits for GPUs that were lost.
+    """
+    return trainer.max_even_workers(session.gpus if on_gpus or session.gpus else session.cpus)
 
 
-def wait_for_workers(trainer: TrainerConfig) -> tuple[int, Session]:
+def wait_for_workers(trainer: TrainerConfig, *, on_gpus: bool = False) -> tuple[int, Session]:
     """Return the largest number of workers that there is free room for now, and the cluster as it is.
 
     Room for as many as fit on the whole cluster is waited for during `_FULL_SIZE_TIMEOUT_S`, since the resources of a lost worker
     are not free at once; then fewer will do.
+
+    Args:
+        trainer: settings of the trainer.
+        on_gpus: the run has used GPUs, so that it does not go on on CPUs when they are lost.
 
     Raises:
         ConfigError: for half an hour there was no room for the smallest number.
@@ -47,14 +53,14 @@ def wait_for_workers(trainer: TrainerConfig) -> tuple[int, Session]:
     announced = False
     while time.monotonic() < started + _CAPACITY_TIMEOUT_S:
         session = current_session()
-        for workers in _worker_counts(trainer, session):
+        for workers in _worker_counts(trainer, session, on_gpus):
             if _can_place(session, workers):
                 return workers, session
             if time.monotonic() < started + _FULL_SIZE_TIMEOUT_S:
                 break
         if not announced:
             announced = True
-            most = max(most_workers_that_fit(trainer, session), trainer.min_workers)
+            most = max(most_workers_that_fit(trainer, session, on_gpus), trainer.min_workers)
             _log.info(f"waiting for room for {most} workers; there are {session.cpus} CPUs, {session.gpus} GPUs")
         time.sleep(1)
     raise ConfigError(
@@ -77,6 +83,7 @@ class ScaleUpTrigger:
     def __init__(self, trainer: TrainerConfig, workers: int, session: Session) -> None:
         self._trainer, self._workers = trainer, workers
         self._held = _total_resources(session, workers)
+        self._on_gpus = "GPU" in self._held
         self._next = time.monotonic() + _CHECK_INTERVAL_S
 
     def __call__(self) -> bool:
@@ -85,7 +92,8 @@ class ScaleUpTrigger:
             return False
         self._next = time.monotonic() + _CHECK_INTERVAL_S
         session = current_session()
-        larger = [workers for workers in _worker_counts(self._trainer, session) if workers > self._workers]
+        counts = _worker_counts(self._trainer, session, self._on_gpus)
+        larger = [workers for workers in counts if workers > self._workers]
         free = _unreserved_resources() if larger else {}
 
         def has_room(workers: int) -> bool:
@@ -95,9 +103,9 @@ class ScaleUpTrigger:
         return any(has_room(workers) for workers in larger)
 
 
-def _worker_counts(trainer: TrainerConfig, session: Session) -> Iterator[int]:
+def _worker_counts(trainer: TrainerConfig, session: Session, on_gpus: bool) -> Iterator[int]:
     """Yield the numbers of workers that fit on the whole cluster, the largest first."""
-    workers = most_workers_that_fit(trainer, session)
+    workers = most_workers_that_fit(trainer, session, on_gpus)
     while workers >= trainer.min_workers:
         yield workers
         workers = trainer.max_even_workers(workers - 1)
@@ -122,7 +130,7 @@ def _can_place(session: Session, workers: int) -> bool:
         # Workers take fractions of a CPU, so the other machines may have room for those of a lost one too, and would be
         # overloaded. So every machine is asked for its part.
         places, strategy = min(session.nodes, workers), "STRICT_SPREAD"
-        each = {name: amount * math.ceil(workers / places) for name, amount in each.items()}
+        each = {name: amount * session.workers_per_node(workers) for name, amount in each.items()}
     group = placement_group([each] * places, strategy=strategy)
     try:
         return group.wait(_PLACEMENT_TIMEOUT_S)

@@ -50,7 +50,7 @@ def main(
         UserError: anything in the configuration, the pairs or the storage that is wrong.
         KeyboardInterrupt: Ctrl-C, after the last checkpoint was written; a second one does not wait for it.
     """
-    check_workers(config.trainer.min_workers, session.cpus)
+    check_workers(config.trainer.min_workers, session.cpus, session.gpus)
     config.trainer.check_even_split()
     config = config if config.name else config.replace(name=new_run_name())
     run_dir = run_setup.open_run_directory(config, resume=resume)
@@ -74,18 +74,24 @@ def main(
     try:
         if isinstance(config.trainer.workers, int):
             return supervisor.run(_ray_trainer(config, config.trainer.workers, session, run_dir, prepared, monitor))
-        return _train_elastic(config, supervisor, run_dir, prepared, monitor)
+        return _train_elastic(config, session, supervisor, run_dir, prepared, monitor)
     finally:
         quarantine.write()
 
 
 def _train_elastic(
-    config: RunConfig, supervisor: TrainingSupervisor, run_dir: RunDirectory, prepared: PreparedRun, monitor: Any
+    config: RunConfig,
+    session: Session,
+    supervisor: TrainingSupervisor,
+    run_dir: RunDirectory,
+    prepared: PreparedRun,
+    monitor: Any,
 ) -> TrainingResult:
     """Run one trainer after another, each with as many workers as there is room for."""
-    failures = 0
+    failures, on_gpus = 0, session.gpus > 0
     while True:
-        workers, session = wait_for_workers(config.trainer)
+        workers, session = wait_for_workers(config.trainer, on_gpus=on_gpus)
+        on_gpus = on_gpus or session.gpus > 0
         _log.info(f"training by {workers} workers")
         trainer = _ray_trainer(config, workers, session, run_dir, prepared, monitor)
         try:

@@ -181,3 +181,8 @@ def test_trials_share_the_cluster_without_waiting_for_each_other(
 def test_more_workers_than_cpus_are_refused() -> None:
     with pytest.raises(ConfigError, match="there are 2 CPUs"):
         plan_trials(RunConfig.load(None, ["trainer.workers=4"]), Session(2, 0))
+
+
+def test_more_workers_than_gpus_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"there are 2 GPUs .* set trainer\.workers=2"):
+        plan_trials(RunConfig.load(None, ["trainer.workers=4"]), Session(16, 2))

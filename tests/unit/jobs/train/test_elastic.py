@@ -32,6 +32,20 @@ def test_fewer_are_taken_where_others_hold_the_rest(monkeypatch: pytest.MonkeyPa
     assert tried[-1] == 4
 
 
+def test_a_run_on_gpus_waits_for_gpus_that_were_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    clusters = iter([Session(cpus=32, gpus=0), Session(cpus=32, gpus=0), Session(cpus=32, gpus=2)])
+    monkeypatch.setattr(elastic, "current_session", lambda: next(clusters))
+    monkeypatch.setattr(elastic, "_can_place", lambda session, workers: True)
+    assert wait_for_workers(TRAINER, on_gpus=True) == (2, Session(cpus=32, gpus=2))
+
+
+def test_a_run_on_gpus_does_not_grow_onto_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    trigger = ScaleUpTrigger(TRAINER, 2, EIGHT)
+    monkeypatch.setattr(elastic, "current_session", lambda: Session(cpus=32, gpus=0))
+    monkeypatch.setattr(elastic, "_unreserved_resources", lambda: {"CPU": 32.0, "GPU": 0.0})
+    assert trigger() is False
+
+
 @pytest.mark.parametrize(("gpus", "grows"), [(0, False), (3, False), (4, True)])
 def test_a_run_grows_only_into_free_room(monkeypatch: pytest.MonkeyPatch, gpus: int, grows: bool) -> None:
     monkeypatch.setattr(elastic, "_unreserved_resources", lambda: {"CPU": 20.0, "GPU": gpus})
