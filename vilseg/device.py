@@ -1,4 +1,4 @@
-"""Which device to compute on, and in which precision."""
+"""Choice of the device and the precision to compute in."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from vilseg.errors import ConfigError
 
 
 def best_device() -> torch.device:
-    """A GPU where there is one."""
+    """Return the GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def precision_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The dtype that networks run in on ``device``; ``auto`` is bfloat16 where there are matrix units for it."""
+    """Return the dtype that networks run in on ``device``; ``auto`` is bfloat16 if the device has matrix units for it."""
     if precision == "auto":
         return torch.bfloat16 if has_bfloat16_units(device) else torch.float32
     return torch.bfloat16 if precision == "bfloat16" else torch.float32
 
 
 def has_bfloat16_units(device: torch.device) -> bool:
-    """Whether bfloat16 is faster than float32: GPUs from Ampere on, CPUs with AMX or AVX-512 BF16 (without, it is slower).
+    """Return True if bfloat16 is faster than float32: GPUs from Ampere on, CPUs with AMX or AVX-512 BF16 (without, it is slower).
 
     A ViT-B/16 takes 0.53 of the time with AVX-512 BF16 (AMD EPYC of 2024), the demo's encoder 0.70.
     """
@@ -34,7 +34,7 @@ def has_bfloat16_units(device: torch.device) -> bool:
 
 
 def require_compiler(device: torch.device) -> None:
-    """Raise ConfigError where ``torch.compile`` finds no compiler for programs of ``device``."""
+    """Raise ConfigError if ``torch.compile`` has no compiler for ``device``."""
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
         raise ConfigError(

@@ -1,8 +1,8 @@
-"""Patches taken through the last block of a vision transformer once more, each looking at those like itself.
+"""Correlated self-attention in the last block of a vision transformer, for patch features that stay local.
 
-A tower that was trained on images as wholes gathers in its last block what the image is about, and puts it into every
-patch. Two attentions in its place let a patch stay what it is, without any training. With the block's input x, the
-queries, keys and values q, k, v of one head of width d after the first norm, and places p on the patch grid:
+An encoder trained on global features mixes global information into every patch in its last block. Two other attentions
+avoid that without any training. With the block's input x, the queries, keys and values q, k, v of one head of width d after
+the first norm, and positions p on the patch grid:
 
     sclip     a = (softmax(q q^T / sqrt d) + softmax(k k^T / sqrt d)) v W_o    y = x + a    out = y + MLP(norm(y))
     naclip    a = softmax(k k^T / sqrt d + G) v W_o                            out = a
@@ -12,7 +12,7 @@ sclip: correlative self-attention (SCLIP, Wang et al. 2023, arXiv 2312.01597, se
 `csa` in wangf3014/SCLIP, clip/model.py): the two soft-maxes are added, a row then sums to 2, and the residual and the MLP
 stay. naclip: neighbourhood bias on the similarity of keys, and the block without residual and MLP (NACLIP, Hajimiri et al.
 2024, arXiv 2404.08181, section on the method; `custom_attn` with `naclip` and `reduced` in sinahmr/NACLIP, clip/model.py).
-Both papers know CLIP alone. Where a block scales what it adds (DINOv2's layer scale), a and the MLP are scaled as there.
+Both papers treat CLIP only. If a block scales its branches (DINOv2's layer scale), a and the MLP are scaled likewise.
 """
 
 from __future__ import annotations
@@ -31,37 +31,37 @@ from torch import Tensor, nn
 _DEVIATION = 5.0
 """s above, in patches (NACLIP, `gaussian_std`; the same for all its data sets)."""
 
-_caught: ContextVar[list[Tensor] | None] = ContextVar("caught", default=None)
-"""Where what goes into the block is put in the pass under way, of this thread alone."""
+_captured: ContextVar[list[Tensor] | None] = ContextVar("captured", default=None)
+"""List that receives the block's input during a forward pass of this thread."""
 
 
-class _Names(NamedTuple):
-    """Where transformers keeps the parts of a block."""
+class _Attributes(NamedTuple):
+    """Attribute names of the parts of a block in transformers."""
 
     layers: str
     norm: str
     attention: str
     norm_after: str
     last_norm: str | None
-    """Norm that the model itself applies to what the last block gives."""
+    """Norm that the model applies to the output of the last block."""
 
 
-_CLIP = _Names("encoder.layers", "layer_norm1", "self_attn", "layer_norm2", None)
+_CLIP = _Attributes("encoder.layers", "layer_norm1", "self_attn", "layer_norm2", None)
 _SIGLIP = _CLIP._replace(last_norm="post_layernorm")
-_DINOV2 = _Names("encoder.layer", "norm1", "attention", "norm2", "layernorm")
-_KNOWN = {
+_DINOV2 = _Attributes("encoder.layer", "norm1", "attention", "norm2", "layernorm")
+_BY_MODEL_TYPE = {
     "clip_vision_model": _CLIP,
     "siglip_vision_model": _SIGLIP,
     "siglip2_vision_model": _SIGLIP,
     "dinov2": _DINOV2,
     "dinov2_with_registers": _DINOV2,
-    "vit": _Names("layers", "layernorm_before", "attention", "layernorm_after", "layernorm"),
+    "vit": _Attributes("layers", "layernorm_before", "attention", "layernorm_after", "layernorm"),
 }
 
 
 @dataclass(frozen=True)
 class LastBlock:
-    """The parts of a transformers model that the last hidden state comes out of."""
+    """Parts of a transformers model that compute its last hidden state."""
 
     layer: nn.Module
     norm: Any
@@ -74,9 +74,9 @@ class LastBlock:
     last_norm: Any
 
     @classmethod
-    def of(cls, model: nn.Module) -> LastBlock | None:
-        """That of ``model``; None where it has none of a known form."""
-        names = _KNOWN.get(str(getattr(getattr(model, "config", None), "model_type", None)))
+    def find(cls, model: nn.Module) -> LastBlock | None:
+        """Return the last block of ``model``; None if it has none of a supported form."""
+        names = _BY_MODEL_TYPE.get(str(getattr(getattr(model, "config", None), "model_type", None)))
         if names is None:
             return None
         try:
@@ -92,49 +92,49 @@ class LastBlock:
                 out=out,
                 norm_after=getattr(layer, names.norm_after),
                 mlp=layer.mlp,
-                scale=getattr(layer, "layer_scale1", _as_it_is),
-                scale_after=getattr(layer, "layer_scale2", _as_it_is),
-                last_norm=getattr(model, names.last_norm) if names.last_norm else _as_it_is,
+                scale=getattr(layer, "layer_scale1", _identity),
+                scale_after=getattr(layer, "layer_scale2", _identity),
+                last_norm=getattr(model, names.last_norm) if names.last_norm else _identity,
             )
         except (AttributeError, IndexError):  # another version of transformers, or a model without blocks
             return None
 
     @contextmanager
-    def watched(self) -> Iterator[list[Tensor]]:
-        """A list that gets what goes into the block, where the model runs within the ``with``. Shape: (B, T, F)."""
-        # transformers would keep the input of every block, and leaves hooks that cannot be pickled.
-        if _catch not in self.layer._forward_pre_hooks.values():
-            self.layer.register_forward_pre_hook(_catch, with_kwargs=True)
-        found: list[Tensor] = []
-        token = _caught.set(found)
+    def captured_input(self) -> Iterator[list[Tensor]]:
+        """Yield a list that receives the block's input (B, T, F) when the model runs inside the ``with`` block."""
+        # transformers' own way keeps the inputs of all blocks, and its hooks cannot be pickled.
+        if _capture not in self.layer._forward_pre_hooks.values():
+            self.layer.register_forward_pre_hook(_capture, with_kwargs=True)
+        inputs: list[Tensor] = []
+        token = _captured.set(inputs)
         try:
-            yield found
+            yield inputs
         finally:
-            _caught.reset(token)
+            _captured.reset(token)
 
     def __call__(
         self, tokens_BTF: Float[Tensor, "B T F"], grid: tuple[int, int], attention: Literal["sclip", "naclip"]
     ) -> Float[Tensor, "B T F"]:
-        """The model's last hidden state with another attention.
+        """Compute the model's last hidden state with another attention.
 
         Args:
-            tokens_BTF: what goes into the block: T tokens, the last h x w of them patches. Shape: (B, T, F).
+            tokens_BTF: input of the block: T tokens, the last h x w of them patches. Shape: (B, T, F).
             grid: (h, w).
-            attention: see the module.
+            attention: as defined in the module's docstring.
 
         Returns:
             Shape: (B, T, F).
         """
-        seen_BTF = self.norm(tokens_BTF)
+        normed_BTF = self.norm(tokens_BTF)
         projections = (self.attention.q_proj, self.attention.k_proj, self.attention.v_proj)
         q, k, v = (
-            project(seen_BTF).unflatten(-1, (-1, self.attention.head_dim)).transpose(1, 2) for project in projections
+            project(normed_BTF).unflatten(-1, (-1, self.attention.head_dim)).transpose(1, 2) for project in projections
         )
-        # The rows of weights never stand in memory at once.
+        # Attention weights are never materialised.
         if attention == "sclip":
             mixed = F.scaled_dot_product_attention(q, q, v) + F.scaled_dot_product_attention(k, k, v)
         else:
-            bias_TT = neighbourhood(tokens_BTF.shape[1], grid, tokens_BTF.device).to(k.dtype)
+            bias_TT = neighbourhood_bias(tokens_BTF.shape[1], grid, tokens_BTF.device).to(k.dtype)
             mixed = F.scaled_dot_product_attention(k, k, v, attn_mask=bias_TT)
         added_BTF = self.scale(self.out(mixed.transpose(1, 2).flatten(2)))
         if attention == "naclip":
@@ -143,14 +143,14 @@ class LastBlock:
         return self.last_norm(tokens_BTF + self.scale_after(self.mlp(self.norm_after(tokens_BTF))))
 
 
-def _catch(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    found = _caught.get()
-    if found is not None:
-        found.append(args[0] if args else kwargs["hidden_states"])
+def _capture(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    inputs = _captured.get()
+    if inputs is not None:
+        inputs.append(args[0] if args else kwargs["hidden_states"])
 
 
-def neighbourhood(tokens: int, grid: tuple[int, int], device: torch.device) -> Float[Tensor, "T T"]:
-    """G of the module: how near patches are, 0 for the tokens that come before them. Shape: -> (T, T), float32."""
+def neighbourhood_bias(tokens: int, grid: tuple[int, int], device: torch.device) -> Float[Tensor, "T T"]:
+    """Compute G of the module's docstring: Gaussian of the patches' distance, 0 for prefix tokens. Shape: -> (T, T), float32."""
     h, w = grid
     near_hh, near_ww = (_gaussian(side, device) for side in grid)
     near_NN = torch.einsum("ik,jl->ijkl", near_hh, near_ww).reshape(h * w, h * w)
@@ -159,9 +159,9 @@ def neighbourhood(tokens: int, grid: tuple[int, int], device: torch.device) -> F
 
 
 def _gaussian(side: int, device: torch.device) -> Tensor:
-    place = torch.arange(side, device=device, dtype=torch.float32)
-    return torch.exp(-((place[:, None] - place[None]) ** 2) / (2 * _DEVIATION**2))
+    position = torch.arange(side, device=device, dtype=torch.float32)
+    return torch.exp(-((position[:, None] - position[None]) ** 2) / (2 * _DEVIATION**2))
 
 
-def _as_it_is(tokens: Tensor) -> Tensor:
+def _identity(tokens: Tensor) -> Tensor:
     return tokens

@@ -1,9 +1,9 @@
-"""Image encoders: patch features from a Hugging Face model, from a user's own module, or from a small network of ours.
+"""Image encoders: patch features from a Hugging Face model, a user's own module, or a small convolutional network.
 
 Every encoder is a module with ``num_features: int`` and ``forward(images_B3HW) -> ImageFeatures``, its input RGB in 0..1;
-normalisation is its own affair. That is also the contract of a ``factory``, which may have a method ``checkpoint_activations()``
-beside, see :meth:`vilseg.model.ViLSeg.checkpoint_activations`, and where it has ``can_correlate = True`` has a method
-``correlated()`` as :meth:`HuggingFaceImageEncoder.correlated`.
+the encoder normalises pixels itself. A ``factory`` returns such a module. Optionally the module has a method
+``checkpoint_activations()``, see :meth:`vilseg.model.ViLSeg.checkpoint_activations`, and, with ``can_correlate = True``, a
+method ``correlated()`` like :meth:`HuggingFaceImageEncoder.correlated`.
 """
 
 from __future__ import annotations
@@ -35,23 +35,23 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class ImageFeatures(NamedTuple):
-    """What an encoder sees in a batch of images."""
+    """Features of an encoder for a batch of images."""
 
     patches: Float[Tensor, "B N F"]
     """(B, N, F), row by row over the grid."""
     pooled: Float[Tensor, "B F"] | None
-    """(B, F) global feature (class token); None where the encoder has none, and the mean of the patches stands in."""
+    """(B, F) global feature (class token); None if the encoder has none, and the mean of the patches is used instead."""
     grid: tuple[int, int]
     """(h, w) with h x w = N."""
 
 
 def build_image_encoder(config: ImageEncoderConfig, *, hf_config: dict[str, Any] | None = None) -> nn.Module:
-    """Make the encoder that ``config`` describes; weights are loaded only for ``checkpoint`` and by a ``factory``.
+    """Build the encoder that ``config`` describes; weights are loaded only for ``checkpoint`` and by a ``factory``.
 
     Args:
         config: one of checkpoint, factory, architecture.
         hf_config: the Hugging Face configuration saved with a vilseg model; builds that architecture without its
-            checkpoint, whose weights are about to be loaded from the vilseg model.
+            checkpoint, as the weights will be loaded from the vilseg model.
 
     Raises:
         ConfigError: unknown architecture, wrong sizes, or a factory that cannot be imported or is no encoder.
@@ -74,16 +74,26 @@ def build_image_encoder(config: ImageEncoderConfig, *, hf_config: dict[str, Any]
 
 
 class LocalConvEncoder(nn.Module):
-    """A small convolutional network with a small receptive field, the default from scratch.
+    """Small convolutional network with a small receptive field, the default for training from scratch.
 
-    Locality is the point: with caption supervision alone a network that sees the whole scene from every patch learns to
-    name what co-occurs instead of what is there.
+    The small receptive field is deliberate: with caption supervision alone, a network in which every patch depends on the whole
+    scene learns to classify patches by objects that co-occur with the object in the patch.
 
     Args:
         width: channels of the patch features.
         depth: residual blocks at patch resolution; each widens the receptive field by (kernel - 1) x patch_size pixels.
-        patch_size: pixels a patch, a power of two; reached by 3 x 3 convolutions of stride 2.
+        patch_size: side of a patch in pixels, a power of two; reached by 3 x 3 convolutions of stride 2.
         kernel: side of the blocks' convolutions, odd.
+
+    Raises:
+        ConfigError: impossible sizes.
+
+    Example:
+        >>> import torch
+        >>> from vilseg.model.image_encoder import LocalConvEncoder
+        >>> features = LocalConvEncoder(width=32, patch_size=8)(torch.rand(2, 3, 64, 96))
+        >>> features.patches.shape, features.grid
+        (torch.Size([2, 96, 32]), (8, 12))
     """
 
     def __init__(self, width: int = 128, depth: int = 2, patch_size: int = 4, kernel: int = 3) -> None:
@@ -113,18 +123,18 @@ class LocalConvEncoder(nn.Module):
         """Shape: (B, 3, H, W) in 0..1 -> patches (B, H/patch x W/patch, width)."""
         x_BFhw = (images_B3HW - 0.5) / 0.25
         for block in (self.stem, *self.blocks):
-            again = self._checkpointed and torch.is_grad_enabled()
-            x_BFhw = checkpoint(block, x_BFhw, use_reentrant=False) if again else block(x_BFhw)
+            recompute = self._checkpointed and torch.is_grad_enabled()
+            x_BFhw = checkpoint(block, x_BFhw, use_reentrant=False) if recompute else block(x_BFhw)
         x_BFhw = self.norm(x_BFhw)
         return ImageFeatures(x_BFhw.flatten(2).transpose(1, 2), None, (x_BFhw.shape[2], x_BFhw.shape[3]))
 
     def checkpoint_activations(self) -> None:
-        """Keep only what goes into the stem and the blocks, and compute the rest again in the backward pass."""
+        """Keep only the inputs of the stem and the blocks, and recompute the rest in the backward pass."""
         self._checkpointed = True
 
 
 class _ResidualBlock(nn.Sequential):
-    # Dense convolutions learn small pictures' textures in fewer samples than depthwise ones of the same cost.
+    # Dense convolutions learn textures of small images from fewer samples than depthwise ones of the same cost.
     def __init__(self, width: int, kernel: int) -> None:
         super().__init__(nn.Conv2d(width, width, kernel, padding=kernel // 2), ChannelNorm(width), nn.GELU())
 
@@ -133,7 +143,7 @@ class _ResidualBlock(nn.Sequential):
 
 
 class ChannelNorm(nn.LayerNorm):
-    """Layer norm over the channels of (B, F, h, w); unlike batch norm it keeps every sample independent of its batch."""
+    """Layer norm over the channels of (B, F, h, w); unlike batch norm, a sample does not depend on the rest of its batch."""
 
     def forward(self, x_BFhw: Float[Tensor, "B F h w"]) -> Float[Tensor, "B F h w"]:
         """Shape: (B, F, h, w) -> same."""
@@ -143,13 +153,14 @@ class ChannelNorm(nn.LayerNorm):
 class HuggingFaceImageEncoder(nn.Module):
     """Patch features of a transformers vision model: transformer tokens without class and register tokens, or a feature map.
 
-    With ``head`` the tokens of CLIP and SigLIP go on through what led to the space of the texts. CLIP: its last norm, which
-    it learnt on the class token. SigLIP: its attention pooling gives the image as a whole, and of every patch what it
-    gives where that patch is all it sees, which is its value path (as MaskCLIP does, Zhou et al. 2022, section 3.2).
+    With ``head`` the tokens of CLIP and SigLIP also go through the layers between the last block and the space of the texts.
+    CLIP: its last norm, which was trained on the class token. SigLIP: its attention pooling gives the global feature; every
+    patch goes through the pooling's value path, the result of pooling that patch alone (as MaskCLIP does, Zhou et al. 2022,
+    section 3.2).
 
     Args:
-        model: a vision model, or a model with an image half.
-        mean, std: that pixels in 0..1 are normalised by.
+        model: a vision model, or a model with a ``vision_model``.
+        mean, std: normalisation of pixels in 0..1.
         head: see above.
 
     Raises:
@@ -169,9 +180,9 @@ class HuggingFaceImageEncoder(nn.Module):
         head: bool = False,
     ) -> None:
         super().__init__()
-        self.model = getattr(model, "vision_model", model)  # the image half of CLIP and SigLIP
+        self.model = getattr(model, "vision_model", model)  # CLIP and SigLIP
         if getattr(self.model, "pooler", None) is not None:
-            self.model.pooler = None  # weights that nothing would train
+            self.model.pooler = None  # its weights would never be trained
         config = self.model.config
         siglip = config.model_type in ("siglip_vision_model", "siglip2_vision_model")
         if head and not (config.model_type == "clip_vision_model" or (siglip and config.vision_use_head)):
@@ -183,11 +194,11 @@ class HuggingFaceImageEncoder(nn.Module):
         self._pooling = head and siglip
         hidden = getattr(config, "hidden_size", None) or config.hidden_sizes[-1]
         self.num_features: int = hidden
-        # Convolutional backbones halve the picture in every stage; 32 is a multiple of what any of them wants.
+        # Convolutional backbones halve the image in every stage; 32 is a multiple of the stride of each of them.
         patch: Any = config.patch_size if hasattr(config, "num_attention_heads") else 32
         self.patch_size: int = patch if isinstance(patch, int) else patch[0]
         parameters = _parameters(self.model)
-        self._takes_patches = "spatial_shapes" in parameters  # SigLIP 2 in its form for pictures of any shape
+        self._takes_patches = "spatial_shapes" in parameters  # SigLIP 2 with naflex input, for images of any shape
         # Most transformers interpolate their position embeddings on demand, some (DINOv2) always and without a flag.
         flag = "interpolate_pos_encoding"
         self._options = {flag: True} if flag in parameters else {}
@@ -196,7 +207,7 @@ class HuggingFaceImageEncoder(nn.Module):
 
     @property
     def hf_config(self) -> dict[str, Any]:
-        """What rebuilds the architecture without its checkpoint."""
+        """Configuration from which the architecture is rebuilt without its checkpoint."""
         return self.model.config.to_dict()
 
     def forward(self, images_B3HW: Float[Tensor, "B 3 H W"]) -> ImageFeatures:
@@ -206,37 +217,37 @@ class HuggingFaceImageEncoder(nn.Module):
 
     @property
     def can_correlate(self) -> bool:
-        """Whether the last block is of a form that :meth:`correlated` knows."""
-        return LastBlock.of(self.model) is not None
+        """True if :meth:`correlated` supports the last block."""
+        return LastBlock.find(self.model) is not None
 
     def correlated(
         self, images_B3HW: Float[Tensor, "B 3 H W"], attention: Literal["sclip", "naclip"]
     ) -> tuple[ImageFeatures, Float[Tensor, "B N F"]]:
-        """Features as `forward` gives them, and from the same pass patches with another attention in the last block.
+        """Compute the features of `forward`, and in the same pass patches with another attention in the last block.
 
         Args:
             images_B3HW: RGB in 0..1. Shape: (B, 3, H, W).
             attention: see ``vilseg.model.correlated_attention``.
 
         Returns:
-            The features, and patches of the same shape.
+            The features, and patches (B, N, F).
         """
-        block = LastBlock.of(self.model)
+        block = LastBlock.find(self.model)
         assert block is not None, "ask can_correlate first"
-        with block.watched() as entering:
+        with block.captured_input() as inputs:
             output, grid = self._run(images_B3HW)
         features = self._features(output.last_hidden_state, output, grid)
-        return features, self._features(block(entering[0], grid, attention), output, grid).patches
+        return features, self._features(block(inputs[0], grid, attention), output, grid).patches
 
     def _run(self, images_B3HW: Float[Tensor, "B 3 H W"]) -> tuple[Any, tuple[int, int]]:
-        """What the model makes of images, and the patch grid."""
+        """Run the model on images; return its output and the patch grid."""
         pixels = (images_B3HW - self.mean) / self.std
         grid = (images_B3HW.shape[2] // self.patch_size, images_B3HW.shape[3] // self.patch_size)
-        seen = _as_patches(pixels, grid, self.patch_size) if self._takes_patches else {"pixel_values": pixels}
-        return self.model(**seen, **self._options), grid
+        inputs = _as_patches(pixels, grid, self.patch_size) if self._takes_patches else {"pixel_values": pixels}
+        return self.model(**inputs, **self._options), grid
 
     def _features(self, tokens: Tensor, output: Any, grid: tuple[int, int]) -> ImageFeatures:
-        """Features that a last hidden state holds; ``output`` has the image as a whole where the tokens do not."""
+        """Take features from a last hidden state; the global feature comes from ``output`` if it is not among the tokens."""
         if tokens.ndim == 4:
             return ImageFeatures(tokens.flatten(2).transpose(1, 2), None, (tokens.shape[2], tokens.shape[3]))
         if self._pooling:
@@ -247,11 +258,11 @@ class HuggingFaceImageEncoder(nn.Module):
         return ImageFeatures(tokens[:, prefix:], tokens[:, 0] if prefix else None, grid)
 
     def checkpoint_activations(self) -> None:
-        """Keep only what goes into the layers, and compute the rest again in the backward pass; ConfigError without layers."""
+        """Keep only the inputs of the layers, and recompute the rest in the backward pass; ConfigError without such layers."""
         checkpoint_layers(self.model, key="model.image_encoder")
 
     def _pool_each(self, tokens_BNF: Float[Tensor, "B N F"]) -> Float[Tensor, "B N F"]:
-        """Attention pooling of every token alone: its weight is 1, whatever the query. Shape: (B, N, F) -> same."""
+        """Pool every token alone: its attention weight is 1 for any query. Shape: (B, N, F) -> same."""
         head = self.model.head
         values = slice(2 * head.attention.embed_dim, None)
         weight, bias = head.attention.in_proj_weight[values], head.attention.in_proj_bias[values]
@@ -260,30 +271,30 @@ class HuggingFaceImageEncoder(nn.Module):
 
 
 def _as_patches(pixels_B3HW: Float[Tensor, "B 3 H W"], grid: tuple[int, int], patch: int) -> dict[str, Tensor]:
-    """Pixels as SigLIP 2 takes them, patch by patch with their grid; channels are the fastest. Shape: -> (B, N, patch² 3)."""
-    (h, w), count = grid, pixels_B3HW.shape[0]  # an export traces shapes, and not len
+    """Arrange pixels as input of SigLIP 2: patch by patch, with the grid; channels vary fastest. Shape: -> (B, N, patch² 3)."""
+    (h, w), count = grid, pixels_B3HW.shape[0]  # ONNX export traces shapes, but not len()
     cut = pixels_B3HW[:, :, : h * patch, : w * patch].unflatten(3, (w, patch)).unflatten(2, (h, patch))
     patches_BNF = cut.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
     return {
         "pixel_values": patches_BNF,
-        # Read number by number: on the CPU that waits for nothing.
+        # transformers reads it number by number, which on the CPU needs no synchronisation with the device.
         "spatial_shapes": torch.tensor([grid]).expand(count, 2),
         "pixel_attention_mask": torch.ones(count, h * w, dtype=torch.long, device=pixels_B3HW.device),
     }
 
 
 def checkpoint_layers(model: nn.Module, *, key: str, optional: bool = False) -> None:
-    """Have the layers of a transformers model computed again in the backward pass.
+    """Make a transformers model recompute the activations of its layers in the backward pass.
 
     Args:
-        model: whole, or the half of one that transformers' own method of this purpose does not know.
-        key: the part of the configuration that it comes from.
-        optional: let a model without layers be.
+        model: complete, or one encoder of it, which transformers' own method for this does not support.
+        key: configuration key of the model, for messages.
+        optional: accept a model without such layers.
 
     Raises:
-        ConfigError: there are no layers that know how.
+        ConfigError: no layer supports it.
     """
-    from transformers.modeling_layers import GradientCheckpointingLayer  # only this needs it, and it takes a while
+    from transformers.modeling_layers import GradientCheckpointingLayer  # slow to import, and needed only here
 
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers and not optional:
@@ -298,12 +309,12 @@ def checkpoint_layers(model: nn.Module, *, key: str, optional: bool = False) -> 
 
 
 def _parameters(model: nn.Module) -> set[str]:
-    """Names of the arguments of a model's forward, through the decorators that transformers puts around it."""
+    """Return the argument names of a model's forward, unwrapped from the decorators of transformers."""
     return set(inspect.signature(inspect.unwrap(model.forward)).parameters)
 
 
 def model_from_config(model_type: str, values: dict[str, Any], *, key: str) -> nn.Module:
-    """A transformers model with random weights; ``key`` names the part of the configuration that it comes from.
+    """Build a transformers model with random weights; ``key`` is its configuration key, for messages.
 
     Raises:
         ConfigError: transformers has no such model, or ``values`` do not fit it.
@@ -313,11 +324,11 @@ def model_from_config(model_type: str, values: dict[str, Any], *, key: str) -> n
         raise ConfigError(f"{key}.architecture '{model_type}' is {ours} a model type of transformers")
     try:
         config = AutoConfig.for_model(model_type, **{k: v for k, v in values.items() if k != "model_type"})
-        if model_type in ("siglip_text_model", "siglip2_text_model"):  # which AutoModel leaves out
+        if model_type in ("siglip_text_model", "siglip2_text_model"):  # AutoModel does not support these
             from transformers import Siglip2TextModel, SiglipTextModel
 
-            made: Any = SiglipTextModel if model_type == "siglip_text_model" else Siglip2TextModel
-            return made(config)
+            model_class: Any = SiglipTextModel if model_type == "siglip_text_model" else Siglip2TextModel
+            return model_class(config)
         return AutoModel.from_config(config)
     except (StrictDataclassError, ValueError, TypeError) as error:
         raise ConfigError(f"{key}.sizes does not fit {model_type}: {' '.join(str(error).split())}") from error
@@ -326,7 +337,7 @@ def model_from_config(model_type: str, values: dict[str, Any], *, key: str) -> n
 def _from_checkpoint(checkpoint: str, *, head: bool) -> HuggingFaceImageEncoder:
     with checkpoint_folder(checkpoint) as folder:
         try:
-            # Many are published in half precision; training wants its weights whole.
+            # Many are published in half precision; training needs float32 weights.
             model = AutoModel.from_pretrained(folder, dtype=torch.float32)
         except (OSError, ValueError) as error:
             raise ModelError(
@@ -338,7 +349,7 @@ def _from_checkpoint(checkpoint: str, *, head: bool) -> HuggingFaceImageEncoder:
 
 @contextmanager
 def checkpoint_folder(checkpoint: str) -> Iterator[str]:
-    """What transformers loads: a URI as a folder that ends with the block, else the folder or hub id as it is."""
+    """Yield a name that transformers can load: a temporary copy of a URI, or the folder or hub id unchanged."""
     if "://" not in checkpoint:
         yield checkpoint
         return
@@ -349,11 +360,11 @@ def checkpoint_folder(checkpoint: str) -> Iterator[str]:
 def read_normalisation(
     folder: str, mean: tuple[float, ...] = IMAGENET_MEAN, std: tuple[float, ...] = IMAGENET_STD
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation that a folder or hub id says its pixels were normalised by; those given where it says nothing."""
+    """Read the mean and standard deviation of pixel normalisation from a folder or hub id; defaults if it has none."""
     names = ("preprocessor_config.json", "processor_config.json")
     if Path(folder).is_dir() and not any((Path(folder) / name).exists() for name in names):
         return mean, std
-    from transformers import AutoImageProcessor  # takes seconds to import, and only checkpoints need it
+    from transformers import AutoImageProcessor  # takes seconds to import, and is needed only for checkpoints
 
     processor = AutoImageProcessor.from_pretrained(folder)
     return tuple(processor.image_mean), tuple(processor.image_std)
@@ -363,7 +374,7 @@ def _from_factory(path: str, options: dict[str, Any]) -> nn.Module:
     module_name, separator, function = path.partition(":")
     if not separator:
         raise ConfigError(f"model.image_encoder.factory is '{path}'; write it as module:function")
-    # A model folder of anybody's may name the factory: it shall reach only functions that were written to be one.
+    # The factory may be named by an untrusted model folder: allow only functions that were written as factories.
     if module_name.partition(".")[0] in sys.stdlib_module_names:
         raise ConfigError(
             f"model.image_encoder.factory '{path}' is no factory: {module_name} is a module of Python itself"
@@ -387,5 +398,5 @@ def _from_factory(path: str, options: dict[str, Any]) -> nn.Module:
 
 
 def first_line(error: BaseException) -> str:
-    """The first sentence of a library's long message."""
+    """Return the first line of an exception's message, without its full stop."""
     return str(error).strip().split("\n")[0].rstrip(".")

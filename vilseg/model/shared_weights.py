@@ -1,4 +1,4 @@
-"""What holds a model taken apart into a skeleton and plain arrays, so that processes of a machine can share its weights.
+"""Split an object into a pickle without tensors and plain arrays, so that processes of a machine share a model's weights.
 
 Arrays in shared memory are mapped, not copied: ten workers hold the weights once.
 """
@@ -16,29 +16,38 @@ import numpy as np
 import torch
 
 _AS_INTEGERS = {torch.bfloat16: torch.int16}
-"""Types that numpy lacks, by others of their size."""
+"""Integer types of the same size for types that numpy lacks."""
 
 
 @dataclass(frozen=True)
 class SplitObject:
-    """An object without its tensors, and these; what :func:`join_weights` takes."""
+    """An object split into a pickle and the arrays of its tensors; argument of :func:`join_weights`."""
 
     skeleton: bytes
-    """Pickle of our own making, with numbers in the place of tensors; never read from a file."""
+    """Pickle with numbers in place of tensors; made by this process's program, never read from a file."""
     arrays: list[np.ndarray]
     layouts: list[tuple[torch.dtype, list[int]]]
-    """Type and order of dimensions in memory, the slowest first: channels may come last there."""
+    """Type, and order of dimensions in memory, slowest first (weights may be channels-last)."""
 
     def digest(self) -> str:
-        """Of the tensors' values; hexadecimal."""
+        """Return a hash of the tensors' values, hexadecimal."""
         total = hashlib.blake2b(digest_size=16)
         for array in self.arrays:
             total.update(np.ascontiguousarray(array).view(np.uint8).reshape(-1).data)
         return total.hexdigest()
 
 
-def split_weights(whole: Any) -> SplitObject:
-    """The parts of a model, or of what holds one; the arrays are views of its weights where these are on a CPU."""
+def split_weights(obj: Any) -> SplitObject:
+    """Split a model, or an object that holds one; the arrays are views of its weights if these are on the CPU.
+
+    Example:
+        >>> import torch
+        >>> parts = split_weights(torch.nn.Linear(3, 2))
+        >>> [array.shape for array in parts.arrays]
+        [(2, 3), (2,)]
+        >>> join_weights(parts)
+        Linear(in_features=3, out_features=2, bias=True)
+    """
     arrays: list[np.ndarray] = []
     layouts: list[tuple[torch.dtype, list[int]]] = []
 
@@ -54,20 +63,20 @@ def split_weights(whole: Any) -> SplitObject:
             return -len(arrays) if isinstance(value, torch.nn.Parameter) else len(arrays)
 
     buffer = io.BytesIO()
-    Pickler(buffer, protocol=5).dump(whole)
+    Pickler(buffer, protocol=5).dump(obj)
     return SplitObject(buffer.getvalue(), arrays, layouts)
 
 
 def join_weights(parts: SplitObject) -> Any:
-    """The whole again, for inference alone: its weights are the arrays themselves, which may be read-only."""
+    """Rebuild the object, for inference only: its weights are the arrays themselves, which may be read-only."""
 
     class Unpickler(pickle.Unpickler):
         def persistent_load(self, number: int) -> torch.Tensor:
-            place = abs(number) - 1
-            dtype, order = parts.layouts[place]
+            index = abs(number) - 1
+            dtype, order = parts.layouts[index]
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # of arrays that must not be written; nobody does
-                tensor = torch.from_numpy(parts.arrays[place]).view(dtype)
+                warnings.simplefilter("ignore", UserWarning)  # about read-only arrays; nothing writes to them
+                tensor = torch.from_numpy(parts.arrays[index]).view(dtype)
             tensor = tensor.permute([order.index(axis) for axis in range(len(order))])
             return torch.nn.Parameter(tensor, requires_grad=False) if number < 0 else tensor
 

@@ -1,4 +1,4 @@
-"""The text tower: a Hugging Face text model, its tokenizer, and one embedding a text."""
+"""Text encoder: a Hugging Face text model with its tokenizer, giving one feature vector for each text."""
 
 from __future__ import annotations
 
@@ -20,63 +20,69 @@ _SMALL_BERT = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "intermediate_size": 512,
-    # Dropout masks would depend on how the batch is shared; without, any number of workers sees the same losses.
+    # Dropout masks would depend on how the batch is split over workers; without them losses do not depend on their number.
     "hidden_dropout_prob": 0.0,
     "attention_probs_dropout_prob": 0.0,
 }
 
 
 class TextEncoder(nn.Module):
-    """Texts -> features. The tokenizer belongs to it, so that a text means the same wherever the model goes.
+    """Text model with its tokenizer, which is saved with the model: texts -> features.
 
-    SigLIP's pooler reads the last token of a row of one fixed length, padding and all (Zhai et al. 2023); so with it rows are
-    never cut, nothing is masked, and every row is as long as the model takes.
+    SigLIP's pooler takes the last token of a row of fixed length, padding included (Zhai et al. 2023). For it rows are never
+    trimmed, nothing is masked, and every row has the model's maximal length.
+
+    Args:
+        model: a text model, or a model with a ``text_model``.
+        tokenizer: of the model.
+        pooling: mean of the tokens, ``first`` token, or the model's own ``pooler``.
+        max_tokens: length of the rows, at most the number of the model's positions.
     """
 
     model: Any
 
     def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, pooling: str, max_tokens: int) -> None:
         super().__init__()
-        self.model = getattr(model, "text_model", model)  # the text half of CLIP and SigLIP
+        self.model = getattr(model, "text_model", model)  # CLIP and SigLIP
         self.tokenizer = tokenizer
         self.pooling = pooling
         config = self.model.config
         self._pools_padding = pooling == "pooler" and config.model_type in ("siglip_text_model", "siglip2_text_model")
         if pooling != "pooler" and getattr(self.model, "pooler", None) is not None:
-            self.model.pooler = None  # weights that nothing would train
+            self.model.pooler = None  # its weights would never be trained
         longest: int = getattr(config, "max_position_embeddings", max_tokens)
         self.max_tokens = longest if self._pools_padding else min(max_tokens, longest)
         self.num_features: int = config.projection_size if self._pools_padding else config.hidden_size
 
     @property
     def hf_config(self) -> dict[str, Any]:
-        """What rebuilds the architecture without its checkpoint."""
+        """Configuration from which the architecture is rebuilt without its checkpoint."""
         return self.model.config.to_dict()
 
     @property
     def fixed_length(self) -> bool:
-        """Whether rows must be ``max_tokens`` long, padding and all, because the padding counts."""
+        """True if rows must be ``max_tokens`` long, because padding takes part in pooling."""
         return self._pools_padding
 
     def tokenize(self, texts: Sequence[str]) -> Int[Tensor, "B T"]:
-        """Token ids, padded to ``max_tokens``. Shape: texts (B) -> (B, T) int64."""
+        """Return token ids, padded to ``max_tokens``. Shape: texts (B) -> (B, T) int64."""
         return torch.from_numpy(self.fixed_tokenizer()(texts)).long()
 
     def fixed_tokenizer(self) -> FixedTokenizer:
-        """The tokenizer alone, light enough to be sent to whoever reads captions."""
+        """Return the tokenizer alone, small enough to be sent to processes that read captions."""
         return FixedTokenizer(self.tokenizer.backend_tokenizer.to_str(), self.max_tokens, self.tokenizer.pad_token_id)
 
     def trim(self, tokens_BT: Int[Tensor, "B T"]) -> Int[Tensor, "B longest"]:
-        """Cut the padding that no row needs. Shape: (B, T) -> (B, longest)."""
+        """Cut columns that are padding in every row. Shape: (B, T) -> (B, longest)."""
         if self._pools_padding:
             return tokens_BT
-        return tokens_BT[:, : int(self._real(tokens_BT).sum(1).max())]
+        return tokens_BT[:, : int(self._is_text(tokens_BT).sum(1).max())]
 
     def forward(self, tokens_BT: Int[Tensor, "B T"]) -> Float[Tensor, "B F"]:
         """Shape: (B, T) -> (B, F)."""
         if self._pools_padding:
             return self.model(input_ids=tokens_BT).pooler_output
-        mask_BT = self._real(tokens_BT)
+        mask_BT = self._is_text(tokens_BT)
         output = self.model(input_ids=tokens_BT, attention_mask=mask_BT.long())
         if self.pooling == "pooler":
             return output.pooler_output
@@ -87,16 +93,16 @@ class TextEncoder(nn.Module):
         return (hidden_BTF * weights_BT1).sum(1) / weights_BT1.sum(1)
 
     def checkpoint_activations(self) -> None:
-        """See :meth:`ViLSeg.checkpoint_activations`; word embeddings without a layer have nothing to compute again."""
+        """See :meth:`vilseg.ViLSeg.checkpoint_activations`; a model of word embeddings alone has nothing to recompute."""
         checkpoint_layers(self.model, key="model.text_encoder", optional=True)
 
-    def _real(self, tokens_BT: Int[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
-        """Which tokens are no padding. Shape: (B, T) -> same, bool."""
+    def _is_text(self, tokens_BT: Int[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
+        """Return True for tokens that are not padding. Shape: (B, T) -> same, bool."""
         padding_BT = tokens_BT == self.tokenizer.pad_token_id
         if self.tokenizer.eos_token_id == self.tokenizer.pad_token_id:
-            # CLIP pads with the token that ends a text; the first one is the text's own, and CLIP's embedding sits there.
+            # CLIP pads with its end-of-text token; the first one belongs to the text, and CLIP takes its embedding there.
             padding_BT &= padding_BT.cumsum(1) > 1
-        padding_BT[:, 0] = False  # a text without a known character would be a mean over nothing
+        padding_BT[:, 0] = False  # else the mean of a text without any known character would be over no token
         return ~padding_BT
 
 
@@ -106,11 +112,11 @@ def build_text_encoder(
     tokenizer: PreTrainedTokenizerBase | None = None,
     hf_config: dict[str, Any] | None = None,
 ) -> TextEncoder:
-    """Make the text encoder that ``config`` describes.
+    """Build the text encoder that ``config`` describes.
 
     Args:
         config: a checkpoint, or an architecture with its sizes.
-        tokenizer: needed where the model is built from scratch or from ``hf_config``; a checkpoint brings its own.
+        tokenizer: required if the model is built from scratch or from ``hf_config``; a checkpoint has its own.
         hf_config: as for the image encoder.
 
     Raises:
