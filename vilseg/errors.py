@@ -1,4 +1,4 @@
-"""What can go wrong for a user, as exceptions that carry one sentence.
+"""Exceptions for mistakes of a user and failures of the surroundings; each carries one sentence.
 
     UserError            the input is wrong: the `vilseg` command prints the sentence and exits with 2
     |- ConfigError       a key or value of a configuration
@@ -11,8 +11,8 @@
     |- ModelError        a model folder or checkpoint
     `- ClusterError      Ray nodes of this machine
 
-A message says what is wrong, where (file, key, value) and what to do about it. Errors of our own making are plain
-assertions; whatever else escapes is a failed run (exit code 1).
+A message says what is wrong, where (file, key, value) and what to do about it. Broken invariants of this code are plain
+assertions; any other exception is a failed run (exit code 1).
 """
 
 
@@ -32,7 +32,7 @@ class DiskFullError(StorageError):
     """No space is left on a disk; no fault of what was read or written."""
 
 
-class StoreUnavailable(StorageError):  # noqa: N818  (a state that passes, see `vilseg.storage.retry`)
+class StoreUnavailable(StorageError):  # noqa: N818  (a temporary state, see `vilseg.storage.retry`)
     """The object store does not answer, or says that it cannot now; the same request may succeed later."""
 
 
@@ -41,7 +41,7 @@ class DataError(UserError):
 
 
 class TooLargeError(DataError):
-    """A picture or film has more pixels than the caller allows."""
+    """An image or video has more pixels than the caller allows."""
 
 
 class FilteredError(DataError):

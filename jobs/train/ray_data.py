@@ -103,7 +103,7 @@ def make_batch_reader(
         tokenize=prepared.tokenizer,
         nouns=prepared.nouns,
         columns=ColumnsConfig() if config.data.feature_cache else config.data.columns,  # of a cache, the names are ours
-        rules=TextSelector(config.data.text, config.data.filters),
+        selector=TextSelector(config.data.text, config.data.filters),
         variants=config.data.cache_variants,
         report=report,
     )

@@ -1,1 +1,1 @@
-"""Pairs on storage, decoding, the order they are trained in, augmented views, and synthetic scenes."""
+"""Pair shards on storage, image decoding, the sampler, the batch reader, augmented views, and synthetic scenes."""

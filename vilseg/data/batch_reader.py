@@ -1,7 +1,7 @@
-"""The stream of training batches: the pairs of a step (:mod:`vilseg.data.sampler`) read, decoded and put together.
+"""Training batches: the pairs of a step (:mod:`vilseg.data.sampler`), read, decoded and collated.
 
-A window of pairs is read whole, its pairs are shuffled, and it gives the batches of some steps; those that cannot be used are
-replaced by others of the window.
+A window of pairs is read whole, its pairs are shuffled, and they make the batches of some steps. A pair that cannot be used is
+replaced by another one of the window.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ from vilseg.errors import DataError, FilteredError
 from vilseg.text.noun_phrases import NounPhrases
 
 _SAMPLE_SHARDS = 20
-"""Shards that a sample of pairs is taken from."""
+"""Number of shards that a sample of pairs is taken from."""
 MAX_PHRASES_PER_PAIR = 32
-"""Room for noun phrases in a batch; captions of one picture hold fewer."""
+"""Room for noun phrases in a batch; captions of one image hold fewer."""
 
 
 @dataclass(frozen=True)
 class WorkerBatch:
-    """What one worker is fed in one step, as numpy arrays, so that it travels without a copy."""
+    """Batch of one worker in one step, as numpy arrays, so that Ray passes it on without a copy."""
 
     images: np.ndarray
-    """(B, canvas, canvas, 3) uint8; with a feature cache (B, N, F) float16, or (B, N + 1, F) with the image as a whole."""
+    """(B, canvas, canvas, 3) uint8; with a feature cache float16 (B, N, F), N patches, or (B, N + 1, F) with the whole image."""
     tokens: np.ndarray
     """(B, T) int32, padded to the longest caption that the model takes; with cached caption features (B, F) float16."""
     phrases: np.ndarray
     """(B, 32) int32 indices of noun phrases, -1 where there is none."""
     seeds: np.ndarray
-    """(B,) int64, one a pair and epoch; all augmentation follows from it, whichever worker does it."""
+    """(B,) int64, one for each pair and epoch; all augmentation follows from it, on any worker."""
     keys: tuple[str, ...]
 
 
@@ -50,7 +50,7 @@ _ARRAYS = ("images", "tokens", "phrases", "seeds")
 
 
 def pack(batches: Sequence[WorkerBatch]) -> dict[str, np.ndarray]:
-    """One row of a table from a worker's batches of successive steps: every array with a leading axis of 1."""
+    """Return one table row of a worker's batches of successive steps: every array with a leading axis of 1."""
     keys = [[key.replace("\n", " ") for key in batch.keys] for batch in batches]
     row = {name: np.concatenate([getattr(batch, name) for batch in batches])[None] for name in _ARRAYS}
     row["steps"] = np.array([len(batches)])
@@ -59,12 +59,12 @@ def pack(batches: Sequence[WorkerBatch]) -> dict[str, np.ndarray]:
 
 
 def unpack(row: dict[str, np.ndarray]) -> Iterator[WorkerBatch]:
-    """The batches that :func:`pack` made a row of."""
+    """Yield the batches that :func:`pack` put into a row."""
     steps = int(row["steps"][0])
     keys = str(row["keys"][0]).split("\n")
-    share = len(keys) // steps
-    for start in range(0, len(keys), share):
-        part = slice(start, start + share)
+    batch_size = len(keys) // steps
+    for start in range(0, len(keys), batch_size):
+        part = slice(start, start + batch_size)
         images, tokens, phrases, seeds = (row[name][0][part] for name in _ARRAYS)
         yield WorkerBatch(images, tokens, phrases, seeds, tuple(keys[part]))
 
@@ -72,11 +72,11 @@ def unpack(row: dict[str, np.ndarray]) -> Iterator[WorkerBatch]:
 def decode_to_canvas(
     data: bytes, seed: int, *, canvas: int, max_pixels: int, filters: FiltersConfig | None = None
 ) -> np.ndarray:
-    """Picture bytes and seed -> (canvas, canvas, 3) uint8, cropped along the longer side at random.
+    """Decode an image to (canvas, canvas, 3) uint8, cropped along the longer side at a random place that ``seed`` decides.
 
     Raises:
-        DataError: not a picture, damaged, or too large.
-        FilteredError: its header says a size that the filters leave out.
+        DataError: not an image, damaged, or too large.
+        FilteredError: the filters leave out the size in its header.
     """
     if filters is not None and (filters.min_side > 1 or filters.max_aspect is not None):
         _check_shape(*image_size(data), filters)
@@ -93,7 +93,7 @@ def _check_shape(width: int, height: int, filters: FiltersConfig) -> None:
 
 
 def decode_features(data: bytes, seed: int, *, patches: int, features: int) -> np.ndarray:
-    """Bytes of a feature cache -> (patches, features) float16; the seed is not used.
+    """Return the features in the bytes of a feature cache, (patches, features) float16; the seed is not used.
 
     Raises:
         DataError: another number of bytes.
@@ -116,19 +116,37 @@ class _Loaded(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class BatchReader:
-    """Reads tasks into worker batches; made once, sent to whoever reads.
+    """Reads the pairs of read tasks as worker batches; made once and sent to every reading process.
 
     Args:
         batch_size: pairs a step over all workers.
-        workers: how many share a step.
-        seed: of shuffling, captions and augmentation.
-        decode: picture bytes and seed -> array; raises DataError for a bad picture.
-        tokenize: captions -> (B, T) int array of one fixed T.
-        nouns: phrases to look for in the captions.
+        workers: number of workers that divide a step among them.
+        seed: seed of shuffling, captions and augmentation.
+        decode: function from image bytes and seed to an array; raises DataError for a bad image.
+        tokenize: function from B captions to a (B, T) int array; T (tokens) is always the same.
+        nouns: noun phrases to find in the captions.
         columns: names of the columns of Parquet shards.
-        rules: which texts of a pair are used.
-        variants: of every picture in a feature cache, of which an epoch reads one.
-        report: told of every task (pairs read, bad and filtered pairs); may raise to stop the run.
+        selector: chooses the texts of a pair.
+        variants: variants of every image in a feature cache, of which an epoch reads one.
+        report: called with the number of pairs read and the bad and filtered ones; may raise to stop the run.
+
+    Example:
+        >>> import tempfile
+        >>> from vilseg.data.sampler import PairSampler
+        >>> from vilseg.data.shards import write_tar
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     number = write_tar(f"{folder}/0.tar", [(str(i), b"image", "jpg", {"caption": "a dog"}) for i in range(8)])
+        ...     sampler = PairSampler(index_shards(folder), batch_size=4, seed=0)
+        ...     reader = BatchReader(
+        ...         batch_size=4,
+        ...         workers=2,
+        ...         seed=0,
+        ...         decode=lambda data, seed: np.zeros((2, 2, 3), np.uint8),
+        ...         tokenize=lambda captions: np.zeros((len(captions), 6), np.int32),
+        ...     )
+        ...     batches = [batch for task in sampler.read_tasks(0, 2) for batch in reader.read(task)]
+        >>> [batch.images.shape for batch in batches]  # 2 steps of 2 workers
+        [(2, 2, 2, 3), (2, 2, 2, 3), (2, 2, 2, 3), (2, 2, 2, 3)]
     """
 
     batch_size: int
@@ -138,19 +156,19 @@ class BatchReader:
     tokenize: Callable[[Sequence[str]], np.ndarray]
     nouns: NounPhrases = field(default_factory=NounPhrases)
     columns: ColumnsConfig = field(default_factory=ColumnsConfig)
-    rules: TextSelector = field(default_factory=TextSelector)
+    selector: TextSelector = field(default_factory=TextSelector)
     variants: int = 1
     report: Callable[[int, list[BadPair]], None] | None = None
 
     def read(self, task: ReadTask) -> Iterator[WorkerBatch]:
-        """The batches of a task, step by step and in each step worker by worker.
+        """Yield the batches of a task, step by step and in each step worker by worker.
 
         A pair that cannot be used is replaced by another one of its window, so that every batch is full.
 
         Raises:
-            DataError: no pair of a window can be used, or ``report`` has had enough.
+            DataError: no pair of a window can be used, or ``report`` raised it.
         """
-        streams = _Streams(self._begin)
+        streams = _ShardStreams(self._begin)
         wanted = task.first_step + task.skip
         for number, window in enumerate(task.windows):
             if window.first_step + window.steps > wanted:
@@ -162,28 +180,28 @@ class BatchReader:
         if self.variants > 1:
             name = column_name(column_of_epoch(segment.epoch, self.seed, self.variants))
             columns = columns.replace(image=name)
-        return read_shard(segment.uri, columns, self.rules)
+        return read_shard(segment.uri, columns, self.selector)
 
-    def _read_window(self, window: Window, skip: int, streams: _Streams) -> Iterator[WorkerBatch]:
+    def _read_window(self, window: Window, skip: int, streams: _ShardStreams) -> Iterator[WorkerBatch]:
         with storage.retrying():
             pool, bad = self._load(window, streams)
         self._report(len(pool), bad)  # all at once, or the bad ones of a window would be counted before its good ones
-        told = len(bad)
+        reported = len(bad)
         order = np.random.default_rng((self.seed, window.first_step)).permutation(len(pool)).tolist()
-        share = self.batch_size // self.workers
-        for start in range(skip * self.batch_size, window.steps * self.batch_size, share):
+        worker_size = self.batch_size // self.workers
+        for start in range(skip * self.batch_size, window.steps * self.batch_size, worker_size):
             good = []
-            for position in range(start, start + share):
+            for position in range(start, start + worker_size):
                 sample = self._sample_at(pool, order, position, bad)
                 if sample is None:
-                    self._report(0, bad[told:])
-                    raise DataError(_why_none(window, bad))
+                    self._report(0, bad[reported:])
+                    raise DataError(_no_usable_pair(window, bad))
                 good.append(sample)
-            self._report(0, bad[told:])
-            told = len(bad)
+            self._report(0, bad[reported:])
+            reported = len(bad)
             yield self._collate(good)
 
-    def _load(self, window: Window, streams: _Streams) -> tuple[list[_Loaded | None], list[BadPair]]:
+    def _load(self, window: Window, streams: _ShardStreams) -> tuple[list[_Loaded | None], list[BadPair]]:
         """Return every pair of the window, None in the place of those that cannot be read, and these."""
         pool: list[_Loaded | None] = []
         bad: list[BadPair] = []
@@ -207,9 +225,9 @@ class BatchReader:
     def _sample_at(
         self, pool: list[_Loaded | None], order: list[int], position: int, bad: list[BadPair]
     ) -> _Sample | None:
-        """The pair at ``position`` of the order, or the first usable one from half a window further on.
+        """Return the pair at ``position`` of the order, or the first usable one from half a window further on.
 
-        So substitutes are a function of the position alone, the same after a resumption, and are seldom of the same step.
+        So substitutes depend on the position alone, are the same after a resumption, and are seldom of the same step.
         """
         middle = position + len(order) // 2
         for place in itertools.chain([position], range(middle, middle + len(order))):
@@ -247,15 +265,15 @@ class BatchReader:
             self.report(read, bad)
 
 
-class _Streams:
-    """Shards being read, each on from where it was."""
+class _ShardStreams:
+    """Shards being read, each from the position where the last segment ended."""
 
     def __init__(self, begin: Callable[[Segment], Iterator[Pair | BadPair]]) -> None:
         self._begin = begin
         self._begun: dict[_Place, tuple[Iterator[Pair | BadPair], int]] = {}
 
     def take(self, segment: Segment) -> list[Pair | BadPair]:
-        """The pairs of a segment; what comes before it in the shard is passed over."""
+        """Return the pairs of a segment; those before it in the shard are skipped."""
         pairs, position = self._begun.pop(_place(segment), (None, 0))
         if pairs is None or position > segment.start:
             pairs, position = self._begin(segment), 0
@@ -264,7 +282,7 @@ class _Streams:
         return found
 
     def keep(self, places: Container[_Place]) -> None:
-        """Close all others."""
+        """Close all shards but those at ``places``."""
         self._begun = {place: stream for place, stream in self._begun.items() if place in places}
 
 
@@ -275,7 +293,7 @@ def _place(segment: Segment) -> _Place:
     return segment.source, segment.uri, segment.epoch
 
 
-def _why_none(window: Window, bad: Sequence[BadPair]) -> str:
+def _no_usable_pair(window: Window, bad: Sequence[BadPair]) -> str:
     uris = ", ".join(sorted({segment.uri for segment in window.segments}))
     if all(pair.filtered for pair in bad):
         return (
@@ -288,13 +306,13 @@ def _why_none(window: Window, bad: Sequence[BadPair]) -> str:
 def index_shards(
     source: str, count: Callable[[list[str]], list[int]] | None = None, *, without: str | None = None, name: str = ""
 ) -> tuple[Shard, ...]:
-    """The shards at ``source`` with the number of pairs in each, from ``index.json`` where there is one, else counted.
+    """Return the shards at ``source`` with the number of pairs in each, from ``index.json`` where there is one, else counted.
 
     Args:
         source: folder or file.
-        count: counts the pairs of many shards, in parallel say; one after the other where None.
+        count: function that counts the pairs of many shards, for example in parallel; one after the other where None.
         without: URI of shards to leave out.
-        name: of the source in a mix.
+        name: name of the source in a mix.
 
     Raises:
         DataError: no shards there.
@@ -308,15 +326,15 @@ def index_shards(
 
 
 def sample_pairs(
-    shards: Sequence[Shard], columns: ColumnsConfig, limit: int, rules: TextSelector | None = None
+    shards: Sequence[Shard], columns: ColumnsConfig, limit: int, selector: TextSelector | None = None
 ) -> tuple[list[Pair], list[BadPair]]:
-    """Up to ``limit`` readable pairs of the set, without their pictures, and the bad ones met on the way.
+    """Return up to ``limit`` readable pairs of the set, without their images, and the bad ones found among them.
 
-    Few shards are read, but those lie all over the set, which may be sorted by topic.
+    Few shards are read, but from all over the set, which may be sorted by topic.
     """
     shards = [shard for shard in shards if shard.pairs]
     pairs = sum(shard.pairs for shard in shards)
-    # More where so many hold too little.
+    # More where so many hold too few pairs.
     count = min(len(shards), max(_SAMPLE_SHARDS, math.ceil(limit * len(shards) / max(1, pairs))))
     some = [shards[len(shards) * place // count] for place in range(count)]
     sizes = [shard.pairs for shard in some]
@@ -324,7 +342,7 @@ def sample_pairs(
     bad: list[BadPair] = []
     for shard, share in zip(some, apportion(sizes, min(limit, sum(sizes))), strict=True):
         wanted = len(good) + share
-        for pair in read_shard(shard.uri, columns, rules) if share else ():
+        for pair in read_shard(shard.uri, columns, selector) if share else ():
             if isinstance(pair, BadPair):
                 bad.append(pair)
             else:

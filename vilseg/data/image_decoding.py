@@ -1,4 +1,4 @@
-"""Encoded bytes -> RGB arrays, with the checks that keep one bad picture from stopping a job."""
+"""Decoding of image files to RGB arrays, with the checks that keep one bad image from stopping a job."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Image.MAX_IMAGE_PIXELS = None
 
 
 def decode_image(data: bytes, *, max_pixels: int | None = None, min_side: int | None = None) -> np.ndarray:
-    """Decode a picture upright, as RGB, first frame only, transparency over white.
+    """Decode an image upright, as RGB, first frame only, transparency over white.
 
     Args:
         data: an encoded image of any format that Pillow knows.
@@ -39,6 +39,14 @@ def decode_image(data: bytes, *, max_pixels: int | None = None, min_side: int | 
     Raises:
         DataError: not an image, or damaged.
         TooLargeError: too many pixels.
+
+    Example:
+        >>> import io
+        >>> from PIL import Image
+        >>> file = io.BytesIO()
+        >>> Image.new("RGB", (4, 2), "red").save(file, "PNG")
+        >>> decode_image(file.getvalue()).shape
+        (2, 4, 3)
     """
     if not data:
         raise DataError("the image has no bytes")
@@ -48,7 +56,7 @@ def decode_image(data: bytes, *, max_pixels: int | None = None, min_side: int | 
         if array is not None:
             return array
     if data.startswith(_ICON_STARTS):
-        # Pillow decodes the pictures in an icon to learn its size, whatever sizes the icon's own header gives.
+        # Pillow decodes the images in an icon to learn its size, whatever sizes the icon's own header gives.
         for size in _PNG_SIZE.findall(data):
             width, height = struct.unpack(">II", size)
             _check_size(width, height, limit)
@@ -58,10 +66,10 @@ def decode_image(data: bytes, *, max_pixels: int | None = None, min_side: int | 
 
 
 def image_size(data: bytes) -> tuple[int, int]:
-    """Width and height by a picture's header, as it is stored (not turned upright).
+    """Return width and height by an image's header, as it is stored (not turned upright).
 
     Raises:
-        DataError: not a picture, or its header is damaged.
+        DataError: not an image, or its header is damaged.
     """
     if data[:2] == b"\xff\xd8":
         try:
@@ -76,7 +84,7 @@ def image_size(data: bytes) -> tuple[int, int]:
 
 @contextmanager
 def _opened(data: bytes) -> Iterator[Image.Image]:
-    """A picture as Pillow opens it, before it is decoded; what fails from here on is a DataError."""
+    """Open an image with Pillow, not decoded yet; whatever fails in the block is a DataError."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of metadata it skips
@@ -90,7 +98,7 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
 
 
 def crop_to_square(image: np.ndarray, side: int, position: float = 0.5) -> np.ndarray:
-    """Resize the shorter side to ``side`` and crop the longer one; ``position`` 0..1 says where along it.
+    """Resize the shorter side to ``side`` and crop the longer one at ``position``, 0 (start) to 1 (end).
 
     Shape: (H, W, 3) -> (side, side, 3).
     """
@@ -104,7 +112,7 @@ def crop_to_square(image: np.ndarray, side: int, position: float = 0.5) -> np.nd
 
 
 def _decode_jpeg(data: bytes, limit: int, min_side: int | None) -> np.ndarray | None:
-    """The fast path; None where Pillow should have a look (CMYK, rotated, damaged)."""
+    """Decode a JPEG by the fast path; return None where Pillow is needed (CMYK, rotated, damaged)."""
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:
@@ -126,7 +134,7 @@ def _is_rotated(data: bytes) -> bool:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return Image.open(io.BytesIO(data)).getexif().get(_ORIENTATION, 1) not in (0, 1)
-    except Exception:  # noqa: BLE001  (as above; whoever decodes it will say so)
+    except Exception:  # noqa: BLE001  (as above; decoding it will raise the error)
         return False
 
 
@@ -138,12 +146,12 @@ def _check_size(width: int, height: int, limit: int) -> None:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An upright RGB version of any Pillow image: 16 bits and floats in 0..1 scaled to 8 bits, transparency over white."""
+    """Return an upright RGB version of any Pillow image: 16 bits and floats in 0..1 scaled to 8 bits, transparency over white."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
         values = np.nan_to_num(np.asarray(image, dtype=np.float64))
         if image.mode == "F" and values.min(initial=0) >= 0 and values.max(initial=0) <= 1:
-            values = values * 255  # as programs that compute with pictures write them
+            values = values * 255  # as programs that compute with images write them
         # 16-bit files hold 0..65535; what fits in 8 bits already is left as it is.
         values = values / 257.0 if values.max(initial=0) > 255 else values
         return Image.fromarray(values.clip(0, 255).astype(np.uint8)).convert("RGB")

@@ -1,7 +1,7 @@
-"""Which pairs make up a step: the order of all pairs over all epochs.
+"""The sampler: the order of all pairs over all epochs, and so the pairs of every step.
 
 The order is a pure function of the shards, the batch size, the seed and the weights of the sources. Epochs of a source follow
-each other without a gap, each with its own order of shards, and every pair comes once an epoch. The stream is cut into
+each other without a gap, each with its own order of shards, and every pair occurs once an epoch. The order is cut into
 :class:`ReadTask` s, which are read in parallel, and these into :class:`Window` s, whose pairs are shuffled together. So a step
 holds the same pairs for any number of workers, and a run resumes at any step.
 
@@ -27,7 +27,7 @@ from vilseg.errors import DataError
 
 @dataclass(frozen=True)
 class Segment:
-    """Pairs ``start`` to ``stop`` of a shard, in stored order, in one epoch of its source."""
+    """Pairs ``start`` up to, not including, ``stop`` of a shard, in stored order, in one epoch of its source."""
 
     uri: str
     epoch: int
@@ -51,7 +51,7 @@ class Window:
 
 @dataclass(frozen=True)
 class ReadTask:
-    """The pairs of ``steps`` steps from ``first_step`` on, of which the first ``skip`` are not wanted any more.
+    """The pairs of ``steps`` steps from ``first_step`` on, of which the first ``skip`` steps are done already.
 
     A shard's segments in successive windows follow on each other, so that it is read once.
     """
@@ -63,13 +63,13 @@ class ReadTask:
 
     @property
     def segments(self) -> tuple[Segment, ...]:
-        """Those of all windows."""
+        """The segments of all windows."""
         return tuple(segment for window in self.windows for segment in window.segments)
 
 
 @dataclass(frozen=True)
 class PairSampler:
-    """The order of all pairs over all epochs.
+    """Sampler of pairs: their order over all epochs, as read tasks.
 
     With several sources a task is about as large as ``shuffle_shards`` shards of each, and ends where the source of the
     largest weight has given whole shards.
@@ -77,13 +77,18 @@ class PairSampler:
     Args:
         shards: every shard with its number of pairs and the name of its source.
         batch_size: pairs a step over all workers.
-        seed: of the order of shards.
+        seed: seed of the order of shards.
         shuffle_shards: shards that are mixed with each other; memory is that of one, whatever their number.
-        weights: relative number of pairs drawn from each source, by name. After any number of steps a source has given its
-            share but for a pair or so (at most half the number of sources).
+        weights: relative number of pairs drawn from each source, by name. After any number of steps the
+            number of pairs drawn is exact but for a pair or so (at most half the number of sources).
 
     Raises:
         DataError: a source without a pair.
+
+    Example:
+        >>> sampler = PairSampler((Shard("0.tar", 6), Shard("1.tar", 6)), batch_size=4, seed=0)
+        >>> [(task.first_step, task.steps) for task in sampler.read_tasks(0, 3)]
+        [(0, 2), (2, 1)]
     """
 
     shards: tuple[Shard, ...]
@@ -99,11 +104,11 @@ class PairSampler:
 
     @property
     def pairs(self) -> int:
-        """Pairs an epoch, of all sources together."""
+        """Number of pairs an epoch, of all sources together."""
         return sum(shard.pairs for shard in self.shards)
 
     def epochs(self, samples: int) -> dict[str, float]:
-        """How often ``samples`` pairs go through all pairs of each source, by name."""
+        """Return the number of epochs that ``samples`` pairs make of each source, by name."""
         drawn = apportion(_integers(self.weights.values()), samples)
         return {
             source: count / sum(shard.pairs for shard in self._shards_of(source))
@@ -111,7 +116,7 @@ class PairSampler:
         }
 
     def read_tasks(self, first_step: int, last_step: int) -> Iterator[ReadTask]:
-        """The tasks that cover steps ``first_step`` up to, not including, ``last_step``."""
+        """Yield the tasks that cover steps ``first_step`` up to, not including, ``last_step``."""
         weights = _integers(self.weights.values())
         queues = [_Queue(self._groups(number, source)) for number, source in enumerate(self.weights)]
         leader = weights.index(max(weights))
@@ -145,7 +150,7 @@ class PairSampler:
         return [shard for shard in self.shards if shard.source == source]
 
     def _groups(self, number: int, source: str) -> Iterator[_Group]:
-        """The shards of a source, epoch after epoch, in groups of up to ``shuffle_shards`` of one epoch."""
+        """Yield the shards of a source, epoch after epoch, in groups of up to ``shuffle_shards`` of one epoch."""
         shards = self._shards_of(source)
         for epoch in itertools.count():
             random = np.random.default_rng((self.seed, epoch, number) if number else (self.seed, epoch))
@@ -159,22 +164,26 @@ class PairSampler:
                 yield _Group(visits[len(visits) * group // groups : len(visits) * (group + 1) // groups])
 
     def _groups_a_task(self, weights: Sequence[int], leader: int) -> int:
-        """Groups of the leader in a task that is as large as one group of every source."""
+        """Return the number of groups of the leading source in a task that is as large as one group of every source."""
         held = [[shard.pairs for shard in self._shards_of(source) if shard.pairs] for source in self.weights]
         means = [Fraction(sum(pairs), len(pairs)) for pairs in held]
         return math.ceil(Fraction(weights[leader], sum(weights)) * sum(means) / means[leader])
 
 
 def apportion(weights: Sequence[int], count: int) -> list[int]:
-    """How many of the first ``count`` items of an endless row are of each kind, where all kinds are spread evenly by weight.
+    """Return how many of the first ``count`` items of an endless row are of each kind, all kinds spread evenly by weight.
 
     Item j of kind k stands at (j + 1/2) / w_k, and the row is sorted by that; of two at one place the first kind comes first.
-    So nobody's number ever falls as ``count`` grows, the numbers are exact where ``count`` is the sum of the weights, and
+    So no number ever falls as ``count`` grows, the numbers are exact where ``count`` is the sum of the weights, and
     elsewhere they are off by at most half the number of kinds.
 
     Args:
         weights: whole numbers, at least 1.
-        count: items.
+        count: number of items.
+
+    Example:
+        >>> apportion([3, 1], 8)
+        [6, 2]
     """
     total, kinds = sum(weights), len(weights)
     # All that stand up to the place (count - kinds / 2) / total are at most ``count`` items, and few are missing.
@@ -193,7 +202,7 @@ class _Group:
         self._sizes = [len(segment) for segment in segments]
 
     def take(self, count: int) -> Iterator[Segment]:
-        """The next ``count`` pairs, of every shard its part."""
+        """Yield the segments of the next ``count`` pairs, a part of every shard."""
         taken = sum(self._sizes) - self.left
         self.left -= count
         starts, stops = apportion(self._sizes, taken), apportion(self._sizes, taken + count)
@@ -203,20 +212,20 @@ class _Group:
 
 
 class _Queue:
-    """The pairs of a source from some point on."""
+    """Pairs of a source that were not taken yet."""
 
     def __init__(self, groups: Iterator[_Group]) -> None:
         self._groups = groups
         self._ahead: deque[_Group] = deque()
 
     def ahead(self, count: int) -> list[_Group]:
-        """The next ``count`` groups, of which the first may have been begun."""
+        """Return the next ``count`` groups; a part of the first may be taken already."""
         while len(self._ahead) < count:
             self._ahead.append(next(self._groups))
         return list(itertools.islice(self._ahead, count))
 
     def take(self, count: int) -> Iterator[Segment]:
-        """The next ``count`` pairs."""
+        """Yield the segments of the next ``count`` pairs."""
         while count:
             (group,) = self.ahead(1)
             part = min(count, group.left)
@@ -227,7 +236,7 @@ class _Queue:
 
 
 def _integers(weights: Iterable[float]) -> list[int]:
-    """Whole numbers in the same proportion."""
+    """Return whole numbers in the same proportion."""
     fractions = [Fraction(str(weight)) for weight in weights]
     common = math.lcm(*(fraction.denominator for fraction in fractions))
     return [int(fraction * common) for fraction in fractions]

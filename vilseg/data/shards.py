@@ -1,8 +1,8 @@
 """Pair shards on storage: WebDataset tars and Parquet, read as users already have them, and written by ``ingest``.
 
 A tar holds ``KEY.jpg|jpeg|png|webp`` with ``KEY.txt`` and/or ``KEY.json`` beside it (img2dataset writes such tars); a
-Parquet file has one pair a row. What cannot be read comes out as a :class:`BadPair` in its place, so that positions in a
-shard stay what they are.
+Parquet file has one pair a row. A pair that cannot be read is a :class:`BadPair` in its place, so that the positions of the
+others in the shard do not change.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ CAPTION_FEATURES = "caption_features"
 """Column of a feature cache's shards."""
 _BUFFER = 4 << 20
 _TEXT_FIELDS = ("captions", "caption", "alt", "tags")
-"""Of a pair's JSON."""
+"""Keys of a pair's JSON that hold texts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,16 +42,16 @@ class Pair:
     key: str
     image: bytes
     captions: tuple[str, ...]
-    """Its usable texts, cleaned; alt-text and hashtags among them where the rules say so."""
+    """Its usable texts, cleaned; alt-text and hashtags among them where the text selector takes them."""
     caption_features: bytes | None = None
     """From a feature cache: one row of float16 for each caption, as the text encoder gave it."""
     probabilities: tuple[float, ...] = ()
-    """How often each of the captions is the text of an epoch; all alike where empty."""
+    """Probability of each caption to be the text of an epoch; all equal where empty."""
 
 
 @dataclass(frozen=True, slots=True)
 class BadPair:
-    """A pair that could not be read, and why."""
+    """A pair that could not be read, with the reason."""
 
     key: str
     reason: str
@@ -63,7 +63,7 @@ class BadPair:
 
 @dataclass(frozen=True)
 class Shard:
-    """A file of pairs and how many it holds, readable or not."""
+    """A file of pairs, with their number, readable or not."""
 
     uri: str
     pairs: int
@@ -72,7 +72,7 @@ class Shard:
 
 
 def list_shards(source: str, *, without: str | None = None) -> list[storage.FileEntry]:
-    """The tar and Parquet files at ``source``, a folder or one file, without the tables that img2dataset leaves beside tars.
+    """List the tar and Parquet files at ``source``, a folder or one file, without the tables that img2dataset leaves beside tars.
 
     Args:
         source: URI.
@@ -99,22 +99,30 @@ def list_shards(source: str, *, without: str | None = None) -> list[storage.File
 
 
 def read_shard(
-    uri: str, columns: ColumnsConfig | None = None, rules: TextSelector | None = None
+    uri: str, columns: ColumnsConfig | None = None, selector: TextSelector | None = None
 ) -> Iterator[Pair | BadPair]:
-    """Every pair of a shard in stored order, one at a time; a file that breaks off ends in a :class:`BadPair`.
+    """Yield every pair of a shard in stored order; a file that breaks off ends in a :class:`BadPair`.
 
     Args:
         uri: of the shard.
         columns: names of the columns of Parquet shards.
-        rules: which texts are used; captions, and what stands in for them, where None.
+        selector: chooses the texts; captions, or alt-text and hashtags where there is none, if None.
 
     Raises:
         StoreUnavailable: the object store does not answer.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     number = write_tar(f"{folder}/0.tar", [("7", b"JPEG bytes", "jpg", {"caption": "a dog"})])
+        ...     (pair,) = read_shard(f"{folder}/0.tar")
+        >>> pair.key, pair.captions
+        ('7', ('a dog',))
     """
     if uri.endswith(PARQUET):
-        yield from _read_parquet(uri, columns or ColumnsConfig(), rules or TextSelector())
+        yield from _read_parquet(uri, columns or ColumnsConfig(), selector or TextSelector())
     else:
-        yield from _read_tar(uri, rules or TextSelector())
+        yield from _read_tar(uri, selector or TextSelector())
 
 
 def count_pairs(uri: str) -> int:
@@ -153,12 +161,12 @@ def write_tar(uri: str, pairs: Iterable[tuple[str, bytes, str, dict[str, Any]]])
 
 
 def write_index(folder: str, shards: Iterable[tuple[str, int]]) -> None:
-    """Write ``index.json``, the number of pairs by file name, so that nobody has to count them again."""
+    """Write ``index.json``, the number of pairs by file name, so that they need not be counted again."""
     storage.write_text(storage.join(folder, INDEX), json.dumps({"shards": dict(shards)}, indent=1))
 
 
 def read_index(folder: str) -> dict[str, int]:
-    """Pairs by file name as :func:`write_index` left them; empty where there is no index.
+    """Return the number of pairs by file name as :func:`write_index` wrote it; empty where there is no index.
 
     Raises:
         DataError: the index is damaged.
@@ -173,7 +181,7 @@ def read_index(folder: str) -> dict[str, int]:
         raise DataError(f"{uri} is damaged; delete it, and the pairs are counted anew") from error
 
 
-def _read_tar(uri: str, rules: TextSelector) -> Iterator[Pair | BadPair]:
+def _read_tar(uri: str, selector: TextSelector) -> Iterator[Pair | BadPair]:
     for key, members in tar_groups(uri):
         if isinstance(members, str):
             yield BadPair(key, members)
@@ -187,23 +195,23 @@ def _read_tar(uri: str, rules: TextSelector) -> Iterator[Pair | BadPair]:
         except ValueError as error:
             yield BadPair(key, f"its text cannot be read: {error}")
             continue
-        yield _pair(key, image, texts, rules)
+        yield _pair(key, image, texts, selector)
 
 
-def _pair(key: str, image: bytes, texts: dict[str, list[str]], rules: TextSelector) -> Pair | BadPair:
-    probabilities = rules.probabilities(texts)
+def _pair(key: str, image: bytes, texts: dict[str, list[str]], selector: TextSelector) -> Pair | BadPair:
+    probabilities = selector.probabilities(texts)
     if probabilities:
         alike = len(set(probabilities.values())) == 1
         return Pair(key, image, tuple(probabilities), probabilities=() if alike else tuple(probabilities.values()))
     if not any(texts.values()):
         return BadPair(key, "no caption")
-    if rules.filters == FiltersConfig():
+    if selector.filters == FiltersConfig():
         return BadPair(key, "nothing is left of its texts when they are cleaned")
     return BadPair(key, "no text passes the filters", filtered=True)
 
 
 def tar_groups(uri: str) -> Iterator[tuple[str, dict[str, bytes] | str]]:
-    """(Key, members by lower-case suffix) for runs of members with one key, or (name, what is wrong) at the end."""
+    """Yield (key, members by lower-case suffix) for each run of members with one key; (name, reason) last if it breaks off."""
     key, members = "", dict[str, bytes]()
     try:
         with storage.reading(uri) as file, tarfile.open(fileobj=io.BufferedReader(file, _BUFFER), mode="r|") as tar:
@@ -244,7 +252,7 @@ def _texts_of(members: dict[str, bytes]) -> dict[str, list[str]]:
 
 
 def texts_from_metadata(metadata: dict[str, Any]) -> dict[str, list[str]]:
-    """The texts among a pair's fields by kind: ``captions`` and ``caption``, ``alt``, ``tags``; only kinds that it has."""
+    """Return the texts among a pair's fields by kind (``caption`` with ``captions``, ``alt``, ``tags``), without empty kinds."""
     found: dict[str, list[str]] = {}
     for name in _TEXT_FIELDS:
         value = metadata.get(name)
@@ -255,7 +263,7 @@ def texts_from_metadata(metadata: dict[str, Any]) -> dict[str, list[str]]:
     return {kind: texts for kind, texts in found.items() if texts}
 
 
-def _read_parquet(uri: str, columns: ColumnsConfig, rules: TextSelector) -> Iterator[Pair | BadPair]:
+def _read_parquet(uri: str, columns: ColumnsConfig, selector: TextSelector) -> Iterator[Pair | BadPair]:
     try:
         with storage.reading(uri) as source:
             file = pq.ParquetFile(source)
@@ -270,16 +278,16 @@ def _read_parquet(uri: str, columns: ColumnsConfig, rules: TextSelector) -> Iter
             row = 0
             for batch in file.iter_batches(batch_size=64, columns=wanted):
                 for values in batch.to_pylist():
-                    yield _pair_of_row(uri, row, values, columns, rules)
+                    yield _pair_of_row(uri, row, values, columns, selector)
                     row += 1
     except StoreUnavailable:
-        raise  # that passes; the pairs are not bad
+        raise  # the pairs are not damaged
     except (pa.ArrowInvalid, StorageError) as error:
         yield BadPair(storage.name(uri), f"the Parquet file cannot be read: {error}")
 
 
 def _pair_of_row(
-    uri: str, row: int, values: dict[str, Any], columns: ColumnsConfig, rules: TextSelector
+    uri: str, row: int, values: dict[str, Any], columns: ColumnsConfig, selector: TextSelector
 ) -> Pair | BadPair:
     key = str(values.get(columns.key) or f"{storage.name(uri)}:{row}")
     fields = {"caption": values.get(columns.caption), "captions": values.get(columns.captions)}
@@ -302,7 +310,7 @@ def _pair_of_row(
         return BadPair(key, "no image")
     if values.get(CAPTION_FEATURES):  # of a cache: its captions are clean, and each has its features
         return Pair(key, image, tuple(texts["caption"]), values[CAPTION_FEATURES])
-    return _pair(key, image, texts, rules)
+    return _pair(key, image, texts, selector)
 
 
 def _columns_to_read(columns: ColumnsConfig) -> tuple[str, ...]:

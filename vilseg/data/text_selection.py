@@ -1,4 +1,4 @@
-"""Which texts of a pair are used, and how often: captions, alt-text, hashtags."""
+"""Selection of the texts of a pair (captions, alt-text, hashtags): cleaned, filtered, and one drawn for each epoch."""
 
 from __future__ import annotations
 
@@ -13,21 +13,25 @@ KINDS = ("caption", "alt", "tags")
 
 @dataclass(frozen=True)
 class TextSelector:
-    """Cleans a pair's texts and says how often each is the text of an epoch.
+    """Cleans and filters the texts of a pair and gives each the probability to be the text of an epoch.
 
     Args:
-        weights: of the kinds.
-        filters: those on texts.
+        weights: relative probability of each kind of text.
+        filters: those on texts are applied.
+
+    Example:
+        >>> TextSelector().probabilities({"caption": ["A dog", "Two   dogs"]})
+        {'A dog': 0.5, 'Two dogs': 0.5}
     """
 
     weights: TextConfig = field(default_factory=TextConfig)
     filters: FiltersConfig = field(default_factory=FiltersConfig)
 
     def probabilities(self, texts: Mapping[str, Sequence[str]]) -> dict[str, float]:
-        """Texts with their probabilities, which sum to 1; empty where nothing usable is said.
+        """Return the usable texts with their probabilities, which sum to 1; empty if none is usable.
 
         Args:
-            texts: as they were stored, by kind (`KINDS`).
+            texts: as stored, by kind (`KINDS`).
         """
         found = {kind: self._cleaned(kind, texts.get(kind, ())) for kind in KINDS}
         weights = {kind: getattr(self.weights, kind) for kind in KINDS if found[kind]}
@@ -60,10 +64,10 @@ class TextSelector:
 
 
 def choose_text(probabilities: Sequence[float], seed: int) -> int:
-    """Index of the text that a seed chooses."""
+    """Return the index of the text that ``seed`` draws."""
     point = (seed >> 8 & 0xFFFFFFFF) / 2**32
-    for index, chance in enumerate(probabilities):
-        point -= chance
+    for index, probability in enumerate(probabilities):
+        point -= probability
         if point < 0:
             return index
-    return len(probabilities) - 1  # the probabilities' sum fell short of 1 by rounding
+    return len(probabilities) - 1  # the sum fell short of 1 by rounding

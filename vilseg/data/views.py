@@ -1,6 +1,6 @@
-"""Augmented views of images on the training device, and the geometry that brings one view's patches onto another's.
+"""Augmented views of images on the training device, and the geometry that aligns the patches of one view with those of another.
 
-Every random number follows from the pair's own seed, so a pair gets the same views whichever worker makes them.
+Every random number follows from the seed of the pair, so a pair gets the same views on every worker.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _TAU = 6.283185307179586
 
 @dataclass(frozen=True)
 class Views:
-    """Views of B images.
+    """Augmented views of B images: G global and L local crops.
 
     A geometry is the affine map from a view's coordinates to those of its image, both in -1..1 from edge to edge (the
     convention of ``torch.nn.functional.affine_grid`` with ``align_corners=False``).
@@ -35,17 +35,23 @@ class Views:
 def make_views(
     images_BHW3: Tensor, seeds_B: Tensor, config: ViewsConfig, *, global_crops: int, local_crops: int
 ) -> Views:
-    """Random resized crops, flips and colour changes.
+    """Make random resized crops, flips and colour changes.
 
     Args:
         images_BHW3: RGB, uint8. Shape: (B, H, W, 3).
         seeds_B: int64, on the same device. Shape: (B,).
         config: sizes and strengths.
         global_crops: G, at least 1.
-        local_crops: L, perhaps fewer than configured: only as many as a loss looks at.
+        local_crops: L, perhaps fewer than configured: only as many as a loss uses.
 
     Returns:
         Global views (G, B, 3, global_size, global_size) and local views (L, B, 3, local_size, local_size), float32 in 0..1.
+
+    Example:
+        >>> images = torch.zeros(2, 64, 64, 3, dtype=torch.uint8)
+        >>> views = make_views(images, torch.tensor([1, 2]), ViewsConfig(global_size=32), global_crops=2, local_crops=0)
+        >>> tuple(views.global_GB3HW.shape)
+        (2, 2, 3, 32, 32)
     """
     images = images_BHW3.permute(0, 3, 1, 2).float().div_(255)
     global_views, geometries, local_views = [], [], []
@@ -69,7 +75,7 @@ def make_views(
 
 
 def random_geometry(random_B5: Tensor, scale: tuple[float, float], flip: float) -> Tensor:
-    """Crops of a share ``scale`` of the area, of random aspect and place, some mirrored. Shape: (B, 5) in 0..1 -> (B, 2, 3)."""
+    """Draw crops of random area (fraction in ``scale``), aspect and place, some flipped. Shape: (B, 5) in 0..1 -> (B, 2, 3)."""
     area = scale[0] + (scale[1] - scale[0]) * random_B5[:, 0]
     low, high = (torch.log(torch.tensor(a)) for a in _ASPECT)
     aspect = torch.exp(low + (high - low) * random_B5[:, 1])
@@ -92,8 +98,8 @@ def align(map_BKhw: Tensor, from_B23: Tensor, to_B23: Tensor, grid: tuple[int, i
         grid: (h', w') of the second view.
 
     Returns:
-        The map at the second view's patch centres, bilinearly (B, K, h', w'), and where the first view reaches (B, h', w'),
-        bool.
+        The map at the second view's patch centres, bilinearly (B, K, h', w'), and True for the patches that the first view
+        covers (B, h', w').
     """
     to_first_B23 = compose(invert(from_B23), to_B23)
     where = F.affine_grid(to_first_B23, [len(map_BKhw), 1, *grid], align_corners=False)
@@ -104,19 +110,19 @@ def align(map_BKhw: Tensor, from_B23: Tensor, to_B23: Tensor, grid: tuple[int, i
 
 
 def invert(geometry_B23: Tensor) -> Tensor:
-    """Inverse of affine maps. Shape: (B, 2, 3) -> (B, 2, 3)."""
+    """Invert affine maps. Shape: (B, 2, 3) -> (B, 2, 3)."""
     inverse_B22 = torch.linalg.inv(geometry_B23[:, :, :2])
     return torch.cat([inverse_B22, -inverse_B22 @ geometry_B23[:, :, 2:]], 2)
 
 
 def compose(outer_B23: Tensor, inner_B23: Tensor) -> Tensor:
-    """The map that applies ``inner`` first, then ``outer``. Shape: (B, 2, 3) -> (B, 2, 3)."""
+    """Return the map that applies ``inner`` first, then ``outer``. Shape: (B, 2, 3) -> (B, 2, 3)."""
     linear = outer_B23[:, :, :2] @ inner_B23[:, :, :2]
     return torch.cat([linear, outer_B23[:, :, :2] @ inner_B23[:, :, 2:] + outer_B23[:, :, 2:]], 2)
 
 
 def uniform(seeds_B: Tensor, draw: int, count: int) -> Tensor:
-    """Random numbers in 0..1 that depend on each seed and on ``draw`` alone (SplitMix64, Steele et al. 2014).
+    """Return random numbers in 0..1 that depend on each seed and on ``draw`` alone (SplitMix64, Steele et al. 2014).
 
     Shape: int64 (B,) -> float32 (B, count).
     """
@@ -128,7 +134,7 @@ def uniform(seeds_B: Tensor, draw: int, count: int) -> Tensor:
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
-    """Logical shift to the right of signed integers."""
+    """Shift signed integers to the right, filling with zeros (logical shift)."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 

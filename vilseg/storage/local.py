@@ -1,4 +1,4 @@
-"""Files of this machine: folders as a stream, names, what errors mean; used by `vilseg.storage` alone."""
+"""Files of this machine: listing, portable paths, and sentences for their errors; used by `vilseg.storage` alone."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -6,7 +6,7 @@ from urllib.parse import quote
 
 
 def walk(root: str, after: str, enter: Callable[[str], bool]) -> Iterator[tuple[str, int]]:
-    """(Path below ``root``, size) of the files that come after the path ``after``, in the order S3 gives keys.
+    """Yield (path below ``root``, size) of the files that come after the path ``after``, in the order in which S3 lists keys.
 
     Only the names of the folders on the way to the present file are in memory. Links are followed, but not to a folder
     that holds them. A file that is gone by now, or a link to nothing, has size 0. What is no regular file is skipped.
@@ -14,7 +14,7 @@ def walk(root: str, after: str, enter: Callable[[str], bool]) -> Iterator[tuple[
     Args:
         root: absolute path of the folder.
         after: "" for all.
-        enter: told the path below ``root`` of a folder; whether to look into it.
+        enter: called with the path below ``root`` of each folder; False skips it.
 
     Raises:
         OSError: a folder cannot be listed; its ``filename`` says which.
@@ -37,7 +37,7 @@ def walk(root: str, after: str, enter: Callable[[str], bool]) -> Iterator[tuple[
 
 
 def _names(folder: str) -> list[str]:
-    """Sorted; folders end in "/", which is what makes the order that of keys."""
+    """Return the sorted names in ``folder``; those of folders end in "/", so that the order is that of S3 keys."""
     with os.scandir(folder) as entries:
         kinds = ((e.name, e.is_dir(), e.is_file() or _leads_nowhere(e)) for e in entries)
         return sorted(f"{name}/" if is_dir else name for name, is_dir, is_file in kinds if is_dir or is_file)
@@ -56,11 +56,11 @@ def _size(path: str) -> int:
     try:
         return os.stat(path).st_size
     except OSError:
-        return 0  # whoever reads it will be told why it cannot be read
+        return 0  # reading it will raise the error
 
 
 def portable(path: str) -> str:
-    """``path``, or as a ``file://`` URI if it is not UTF-8, which neither Parquet nor JSON could hold."""
+    """Return ``path``, or a ``file://`` URI of it if it is not UTF-8, which neither Parquet nor JSON could hold."""
     try:
         path.encode()
     except UnicodeEncodeError:
@@ -69,7 +69,7 @@ def portable(path: str) -> str:
 
 
 def sentence(uri: str, path: str, action: str, error: Exception) -> str:
-    """What ``error`` means, met while ``uri`` (absolute: ``path``) was read, written, ..."""
+    """Return ``error``, met while ``uri`` (absolute: ``path``) was read, written, ..., as a sentence."""
     if isinstance(error, FileNotFoundError):
         return f"{uri} does not exist"
     if isinstance(error, PermissionError):

@@ -1,4 +1,4 @@
-"""S3 connections from the environment, and what their errors mean; used by `vilseg.storage` alone."""
+"""S3 connections from the environment, and sentences for their errors; used by `vilseg.storage` alone."""
 
 import functools
 import os
@@ -23,7 +23,7 @@ ANSWER_TIMEOUT_S = 5.0
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What decides a connection; two equal ones share one."""
+    """Settings of a connection; equal settings share one connection."""
 
     access_key: str | None
     secret_key: str | None = field(repr=False)
@@ -34,7 +34,7 @@ class Settings:
 
 
 def read_settings() -> Settings:
-    """What the environment says now; an empty variable counts as unset."""
+    """Read the settings from the environment as it is now; an empty variable counts as unset."""
 
     def first(*names: str) -> str | None:
         return next((os.environ[key] for key in names if os.environ.get(key)), None)
@@ -62,7 +62,7 @@ def read_settings() -> Settings:
 
 @functools.lru_cache(maxsize=8)  # by the values of the environment, so that a changed environment is seen
 def connect(settings: Settings, *, for_upload: bool = False) -> S3FileSystem:
-    """The filesystem for ``settings``.
+    """Return the filesystem for ``settings``.
 
     ``for_upload`` suits streams that get a whole file at once and are closed by hand. A small object is one request
     instead of three (a missing bucket then shows only when the stream is closed, which `pyarrow.fs.copy_files` does
@@ -94,7 +94,7 @@ def connect(settings: Settings, *, for_upload: bool = False) -> S3FileSystem:
 
 @functools.lru_cache(maxsize=8)
 def boto_client(settings: Settings, *, timeout_s: float = ANSWER_TIMEOUT_S) -> Any:
-    """For what pyarrow cannot do: say why a bucket is refused, list the first few keys of a prefix, or keys by the page."""
+    """Return a boto3 client, for what pyarrow cannot do: say why a bucket is refused, or list keys by the page."""
     import boto3  # here, since it takes a third of a second that local runs and most workers need not spend
     from botocore.config import Config
 
@@ -117,13 +117,13 @@ def boto_client(settings: Settings, *, timeout_s: float = ANSWER_TIMEOUT_S) -> A
 
 
 def list_keys(uri: str, path: str, after: str, prefix: str) -> Iterator[tuple[str, int]]:
-    """(Key below the folder ``path``, size) for every object, by pages of 1,000, in the order of the store.
+    """Yield (key below the folder ``path``, size) for every object, by pages of 1,000, in the order of the store.
 
     Args:
         uri: for messages.
         path: "bucket" or "bucket/folder".
         after: go on after this key below the folder; "" for all.
-        prefix: only keys that go on so below the folder.
+        prefix: only keys that begin so below the folder.
 
     Raises:
         StorageError: the store does not answer or refuses.
@@ -168,7 +168,7 @@ _BUCKET_MISSING = {"NO_SUCH_BUCKET", "NoSuchBucket", "404"}
 
 
 def _code(error: Exception) -> str:
-    """What kind of failure it is: pyarrow says so only in the text, boto3 in the answer or by the class."""
+    """Return the code of a failure: pyarrow has it in its text only, boto3 in the answer or by the class."""
     response = getattr(error, "response", None)
     if response is not None:
         return str(response["Error"]["Code"])
@@ -177,7 +177,7 @@ def _code(error: Exception) -> str:
 
 
 def failure(uri: str, path: str, action: str, error: Exception) -> StorageError:
-    """``error`` of pyarrow or boto3, met while ``uri`` (``path`` is "bucket/key") was read, written, ..., as ours."""
+    """Return our error for an ``error`` of pyarrow or boto3, met while ``uri`` (``path``: "bucket/key") was read, written, ..."""
     code = _code(error)
     kind = StoreUnavailable if code in _UNREACHABLE | _BUSY else StorageError
     return kind(_sentence(uri, path, action, error, code))

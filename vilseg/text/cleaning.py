@@ -1,7 +1,7 @@
-"""Cleaning of the texts that came with pictures: captions, alt-text and hashtags, in whatever language.
+"""Cleaning of the texts that come with images: captions, alt-text and hashtags, in any language.
 
-What is taken out is what says nothing of the picture: markup, addresses, mentions, file names, emoji, and the openings of
-alt-text ("image of"). Cleaning twice gives what cleaning once gave; a text of which nothing is left is empty.
+Parts that say nothing about the image are removed: markup, addresses, mentions, file names, emoji, and the openings of alt-text
+("image of"). Cleaning is idempotent; a text of which nothing is left is empty.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ _NUMBERS = re.compile(r"\d+")
 _SPACE = re.compile(r"\s+")
 _REPEATED = re.compile(r"(.)\1{4,}")
 _LONGEST_WORD = 40
-"""Letters; longer ones are hashes, codes, or sentences without spaces in languages that have them."""
+"""Letters of a word; longer ones are hashes, codes, or sentences of languages without spaces."""
 _LETTERS = 0.5
-"""Least share of letters among what is not space."""
+"""Smallest fraction of letters among the characters that are not spaces."""
 
 
 def clean_caption(text: str) -> str:
-    """A caption without markup, addresses, mentions and emoji; hashtags in it become words.
+    """Return a caption without markup, addresses, mentions and emoji; hashtags in it become words.
 
     >>> clean_caption("My #goldenRetriever &amp; me <b>at home</b> 😀 https://x.y/z @anna")
     'My golden retriever & me at home'
@@ -48,7 +48,7 @@ def clean_caption(text: str) -> str:
 
 
 def clean_alt(text: str) -> str:
-    """Alt-text: as a caption, without openings like "image of" and with file names made words or dropped.
+    """Return alt-text cleaned as a caption, without openings like "image of" and with file names turned into words or dropped.
 
     >>> clean_alt("Image of a red-brick house")
     'a red-brick house'
@@ -62,7 +62,7 @@ def clean_alt(text: str) -> str:
 
 
 def clean_tags(tags: str | Iterable[str]) -> str:
-    """Hashtags and keywords, joined by commas, each once.
+    """Return hashtags and keywords, joined by commas, each once.
 
     Args:
         tags: a list, or one text with tags between commas, semicolons, or, where every word begins with "#", spaces.
@@ -79,8 +79,7 @@ def clean_tags(tags: str | Iterable[str]) -> str:
 
 
 def is_junk(text: str) -> bool:
-    """Whether a text, already cleaned, says nothing in any language: mostly no letters, a file name, a code, one letter over
-    and over."""
+    """Return True if a cleaned text says nothing in any language: few letters, a file name, a code, or one letter repeated."""
     solid = [letter for letter in text if not letter.isspace()]
     letters = sum(unicodedata.category(letter)[0] in "LM" for letter in solid)
     if not solid or letters < _LETTERS * len(solid) or letters < 2:
@@ -93,7 +92,7 @@ def is_junk(text: str) -> bool:
 
 def _clean_tag(tag: str) -> str:
     before = None
-    while tag != before:  # what a number stood before may be a mark, an opening or an address: "0#cat"
+    while tag != before:  # a removed number may uncover a mark, an opening or an address: "0#cat"
         before = tag
         tag = tag.strip().lstrip("#＃")
         tag = "" if tag.startswith("@") else _words_of(clean_alt(tag))
@@ -101,22 +100,22 @@ def _clean_tag(tag: str) -> str:
 
 
 def _words_of(tag: str) -> str:
-    """``goldenRetriever``, ``golden_retriever`` and ``goldenRetriever2023`` are the words golden retriever."""
+    """Split a tag into words: ``goldenRetriever``, ``golden_retriever`` and ``goldenRetriever2023`` are "golden retriever"."""
     # A hyphen belongs to its word as often as not: "t-shirt", "black-and-white".
     apart = _NUMBERS.sub(" ", _HUMPS.sub(" ", tag.replace("_", " "))).lower()
     return " ".join(word for word in apart.split() if len(word) > 1 or not word.isascii())
 
 
 def _name_as_words(name: str) -> str:
-    """A file name's words where it has any: those of cameras and servers (IMG_1234, a3f9c0) have none."""
+    """Return the words in a file name; names from cameras and servers (IMG_1234, a3f9c0) have none."""
     stem = _SUFFIX.sub("", name.rsplit("/", 1)[-1])
     words = [word for word in re.split(r"[\W_\d]+", _HUMPS.sub(" ", stem)) if len(word) > 2]
-    said = [
+    kept = [
         word.lower() for word in words if not word.isupper() and any(letter in "aeiouyäöü" for letter in word.lower())
     ]
-    return " ".join(said)
+    return " ".join(kept)
 
 
 def _is_symbol(letter: str) -> bool:
-    # "So" are emoji and dingbats, "Cn" and "Co" nobody knows, "Sk" and U+FE0F colour them, U+200D joins them.
+    # "So" are emoji and dingbats, "Cn" and "Co" unassigned, "Sk" and U+FE0F colour them, U+200D joins them.
     return unicodedata.category(letter) in ("So", "Sk", "Cn", "Co", "Cs") or letter in "\ufe0f\u200d"

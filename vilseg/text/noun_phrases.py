@@ -1,9 +1,9 @@
-"""Noun phrases of captions: which there are in a corpus, and which of them a caption holds.
+"""Noun phrases of captions: collected from a corpus, then found in every caption.
 
-A part-of-speech tagger (HanTa, Wartena 2019) reads a sample of the captions once. What comes out is a small table from
-surface forms ("dogs", "traffic lights") to phrases ("dog", "traffic light") that is applied to every caption at reading
-speed, without the tagger. For other languages statistics of the captions can take the tagger's place, see
-``vilseg.text.phrase_statistics``; then a form stands for itself.
+A part-of-speech tagger (HanTa, Wartena 2019) reads a sample of the captions once. The result is a small table from surface forms
+("dogs", "traffic lights") to phrases ("dog", "traffic light"), which is applied to every caption without the tagger, fast enough
+for reading. For other languages statistics of the captions replace the tagger, see ``vilseg.text.phrase_statistics``; then every
+form is its own phrase.
 """
 
 from __future__ import annotations
@@ -20,13 +20,19 @@ from vilseg.text.phrase_statistics import count_phrases
 
 _WORD = re.compile(r"[^\W\d_]+(?:['-][^\W\d_]+)*")
 _MAX_WORDS = 3
-_MIN_NOUN_SHARE = 0.5
-"""A form counts as a noun when the tagger says so in at least this share of its occurrences ("runs" mostly is not)."""
+_MIN_NOUN_FRACTION = 0.5
+"""A form counts as a noun if the tagger says so in at least this fraction of its occurrences ("runs" mostly is not)."""
 
 
 @dataclass(frozen=True)
 class NounPhrases:
-    """The phrases of a corpus, most frequent first, and the surface forms that stand for them."""
+    """Noun phrases of a corpus, most frequent first, with the surface forms that stand for them.
+
+    Example:
+        >>> phrases = NounPhrases(("dog", "traffic light"), {"dog": 0, "dogs": 0, "traffic light": 1})
+        >>> phrases.find(["Two dogs at a traffic light"])
+        [0, 1]
+    """
 
     phrases: tuple[str, ...] = ()
     forms: dict[str, int] = field(default_factory=dict)
@@ -42,7 +48,7 @@ class NounPhrases:
     ) -> NounPhrases:
         """Collect nouns and compounds of up to three nouns that ``min_count`` captions hold, at most ``max_phrases``.
 
-        ``finder`` says by what nouns are known; see ``NounsConfig.finder``.
+        ``finder`` is the way in which nouns are recognized; see ``NounsConfig.finder``.
         """
         if finder == "statistics":
             found_in = count_phrases([words(caption) for caption in captions], min_count)
@@ -71,23 +77,23 @@ class NounPhrases:
         chosen = {surface: forms.most_common(1)[0][0] for surface, forms in lemmas.items()}
         counts: Counter[str] = Counter()
         for surface, phrase in chosen.items():
-            if " " in surface or as_noun[surface] >= _MIN_NOUN_SHARE * occurrences[surface]:
+            if " " in surface or as_noun[surface] >= _MIN_NOUN_FRACTION * occurrences[surface]:
                 counts[phrase] += as_noun[surface]
         index = {phrase: i for i, phrase in enumerate(_most_frequent(counts, min_count)[:max_phrases])}
         forms = {surface: index[phrase] for surface, phrase in chosen.items() if phrase in index}
         return cls(tuple(index), forms)
 
     def find(self, captions: Iterable[str]) -> list[int]:
-        """Indices of the phrases that any of the captions holds, ascending.
+        """Return the indices of the phrases that any of the captions holds, ascending.
 
-        Of a compound, its head counts too, its other parts do not: "tennis ball" is a ball, not a tennis.
+        The head of a compound counts too, its other parts do not: "tennis ball" is a ball, not a tennis.
         """
         found: set[int] = set()
         for caption in captions:
             tokens = words(caption)
             covered = len(tokens)  # everything from here on belongs to a compound found
             for end in range(len(tokens), 0, -1):
-                # Most words end no phrase, and this is asked of every word of every caption.
+                # Most words end no phrase, and this check runs for every word of every caption.
                 if end > covered or tokens[end - 1] not in self._last_words:
                     continue
                 heads = [
@@ -109,18 +115,18 @@ class NounPhrases:
         return max((form.count(" ") + 1 for form in self.forms), default=0)
 
     def to_json(self) -> str:
-        """Text that :meth:`from_json` reads."""
+        """Return the table as text that :meth:`from_json` reads."""
         return json.dumps({"phrases": self.phrases, "forms": self.forms}, ensure_ascii=False)
 
     @classmethod
     def from_json(cls, text: str) -> NounPhrases:
-        """The table that :meth:`to_json` wrote."""
+        """Read the table that :meth:`to_json` wrote."""
         tree = json.loads(text)
         return cls(tuple(tree["phrases"]), tree["forms"])
 
 
 def words(caption: str) -> list[str]:
-    """Lower-case words of a caption, without digits and punctuation."""
+    """Return the lower-case words of a caption, without digits and punctuation."""
     return _WORD.findall(caption.lower())
 
 
@@ -129,7 +135,7 @@ def _most_frequent(counts: Counter[str], min_count: int) -> tuple[str, ...]:
 
 
 def _runs(run: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Every noun of a run of nouns, and every compound that ends in one: (surface form, phrase with its head's lemma)."""
+    """Return every noun of a run of nouns and every compound that ends in one: (surface form, phrase with its head's lemma)."""
     found = []
     for end in range(len(run)):
         for start in range(max(0, end - _MAX_WORDS + 1), end + 1):

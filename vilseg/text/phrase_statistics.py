@@ -1,6 +1,6 @@
-"""Phrases of a corpus by its statistics alone: for languages that have no tagger here, and no list of words either.
+"""Phrases of a corpus by its statistics alone, for languages without a tagger or a list of words.
 
-What is wanted are words that name what a picture shows. What statistics can tell is this, and no more:
+The aim is to find words that name things in images. The statistics used are:
 
 - *frequency band*: a word must be in enough captions to be learnt, and in at most half of them, or it parts nothing;
 - *topicality*: the words beside which a word occurs in captions differ from those of the whole corpus, by the Kullback-Leibler
@@ -25,23 +25,23 @@ from itertools import pairwise
 
 import numpy as np
 
-_MAX_SHARE = 0.5
-"""Of the captions that hold a word."""
+_MAX_FRACTION = 0.5
+"""Largest fraction of the captions that may hold a word."""
 _TOPICALITY = 0.2
-"""Nats by which a word's company must differ from the corpus."""
+"""Nats by which the words beside a word must differ from the corpus."""
 _DIVERSITY_QUANTILE = 0.75
-"""Words with a more diverse left neighbourhood than this share of all are left out."""
+"""Words with a more diverse left neighbourhood than this fraction of all are left out."""
 _COHESION = 0.5
 """Normalised pointwise mutual information of a compound's neighbours, 1 for words that never part."""
 _MAX_WORDS = 3
 
 
 def count_phrases(captions: Sequence[Sequence[str]], min_count: int) -> Counter[str]:
-    """Captions that hold each word or compound that is taken for the name of something.
+    """Count the captions that hold each word or compound that is taken for the name of a thing.
 
     Args:
         captions: each a list of words.
-        min_count: captions that must hold a phrase.
+        min_count: number of captions that must hold a phrase.
     """
     in_captions = Counter(word for caption in captions for word in set(caption))
     frequent = [word for word, count in in_captions.items() if count >= min_count]
@@ -52,17 +52,17 @@ def count_phrases(captions: Sequence[Sequence[str]], min_count: int) -> Counter[
     numbered = [[index.get(word, len(frequent)) for word in caption] for caption in captions]
     diversity = _left_diversity(numbered, len(frequent))
     topicality = _topicality(numbered, len(frequent))
-    # Where hardly a word is topical (captions made from few words at random), half of what is usual must do.
+    # If hardly a word is topical (captions made from few words at random), half of the median is the threshold.
     topical = topicality >= min(_TOPICALITY, np.median(topicality) / 2)
     named = topical & (diversity <= np.quantile(diversity, _DIVERSITY_QUANTILE))
     names = {word for word, good in zip(frequent, named, strict=True) if good}
-    names = {word for word in names if in_captions[word] <= _MAX_SHARE * len(captions)}
+    names = {word for word in names if in_captions[word] <= _MAX_FRACTION * len(captions)}
     compounds = _compounds(captions, names, min_count)
     return Counter({word: in_captions[word] for word in names}) + compounds
 
 
 def _topicality(captions: list[list[int]], words: int) -> np.ndarray:
-    """Divergence of each word's company from that of all words, in nats. Shape: -> (words,)."""
+    """Return the divergence of the words beside each word from the corpus, in nats. Shape: -> (words,)."""
     together = np.zeros((words, words))
     for caption in captions:
         present = np.array(sorted({word for word in caption if word < words}), dtype=int)
@@ -72,26 +72,26 @@ def _topicality(captions: list[list[int]], words: int) -> np.ndarray:
     of_corpus = in_captions / in_captions.sum()
     company = together.sum(1)
     with np.errstate(divide="ignore", invalid="ignore"):
-        shares = together / company[:, None]
-        divergence = np.where(together > 0, shares * np.log(shares / of_corpus), 0.0).sum(1)
+        fractions = together / company[:, None]
+        divergence = np.where(together > 0, fractions * np.log(fractions / of_corpus), 0.0).sum(1)
         bias = ((together > 0).sum(1) - 1) / (2 * company)
     return np.where(company > 0, divergence - bias, 0.0)
 
 
 def _left_diversity(captions: list[list[int]], words: int) -> np.ndarray:
-    """Entropy of the word directly before each word, in nats. Shape: -> (words,)."""
+    """Return the entropy of the word directly before each word, in nats. Shape: -> (words,)."""
     before = np.zeros((words + 1, words + 1))
     for caption in captions:
         np.add.at(before, (caption, [words, *caption[:-1]]), 1)
     before = before[:words]
     total = before.sum(1)
-    shares = before / total[:, None]
-    entropy = -np.where(before > 0, shares * np.log(np.maximum(shares, 1e-300)), 0.0).sum(1)
+    fractions = before / total[:, None]
+    entropy = -np.where(before > 0, fractions * np.log(np.maximum(fractions, 1e-300)), 0.0).sum(1)
     return entropy + ((before > 0).sum(1) - 1) / (2 * total)
 
 
 def _compounds(captions: Sequence[Sequence[str]], names: set[str], min_count: int) -> Counter[str]:
-    """Runs of two or three names of which every two neighbours keep together."""
+    """Count the captions that hold each run of two or three names of which every two neighbours keep together."""
     words: Counter[str] = Counter()
     pairs: Counter[tuple[str, str]] = Counter()
     for caption in captions:

@@ -12,12 +12,15 @@ _SETS = Path(__file__).parent / "prompts"
 
 @cache
 def prompt_sets() -> tuple[str, ...]:
-    """Names of the sets in ``vilseg/text/prompts``, one file each: ``clip`` and ``short``."""
+    """Return the names of the sets in ``vilseg/text/prompts``, one file each: ``clip`` and ``short``."""
     return tuple(sorted(path.stem for path in _SETS.glob("*.txt")))
 
 
 def resolve_templates(given: str | Sequence[str]) -> tuple[str, ...]:
-    """Templates from the name of a set, one template, or a list of templates.
+    """Return templates for the name of a set, one template, or a list of templates.
+
+    >>> resolve_templates("a photo of a {}")
+    ('a photo of a {}',)
 
     Raises:
         ValueError: no set of that name, no template, or one that does not hold ``{}`` exactly once.

@@ -1,4 +1,4 @@
-"""Tokenizers: one trained on the pairs' own captions, those of others, and any as a light function from texts to ids."""
+"""Tokenizers: trained on the captions of the pairs, or loaded, and either as a light function from texts to token ids."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ _SPECIAL = {
 def train_tokenizer(captions: Iterable[str], vocabulary_size: int) -> PreTrainedTokenizerBase:
     """Train an uncased WordPiece tokenizer (Devlin et al. 2019, section 3) of at most ``vocabulary_size`` pieces.
 
-    It adds no class and separator token: texts are pooled by the mean of their tokens, and two tokens that every text
-    shares would make the texts of single nouns nearly equal at the start.
+    It adds no class and separator token: texts are pooled by the mean of their tokens, and two tokens common to all texts
+    would make the texts of single nouns nearly equal at the start.
     """
     from transformers import PreTrainedTokenizerFast  # slow to import; readers of captions do without
 
@@ -42,8 +42,8 @@ def train_tokenizer(captions: Iterable[str], vocabulary_size: int) -> PreTrained
     for caption in captions:
         for word, _ in pre_tokenizer.pre_tokenize_str(normalizer.normalize_str(caption)):
             inner.update(word[1:])
-    # The trainer numbers letters inside words in the order of a hash table and breaks ties by these numbers, another way
-    # each time. Given to it as known beforehand they have one order, and equal captions make equal tokenizers.
+    # The trainer numbers letters inside words in the order of a hash table, which differs each time, and breaks ties by these
+    # numbers. Passed as special tokens, the letters have one order, and equal captions make equal tokenizers.
     known = [*_SPECIAL.values(), *(f"##{letter}" for letter in sorted(inner))]
     training = Tokenizer(models.WordPiece(unk_token=_SPECIAL["unk_token"]))
     training.normalizer, training.pre_tokenizer = normalizer, pre_tokenizer
@@ -56,7 +56,7 @@ def train_tokenizer(captions: Iterable[str], vocabulary_size: int) -> PreTrained
 
 
 def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a Hugging Face folder, or of a hub id.
+    """Load the tokenizer of a Hugging Face folder, or of a hub id.
 
     Raises:
         ModelError: it is no tokenizer of the ``tokenizers`` library and cannot be made one.
@@ -78,7 +78,7 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
 
 
 def _siglip_tokenizer(folder: Path, settings: dict[str, Any]) -> PreTrainedTokenizerBase:
-    """SigLIP's tokenizer from its ``tokenizer.json``; the class of transformers wants the sentencepiece library.
+    """Load SigLIP's tokenizer from its ``tokenizer.json``; the class in transformers needs the sentencepiece library.
 
     That class also takes texts to lower case and drops their punctuation (``canonicalize_text`` of SigLIP's big_vision).
     """
@@ -107,7 +107,15 @@ def _siglip_tokenizer(folder: Path, settings: dict[str, Any]) -> PreTrainedToken
 
 @dataclass(frozen=True)
 class FixedTokenizer:
-    """Texts -> token rows of one length; needs neither torch nor transformers, and travels as text."""
+    """Function from texts to token rows of one length; it needs neither torch nor transformers, and is pickled as text.
+
+    Example:
+        >>> tokenizer = Tokenizer(models.WordLevel({"dog": 1, "[PAD]": 0, "[UNK]": 2}, unk_token="[UNK]"))
+        >>> tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+        >>> FixedTokenizer(tokenizer.to_str(), max_tokens=3, pad_id=0)(["dog", "dog dog dog dog"])
+        array([[1, 0, 0],
+               [1, 1, 1]], dtype=int32)
+    """
 
     serialized: str
     """A tokenizer of the ``tokenizers`` library as JSON."""
@@ -115,7 +123,7 @@ class FixedTokenizer:
     pad_id: int
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
-        """Cut and padded token ids. Shape: texts (B) -> (B, max_tokens) int32."""
+        """Return truncated and padded token ids. Shape: texts (B) -> (B, max_tokens) int32."""
         encoded = self._tokenizer.encode_batch(list(texts))
         return np.array([encoding.ids for encoding in encoded], dtype=np.int32).reshape(len(texts), self.max_tokens)
 

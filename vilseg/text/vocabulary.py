@@ -1,4 +1,4 @@
-"""The class names that a segmentation chooses from."""
+"""Vocabulary: the class names that a segmentation chooses from, with synonyms, prompts and background words."""
 
 from __future__ import annotations
 
@@ -26,22 +26,27 @@ class Vocabulary:
 
     Raises:
         DataError: no class, an empty or repeated name, more than 65,534 classes, or a negative word that is a class.
+
+    Example:
+        >>> vocabulary = Vocabulary.of("cat,sofa|couch").with_background()
+        >>> vocabulary.classes, vocabulary.names(1)
+        (('cat', 'sofa', 'background'), ('sofa', 'couch'))
     """
 
     classes: tuple[str, ...]
-    """What results call the classes."""
+    """Names of the classes in results."""
     synonyms: tuple[tuple[str, ...], ...] = ()
-    """Of every class, other names for it; ``SegmentationConfig.synonyms`` says how their scores become one. Empty where no
-    class has any."""
+    """Other names of every class; ``SegmentationConfig.synonyms`` decides how their scores are combined. Empty where no class
+    has any."""
     background_words: tuple[str, ...] = ()
-    """What the class ``background`` is made of; the model's own words where empty."""
+    """Words that stand for the class ``background``; the model's own where empty."""
     negatives: tuple[str, ...] = ()
-    """Names that win pixels without being classes: what fits one of them best is ``background``, or no class where there is
-    no such class."""
+    """Names that compete for pixels without being classes: a pixel that fits one of them best is ``background``, or no class
+    where there is no such class."""
     prompts: tuple[str, ...] = ()
     """Templates for all names; the model's own where empty."""
     class_prompts: tuple[tuple[str, ...], ...] = ()
-    """Of every class, templates for its names that take the place of these. Empty where no class has any."""
+    """Templates for the names of every class that replace ``prompts``. Empty where no class has any."""
 
     def __post_init__(self) -> None:
         for what, lists in (("synonyms", self.synonyms), ("prompts", self.class_prompts)):
@@ -78,16 +83,16 @@ class Vocabulary:
                 )
 
     def names(self, index: int) -> tuple[str, ...]:
-        """The name of a class and its synonyms."""
+        """Return the name of a class and its synonyms."""
         return (self.classes[index], *(self.synonyms[index] if self.synonyms else ()))
 
     @property
     def entries(self) -> tuple[str, ...]:
-        """The classes as :meth:`of` reads them, synonyms included."""
+        """The classes as :meth:`of` reads them, with synonyms."""
         return tuple("|".join(self.names(index)) for index in range(len(self.classes)))
 
     def with_background(self, words: Iterable[str] = ()) -> Vocabulary:
-        """The same with the class ``background``, last where it was not listed, made of ``words``."""
+        """Return the vocabulary with the class ``background``, last where it was not listed, with ``words``."""
         if self.background is not None:
             return replace(self, background_words=tuple(words))
         return replace(
@@ -116,13 +121,13 @@ class Vocabulary:
             "prompts": self.prompts,
             "class_prompts": self.class_prompts if any(self.class_prompts) else (),
         }
-        # What is empty is left out, so that a part that comes to be one day does not change what is known by now.
+        # Empty parts are left out, so that a part added later does not change the digests of today.
         text = json.dumps({key: value for key, value in parts.items() if value}, ensure_ascii=True, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     @classmethod
     def of(cls, classes: Vocabulary | Iterable[str] | str) -> Vocabulary:
-        """A vocabulary from names (``sofa`` or, with synonyms, ``sofa|couch``), itself, or text for :meth:`parse`."""
+        """Make a vocabulary from names (``sofa``, or ``sofa|couch`` with synonyms), text for :meth:`parse`, or a vocabulary."""
         if isinstance(classes, str):
             return cls.parse(classes)
         if isinstance(classes, Vocabulary):
@@ -170,7 +175,7 @@ class Vocabulary:
 
     @classmethod
     def built_in(cls, name: str) -> Vocabulary:
-        """One of those that come with the package, in the order of their class ids, with synonyms."""
+        """Return a vocabulary that comes with the package, in the order of its class ids, with synonyms."""
         return cls._from_yaml(built_in()[name].read_text(encoding="utf-8"), name)
 
     @classmethod

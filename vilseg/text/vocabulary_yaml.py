@@ -1,4 +1,4 @@
-"""Vocabularies as YAML, the user's and those that come with the package.
+"""Vocabularies as YAML: files of the user, and those that come with the package.
 
     classes:
       - cat
@@ -31,20 +31,20 @@ _CLASS_KEYS = ("name", "synonyms", "prompts", "negatives")
 
 @cache
 def built_in() -> dict[str, Path]:
-    """The vocabularies that come with the package, by name: ``ade20k``, ``coco``, ``coco-panoptic``, ``coco-stuff``,
+    """Return the vocabularies that come with the package, by name: ``ade20k``, ``coco``, ``coco-panoptic``, ``coco-stuff``,
     ``context``, ``voc``."""
     return {path.stem: path for path in sorted(_BUILT_IN.glob("*.yaml"))}
 
 
 def read_yaml(text: str, place: str) -> dict[str, Any]:
-    """What :class:`~vilseg.text.vocabulary.Vocabulary` is made of, and ``background``: None, or words of that class.
+    """Return the arguments of :class:`~vilseg.text.vocabulary.Vocabulary`, and ``background``: None, or words of that class.
 
     Args:
         text: the file's content.
         place: its name, for errors.
 
     Raises:
-        DataError: not such a file; the sentence names file, key and value.
+        DataError: it is not valid; the sentence names file, key and value.
     """
     try:
         tree = yaml.load(text, _Loader)
@@ -71,7 +71,7 @@ def read_yaml(text: str, place: str) -> dict[str, Any]:
 
 
 def _entry(item: Any, place: str, key: str) -> tuple[str, tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
-    """Name, synonyms, prompts and negative words of one class."""
+    """Return name, synonyms, prompts and negative words of one class."""
     if not isinstance(item, dict):
         name, *synonyms = (part.strip() for part in _name(item, place, key).split("|"))
         if not all(synonyms):
@@ -134,12 +134,12 @@ def _wrong(place: str, key: str, value: Any, remedy: str) -> DataError:
 
 
 def _or_none(lists: list[tuple[str, ...]]) -> tuple[tuple[str, ...], ...]:
-    """Empty where every list is."""
+    """Return ``lists`` as a tuple; the empty tuple if every list is empty."""
     return tuple(lists) if any(lists) else ()
 
 
 class _Loader(yaml.SafeLoader):
-    """A key that is given twice is an error; YAML itself keeps the last without a word."""
+    """YAML loader that refuses a key given twice; YAML itself silently keeps the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[Any] = set()

@@ -164,7 +164,7 @@ def _check_temperature(config: RunConfig) -> None:
 
 def _sample(config: RunConfig, shards: Sequence[Shard], *, cached: bool) -> list[Pair]:
     """Pairs of every source by its weight."""
-    rules = TextSelector(config.data.text, config.data.filters)
+    selector = TextSelector(config.data.text, config.data.filters)
     sources = config.data.sources
     total = sum(part.weight for part in sources.values())
     pairs: list[Pair] = []
@@ -175,7 +175,7 @@ def _sample(config: RunConfig, shards: Sequence[Shard], *, cached: bool) -> list
             entries = list_shards(part.source, without=config.data.held_out)
             read = [Shard(entry.uri, _SAMPLE_PAIRS) for entry in entries]
         wanted = math.ceil(_SAMPLE_PAIRS * part.weight / total)
-        good, bad = sample_pairs(read, config.data.columns, wanted, rules)
+        good, bad = sample_pairs(read, config.data.columns, wanted, selector)
         if not good:
             reason = f"; the first, {bad[0].key}, failed because {bad[0].reason}" if bad else ""
             raise DataError(f"no readable pair at {part.source}{reason}")

@@ -250,11 +250,11 @@ def test_nothing_readable_is_an_error_that_names_the_shard(tmp_path: Path) -> No
 
 def test_filters_that_leave_nothing_are_an_error_that_says_so(tmp_path: Path) -> None:
     shards = write_shards(tmp_path, [3])
-    rules = TextSelector(filters=FiltersConfig(min_words=9))
+    selector = TextSelector(filters=FiltersConfig(min_words=9))
     with pytest.raises(
         DataError, match=r"data\.filters leave out every pair of .*0\.tar.*no text passes.*shuffle_shards"
     ):
-        steps_of(reader(3, rules=rules), list(PairSampler(shards, 3, 0).read_tasks(0, 1)))
+        steps_of(reader(3, selector=selector), list(PairSampler(shards, 3, 0).read_tasks(0, 1)))
 
 
 def test_the_report_may_stop_the_run(tmp_path: Path) -> None:

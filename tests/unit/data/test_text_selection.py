@@ -33,11 +33,11 @@ def test_weights_of_the_kinds(weights: dict[str, float], expected: dict[str, flo
 
 
 def test_alt_text_and_then_tags_stand_in_for_captions() -> None:
-    rules = TextSelector()
-    assert rules.probabilities({"alt": ["a cat"], "tags": ["sea"]}) == {"a cat": 1.0}
-    assert rules.probabilities({"tags": ["sea, old town"]}) == {"sea, old town": 1.0}
-    assert rules.probabilities({"alt": ["IMG_12.jpg"], "tags": ["#sea"]}) == {"sea": 1.0}
-    assert rules.probabilities({}) == {}
+    selector = TextSelector()
+    assert selector.probabilities({"alt": ["a cat"], "tags": ["sea"]}) == {"a cat": 1.0}
+    assert selector.probabilities({"tags": ["sea, old town"]}) == {"sea, old town": 1.0}
+    assert selector.probabilities({"alt": ["IMG_12.jpg"], "tags": ["#sea"]}) == {"sea": 1.0}
+    assert selector.probabilities({}) == {}
 
 
 def test_texts_are_chosen_as_often_as_their_chances_say() -> None:
@@ -83,8 +83,8 @@ def test_filtered_pairs_are_told_apart_from_bad_ones_and_replaced(tmp_path: Path
     ]
     write_tar(f"{tmp_path}/0.tar", iter(members))
     filters = FiltersConfig(min_words=2, min_side=16)
-    rules = TextSelector(filters=filters)
-    found = {pair.key: pair for pair in read_shard(f"{tmp_path}/0.tar", rules=rules)}
+    selector = TextSelector(filters=filters)
+    found = {pair.key: pair for pair in read_shard(f"{tmp_path}/0.tar", selector=selector)}
     assert isinstance(found["good0"], Pair)
     assert isinstance(found["short"], BadPair)
     assert found["short"].filtered
@@ -99,7 +99,7 @@ def test_filtered_pairs_are_told_apart_from_bad_ones_and_replaced(tmp_path: Path
         seed=0,
         decode=decode,
         tokenize=lambda texts: np.array([[len(text)] for text in texts], np.int32),
-        rules=rules,
+        selector=selector,
         report=lambda read, some: missing.extend(some),
     )
     tasks = PairSampler(index_shards(str(tmp_path)), 3, 0).read_tasks(0, 3)
