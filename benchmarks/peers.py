@@ -94,8 +94,8 @@ class _Named:
     def _labels(self, scores_Chw: Tensor, image_3HW: Tensor) -> np.ndarray:
         refined = refine(scores_Chw, image_3HW, self.config.segmentation.refinement)
         size = image_3HW.shape[1:]
-        large_WHW = F.interpolate(refined.scores_Whw[None], size, mode="bilinear", align_corners=False)[0]
-        return refined.classes_W[large_WHW.argmax(0)].numpy()
+        large_AHW = F.interpolate(refined.scores_AHW[None], size, mode="bilinear", align_corners=False)[0]
+        return refined.classes_A[large_AHW.argmax(0)].numpy()
 
 
 def _normalised(pixels: Tensor) -> Tensor:

@@ -1,20 +1,20 @@
-"""What a model sees in pictures, before any class is asked for: named patches and the clusters they belong to.
+"""Encode images for segmentation: patch embeddings and cluster assignments, before any class is given.
 
-A picture that is larger, at the size the model sees, than ``segmentation.window`` is seen through overlapping windows. With
+An image that is larger, at the size of the model's input, than ``segmentation.window`` is encoded in overlapping windows. With
 the unit embeddings p^w_n and the assignments a^w_nk of a patch n in window w, and the windows' weights w_n, which sum to 1
-(`vilseg.segmentation.sliding_window`, in patches for pixels),
+(`vilseg.segmentation.sliding_window`, with patches for pixels),
 
     p_n = norm(sum_w w_n p^w_n),    a_nk = sum_w w_n a^w_nk
 
-so that no seam is left, and everything behind, the regions of the whole picture too, goes on as after one pass.
+so that no seam is left, and all that follows, the regions of the whole image too, is computed as after one pass.
 """
 
-from __future__ import annotations
-
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from vilseg.config import SegmentationConfig
@@ -22,31 +22,66 @@ from vilseg.device import has_bfloat16_units
 from vilseg.model import ViLSeg
 from vilseg.segmentation.sliding_window import WindowAxis
 
+_PIXELS_PER_PASS = 1 << 23
+"""Pixels of the model's input in one pass of the image encoder: 41 images of 448 x 448. Bounds the memory, however many images
+are given at once; more would be no faster."""
+
 
 class DenseFeatures(NamedTuple):
-    """What the encoder and the clustering head made of one picture: all that naming its pixels takes, whatever the classes."""
+    """Outputs of the image encoder and the clustering head for one image: all that segmentation needs, whatever the classes."""
 
     pixels_3HW: Tensor
-    """(3, H, W) uint8, the picture at the size that the model saw."""
+    """The image at the size of the model's input. Shape: (3, H, W), uint8."""
     patches_ND: Tensor
-    """(N, D) float32 unit length, row by row over the grid."""
+    """Patch embeddings, row by row over the grid, unit length. Shape: (N, D), float32."""
     assignments_NK: Tensor
-    """(N, K) float32, summing to 1 over K."""
+    """Soft assignments to the clusters, summing to 1 over K. Shape: (N, K), float32."""
     grid: tuple[int, int]
+    """(h, w) with h x w = N."""
+
+    def to(self, device: torch.device) -> "DenseFeatures":
+        """Return the same on another device."""
+        return DenseFeatures(
+            self.pixels_3HW.to(device), self.patches_ND.to(device), self.assignments_NK.to(device), self.grid
+        )
 
 
 def patch_size(model: ViLSeg) -> int:
-    """Side of a patch in pixels; pictures are brought to multiples of it."""
+    """Side of a patch in pixels; images are resized to multiples of it."""
     return int(getattr(model.image_encoder, "patch_size", 32))
 
 
+def passes(sizes: Sequence[tuple[int, int]]) -> Iterator[list[int]]:
+    """Group images of one input size, in passes of at most `_PIXELS_PER_PASS` pixels (or one image).
+
+    Args:
+        sizes: (height, width) of the images at the model's input, in pixels.
+
+    Returns:
+        Indices of the images of each pass; each index once.
+
+    Example:
+        >>> list(passes([(64, 64), (64, 96), (64, 64)]))
+        [[0, 2], [1]]
+    """
+    groups: dict[tuple[int, int], list[int]] = {}
+    for index, size in enumerate(sizes):
+        groups.setdefault(size, []).append(index)
+    for (height, width), members in groups.items():
+        count = max(1, _PIXELS_PER_PASS // (height * width))
+        for start in range(0, len(members), count):
+            yield members[start : start + count]
+
+
 @torch.inference_mode()
-def encode_images(model: ViLSeg, pixels_B3HW: Tensor, config: SegmentationConfig) -> list[DenseFeatures]:
+def encode_images(
+    model: ViLSeg, pixels_B3HW: UInt8[Tensor, "B 3 H W"], config: SegmentationConfig
+) -> list[DenseFeatures]:
     """Encode images of one size, in one pass or window by window.
 
     Args:
         model: in evaluation mode.
-        pixels_B3HW: uint8 RGB on the model's device, sides whole patches. Shape: (B, 3, H, W).
+        pixels_B3HW: RGB on the model's device, sides multiples of the patch. Shape: (B, 3, H, W), uint8.
         config: attention, window and overlap.
     """
     height, width = pixels_B3HW.shape[2:]
@@ -58,22 +93,24 @@ def encode_images(model: ViLSeg, pixels_B3HW: Tensor, config: SegmentationConfig
     return [DenseFeatures(pixels, patches, assignments, grid) for pixels, patches, assignments in parts]
 
 
-def _encode(model: ViLSeg, pixels_B3HW: Tensor, config: SegmentationConfig) -> tuple[Tensor, Tensor, tuple[int, int]]:
-    """One pass. Shape: -> (B, N, D) unit length, (B, N, K), grid."""
+def _encode(
+    model: ViLSeg, pixels_B3HW: Tensor, config: SegmentationConfig
+) -> tuple[Float[Tensor, "B N D"], Float[Tensor, "B N K"], tuple[int, int]]:
+    """Encode in one pass. Shape: -> (B, N, D) unit length, (B, N, K), grid."""
     device = pixels_B3HW.device
     images = pixels_B3HW.float().div_(255)
-    # Matrix units of recent CPUs and GPUs are several times faster in bfloat16; the comparison itself is not.
+    # Matrix units of recent CPUs and GPUs are several times faster in bfloat16; the comparison with texts stays in float32.
     with torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16_units(device)):
-        features, named_BNF = model.dense_features(images, config.attention)
+        features, text_patches_BNF = model.dense_features(images, config.attention)
     features = features._replace(patches=features.patches.float(), pooled=None)
-    patches_BND = model.embed_patches(features._replace(patches=named_BNF.float()))
+    patches_BND = model.embed_patches(features._replace(patches=text_patches_BNF.float()))
     return patches_BND, model.cluster_logits(features).softmax(-1), features.grid
 
 
 def _encode_windows(
     model: ViLSeg, pixels_B3HW: Tensor, config: SegmentationConfig, window: int
-) -> tuple[Tensor, Tensor, tuple[int, int]]:
-    """The same by windows; they begin at whole patches, so that their grids lie on each other."""
+) -> tuple[Float[Tensor, "B N D"], Float[Tensor, "B N K"], tuple[int, int]]:
+    """Encode in windows that begin at whole patches, so that their grids coincide with that of the image."""
     patch = patch_size(model)
     side = max(1, window // patch)
     overlap = side // 4 if config.overlap is None else min(config.overlap // patch, side // 2)
@@ -84,15 +121,15 @@ def _encode_windows(
         for column, left in enumerate(columns.starts):
             bottom, right = top + rows.window, left + columns.window
             part = pixels_B3HW[:, :, top * patch : bottom * patch, left * patch : right * patch]
-            *found, seen = _encode(model, part, config)
-            assert seen == (rows.window, columns.window), "one embedding a patch"
+            *encoded, window_grid = _encode(model, part, config)
+            assert window_grid == (rows.window, columns.window), "one embedding a patch"
             if not sums:
-                sums = [one.new_zeros((len(one), *grid, one.shape[2])) for one in found]
+                sums = [maps.new_zeros((len(maps), *grid, maps.shape[2])) for maps in encoded]
             weights_hw = torch.outer(
                 torch.from_numpy(rows.weights(row, top, bottom)), torch.from_numpy(columns.weights(column, left, right))
             )
             weights_hw1 = weights_hw.to(part.device, torch.float32).unsqueeze(2)
-            for total, one in zip(sums, found, strict=True):
-                total[:, top:bottom, left:right] += one.unflatten(1, seen) * weights_hw1
+            for total, maps in zip(sums, encoded, strict=True):
+                total[:, top:bottom, left:right] += maps.unflatten(1, window_grid) * weights_hw1
     patches_BhwD, assignments_BhwK = sums
     return F.normalize(patches_BhwD.flatten(1, 2), dim=-1), assignments_BhwK.flatten(1, 2), grid

@@ -1,4 +1,4 @@
-"""Guided filter (He, Sun & Tang 2013, section 3): maps that are, window by window, a linear function of the picture's colours.
+"""Guided filter (He, Sun & Tang 2013, section 3): a map that is, window by window, a linear function of the image's colours.
 
 In every square window w_k of radius r the map p is fitted by the colours I, and a pixel takes the mean of the fits of all
 windows it lies in:
@@ -6,36 +6,49 @@ windows it lies in:
     a_k = (Sigma_k + eps U)^-1 (mean_k(I p) - mu_k mean_k(p)),    b_k = mean_k(p) - a_k^T mu_k       (eq. 14, 15)
     q_i = mean_i(a)^T I_i + mean_i(b)                                                               (eq. 16)
 
-with the mean mu_k and the covariance Sigma_k of the colours in w_k and the 3 x 3 identity U. An edge of the picture inside a
+with the mean mu_k and the covariance Sigma_k of the colours in w_k and the 3 x 3 identity U. An edge of the image inside a
 window thus becomes an edge of the map. All means are box filters, so the time hardly depends on r. Windows that reach over
-the border hold only what is inside. eps is (tolerance sigma)^2 with the standard deviation sigma of the whole picture's
-colours, so that neither range nor contrast of the picture matters.
+the border hold only what is inside. eps is (tolerance sigma)^2 with the standard deviation sigma of the whole image's
+colours, so that neither range nor contrast of the image matters.
 
-The fit may happen on a smaller picture than the one whose edges the map shall have (fast guided filter, He & Sun 2015): then
-mean(a) and mean(b) are enlarged, and a map of a few cells gets the edges of a large picture for little more than eq. 16.
+The fit may use a smaller image than the one whose edges the map shall have (fast guided filter, He & Sun 2015): then
+mean(a) and mean(b) are enlarged, and a map of a few cells gets the edges of a large image for little more than eq. 16.
 """
-
-from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor
 
 
-def guided_filter(maps_Chw: Tensor, small_3hw: Tensor, image_3HW: Tensor, radius: int, tolerance: float) -> Tensor:
-    """Maps at the size of ``image_3HW``, with its edges.
+def guided_filter(
+    maps_Chw: Float[Tensor, "C h w"],
+    small_3hw: Float[Tensor, "3 h w"],
+    image_3HW: Float[Tensor, "3 H W"],
+    radius: int,
+    tolerance: float,
+) -> Float[Tensor, "C H W"]:
+    """Upsample maps to the size of ``image_3HW``, with its edges.
 
     Args:
-        maps_Chw: what is to be filtered. Shape: (C, h, w).
-        small_3hw: the picture at the size of the maps, floats of any range. Shape: (3, h, w).
-        image_3HW: the picture, in the same range. Shape: (3, H, W).
+        maps_Chw: the maps to be filtered. Shape: (C, h, w).
+        small_3hw: the image at the size of the maps, floats of any range. Shape: (3, h, w).
+        image_3HW: the image, in the same range. Shape: (3, H, W).
         radius: of the windows, in cells of the maps.
-        tolerance: contrast, in standard deviations of the whole picture, below which an edge is smoothed away.
+        tolerance: contrast, in standard deviations of the whole image, below which an edge is smoothed away.
 
     Returns:
         Shape: (C, H, W).
+
+    Example:
+        >>> import torch
+        >>> image = torch.tensor([0.0, 0.0, 0.0, 1.0, 1.0, 1.0]).expand(3, 6, 6)
+        >>> blurred = torch.tensor([0.0, 0.1, 0.3, 0.7, 0.9, 1.0]).expand(1, 6, 6)
+        >>> sharp = guided_filter(blurred, image, image, radius=2, tolerance=0.01)
+        >>> bool(sharp[0, 3, 3] - sharp[0, 3, 2] > blurred[0, 3, 3] - blurred[0, 3, 2])
+        True
     """
-    # Covariances of large and nearly equal numbers lose their digits.
+    # Centred first: covariances of large and nearly equal numbers lose precision.
     centre_311 = small_3hw.mean((1, 2), keepdim=True)
     small_3hw = small_3hw - centre_311
     size_1hw = _box_sum(torch.ones_like(small_3hw[:1]), radius)
@@ -45,7 +58,7 @@ def guided_filter(maps_Chw: Tensor, small_3hw: Tensor, image_3HW: Tensor, radius
 
     mean_3hw, mean_Chw = mean(small_3hw), mean(maps_Chw)
     pairs_33hw = mean((small_3hw.unsqueeze(1) * small_3hw).flatten(0, 1)).unflatten(0, (3, 3))
-    variance = small_3hw.square().mean().clamp(min=1e-9)  # a picture of one colour has no edges, and no nan either
+    variance = small_3hw.square().mean().clamp(min=1e-9)  # an image of one colour has no edges, and no nan either
     inverse_33hw = _inverse(pairs_33hw - mean_3hw.unsqueeze(1) * mean_3hw, tolerance**2 * variance)
     products_C3hw = mean((maps_Chw.unsqueeze(1) * small_3hw).flatten(0, 1)).unflatten(0, (-1, 3))
     covariance_C3hw = products_C3hw - mean_Chw.unsqueeze(1) * mean_3hw
@@ -61,18 +74,18 @@ def guided_filter(maps_Chw: Tensor, small_3hw: Tensor, image_3HW: Tensor, radius
 
 
 def _box_sum(maps_CHW: Tensor, radius: int) -> Tensor:
-    """Sums over the windows around every pixel, one side after the other. Shape: (C, H, W) -> (C, H, W)."""
+    """Sum over the windows around every pixel, one side after the other. Shape: (C, H, W) -> (C, H, W)."""
     for dim in (1, 2):
         reach = min(radius, maps_CHW.shape[dim])  # beyond, every window holds everything
         padded = F.pad(maps_CHW, (reach, reach) if dim == 2 else (0, 0, reach, reach))
-        maps_CHW = _run_sum(padded, 2 * reach + 1, dim)
+        maps_CHW = _sliding_sum(padded, 2 * reach + 1, dim)
     return maps_CHW
 
 
-def _run_sum(maps_CHW: Tensor, count: int, dim: int) -> Tensor:
-    """Sums of ``count`` neighbours along one side, from those of 1, 2, 4 … of them.
+def _sliding_sum(maps_CHW: Tensor, count: int, dim: int) -> Tensor:
+    """Sum ``count`` neighbours along one side, from the sums of 1, 2, 4 … of them.
 
-    As quick as a difference of cumulative sums for windows that are small, and no digit is lost.
+    As fast as a difference of cumulative sums for small windows, and without its loss of precision.
     """
     length = maps_CHW.shape[dim] - count + 1
     total: Tensor | None = None
@@ -91,7 +104,7 @@ def _run_sum(maps_CHW: Tensor, count: int, dim: int) -> Tensor:
 
 
 def _inverse(symmetric_33HW: Tensor, added: Tensor) -> Tensor:
-    """Inverse of each matrix with ``added`` on its diagonal, by cofactors: hundreds of times as fast as `torch.linalg.inv`."""
+    """Invert each matrix with ``added`` on its diagonal, by cofactors: hundreds of times as fast as `torch.linalg.inv`."""
     a, b, c = symmetric_33HW[0, 0] + added, symmetric_33HW[0, 1], symmetric_33HW[0, 2]
     d, e, f = symmetric_33HW[1, 1] + added, symmetric_33HW[1, 2], symmetric_33HW[2, 2] + added
     cofactors = (d * f - e * e, c * e - b * f, b * e - c * d, a * f - c * c, b * c - a * e, a * d - b * b)

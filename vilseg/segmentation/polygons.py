@@ -1,6 +1,4 @@
-"""Outlines of regions as polygons, for programs that draw them or take no run-length codes."""
-
-from __future__ import annotations
+"""Outlines of regions as polygons, for programs that draw them or cannot read run-length codes."""
 
 import itertools
 from collections.abc import Mapping
@@ -12,16 +10,23 @@ from pycocotools import mask as coco_mask
 
 Polygon = list[list[tuple[float, float]]]
 """Closed rings of (x, y) in pixels, the outline first and then its holes; the last point is the first one again. (0, 0) is the
-upper left corner of the picture."""
+upper left corner of the image."""
 
 
 def polygons(rle: Mapping[str, Any]) -> list[Polygon]:
-    """The outlines of a mask, each connected part a polygon, as GeoJSON orders rings (RFC 7946, section 3.1.6).
+    """Trace the outlines of a mask, each connected part a polygon, as GeoJSON orders rings (RFC 7946, section 3.1.6).
 
     Lines run half-way between the middles of pixels inside and outside, so corners are cut by half a pixel.
 
     Args:
         rle: COCO's compressed run-length code, as in `Region.rle`.
+
+    Example:
+        >>> from pycocotools import mask
+        >>> square = np.zeros((4, 6), np.uint8, order="F")
+        >>> square[1:3, 2:4] = 1
+        >>> polygons(mask.encode(square))
+        [[[(3.0, 1.0), (4.0, 2.0), (3.0, 3.0), (2.0, 2.0), (3.0, 1.0)]]]
     """
     mask = np.pad(coco_mask.decode(rle), 1)
     generator = contourpy.contour_generator(z=mask, fill_type=contourpy.FillType.OuterOffset)
@@ -33,11 +38,11 @@ def polygons(rle: Mapping[str, Any]) -> list[Polygon]:
     ]
 
 
-def _ring(points_P2: np.ndarray) -> list[tuple[float, float]]:
-    """The ring without the points that lie on the line between their neighbours."""
-    open_P2 = points_P2[:-1]
-    before, after = np.roll(open_P2, 1, axis=0), np.roll(open_P2, -1, axis=0)
-    ahead, behind = after - open_P2, open_P2 - before
+def _ring(points: np.ndarray) -> list[tuple[float, float]]:
+    """Drop the points of a ring that lie on the line between their neighbours."""
+    opened = points[:-1]
+    before, after = np.roll(opened, 1, axis=0), np.roll(opened, -1, axis=0)
+    ahead, behind = after - opened, opened - before
     corner = ahead[:, 0] * behind[:, 1] != ahead[:, 1] * behind[:, 0]
-    kept = open_P2[corner]
+    kept = opened[corner]
     return [(float(x), float(y)) for x, y in np.vstack([kept, kept[:1]])]

@@ -1,24 +1,26 @@
-"""Class scores that follow the edges of the picture, by one of two methods.
+"""Refine class scores along the edges of the image, by one of two methods.
 
-Patches are coarse and see past the outline of what they show. So under pixel-adaptive mask refinement (Araslanov & Roth 2020,
-section 3.3) each pixel's scores become, some times over, the mean of its neighbours' scores, weighted by how much these look
-like it:
+Patches are coarse and see beyond the outline of what they show. Under pixel-adaptive mask refinement (PAMR, Araslanov & Roth
+2020, section 3.3) each pixel's scores become, several times over, the mean of its neighbours' scores, weighted by the similarity
+of colours:
 
     s_x <- sum_n w_xn s_n,    w_xn = softmax_n( -mean_c |I_xc - I_nc| / (tolerance sigma_xc) )
 
 over the eight neighbours n at every dilation, with sigma_xc the standard deviation of colour channel c over x and its
-neighbours. The other method is a guided filter, see :mod:`vilseg.segmentation.guided_filter`. Either happens on an enlarged patch
-grid rather than on the picture's own pixels, and for the classes alone that are best at some patch: of thousands asked for, a
-picture holds a few.
-"""
+neighbours. The other method is a guided filter, see :mod:`vilseg.segmentation.guided_filter`. Either runs on an enlarged patch
+grid rather than on the image's own pixels, and for the active classes alone, those that are best at some patch: of thousands of
+classes an image holds a few.
 
-from __future__ import annotations
+Shape letters beside those of :mod:`vilseg.model`: A active classes, O neighbours (offsets). Here h w is the patch grid in the
+arguments and the enlarged grid inside.
+"""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from vilseg.config import RefinementConfig
@@ -28,49 +30,68 @@ _EPS = 1e-8
 
 
 class RefinedScores(NamedTuple):
-    """Scores of the classes that are best at some patch of an image."""
+    """Scores of the active classes, those that are best at some patch of an image."""
 
-    classes_W: Tensor
-    """(W,) their indices, ascending."""
-    scores_Whw: Tensor
-    """(W, upscale h, upscale w) unless the image is smaller."""
+    classes_A: Tensor
+    """Their indices, ascending. Shape: (A,)."""
+    scores_AHW: Tensor
+    """H is upscale x h, or the image's height where that is smaller, and W alike. Shape: (A, H, W)."""
 
 
-def best_classes(scores_Chw: Tensor) -> Tensor:
-    """Indices, ascending, of the classes that are best at some place. Shape: (C, h, w) -> (W,)."""
+def best_classes(scores_Chw: Float[Tensor, "C h w"]) -> Int[Tensor, " A"]:
+    """Return the indices, ascending, of the classes that are best at some position. Shape: (C, h, w) -> (A,).
+
+    Example:
+        >>> import torch
+        >>> best_classes(torch.tensor([[[0.1, 0.9]], [[0.2, 0.3]], [[0.5, 0.1]]])).tolist()
+        [0, 2]
+    """
     # `argmax` over the first axis takes ten times as long as `max` on a CPU.
     return scores_Chw.max(0).indices.unique()
 
 
-def refine(scores_Chw: Tensor, image_3HW: Tensor, config: RefinementConfig) -> RefinedScores:
-    """Bring the scores of an image's best classes onto a finer grid and along the image's edges.
+def refine(
+    scores_Chw: Float[Tensor, "C h w"], image_3HW: Float[Tensor, "3 H W"], config: RefinementConfig
+) -> RefinedScores:
+    """Upsample the scores of an image's active classes to a finer grid, along the image's edges.
 
     Args:
         scores_Chw: one score for each class and patch. Shape: (C, h, w).
-        image_3HW: the picture, floats of any range. Shape: (3, H, W).
-        config: method, iterations and what the method takes.
+        image_3HW: the image, floats of any range. Shape: (3, H, W).
+        config: method, iterations and the settings of the method.
+
+    Example:
+        >>> import torch
+        >>> from vilseg.config import RefinementConfig
+        >>> scores = torch.tensor([[[0.9, 0.1]], [[0.2, 0.8]], [[0.0, 0.0]]])
+        >>> image = torch.cat([torch.zeros(3, 8, 5), torch.ones(3, 8, 11)], dim=2)  # an edge at column 5, not at 8
+        >>> refined = refine(scores, image, RefinementConfig(iterations=10, upscale=8))
+        >>> refined.classes_A.tolist(), refined.scores_AHW.shape
+        ([0, 1], torch.Size([2, 8, 16]))
+        >>> refined.scores_AHW[:, 4].argmax(0).tolist()
+        [0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1]
     """
-    classes_W = best_classes(scores_Chw)
+    classes_A = best_classes(scores_Chw)
     patches, pixels = scores_Chw.shape[1:], image_3HW.shape[1:]
     size = tuple(min(config.upscale * p, pixel) for p, pixel in zip(patches, pixels, strict=True))
-    few_Whw = scores_Chw[classes_W]
-    if len(classes_W) == 1 or not config.iterations:  # one class alone is best whatever its scores
-        return RefinedScores(classes_W, _resize(few_Whw, size, "bilinear"))
+    active_Ahw = scores_Chw[classes_A]
+    if len(classes_A) == 1 or not config.iterations:  # one class alone is best whatever its scores
+        return RefinedScores(classes_A, _resize(active_Ahw, size, "bilinear"))
     image_3hw = _resize(image_3HW, size, "area")
     if config.method == "guided":
         small_3hw = _resize(image_3HW, patches, "area")
         for _ in range(config.iterations - 1):
-            few_Whw = guided_filter(few_Whw, small_3hw, small_3hw, config.radius, config.tolerance)
-        scores_Whw = guided_filter(few_Whw, small_3hw, image_3hw, config.radius, config.tolerance)
+            active_Ahw = guided_filter(active_Ahw, small_3hw, small_3hw, config.radius, config.tolerance)
+        scores_AHW = guided_filter(active_Ahw, small_3hw, image_3hw, config.radius, config.tolerance)
     else:
-        scores_Whw = _resize(few_Whw, size, "bilinear")
-        weights_Nhw = _weights(image_3hw, config)
+        scores_AHW = _resize(active_Ahw, size, "bilinear")
+        weights_OHW = _weights(image_3hw, config)
         for _ in range(config.iterations):
-            total_Whw = torch.zeros_like(scores_Whw)
-            for weight_hw, neighbour_Whw in zip(weights_Nhw, _neighbours(scores_Whw, config.dilations), strict=True):
-                total_Whw.addcmul_(neighbour_Whw, weight_hw)
-            scores_Whw = total_Whw
-    return RefinedScores(classes_W, scores_Whw)
+            total_AHW = torch.zeros_like(scores_AHW)
+            for weight_HW, neighbour_AHW in zip(weights_OHW, _neighbours(scores_AHW, config.dilations), strict=True):
+                total_AHW.addcmul_(neighbour_AHW, weight_HW)
+            scores_AHW = total_AHW
+    return RefinedScores(classes_A, scores_AHW)
 
 
 def _resize(map_Chw: Tensor, size: tuple[int, ...], mode: str) -> Tensor:
@@ -80,24 +101,27 @@ def _resize(map_Chw: Tensor, size: tuple[int, ...], mode: str) -> Tensor:
 
 
 def _weights(image_3hw: Tensor, config: RefinementConfig) -> Tensor:
-    """Weights of the neighbours, summing to 1. Shape: (3, h, w) -> (8 x dilations, h, w)."""
-    neighbours_N3hw = torch.stack(list(_neighbours(image_3hw, config.dilations)))
-    scale_3hw = -1 / (3 * (config.tolerance * _deviation(neighbours_N3hw, image_3hw) + _EPS))
-    return neighbours_N3hw.sub_(image_3hw).abs_().mul_(scale_3hw).sum(1).softmax(0)
+    """Compute the weights of the neighbours, summing to 1. Shape: (3, h, w) -> (O, h, w) with O = 8 x dilations."""
+    neighbours_O3hw = torch.stack(list(_neighbours(image_3hw, config.dilations)))
+    scale_3hw = -1 / (3 * (config.tolerance * _deviation(neighbours_O3hw, image_3hw) + _EPS))
+    return neighbours_O3hw.sub_(image_3hw).abs_().mul_(scale_3hw).sum(1).softmax(0)
 
 
-def _deviation(neighbours_N3hw: Tensor, image_3hw: Tensor) -> Tensor:
-    """Standard deviation over every pixel and its neighbours; as two passes of sums, since `std` takes ten times as long."""
-    count = len(neighbours_N3hw) + 1
-    mean_3hw = (neighbours_N3hw.sum(0) + image_3hw) / count
+def _deviation(neighbours_O3hw: Tensor, image_3hw: Tensor) -> Tensor:
+    """Compute the standard deviation over every pixel and its neighbours; by two passes of sums (`std` takes ten times as long).
+
+    Shape: (O, 3, h, w), (3, h, w) -> (3, h, w).
+    """
+    count = len(neighbours_O3hw) + 1
+    mean_3hw = (neighbours_O3hw.sum(0) + image_3hw) / count
     total_3hw = (image_3hw - mean_3hw).square_()
-    for neighbour_3hw in neighbours_N3hw:
+    for neighbour_3hw in neighbours_O3hw:
         total_3hw += (neighbour_3hw - mean_3hw).square_()
     return (total_3hw / (count - 1)).sqrt_()
 
 
 def _neighbours(map_Chw: Tensor, dilations: Sequence[int]) -> Iterator[Tensor]:
-    """The map shifted to every neighbour, the border repeated."""
+    """Yield the map shifted to every neighbour, the border repeated. Shape: O times (C, h, w)."""
     height, width = map_Chw.shape[1:]
     for dilation in dilations:
         padded = F.pad(map_Chw.unsqueeze(0), (dilation,) * 4, mode="replicate")[0]

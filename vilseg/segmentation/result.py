@@ -1,4 +1,4 @@
-"""What segmenting an image gives: labels, scores, regions, and the forms they are drawn and stored in."""
+"""Result of segmenting an image: labels, scores, regions, and the formats they are rendered and stored in."""
 
 from __future__ import annotations
 
@@ -19,27 +19,34 @@ _BLOCK_PIXELS = 1 << 20  # pixels counted at once: bincount widens labels to 8 b
 
 
 def label_dtype(class_count: int) -> np.dtype[Any]:
-    """The type of a label map: uint8 for up to 254 classes, else uint16. Its largest value means "no class"."""
+    """Return the type of a label map: uint8 for up to 254 classes, else uint16. Its largest value means "no class".
+
+    Example:
+        >>> label_dtype(254), no_class(label_dtype(255))
+        (dtype('uint8'), 65535)
+    """
     return np.dtype(np.uint8 if class_count <= 254 else np.uint16)
 
 
 def no_class(dtype: np.dtype[Any] | type[np.generic]) -> int:
-    """The label that means "no class" in a label map of this type: 255 (uint8) or 65535 (uint16)."""
+    """Return the label that means "no class" in a label map of this type: 255 (uint8) or 65535 (uint16)."""
     return int(np.iinfo(dtype).max)
 
 
-def to_labels(winners: np.ndarray, scores: np.ndarray, classes: Sequence[str], threshold: float = 0.0) -> np.ndarray:
-    """The labels of pixels from what is best there.
+def to_labels(
+    best_classes: np.ndarray, scores: np.ndarray, classes: Sequence[str], threshold: float = 0.0
+) -> np.ndarray:
+    """Turn the best class of each pixel into its label.
 
     Args:
-        winners: indices into ``classes``; whatever comes after the last one is no class. Any shape.
-        scores: how sure each of them is, in 0..1. The same shape.
+        best_classes: indices into ``classes``; any index after the last one is no class. Any shape.
+        scores: probability of each of them, in 0..1. The same shape.
         classes: names, in index order.
-        threshold: pixels of lower scores are given to the class ``background``, or to none where there is no such class.
+        threshold: pixels of lower scores are labelled ``background``, or no class where there is no such class.
     """
     dtype = label_dtype(len(classes))
     nothing = no_class(dtype)
-    labels = np.where(winners < len(classes), winners, nothing).astype(dtype, copy=False)
+    labels = np.where(best_classes < len(classes), best_classes, nothing).astype(dtype, copy=False)
     if threshold > 0:
         rest = classes.index(visualization.BACKGROUND) if visualization.BACKGROUND in classes else nothing
         labels[scores < threshold] = rest
@@ -48,9 +55,21 @@ def to_labels(winners: np.ndarray, scores: np.ndarray, classes: Sequence[str], t
 
 @dataclass(frozen=True, kw_only=True)
 class Region:
-    """All pixels of one class in one image; they need not touch each other."""
+    """All pixels of one class in one image; they need not be connected.
+
+    Example:
+        >>> from pycocotools import mask
+        >>> labels = np.array([[0, 1, 1], [0, 1, 1]], np.uint8)
+        >>> segmentation = Segmentation(labels=labels, classes=("cat", "sofa"), scores=np.full((2, 3), 0.5, np.float32))
+        >>> sofa = segmentation.regions[1]
+        >>> sofa.class_name, sofa.score, sofa.area, sofa.bbox_xywh
+        ('sofa', 0.5, 4, (1, 0, 2, 2))
+        >>> mask.decode(sofa.rle).tolist()
+        [[0, 1, 1], [0, 1, 1]]
+    """
 
     class_name: str
+    """Name as in the vocabulary."""
     score: float
     """Mean score of its pixels, in 0..1."""
     area: int
@@ -63,7 +82,19 @@ class Region:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Segmentation:
-    """The named regions of one image, at the image's own size of H x W pixels.
+    """Labels and scores of one image, at the image's own size of H x W pixels.
+
+    Example:
+        >>> labels = np.array([[0, 1, 1], [0, 1, 255]], np.uint8)  # 255 is no class
+        >>> segmentation = Segmentation(labels=labels, classes=("cat", "sofa"), scores=np.full((2, 3), 0.5, np.float32))
+        >>> [(region.class_name, region.area) for region in segmentation.regions]
+        [('cat', 2), ('sofa', 3)]
+        >>> segmentation.overlay(legend=False).size
+        (3, 2)
+        >>> segmentation.to_coco()["annotations"][0]["bbox"]
+        [0, 0, 1, 2]
+        >>> segmentation.above(0.9).labels.tolist()
+        [[255, 255, 255], [255, 255, 255]]
 
     Raises:
         ValueError: the type of `labels` does not go with the number of classes, or an array has another height and
@@ -75,11 +106,11 @@ class Segmentation:
     classes: tuple[str, ...]
     """Names, in index order."""
     scores: np.ndarray
-    """(H, W) float32 in 0..1: how sure each pixel's label is."""
+    """(H, W) float32 in 0..1: probability of each pixel's label, the soft-max over the classes."""
     clusters: np.ndarray | None = None
-    """(H, W) integers: which region of the clustering head each pixel fell into."""
+    """(H, W) integers: cluster of the clustering head that each pixel belongs to; None where not kept."""
     image: np.ndarray | None = None
-    """(H, W, 3) uint8 RGB: what was segmented, kept for `overlay`."""
+    """(H, W, 3) uint8 RGB: the image that was segmented, kept for `overlay`."""
 
     def __post_init__(self) -> None:
         expected = label_dtype(len(self.classes))
@@ -112,22 +143,22 @@ class Segmentation:
         return regions
 
     def above(self, threshold: float) -> Segmentation:
-        """The same with pixels of lower scores given to the class ``background``, or to none where there is no such class.
+        """Return the same with pixels of lower scores labelled ``background``, or no class where there is no such class.
 
         Args:
-            threshold: from 0 (leaves all as it is) to 1.
+            threshold: from 0 (changes nothing) to 1.
         """
         if threshold <= 0:
             return self
         return replace(self, labels=to_labels(self.labels, self.scores, self.classes, threshold))
 
     def areas_and_score_sums(self) -> tuple[np.ndarray, np.ndarray]:
-        """Pixels and sum of scores of every class, (C,) int64 and (C,) float64."""
+        """Compute the number of pixels and the sum of scores of every class. Shape: (C,) int64, (C,) float64."""
         count = len(self.classes)
         areas, score_sums = np.zeros(count, dtype=np.int64), np.zeros(count)
         rows = max(1, _BLOCK_PIXELS // self.labels.shape[1])
         for top in range(0, self.labels.shape[0], rows):
-            # Everything that is no class falls into one bin after the last class, which is cut off.
+            # "No class" is counted in one bin after the last class, which is cut off.
             labels = np.minimum(self.labels[top : top + rows].ravel(), count)
             scores = self.scores[top : top + rows].ravel()
             areas += np.bincount(labels, minlength=count + 1)[:count]
@@ -135,49 +166,49 @@ class Segmentation:
         return areas, score_sums
 
     def overlay(self, opacity: float = 0.55, legend: bool = True) -> Image.Image:
-        """The image with every class tinted in its colour and, below it, a legend of names and shares of the area.
+        """Render the image with every class tinted in its colour and, below it, a legend of names and fractions of the area.
 
-        Without a legend the picture has the image's own size. With one, an image whose shorter side is less than
-        256 px is enlarged by a whole factor first, so that there is room to read. Where no image was kept the plain
-        class map is drawn.
+        Without a legend the result has the image's own size. With one, an image whose shorter side is less than
+        256 px is enlarged by a whole factor first, so that the legend is readable. Where no image was kept the plain
+        class map is rendered.
 
         Args:
             opacity: of the tint, from 0 (the image in grey) to 1 (the class colours alone).
-            legend: whether to draw the legend.
+            legend: False leaves the legend out.
         """
         factor = visualization.upscale_factor(*self.labels.shape) if legend else 1
-        picture = visualization.draw_overlay(self.image, self.labels, self.classes, opacity=opacity, factor=factor)
+        image = visualization.draw_overlay(self.image, self.labels, self.classes, opacity=opacity, factor=factor)
         return (
-            visualization.add_legend(picture, visualization.legend_entries(self.labels, self.classes))
+            visualization.add_legend(image, visualization.legend_entries(self.labels, self.classes))
             if legend
-            else picture
+            else image
         )
 
     def to_png_bytes(self) -> bytes:
-        """The label map as PNG, pixel value = label.
+        """Encode the label map as PNG, pixel value = label.
 
         8-bit with the class colours as palette for up to 254 classes, else 16-bit grey.
         """
-        picture = Image.fromarray(self.labels)
+        image = Image.fromarray(self.labels)
         if self.labels.dtype == np.uint8:
             colours = np.zeros((256, 3), dtype=np.uint8)
             colours[: len(self.classes)] = visualization.class_colours(self.classes)
-            picture = Image.frombytes("P", picture.size, picture.tobytes())
-            picture.putpalette(colours.tobytes())
+            image = Image.frombytes("P", image.size, image.tobytes())
+            image.putpalette(colours.tobytes())
         buffer = io.BytesIO()
-        picture.save(buffer, format="PNG")
+        image.save(buffer, format="PNG")
         return buffer.getvalue()
 
     def to_png(self, path_or_uri: str) -> None:
         """Write `to_png_bytes` to a file or an object store.
 
         Raises:
-            StorageError: the place cannot be written.
+            StorageError: the file cannot be written.
         """
         storage.write_bytes(str(path_or_uri), self.to_png_bytes())
 
     def to_coco(self, image_id: int = 1) -> dict[str, Any]:
-        """COCO's instance style, one annotation for each class present: a dict that is ready for JSON.
+        """Convert to COCO's instance format, one annotation for each class present: a dict that can be written as JSON.
 
         `category_id` is the index of the class plus 1, because COCO keeps 0 for "no category". `score` is there as in
         COCO's result files. All `classes` are listed as categories, present or not.

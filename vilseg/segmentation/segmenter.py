@@ -1,16 +1,19 @@
-"""Image(s) and class names -> :class:`Segmentation`; the one way from a picture to masks."""
+"""Image(s) and class names -> :class:`Segmentation`; the one way from an image to masks.
 
-from __future__ import annotations
+:meth:`Segmenter.batch` runs the steps in order: load and resize the images, encode them
+(:mod:`vilseg.segmentation.dense_features`), score the classes at every patch (:mod:`vilseg.segmentation.class_scores`), refine
+the scores along edges (:mod:`vilseg.segmentation.refinement`), upsample them and label every pixel
+(:mod:`vilseg.segmentation.pixel_labeling`).
+"""
 
-import math
 from collections.abc import Iterable, Sequence
 from copy import copy
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
@@ -21,43 +24,40 @@ from vilseg.errors import DataError
 from vilseg.model import ImageEmbeddings, ViLSeg
 from vilseg.segmentation.class_embeddings import embed_classes
 from vilseg.segmentation.class_scores import compute_class_scores, select_top_classes
-from vilseg.segmentation.dense_features import DenseFeatures, encode_images, patch_size
-from vilseg.segmentation.refinement import best_classes, refine
-from vilseg.segmentation.result import Segmentation, label_dtype, to_labels
+from vilseg.segmentation.dense_features import DenseFeatures, encode_images, passes, patch_size
+from vilseg.segmentation.pixel_labeling import ClassLogits, class_logits, label_pixels
+from vilseg.segmentation.refinement import RefinedScores, best_classes, refine
+from vilseg.segmentation.result import Segmentation
 from vilseg.text.vocabulary import Vocabulary
-
-_STRIP_VALUES = 1 << 22
-"""Class scores held at full resolution at once; bounds the memory for large pictures and many classes (16 MB), and stays
-in the cache, which makes it quicker than more would be."""
 
 ImageLike = Image.Image | np.ndarray | str | Path
 
 
-class _PixelLogits(NamedTuple):
-    """What is compared at the pixels of one picture."""
-
-    logits_Whw: Tensor
-    classes_W: Tensor
-    """Indices of the classes that can win; the one after the last class is that of no class."""
-    others_1hw: Tensor | None
-    """Logarithm of the summed exponentials of the other logits, on the patch grid; None where there are none."""
-    others: int
-    """How many others there are."""
-
-
 class Segmenter:
-    """Cuts pictures into regions named from a vocabulary.
+    """Segment images into regions named from a vocabulary.
 
     Args:
         model: a trained model; moved to ``device`` and put into evaluation mode.
         classes: names in index order, or a :class:`Vocabulary`.
         device: where to compute; a GPU where there is one.
         keep_clusters: fill `Segmentation.clusters`, which takes about as long as the labels.
-        max_pixels: largest width x height that a path or URI may announce; 100 million where None.
+        max_pixels: largest width x height, in pixels, that the header of a path or URI may announce; 100 million where None.
 
     Raises:
         ConfigError: the model's settings want an attention that its image encoder cannot have.
         DataError: the class list is empty, repeats a name or is too long.
+
+    Example:
+        >>> import numpy as np
+        >>> from vilseg import Segmenter, ViLSeg
+        >>> from vilseg.config import ModelConfig
+        >>> model = ViLSeg.from_config(ModelConfig(embedding_dim=8), ["a cat on a sofa"])  # untrained
+        >>> segmenter = Segmenter(model, ["cat", "sofa"], device="cpu")
+        >>> result = segmenter(np.zeros((48, 64, 3), np.uint8))
+        >>> result.labels.shape, result.labels.dtype, result.classes
+        ((48, 64), dtype('uint8'), ('cat', 'sofa'))
+        >>> segmenter.with_classes(["dog", "grass", "sky"])(np.zeros((20, 30, 3), np.uint8)).labels.shape
+        (20, 30)
     """
 
     def __init__(
@@ -76,17 +76,17 @@ class Segmenter:
         self.model = model.to(self.device).eval()
         model.check_attention()
         self.config = model.segmentation
-        self._texts = embed_classes(model, self.vocabulary, self.config)
+        self._class_embeddings = embed_classes(model, self.vocabulary, self.config)
 
     def release_text_encoder(self) -> None:
-        """Let go of the text encoder: the classes are embedded, and they cannot change any more."""
+        """Free the text encoder's memory: the classes are embedded, and cannot be changed afterwards."""
         self.model.text_encoder = None  # type: ignore[assignment]
 
-    def to(self, device: str | torch.device) -> Segmenter:
+    def to(self, device: str | torch.device) -> "Segmenter":
         """Move everything to ``device``; returns itself."""
         self.device = torch.device(device)
         self.model.to(self.device)
-        self._texts = self._texts.to(self.device)
+        self._class_embeddings = self._class_embeddings.to(self.device)
         return self
 
     @property
@@ -94,126 +94,131 @@ class Segmenter:
         """Class names in index order."""
         return self.vocabulary.classes
 
-    def with_classes(self, classes: Vocabulary | Iterable[str]) -> Segmenter:
-        """A segmenter of the same model for other classes; costs nothing for those that the model was asked for lately.
+    def with_classes(self, classes: Vocabulary | Iterable[str]) -> "Segmenter":
+        """Return a segmenter of the same model for other classes; a vocabulary used lately is not embedded again.
 
         Raises:
             DataError: as of the class.
         """
         other = copy(self)
         other.vocabulary = Vocabulary.of(classes)
-        other._texts = embed_classes(self.model, other.vocabulary, self.config)
+        other._class_embeddings = embed_classes(self.model, other.vocabulary, self.config)
         return other
 
     def __call__(self, image: ImageLike) -> Segmentation:
-        """Segment one picture: a PIL image, an (H, W, 3) uint8 RGB array, a path or a URI.
+        """Segment one image: a PIL image, an (H, W, 3) uint8 RGB array, a path or a URI.
 
         Raises:
-            DataError: not a picture, or an array of another shape or type.
+            DataError: not an image, or an array of another shape or type.
             StorageError: the URI cannot be read.
         """
         return self.batch([image])[0]
 
     def batch(self, images: Sequence[ImageLike]) -> list[Segmentation]:
-        """Segment pictures of any sizes together; those that come to one size share a pass through the model."""
+        """Segment images of any sizes and number; those of one size at the model's input share passes of bounded memory.
+
+        Raises:
+            DataError, StorageError: as `__call__`.
+        """
         arrays = [to_array(image, self._max_pixels) for image in images]
-        return [self.classify(look, array) for look, array in zip(self.encode(arrays), arrays, strict=True)]
+        results: dict[int, Segmentation] = {}
+        for indices in self._passes(arrays):
+            features = self._encode_pass([arrays[index] for index in indices])
+            results.update((i, self.classify(one, arrays[i])) for i, one in zip(indices, features, strict=True))
+        return [results[index] for index in range(len(arrays))]
 
     @torch.inference_mode()
     def encode(self, images: Sequence[np.ndarray]) -> list[DenseFeatures]:
-        """The part of the work that does not depend on the classes: pictures of one model size share a pass.
+        """Compute the part of the result that does not depend on the classes; see `batch` for the passes.
 
         Args:
-            images: (H, W, 3) uint8 RGB arrays of any sizes.
+            images: RGB arrays of any sizes. Shape: (H, W, 3), uint8.
         """
-        groups: dict[tuple[int, int], list[int]] = {}
-        for index, image in enumerate(images):
-            groups.setdefault(self._model_size(image), []).append(index)
-        looks: dict[int, DenseFeatures] = {}
-        for size, members in groups.items():
-            pixels_B3HW = torch.stack([_resize(images[index], size) for index in members]).to(self.device)
-            looks.update(zip(members, encode_images(self.model, pixels_B3HW, self.config), strict=True))
-        return [looks[index] for index in range(len(images))]
+        features: dict[int, DenseFeatures] = {}
+        for indices in self._passes(images):
+            features.update(zip(indices, self._encode_pass([images[index] for index in indices]), strict=True))
+        return [features[index] for index in range(len(images))]
 
     @torch.inference_mode()
     def classify(
         self,
-        look: DenseFeatures,
+        features: DenseFeatures,
         image: np.ndarray,
         *,
         background_bias: float | None = None,
         keep_clusters: bool | None = None,
     ) -> Segmentation:
-        """Name the pixels of a picture that was looked at, by this segmenter or one of the same model with other classes.
+        """Segment an image that was encoded by this segmenter or one of the same model with other classes.
 
         Args:
-            look: from `encode`.
-            image: the picture. Shape: (H, W, 3), uint8 RGB.
-            background_bias: takes the place of the one in the model's settings.
-            keep_clusters: takes the place of what the segmenter was made with.
+            features: from `encode`.
+            image: the image. Shape: (H, W, 3), uint8 RGB.
+            background_bias: overrides the one in the model's settings.
+            keep_clusters: overrides the argument of the class.
         """
-        look = look._replace(
-            pixels_3HW=look.pixels_3HW.to(self.device),
-            patches_ND=look.patches_ND.to(self.device),
-            assignments_NK=look.assignments_NK.to(self.device),
-        )
-        contenders = self._contenders(look.pixels_3HW, self._similarity(look, background_bias))
+        features = features.to(self.device)
+        scores_Rhw, rows_R = self._select_top_classes(self._class_scores(features, background_bias))
+        logits = self._logits(scores_Rhw, rows_R, self._refine(scores_Rhw, features.pixels_3HW))
         keep = self._keep_clusters if keep_clusters is None else keep_clusters
-        clusters_Khw = look.assignments_NK.T.unflatten(1, look.grid) if keep else None
-        return self._label_pixels(image, contenders, clusters_Khw)
+        clusters_Khw = features.assignments_NK.T.unflatten(1, features.grid) if keep else None
+        return label_pixels(image, logits, self.classes, self.config.threshold, clusters_Khw)
 
     @torch.inference_mode()
-    def class_scores(self, image: ImageLike, *, whole: bool = True) -> Tensor:
-        """Cosine of every class at every place of one picture, before the best one is taken; `label_pixels` does that.
+    def class_scores(self, image: ImageLike, *, use_objectness: bool = True) -> Float[Tensor, "R h w"]:
+        """Score every class at every position of one image; `label_pixels` makes a segmentation of the scores.
 
         Args:
             image: as for `__call__`.
-            whole: False for a part of a larger picture, whose border tells nothing of objects.
+            use_objectness: False for a part of a larger image, whose border says nothing of objects.
 
         Where the model's scores are refined, these are too, on the enlarged patch grid; there a class that was not
         refined, as it is best at no patch, has the score of its patch or that of the best class, whichever is lower.
 
         Returns:
             Shape: (C, h, w), float32, on the segmenter's device; (C + 1, h, w) where the vocabulary has negative words and no
-            class ``background``: the last row is that of no class. No class is gated yet.
+            class ``background``: the last row is that of no class. The gate is not applied yet.
 
         Raises:
             DataError, StorageError: as `__call__`.
         """
         array = to_array(image, self._max_pixels)
-        [look] = self.encode([array])
-        similarity_Chw = self._similarity(look, whole=whole)
+        [features] = self.encode([array])
+        scores_Rhw = self._class_scores(features, use_objectness=use_objectness)
         if not self.config.refinement.iterations:
-            return similarity_Chw
-        classes_W, scores_Whw = refine(similarity_Chw, look.pixels_3HW.float(), self.config.refinement)
-        enlarged = F.interpolate(similarity_Chw.unsqueeze(0), size=scores_Whw.shape[1:], mode="bilinear")[0]
-        return torch.minimum(enlarged, scores_Whw.amax(0)).index_copy_(0, classes_W, scores_Whw)
+            return scores_Rhw
+        classes_A, refined_AHW = refine(scores_Rhw, features.pixels_3HW.float(), self.config.refinement)
+        upsampled = F.interpolate(scores_Rhw.unsqueeze(0), size=refined_AHW.shape[1:], mode="bilinear")[0]
+        return torch.minimum(upsampled, refined_AHW.amax(0)).index_copy_(0, classes_A, refined_AHW)
 
     @torch.inference_mode()
-    def label_pixels(self, image: np.ndarray, scores_Chw: Tensor) -> Segmentation:
-        """Name every pixel of a picture after the class of the best score.
+    def label_pixels(self, image: np.ndarray, scores_Rhw: Float[Tensor, "R h w"]) -> Segmentation:
+        """Upsample class scores to the image's own size and label every pixel with the best class.
 
         Args:
-            image: (H, W, 3) uint8 RGB.
-            scores_Chw: as from `class_scores`, on a grid of any size. Shape: (C, h, w), or (C + 1, h, w).
+            image: Shape: (H, W, 3), uint8 RGB.
+            scores_Rhw: as from `class_scores`, on a grid of any size. Shape: (C, h, w), or (C + 1, h, w).
         """
-        scores_Rhw, rows_R = self._gated(scores_Chw)
-        # As in `__call__`: where scores are refined, those count at full size that are best at some place of the grid.
-        refined = bool(self.config.refinement.iterations)
-        best_W = best_classes(scores_Rhw) if refined else torch.arange(len(rows_R), device=self.device)
-        contenders = self._contest(scores_Rhw, rows_R, best_W, scores_Rhw[best_W] if refined else scores_Rhw)
-        return self._label_pixels(image, contenders, None)
+        scores_Rhw, rows_R = self._select_top_classes(scores_Rhw)
+        active = self._all_active(scores_Rhw)
+        if self.config.refinement.iterations:  # as in `classify`: only the classes that are best somewhere may win
+            active_A = best_classes(scores_Rhw)
+            active = RefinedScores(active_A, scores_Rhw[active_A])
+        return label_pixels(image, self._logits(scores_Rhw, rows_R, active), self.classes, self.config.threshold)
 
-    def _similarity(self, look: DenseFeatures, background_bias: float | None = None, *, whole: bool = True) -> Tensor:
-        """Shape: -> (C, h, w)."""
-        config = self.config if whole else self.config.replace(objectness=0.0)
-        # Of the image as a whole only the mean of its patches counts.
-        embeddings = ImageEmbeddings(look.patches_ND.mean(0, keepdim=True), look.patches_ND.unsqueeze(0), look.grid)
-        assignments_1NK = look.assignments_NK.unsqueeze(0)
-        return compute_class_scores(embeddings, assignments_1NK, self._texts, config, background_bias)[0]
+    def _passes(self, images: Sequence[np.ndarray]) -> Iterable[list[int]]:
+        return passes([self._input_size(image) for image in images])
 
-    def _model_size(self, image: np.ndarray) -> tuple[int, int]:
-        """(H, W) that the model sees: shorter side ``input_size``, both multiples of the patch, the longer side bounded."""
+    @torch.inference_mode()
+    def _encode_pass(self, images: Sequence[np.ndarray]) -> list[DenseFeatures]:
+        """Encode images of one size at the model's input."""
+        size = self._input_size(images[0])
+        pixels_B3HW = torch.stack([_resize(image, size) for image in images]).to(self.device)
+        return encode_images(self.model, pixels_B3HW, self.config)
+
+    def _input_size(self, image: np.ndarray) -> tuple[int, int]:
+        """Compute (H, W) of an image at the model's input: shorter side ``input_size``, both multiples of the patch, the
+        longer side bounded.
+        """
         height, width = image.shape[:2]
         patch = patch_size(self.model)
         factor = self.config.input_size / min(height, width)
@@ -221,78 +226,43 @@ class Segmenter:
         rows, columns = (max(1, round(min(side * factor, longest) / patch)) * patch for side in (height, width))
         return rows, columns
 
-    def _gated(self, scores_Chw: Tensor) -> tuple[Tensor, Tensor]:
-        """What the gate leaves of the scores, and the indices of these rows. Shape: -> (R, h, w), (R,)."""
-        rows_R = select_top_classes(scores_Chw, self.config.gate, self.vocabulary.background, len(self.classes))
-        return (scores_Chw if len(rows_R) == len(scores_Chw) else scores_Chw[rows_R]), rows_R
+    def _class_scores(
+        self, features: DenseFeatures, background_bias: float | None = None, *, use_objectness: bool = True
+    ) -> Tensor:
+        """Score every class at every patch. Shape: -> (C, h, w), or (C + 1, h, w)."""
+        config = self.config if use_objectness else self.config.replace(objectness=0.0)
+        # Of the image as a whole only the mean of its patches is used.
+        patches_1ND = features.patches_ND.unsqueeze(0)
+        embeddings = ImageEmbeddings(features.patches_ND.mean(0, keepdim=True), patches_1ND, features.grid)
+        assignments_1NK = features.assignments_NK.unsqueeze(0)
+        return compute_class_scores(embeddings, assignments_1NK, self._class_embeddings, config, background_bias)[0]
 
-    @torch.inference_mode()
-    def _contenders(self, image_3HW: Tensor, similarity_Chw: Tensor) -> _PixelLogits:
-        scores_Rhw, rows_R = self._gated(similarity_Chw)
+    def _select_top_classes(self, scores_Rhw: Tensor) -> tuple[Tensor, Tensor]:
+        """Apply the gate. Shape: -> kept scores (R', h, w), indices of these rows (R',)."""
+        rows_R = select_top_classes(scores_Rhw, self.config.gate, self.vocabulary.background, len(self.classes))
+        return (scores_Rhw if len(rows_R) == len(scores_Rhw) else scores_Rhw[rows_R]), rows_R
+
+    def _refine(self, scores_Rhw: Tensor, image_3HW: Tensor) -> RefinedScores:
         if not self.config.refinement.iterations:
-            return self._contest(scores_Rhw, rows_R, torch.arange(len(rows_R), device=self.device), scores_Rhw)
-        return self._contest(scores_Rhw, rows_R, *refine(scores_Rhw, image_3HW.float(), self.config.refinement))
+            return self._all_active(scores_Rhw)
+        return refine(scores_Rhw, image_3HW.float(), self.config.refinement)
 
-    def _contest(self, scores_Rhw: Tensor, rows_R: Tensor, best_W: Tensor, scores_Whw: Tensor) -> _PixelLogits:
-        """``best_W`` (places in ``rows_R``) may win by their scores on a grid of any size; the other rows only count."""
-        others = torch.ones(len(rows_R), dtype=torch.bool, device=self.device)
-        others[best_W] = False
-        count, temperature = len(rows_R) - len(best_W), self.config.temperature
-        rest_1hw = (scores_Rhw[others] / temperature).logsumexp(0, keepdim=True) if count else None
-        return _PixelLogits(scores_Whw / temperature, rows_R[best_W], rest_1hw, count)
+    def _all_active(self, scores_Rhw: Tensor) -> RefinedScores:
+        return RefinedScores(torch.arange(len(scores_Rhw), device=self.device), scores_Rhw)
 
-    @torch.inference_mode()
-    def _label_pixels(self, image: np.ndarray, contenders: _PixelLogits, clusters_Khw: Tensor | None) -> Segmentation:
-        """Bring class scores to the picture's own size, strip by strip, and let the best class win."""
-        height, width = image.shape[:2]
-        logits_Whw, classes_W, others_1hw, other_count = contenders
-        labels = np.empty((height, width), label_dtype(len(self.classes)))
-        scores = np.empty((height, width), np.float32)
-        clusters = None if clusters_Khw is None else np.empty((height, width), label_dtype(len(clusters_Khw)))
-        maps = max(len(classes_W), 0 if clusters_Khw is None else len(clusters_Khw))
-        rows = max(1, _STRIP_VALUES // (width * maps))
-        for top in range(0, height, rows):
-            bottom = min(height, top + rows)
-            logits = _resample(logits_Whw, (height, width), top, bottom)
-            best, winner = logits.max(0)
-            # The soft-max of the best class alone: all of them would be written and read once more for nothing.
-            total = (logits - best).exp_().sum(0)
-            if others_1hw is not None:
-                others = _resample(others_1hw, (height, width), top, bottom)[0] - best
-                # None of them is better than the best, though refinement may have lowered it.
-                total += others.clamp(max=math.log(other_count)).exp()
-            scores[top:bottom] = total.reciprocal().cpu().numpy()
-            found = classes_W[winner].cpu().numpy()
-            labels[top:bottom] = to_labels(found, scores[top:bottom], self.classes, self.config.threshold)
-            if clusters is not None and clusters_Khw is not None:
-                clusters[top:bottom] = (
-                    _resample(clusters_Khw, (height, width), top, bottom).max(0).indices.cpu().numpy()
-                )
-        return Segmentation(labels=labels, classes=self.classes, scores=scores, clusters=clusters, image=image)
-
-
-@torch.inference_mode()
-def _resample(map_Chw: Tensor, size: tuple[int, int], top: int, bottom: int) -> Tensor:
-    """Rows ``top`` to ``bottom`` of the bilinear enlargement of a map to ``size``. Shape: (C, h, w) -> (C, bottom - top, W)."""
-    if map_Chw.shape[1:] == size:
-        return map_Chw[:, top:bottom]
-    height, width = size
-    device = map_Chw.device
-    y = (torch.arange(top, bottom, device=device) + 0.5) / height * 2 - 1
-    x = (torch.arange(width, device=device) + 0.5) / width * 2 - 1
-    grid = torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], -1).unsqueeze(0)
-    return F.grid_sample(map_Chw.unsqueeze(0), grid, padding_mode="border", align_corners=False)[0]
+    def _logits(self, scores_Rhw: Tensor, rows_R: Tensor, active: RefinedScores) -> ClassLogits:
+        return class_logits(scores_Rhw, rows_R, active.classes_A, active.scores_AHW, self.config.temperature)
 
 
 def _resize(image: np.ndarray, size: tuple[int, int]) -> Tensor:
-    """Shape: (H, W, 3) -> (3, rows, columns), uint8."""
+    """Resize to (rows, columns). Shape: (H, W, 3) -> (3, rows, columns), uint8."""
     if image.shape[:2] != size:
         image = np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BICUBIC, reducing_gap=2.0))
     return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
 
 
 def to_array(image: ImageLike, max_pixels: int | None = None) -> np.ndarray:
-    """A picture in memory or elsewhere as upright RGB. Shape: -> (H, W, 3), uint8.
+    """Load an image, from memory or elsewhere, as upright RGB. Shape: -> (H, W, 3), uint8.
 
     Raises:
         DataError, StorageError: as `Segmenter.__call__`.

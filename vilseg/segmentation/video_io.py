@@ -1,6 +1,4 @@
-"""Video files: frames upright and with their times, in and out, by PyAV (the extra ``video``)."""
-
-from __future__ import annotations
+"""Read and write video files, as upright frames with their times, by PyAV (the extra ``video``)."""
 
 import itertools
 import math
@@ -17,44 +15,45 @@ from vilseg import storage
 from vilseg.errors import DataError, TooLargeError, UserError
 
 _MAX_PIXELS = 100_000_000
-"""As for pictures: what a damaged header may not announce."""
+"""Default limit of width x height, as for images: a damaged header may announce anything."""
 
 _FORMATS = (
     "mov,matroska,avi,mpegts,mpeg,mpegvideo,m4v,h264,hevc,av1,obu,ivf,flv,live_flv,asf,ogg,gif,apng,webp_anim,mxf,mxf_opatom,"
     "gxf,nut,nsv,dv,rm,wtv,wav,mp3,flac,yuv4mpegpipe,mjpeg,vc1,dhav,3gp,swf,smk,bink,cavsvideo,dirac,film_cpk"
 )
-"""Demuxers for films, and for nothing that refers to other files or addresses, as play lists do: they may come from strangers."""
+"""Demuxers for videos. None that refers to other files or addresses, as play lists do: uploads are not trusted."""
 
 _STATE_THEIR_LENGTH = ("mov,mp4", "matroska", "avi")
-"""Formats whose header says how long the film is; elsewhere FFmpeg guesses it."""
+"""Formats whose header states the duration of the video; elsewhere FFmpeg guesses it."""
 
 _ENCODERS = {"libx264": {"crf": "20", "preset": "veryfast"}, "mpeg4": {"qmin": "2", "qmax": "6"}}
-"""H.264 where PyAV's FFmpeg was built with it, MPEG-4 part 2 otherwise, with settings that keep edges sharp."""
+"""Encoders with their settings: H.264 where PyAV's FFmpeg was built with it, MPEG-4 part 2 otherwise; both keep edges
+sharp."""
 
 _CLOCK = 60_000
-"""Ticks a second of written films: whole ticks for the usual frame rates, and MPEG-4 allows no more than 65535."""
+"""Ticks per second of written videos: whole ticks for the usual frame rates, and MPEG-4 allows no more than 65535."""
 
 
 @dataclass(frozen=True, eq=False)
 class Frame:
-    """One frame of a film."""
+    """One frame of a video."""
 
     index: int
     """From 0, in the order shown."""
     seconds: float
-    """When it is shown, from the first frame on; frames of a variable rate keep their own times."""
+    """Time at which it is shown, from the first frame on; frames of a variable rate keep their own times."""
     image: np.ndarray
     """(H, W, 3) uint8 RGB, upright."""
 
 
 def read_frames(path: str | Path, *, max_pixels: int | None = None) -> Iterator[Frame]:
-    """The frames of the first video stream of a file, decoded as they are asked for.
+    """Yield the frames of the first video stream of a file, decoded on demand.
 
-    Rotation noted by the camera is applied, in quarter turns. Should the size change on the way, frames are brought to
+    Rotation noted by the camera is applied, in quarter turns. If the size changes on the way, frames are resized to
     the size of the first. Pixels that are not square stay as they are stored.
 
     Args:
-        path: a path or URI; what lies on an object store is copied to a temporary file first.
+        path: a path or URI; an object of a store is copied to a temporary file first.
         max_pixels: largest width x height of the frames; 100 million where None.
 
     Raises:
@@ -66,7 +65,7 @@ def read_frames(path: str | Path, *, max_pixels: int | None = None) -> Iterator[
     av = _import_av()
     uri = str(path)
     with storage.local_copy(uri) as local:
-        storage.open_input(str(local)).close()  # a folder, or no permission: told better than by FFmpeg
+        storage.open_input(str(local)).close()  # a directory, or no permission: a better message than that of FFmpeg
         try:
             container = av.open(str(local), options={"format_whitelist": _FORMATS})
         except (av.error.FFmpegError, OSError) as error:
@@ -98,7 +97,7 @@ def _decode(av: Any, container: Any, uri: str, limit: int) -> Iterator[Frame]:
             start = frame.time if index == 0 else start
             seconds = frame.time - start
         lasts = float(frame.duration * frame.time_base) if frame.duration else step
-        if frame.width * frame.height > limit:  # the header need not tell of it
+        if frame.width * frame.height > limit:  # the header may not announce it
             raise TooLargeError(f"{uri} has a frame of {frame.width} x {frame.height} pixels, more than {limit:,}")
         image = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
         size = size or image.shape[1::-1]
@@ -117,7 +116,7 @@ def _decoded_extent(frames: int, seconds: float) -> str:
 
 
 def _stated_seconds(container: Any, stream: Any) -> float | None:
-    """How long the film is by its header; None where that does not say."""
+    """Duration of the video by its header, in seconds; None where it is not stated."""
     if not container.format.name.startswith(_STATE_THEIR_LENGTH):
         return None
     if stream.duration is not None:
@@ -126,19 +125,19 @@ def _stated_seconds(container: Any, stream: Any) -> float | None:
     if len(tag) == 3:
         hours, minutes, rest = (float(part) for part in tag)
         return 3600 * hours + 60 * minutes + rest
-    alone = len(container.streams) == 1  # sound may last longer than the picture
+    alone = len(container.streams) == 1  # sound may last longer than the video stream
     return container.duration / 1e6 if alone and container.duration is not None else None
 
 
 def write_video(uri: str, frames: Iterable[Frame]) -> None:
     """Write frames as an MP4 file with H.264 (MPEG-4 part 2 where PyAV has none), each shown from its own time on.
 
-    Both sides must be even there, so an odd one is made longer by a repeated row or column. The file appears whole or
-    not at all, also when ``frames`` raises.
+    Both sides must be even there, so an odd one is made longer by a repeated row or column. The file appears complete
+    or not at all, also when ``frames`` raises.
 
     Raises:
         DataError: there is no frame, or one differs in size from the first.
-        StorageError: the place cannot be written.
+        StorageError: the file cannot be written.
         UserError: PyAV is not installed.
     """
     av = _import_av()
@@ -158,10 +157,10 @@ def write_video(uri: str, frames: Iterable[Frame]) -> None:
                 there, here = (f"{image.shape[1]} x {image.shape[0]}" for image in (frame.image, first.image))
                 raise DataError(f"frame {frame.index} of {uri} has {there} pixels, and the first one {here}")
             even = np.pad(frame.image, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-            picture = av.VideoFrame.from_ndarray(even, format="rgb24")
-            tick = max(tick + 1, math.floor(frame.seconds * _CLOCK + 0.5))  # times must rise
-            picture.pts, picture.time_base = tick, Fraction(1, _CLOCK)
-            container.mux(stream.encode(picture))
+            video_frame = av.VideoFrame.from_ndarray(even, format="rgb24")
+            tick = max(tick + 1, math.floor(frame.seconds * _CLOCK + 0.5))  # times must increase
+            video_frame.pts, video_frame.time_base = tick, Fraction(1, _CLOCK)
+            container.mux(stream.encode(video_frame))
         container.mux(stream.encode(None))
 
 

@@ -1,7 +1,7 @@
-"""Pictures of segmentations: class colours, overlays, legends and cluster maps.
+"""Render segmentations: class colours, overlays, legends and cluster maps.
 
-H W are pixels, C classes. A label of C or more, whatever its value, means "no class": it is left untinted in an overlay
-and is not a name in a legend. Small pictures are enlarged by whole factors, so that every label stays a crisp square.
+H W are pixels, C classes. A label of C or more, whatever its value, means "no class": it is not tinted in an overlay
+and not named in a legend. Small images are enlarged by whole factors, so that every label stays a sharp square.
 """
 
 from collections.abc import Sequence
@@ -14,17 +14,17 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 BACKGROUND = "background"
-"""The one class name that is drawn in neutral grey instead of a colour of the palette."""
+"""Class name that is rendered in neutral grey instead of a colour of the palette."""
 
 _BACKGROUND_COLOUR = (112, 117, 125)
 _NO_CLASS_COLOUR = (214, 217, 222)
-_DISTINCT_COLOURS = 256  # nobody tells more apart: the sequence repeats after these
-_MIN_SIDE = 256  # px: pictures whose shorter side is less are enlarged before anything is drawn on them
-_MAX_SIDE = 2048  # px: enlarging stops here, so that a very long strip does not become a giant picture
+_DISTINCT_COLOURS = 256  # more cannot be told apart: the sequence repeats after these
+_MIN_SIDE = 256  # px: images whose shorter side is less are enlarged before anything is drawn on them
+_MAX_SIDE = 2048  # px: enlarging stops here, so that a very long strip does not become a giant image
 
 
 def _oklab(colours: np.ndarray) -> np.ndarray:
-    """OKLab coordinates of 8-bit sRGB colours, (N, 3) -> (N, 3) float64 (Ottosson 2020, bottosson.github.io)."""
+    """Convert 8-bit sRGB colours to OKLab coordinates, (N, 3) -> (N, 3) float64 (Ottosson 2020, bottosson.github.io)."""
     srgb = colours.astype(np.float64) / 255
     linear = np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
     to_lms = np.array(
@@ -46,7 +46,7 @@ def _oklab(colours: np.ndarray) -> np.ndarray:
 
 @cache
 def _colour_sequence() -> np.ndarray:
-    """The first `_DISTINCT_COLOURS` colours, each as far as can be from all before it; (N, 3) uint8.
+    """Choose the first `_DISTINCT_COLOURS` colours, each as far as possible from all before it; (N, 3) uint8.
 
     Greedy farthest-point choice in OKLab among the sRGB colours that are neither near black, near white, grey nor neon.
     """
@@ -70,16 +70,20 @@ def _colour_sequence() -> np.ndarray:
 
 
 def palette(count: int) -> np.ndarray:
-    """Well distinguishable colours, always the same ones: (count, 3) uint8.
+    """Return well distinguishable colours, always the same ones: (count, 3) uint8.
 
     A shorter palette is the beginning of a longer one, so a class keeps its colour when others are appended. From the
     257th on the colours repeat.
+
+    Example:
+        >>> palette(2).shape, bool((palette(2) == palette(5)[:2]).all())
+        ((2, 3), True)
     """
     return _colour_sequence()[np.arange(count) % _DISTINCT_COLOURS]
 
 
 def class_colours(classes: Sequence[str]) -> np.ndarray:
-    """The colour of every class, (C, 3) uint8: the palette, with `BACKGROUND` in grey."""
+    """Return the colour of every class, (C, 3) uint8: the palette, with `BACKGROUND` in grey."""
     colours = palette(len(classes))
     for index, name in enumerate(classes):
         if name == BACKGROUND:
@@ -89,17 +93,18 @@ def class_colours(classes: Sequence[str]) -> np.ndarray:
 
 @dataclass(frozen=True, kw_only=True)
 class LegendEntry:
-    """One line of a legend: a class that is in the picture."""
+    """One line of a legend: a class that is present in the image."""
 
     name: str
+    """Class name."""
     colour: tuple[int, int, int]
     """8-bit sRGB."""
     fraction: float
-    """Part of all pixels of the picture, in 0..1."""
+    """Fraction of all pixels of the image, in 0..1."""
 
 
 def legend_entries(labels: np.ndarray, classes: Sequence[str]) -> list[LegendEntry]:
-    """The classes present in labels (H, W), the largest first; pixels without a class count in no entry."""
+    """List the classes present in labels (H, W), the largest first; pixels without a class count in no entry."""
     values, counts = np.unique(labels, return_counts=True)
     colours = class_colours(classes)
     present = [(int(value), int(count)) for value, count in zip(values, counts, strict=True) if value < len(classes)]
@@ -110,13 +115,13 @@ def legend_entries(labels: np.ndarray, classes: Sequence[str]) -> list[LegendEnt
 
 
 def rgb(colour: np.ndarray) -> tuple[int, int, int]:
-    """A row of a colour table as the tuple of ints that Pillow and CSS take."""
+    """Convert a row of a colour table to the tuple of ints that Pillow and CSS take."""
     red, green, blue = (int(channel) for channel in colour)
     return red, green, blue
 
 
 def upscale_factor(height: int, width: int, min_side: int = _MIN_SIDE) -> int:
-    """The whole factor that makes the shorter side at least min_side px, without passing 2048 px on the longer one."""
+    """Return the whole factor that makes the shorter side at least min_side px, and the longer one at most 2048 px."""
     wanted = -(-min_side // min(height, width))
     return max(1, min(wanted, _MAX_SIDE // max(height, width)))
 
@@ -126,16 +131,16 @@ def _enlarge(array: np.ndarray, factor: int) -> np.ndarray:
 
 
 def _borders(labels: np.ndarray) -> np.ndarray:
-    """Where a pixel differs from its right or lower neighbour: (H, W) bool."""
+    """Mask of the pixels that differ from their right or lower neighbour: (H, W) bool."""
     border = np.zeros(labels.shape, dtype=bool)
     border[:, :-1] |= labels[:, :-1] != labels[:, 1:]
     border[:-1] |= labels[:-1] != labels[1:]
     return border
 
 
-def _darken(picture: Image.Image, where: np.ndarray) -> Image.Image:
-    darker = Image.blend(picture, Image.new("RGB", picture.size, (10, 12, 16)), 0.7)
-    return Image.composite(darker, picture, Image.fromarray(where))
+def _darken(rendered: Image.Image, where: np.ndarray) -> Image.Image:
+    darker = Image.blend(rendered, Image.new("RGB", rendered.size, (10, 12, 16)), 0.7)
+    return Image.composite(darker, rendered, Image.fromarray(where))
 
 
 def draw_overlay(
@@ -146,10 +151,10 @@ def draw_overlay(
     opacity: float = 0.55,
     factor: int = 1,
 ) -> Image.Image:
-    """Class colours laid over the image: labels (H, W), image (H, W, 3) uint8 -> RGB picture of factor * (W, H) px.
+    """Overlay class colours on the image: labels (H, W), image (H, W, 3) uint8 -> RGB image of factor * (W, H) px.
 
-    Below a class the image shows in grey, so that a tint means its class and nothing else; where there is no class
-    the image keeps its own colours. Without an image the plain class map is drawn, and `opacity` (0..1) has no effect.
+    Below a class the image is grey, so that a tint means its class and nothing else; where there is no class
+    the image keeps its own colours. Without an image the plain class map is rendered, and `opacity` (0..1) has no effect.
     """
     index = _enlarge(np.minimum(labels, np.uint16(len(classes))), factor)
     table = np.vstack([class_colours(classes), np.array([_NO_CLASS_COLOUR], dtype=np.uint8)])
@@ -160,31 +165,31 @@ def draw_overlay(
     photo = Image.fromarray(image)
     if factor > 1:
         photo = photo.resize(tint.size, Image.Resampling.NEAREST)
-    picture = Image.blend(photo.convert("L").convert("RGB"), tint, opacity)
-    picture = Image.composite(picture, photo, Image.fromarray(index < len(classes)))
-    return _darken(picture, _borders(index)) if factor > 1 else picture
+    rendered = Image.blend(photo.convert("L").convert("RGB"), tint, opacity)
+    rendered = Image.composite(rendered, photo, Image.fromarray(index < len(classes)))
+    return _darken(rendered, _borders(index)) if factor > 1 else rendered
 
 
 def draw_clusters(clusters: np.ndarray, *, factor: int = 1) -> Image.Image:
-    """Pastel map of the regions: clusters (H, W) integers >= 0 -> RGB picture of factor * (W, H) px.
+    """Render clusters in pastel: clusters (H, W) integers >= 0 -> RGB image of factor * (W, H) px.
 
-    Pastel, so that cluster colours are not taken for the class colours beside them: a cluster has no name.
+    Pastel, so that cluster colours are not mistaken for the class colours beside them: a cluster has no name.
     """
     index = _enlarge(clusters, factor)
     colours = palette(int(clusters.max()) + 1).astype(np.uint16)
     pastel = ((colours + 255) // 2).astype(np.uint8)
-    picture = Image.fromarray(pastel[index])
-    return _darken(picture, _borders(index)) if factor > 1 else picture
+    rendered = Image.fromarray(pastel[index])
+    return _darken(rendered, _borders(index)) if factor > 1 else rendered
 
 
-def add_legend(picture: Image.Image, entries: Sequence[LegendEntry]) -> Image.Image:
-    """The picture with a legend below it on white: a colour patch, the name and the share of the area for each entry.
+def add_legend(rendered: Image.Image, entries: Sequence[LegendEntry]) -> Image.Image:
+    """Add a legend below the image, on white: a colour patch, the name and the fraction of the area for each entry.
 
-    The letters grow with the width of the picture; names that are too long for it end in an ellipsis.
+    The letters grow with the width of the image; names that are too long for it end in an ellipsis.
     """
     if not entries:
-        return picture
-    width = max(picture.width, _MIN_SIDE)
+        return rendered
+    width = max(rendered.width, _MIN_SIDE)
     size = min(max(width // 32, 13), 44)  # px: one line
     font = _font(size, ascii_only=all(entry.name.isascii() for entry in entries))
     patch, pad, line = size, size // 2, size * 3 // 2
@@ -193,12 +198,12 @@ def add_legend(picture: Image.Image, entries: Sequence[LegendEntry]) -> Image.Im
     columns = max(1, (width - pad) // cell)
     rows = -(-len(texts) // columns)
 
-    canvas = Image.new("RGB", (width, picture.height + rows * line + 2 * pad), "white")
-    canvas.paste(picture, ((width - picture.width) // 2, 0))
+    canvas = Image.new("RGB", (width, rendered.height + rows * line + 2 * pad), "white")
+    canvas.paste(rendered, ((width - rendered.width) // 2, 0))
     draw = ImageDraw.Draw(canvas)
     for number, (entry, text) in enumerate(zip(entries, texts, strict=True)):
         left = pad + number % columns * cell
-        middle = picture.height + pad + number // columns * line + line // 2
+        middle = rendered.height + pad + number // columns * line + line // 2
         box = (left, middle - patch // 2, left + patch, middle - patch // 2 + patch)
         draw.rounded_rectangle(box, radius=patch // 5, fill=entry.colour)
         draw.text((left + patch + pad, middle), text, font=font, fill=(28, 30, 34), anchor="lm")
@@ -206,15 +211,20 @@ def add_legend(picture: Image.Image, entries: Sequence[LegendEntry]) -> Image.Im
 
 
 def percent_text(fraction: float) -> str:
-    """Return a fraction in 0..1 as whole per cent, "<1 %" for what is there but would round to nothing."""
+    """Return a fraction in 0..1 as whole per cent, "<1 %" for what is present but would round to 0 %.
+
+    Example:
+        >>> percent_text(0.123), percent_text(0.001)
+        ('12 %', '<1 %')
+    """
     return "<1 %" if 0 < fraction < 0.005 else f"{fraction:.0%}".replace("%", " %")
 
 
 def _font(size: int, *, ascii_only: bool) -> ImageFont.FreeTypeFont:
-    """Pillow's own font, which has nothing but ASCII, or matplotlib's for Latin, Greek and Cyrillic."""
+    """Load Pillow's own font, which has only ASCII, or matplotlib's for Latin, Greek and Cyrillic."""
     if ascii_only:
         return cast(ImageFont.FreeTypeFont, ImageFont.load_default(size=size))
-    import matplotlib as mpl  # slow to import, and needed by few
+    import matplotlib as mpl  # slow to import, and rarely needed
 
     return ImageFont.truetype(Path(mpl.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size=size)
 

@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vilseg.model import ImageEmbeddings, ImageFeatures, ViLSeg
-from vilseg.segmentation.class_scores import compute_class_scores, score_deviations, standardized_embeddings
+from vilseg.segmentation.class_embeddings import ClassEmbeddings, score_deviations
+from vilseg.segmentation.class_scores import compute_class_scores
 
 UNLABELED = -1
 
@@ -67,11 +68,9 @@ class PseudoLabeler:
             phrases_PD = torch.cat([model.embed_text(model.text_features(tokens).float()) for tokens in chunks])
             centre = model.caption_mean if settings.center_text else 0.0
             self._phrases_PD = F.normalize(phrases_PD - centre, dim=-1)
-        # Fully calibrated scores of all texts have one standard deviation, that of the mean over the texts.
+        # Fully standardized scores of all texts have one standard deviation, that of the mean over the texts.
         texts_PD = self._phrases_PD[present_P]
-        texts = standardized_embeddings(
-            texts_PD, model.patch_mean, model.patch_covariance, 1.0, classes=len(texts_PD), background=None
-        )
+        texts = ClassEmbeddings.standardized(texts_PD, model.patch_mean, model.patch_covariance, 1.0)
         deviation = score_deviations(texts_PD, model.patch_covariance).mean()
         patches_BND = model.embed_patches(features)
         embeddings = ImageEmbeddings(patches_BND.mean(1), patches_BND, features.grid)

@@ -8,12 +8,11 @@ import torch.nn.functional as F
 
 from vilseg.config import SegmentationConfig
 from vilseg.model import ImageEmbeddings
-from vilseg.segmentation.class_embeddings import normalize_class_name
+from vilseg.segmentation.class_embeddings import ClassEmbeddings, normalize_class_name
 from vilseg.segmentation.class_scores import (
     compute_class_scores,
     objectness,
     select_top_classes,
-    standardized_embeddings,
 )
 
 B, GRID, D, K, C, WORDS = 2, (2, 3), 6, 4, 5, 3
@@ -59,7 +58,7 @@ def slow(scene: tuple, config: SegmentationConfig, image: int, patch: int, text:
 def test_scores_are_those_of_the_formula(scene: tuple, weight: float, mix: float, calibration: float) -> None:
     config = SegmentationConfig(region_weight=weight, image_mix=mix, calibration=calibration)
     embeddings, assignments, texts, mean, covariance = scene
-    classes = standardized_embeddings(texts, mean, covariance, calibration, classes=C, background=None)
+    classes = ClassEmbeddings.standardized(texts, mean, covariance, calibration, num_classes=C, background=None)
     scores = compute_class_scores(embeddings, assignments, classes, config)
     assert scores.shape == (B, C, *GRID)
     for image in range(B):
@@ -72,9 +71,9 @@ def test_scores_are_those_of_the_formula(scene: tuple, weight: float, mix: float
 def test_background_takes_the_best_of_its_words_and_the_bias(scene: tuple) -> None:
     config = SegmentationConfig(background_bias=0.1)
     embeddings, assignments, texts, mean, covariance = scene
-    plain = standardized_embeddings(texts, mean, covariance, 0.0, classes=C + WORDS, background=None)
+    plain = ClassEmbeddings.standardized(texts, mean, covariance, 0.0, num_classes=C + WORDS, background=None)
     every = compute_class_scores(embeddings, assignments, plain, config)
-    classes = standardized_embeddings(texts, mean, covariance, 0.0, classes=C, background=2)
+    classes = ClassEmbeddings.standardized(texts, mean, covariance, 0.0, num_classes=C, background=2)
     scores = compute_class_scores(embeddings, assignments, classes, config)
     assert torch.allclose(scores[:, 2], every[:, C:].amax(1) + 0.1)
     others = [index for index in range(C) if index != 2]
@@ -83,7 +82,7 @@ def test_background_takes_the_best_of_its_words_and_the_bias(scene: tuple) -> No
 
 def test_background_without_words_is_the_word_itself_with_the_bias(scene: tuple) -> None:
     embeddings, assignments, texts, mean, covariance = scene
-    classes = standardized_embeddings(texts[:C], mean, covariance, 0.0, classes=C, background=0)
+    classes = ClassEmbeddings.standardized(texts[:C], mean, covariance, 0.0, num_classes=C, background=0)
     biased = compute_class_scores(embeddings, assignments, classes, SegmentationConfig(background_bias=0.1))
     plain = compute_class_scores(embeddings, assignments, classes, SegmentationConfig())
     assert torch.allclose(biased[:, 0], plain[:, 0] + 0.1)
@@ -115,7 +114,7 @@ def test_a_region_within_the_picture_is_an_object_and_its_surroundings_are_not()
 
 def test_objectness_moves_the_background_alone(scene: tuple) -> None:
     embeddings, assignments, texts, mean, covariance = scene
-    classes = standardized_embeddings(texts, mean, covariance, 0.0, classes=C, background=2)
+    classes = ClassEmbeddings.standardized(texts, mean, covariance, 0.0, num_classes=C, background=2)
     plain, moved = (
         compute_class_scores(embeddings, assignments, classes, SegmentationConfig(objectness=weight))
         for weight in (0, 0.3)
@@ -130,8 +129,8 @@ def test_full_calibration_gives_all_classes_one_mean_and_spread_over_the_picture
     torch.manual_seed(1)
     patches = F.normalize(torch.randn(1, 400, D, dtype=torch.float64) * torch.arange(1, D + 1) + 1, dim=-1)
     texts = unit(C, D)
-    classes = standardized_embeddings(
-        texts, patches[0].mean(0), torch.cov(patches[0].T), 1.0, classes=C, background=None
+    classes = ClassEmbeddings.standardized(
+        texts, patches[0].mean(0), torch.cov(patches[0].T), 1.0, num_classes=C, background=None
     )
     config = SegmentationConfig(region_weight=0)
     embeddings = ImageEmbeddings(patches.mean(1), patches, (20, 20))
@@ -145,7 +144,8 @@ def test_directions_that_are_all_alike_leave_the_cosines_as_they_are(scene: tupl
     isotropic = torch.eye(D, dtype=torch.float64) / D
     zero = torch.zeros(D, dtype=torch.float64)
     pair = [
-        standardized_embeddings(texts, zero, isotropic, strength, classes=C, background=None) for strength in (0.0, 1.0)
+        ClassEmbeddings.standardized(texts, zero, isotropic, strength, num_classes=C, background=None)
+        for strength in (0.0, 1.0)
     ]
     first, second = (compute_class_scores(embeddings, assignments, classes, SegmentationConfig()) for classes in pair)
     assert torch.allclose(first, second)
@@ -168,10 +168,12 @@ def test_class_names_are_said_as_captions_would_say_them(name: str, wanted: str)
 
 def test_a_class_has_the_score_of_its_best_synonym(scene: tuple) -> None:
     embeddings, assignments, texts, mean, covariance = scene
-    plain = standardized_embeddings(texts, mean, covariance, 0.0, classes=C + WORDS, background=None)
+    plain = ClassEmbeddings.standardized(texts, mean, covariance, 0.0, num_classes=C + WORDS, background=None)
     every = compute_class_scores(embeddings, assignments, plain, SegmentationConfig())
     owners = torch.tensor([1] * WORDS)
-    classes = standardized_embeddings(texts, mean, covariance, 0.0, classes=C, background=None, synonym_of_S=owners)
+    classes = ClassEmbeddings.standardized(
+        texts, mean, covariance, 0.0, num_classes=C, background=None, synonym_of_Y=owners
+    )
     scores = compute_class_scores(embeddings, assignments, classes, SegmentationConfig())
     assert torch.equal(scores[:, 1], every[:, [1, *range(C, C + WORDS)]].amax(1))
     others = [index for index in range(C) if index != 1]
@@ -182,10 +184,10 @@ def test_a_class_has_the_score_of_its_best_synonym(scene: tuple) -> None:
 def test_synonyms_are_joined_by_the_formula(scene: tuple, how: str) -> None:
     embeddings, assignments, texts, mean, covariance = scene
     config = SegmentationConfig(synonyms=how, temperature=0.07)
-    plain = standardized_embeddings(texts, mean, covariance, 0.0, classes=C + WORDS, background=None)
+    plain = ClassEmbeddings.standardized(texts, mean, covariance, 0.0, num_classes=C + WORDS, background=None)
     every = compute_class_scores(embeddings, assignments, plain, config)
-    classes = standardized_embeddings(
-        texts, mean, covariance, 0.0, classes=C, background=None, synonym_of_S=torch.tensor([1, 4, 1])
+    classes = ClassEmbeddings.standardized(
+        texts, mean, covariance, 0.0, num_classes=C, background=None, synonym_of_Y=torch.tensor([1, 4, 1])
     )
     scores = compute_class_scores(embeddings, assignments, classes, config)
     for index, rows in {0: [0], 1: [1, C, C + 2], 2: [2], 3: [3], 4: [4, C + 1]}.items():
@@ -201,8 +203,8 @@ def test_synonyms_are_joined_by_the_formula(scene: tuple, how: str) -> None:
 
 def test_log_sum_exp_lies_between_mean_and_maximum_and_does_not_overflow(scene: tuple) -> None:
     embeddings, assignments, texts, mean, covariance = scene
-    classes = standardized_embeddings(
-        texts, mean, covariance, 0.0, classes=C, background=None, synonym_of_S=torch.tensor([0] * WORDS)
+    classes = ClassEmbeddings.standardized(
+        texts, mean, covariance, 0.0, num_classes=C, background=None, synonym_of_Y=torch.tensor([0] * WORDS)
     )
 
     def scores(how: str, temperature: float) -> torch.Tensor:
@@ -220,10 +222,12 @@ def test_negative_words_are_a_row_of_their_own(scene: tuple) -> None:
     every = compute_class_scores(
         embeddings,
         assignments,
-        standardized_embeddings(texts, mean, covariance, 0.0, classes=C + WORDS, background=None),
+        ClassEmbeddings.standardized(texts, mean, covariance, 0.0, num_classes=C + WORDS, background=None),
         SegmentationConfig(),
     )
-    classes = standardized_embeddings(texts, mean, covariance, 0.0, classes=C, background=None, negatives=WORDS)
+    classes = ClassEmbeddings.standardized(
+        texts, mean, covariance, 0.0, num_classes=C, background=None, num_negatives=WORDS
+    )
     scores = compute_class_scores(embeddings, assignments, classes, SegmentationConfig())
     assert scores.shape == (B, C + 1, *GRID)
     assert torch.equal(scores[:, :C], every[:, :C])
@@ -235,10 +239,10 @@ def test_negative_words_are_background_without_its_bias(scene: tuple) -> None:
     every = compute_class_scores(
         embeddings,
         assignments,
-        standardized_embeddings(texts, mean, covariance, 0.0, classes=C + WORDS, background=None),
+        ClassEmbeddings.standardized(texts, mean, covariance, 0.0, num_classes=C + WORDS, background=None),
         SegmentationConfig(),
     )
-    classes = standardized_embeddings(texts, mean, covariance, 0.0, classes=C, background=3, negatives=1)
+    classes = ClassEmbeddings.standardized(texts, mean, covariance, 0.0, num_classes=C, background=3, num_negatives=1)
     scores = compute_class_scores(embeddings, assignments, classes, SegmentationConfig(background_bias=-0.2))
     assert scores.shape == (B, C, *GRID)
     assert torch.allclose(scores[:, 3], torch.maximum(every[:, C], every[:, C + 1 :].amax(1) - 0.2))

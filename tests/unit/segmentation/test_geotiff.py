@@ -20,7 +20,7 @@ from rasterio.transform import Affine
 from vilseg.config import RefinementConfig, SegmentationConfig
 from vilseg.errors import ConfigError, DataError, StorageError, UserError
 from vilseg.model import ViLSeg
-from vilseg.segmentation import geotiff
+from vilseg.segmentation import geotiff, geotiff_io
 from vilseg.segmentation.geotiff import GeoMask, is_georeferenced, segment_geotiff
 from vilseg.segmentation.segmenter import Segmenter
 from vilseg.segmentation.visualization import class_colours
@@ -454,7 +454,7 @@ def test_wide_pictures_of_many_classes_are_labelled_in_small_parts(
     source = write(tmp_path / "in.tif", picture(90, 300), blockysize=90, compress="deflate", **UTM)
     expected, mask = segmented(segmenter, source)
     monkeypatch.setattr(geotiff, "_BLOCK_VALUES", 5 * 4 * 256)
-    monkeypatch.setattr(geotiff, "_STRIP_PIXELS", 300 * 20)
+    monkeypatch.setattr(geotiff_io, "_STRIP_PIXELS", 300 * 20)
     labels, again = segmented(segmenter, source)
     np.testing.assert_array_equal(labels, expected)
     assert again.areas == mask.areas

@@ -49,8 +49,8 @@ def test_as_the_formula_says() -> None:
     image = torch.rand(3, 6, 7, generator=generator, dtype=torch.float64)
     scores = torch.rand(3, 6, 7, generator=generator, dtype=torch.float64)
     result = refine(scores, image, RefinementConfig(iterations=2, dilations=[1, 3], tolerance=0.3))
-    assert result.classes_W.tolist() == [0, 1, 2]
-    torch.testing.assert_close(result.scores_Whw, naive(scores, image, 2, [1, 3], 0.3))
+    assert result.classes_A.tolist() == [0, 1, 2]
+    torch.testing.assert_close(result.scores_AHW, naive(scores, image, 2, [1, 3], 0.3))
 
 
 def two_halves() -> tuple[Tensor, Tensor]:
@@ -78,25 +78,25 @@ def test_boundaries_move_to_the_edges_of_the_picture(settings: dict[str, Any]) -
     def right(result_classes: Tensor, scores: Tensor) -> float:
         return float((result_classes[scores.argmax(0)] == truth).float().mean())
 
-    assert after.classes_W.tolist() == [1, 3]
-    assert right(before.classes_W, before.scores_Whw) < 0.92
-    assert right(after.classes_W, after.scores_Whw) > 0.97
+    assert after.classes_A.tolist() == [1, 3]
+    assert right(before.classes_A, before.scores_AHW) < 0.92
+    assert right(after.classes_A, after.scores_AHW) > 0.97
 
 
 def test_an_even_picture_and_even_scores_stay_finite_and_as_they_are() -> None:
     scores = torch.tensor([0.25, 0.5]).view(2, 1, 1).expand(2, 3, 5)
     result = refine(scores, torch.zeros(3, 48, 80), RefinementConfig(iterations=3, dilations=[1, 40]))
-    torch.testing.assert_close(result.scores_Whw, torch.full((1, 12, 20), 0.5))
+    torch.testing.assert_close(result.scores_AHW, torch.full((1, 12, 20), 0.5))
     left = torch.stack([torch.linspace(0, 1, 5).expand(3, 5), torch.linspace(1, 0, 5).expand(3, 5)])
     result = refine(left, torch.zeros(3, 48, 80), RefinementConfig(iterations=3, dilations=[1, 40]))
-    torch.testing.assert_close(result.scores_Whw.sum(0), torch.ones(12, 20))
+    torch.testing.assert_close(result.scores_AHW.sum(0), torch.ones(12, 20))
 
 
 def test_the_finer_grid_is_never_finer_than_the_picture() -> None:
     scores = torch.rand(3, 4, 6, generator=torch.Generator().manual_seed(2))
     for upscale, size in ((1, (4, 6)), (4, (16, 24)), (9, (32, 48))):
         config = RefinementConfig(iterations=1, upscale=upscale)
-        assert refine(scores, torch.rand(3, 32, 48), config).scores_Whw.shape[1:] == size
+        assert refine(scores, torch.rand(3, 32, 48), config).scores_AHW.shape[1:] == size
 
 
 def test_the_segmenter_names_only_classes_that_won_and_scores_them(make_model: Callable[..., ViLSeg]) -> None:

@@ -1,5 +1,6 @@
 """From pictures of any kind and size to masks of their own size."""
 
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,8 +12,7 @@ from PIL import Image
 from vilseg.config import SegmentationConfig
 from vilseg.errors import DataError, StorageError
 from vilseg.model import ViLSeg
-from vilseg.segmentation import class_embeddings
-from vilseg.segmentation import segmenter as module
+from vilseg.segmentation import class_embeddings, dense_features, pixel_labeling
 from vilseg.segmentation.result import Segmentation
 from vilseg.segmentation.segmenter import Segmenter
 from vilseg.text.vocabulary import Vocabulary
@@ -85,7 +85,7 @@ def test_strips_equal_the_whole(segmenter: Segmenter, monkeypatch: pytest.Monkey
     image = picture(61, 40)
     whole = segmenter(image)
     for values in (1, 40 * 5 * 7):
-        monkeypatch.setattr(module, "_STRIP_VALUES", values)
+        monkeypatch.setattr(pixel_labeling, "_STRIP_VALUES", values)
         strips = segmenter(image)
         np.testing.assert_allclose(strips.scores, whole.scores, atol=1e-5)
         assert (strips.labels == whole.labels).mean() > 0.999
@@ -97,9 +97,9 @@ def test_strips_equal_the_whole(segmenter: Segmenter, monkeypatch: pytest.Monkey
 def test_scores_and_labels_are_the_soft_max_of_enlarged_similarities(segmenter: Segmenter) -> None:
     image = picture(50, 70)
     result = segmenter(image)
-    [look] = segmenter.encode([image])
-    similarity = segmenter._similarity(look).unsqueeze(0)
-    clusters = look.assignments_NK.T.unflatten(1, look.grid).unsqueeze(0)
+    [features] = segmenter.encode([image])
+    similarity = segmenter._class_scores(features).unsqueeze(0)
+    clusters = features.assignments_NK.T.unflatten(1, features.grid).unsqueeze(0)
     size = {"size": (50, 70), "mode": "bilinear", "align_corners": False}
     scores = (torch.nn.functional.interpolate(similarity, **size)[0] / segmenter.config.temperature).softmax(0)
     np.testing.assert_allclose(result.scores, scores.max(0).values, atol=1e-4)
@@ -191,9 +191,9 @@ def test_a_look_serves_every_class_list_of_one_model(make_model: Make) -> None:
     model.segmentation = SegmentationConfig(input_size=32, region_weight=0.5)
     first, second = (Segmenter(model, names, device="cpu") for names in ("cat,sofa", "sky|clouds,sea,background"))
     image = picture(40, 60)
-    [look] = first.encode([image])
-    assert_alike(second.classify(look, image), second(image))
-    labels = second.classify(look, image, background_bias=1.0).labels
+    [features] = first.encode([image])
+    assert_alike(second.classify(features, image), second(image))
+    labels = second.classify(features, image, background_bias=1.0).labels
     assert (labels == 2).all()
 
 
@@ -270,13 +270,15 @@ def test_what_a_negative_word_names_best_has_no_class(make_model: Make, iteratio
 def test_a_vocabularys_prompts_go_before_the_models(make_model: Make) -> None:
     model = make_model()
     model.segmentation = SegmentationConfig(prompts=["a photo of a {}."])
-    usual = Segmenter(model, ["cat", "sofa|couch"], device="cpu")._texts.embeddings_TD
+    usual = Segmenter(model, ["cat", "sofa|couch"], device="cpu")._class_embeddings.embeddings_ED
     model.segmentation = SegmentationConfig(prompts=["the {}", "a {} in the grass"])
-    other = Segmenter(model, ["cat", "sofa|couch"], device="cpu")._texts.embeddings_TD
+    other = Segmenter(model, ["cat", "sofa|couch"], device="cpu")._class_embeddings.embeddings_ED
     vocabulary = Vocabulary(("cat", "sofa"), ((), ("couch",)), prompts=("a photo of a {}.",))
-    np.testing.assert_allclose(Segmenter(model, vocabulary, device="cpu")._texts.embeddings_TD, usual, atol=1e-6)
+    np.testing.assert_allclose(
+        Segmenter(model, vocabulary, device="cpu")._class_embeddings.embeddings_ED, usual, atol=1e-6
+    )
     vocabulary = Vocabulary(("cat", "sofa"), ((), ("couch",)), class_prompts=((), ("a photo of a {}.",)))
-    mixed = Segmenter(model, vocabulary, device="cpu")._texts.embeddings_TD
+    mixed = Segmenter(model, vocabulary, device="cpu")._class_embeddings.embeddings_ED
     np.testing.assert_allclose(mixed, torch.stack([other[0], usual[1], usual[2]]), atol=1e-6)
     wanted = model.encode_text(["the cat", "a cat in the grass"]).mean(0)
     np.testing.assert_allclose(other[0], (wanted / wanted.norm()).detach(), atol=1e-6)
@@ -304,16 +306,60 @@ def test_texts_are_embedded_once_while_the_weights_stay(make_model: Make, monkey
     optimizer.step()
     changed = Segmenter(model, ["cat", "sofa"], device="cpu")
     assert embedded == [2, 3, 2, 2]
-    assert not torch.equal(changed._texts.embeddings_TD, first._texts.embeddings_TD)
+    assert not torch.equal(changed._class_embeddings.embeddings_ED, first._class_embeddings.embeddings_ED)
 
 
 def test_names_used_least_lately_are_forgotten(make_model: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     model, embedded = make_model(), []
     encode = model.encode_text
     monkeypatch.setattr(model, "encode_text", lambda texts: (embedded.append(len(texts)), encode(texts))[1])
-    monkeypatch.setattr(class_embeddings, "_KEPT_NAMES", 5)
+    monkeypatch.setattr(class_embeddings, "_CACHED_ENTRIES", 5)
     segmenter = Segmenter(model, "a,b", device="cpu")
     for classes in ("c,d", "a,b", "e,f", "a,b", "c,d", "a,b,c,d,e,f", "a,b,c,d,e,f", "a,b"):
         segmenter.with_classes(classes)
     # "c,d" makes way for "e,f", and all for six names, which stay alone though they are too many.
     assert embedded == [2, 2, 2, 2, 6, 2]
+
+
+def test_a_pass_is_bounded_however_many_images_are_given(segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = [picture(32, 48, seed) for seed in range(7)] + [picture(32, 32, 8)]
+    expected = segmenter.batch(images)
+    passes: list[tuple[int, ...]] = []
+    encode = segmenter.model.image_features
+    monkeypatch.setattr(segmenter.model, "image_features", lambda x: (passes.append(tuple(x.shape)), encode(x))[1])
+    monkeypatch.setattr(dense_features, "_PIXELS_PER_PASS", 3 * 32 * 48 + 1)
+    for image, result, whole in zip(images, segmenter.batch(images), expected, strict=True):
+        assert_alike(result, whole)
+        assert result.image is image
+    assert passes == [(3, 3, 32, 48), (3, 3, 32, 48), (1, 3, 32, 48), (1, 3, 32, 32)]
+    assert [len(features.patches_ND) for features in segmenter.encode(images)] == [6] * 7 + [4]
+    assert max(shape[0] for shape in passes) == 3
+    passes.clear()
+    monkeypatch.setattr(dense_features, "_PIXELS_PER_PASS", 1)
+    segmenter.batch(images[:2])
+    assert passes == [(1, 3, 32, 48)] * 2, "an image that is larger than the bound has a pass of its own"
+
+
+def test_prompts_are_averaged_pass_by_pass(make_model: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model()
+    model.segmentation = SegmentationConfig(prompts=["a {}", "the {}", "{} by the sea"])
+    names = [f"thing {number}" for number in range(11)]
+    whole = Segmenter(model, names, device="cpu")._class_embeddings.embeddings_ED
+    alive: list[weakref.ref[torch.Tensor]] = []
+    most = 0
+    encode = model.encode_text
+
+    def counted(texts: list[str]) -> torch.Tensor:
+        nonlocal most
+        most = max(most, sum(one() is not None for one in alive))
+        encoded = encode(texts)
+        alive.append(weakref.ref(encoded))
+        return encoded
+
+    monkeypatch.setattr(model, "encode_text", counted)
+    monkeypatch.setattr(class_embeddings, "_TEXTS_PER_PASS", 4)
+    monkeypatch.setattr(class_embeddings, "_cache", weakref.WeakKeyDictionary())
+    embeddings = Segmenter(model, names, device="cpu")._class_embeddings.embeddings_ED
+    torch.testing.assert_close(embeddings, whole, atol=1e-6, rtol=1e-5)
+    assert len(alive) == 9
+    assert most <= 2, "the embeddings of earlier passes are kept beside their means"

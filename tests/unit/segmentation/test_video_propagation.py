@@ -74,7 +74,7 @@ def test_carry_equals_loops() -> None:
             weights = np.exp(-d[:, y, x].astype(np.float64) / 1.5)
             weights /= weights.sum()
             moved = [at(scores, y + a, x + b) for a, b in OFFSETS]
-            np.testing.assert_allclose(found.scores_Whw[:, y, x], weights @ np.array(moved), rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(found.scores_Ahw[:, y, x], weights @ np.array(moved), rtol=1e-4, atol=1e-5)
             expected = weights @ np.array([at(trust, y + a, x + b)[0] for a, b in OFFSETS])
             expected *= np.exp(-d[:, y, x].min() / 30)
             assert float(found.confidence_1hw[0, y, x]) == pytest.approx(expected, rel=1e-4)
@@ -88,7 +88,7 @@ def test_scores_follow_what_moves() -> None:
     one_hot = torch.from_numpy(np.eye(3, dtype=np.float32)[labels[5:25, 5:25]].transpose(2, 0, 1).copy())
     moved = propagate(initial_scores(one_hot), patch_distances(now, before))
     inner = np.s_[4:-4, 4:-4]
-    np.testing.assert_array_equal(moved.scores_Whw.argmax(0).numpy()[inner], labels[7:27, 4:24][inner])
+    np.testing.assert_array_equal(moved.scores_Ahw.argmax(0).numpy()[inner], labels[7:27, 4:24][inner])
     assert float(moved.confidence_1hw[0][inner].min()) == pytest.approx(1, abs=1e-4)
     assert unmatched_fraction(patch_distances(now, before), now) < 0.4, "only the rows and columns that came in"
 
@@ -96,7 +96,7 @@ def test_scores_follow_what_moves() -> None:
 def test_huge_differences_leave_numbers() -> None:
     black, white = torch.zeros(3, H, W), torch.full((3, H, W), 255.0)
     carried = propagate(initial_scores(torch.ones(2, H, W)), patch_distances(white, black))
-    torch.testing.assert_close(carried.scores_Whw, torch.ones(2, H, W))
+    torch.testing.assert_close(carried.scores_Ahw, torch.ones(2, H, W))
     for _ in range(20):
         carried = propagate(carried, patch_distances(white, black))
     both = interpolate(carried, carried, 0.25)
