@@ -1,8 +1,7 @@
 """Embed the names of a vocabulary once, in the space of a model's patches, and keep the embeddings.
 
-A class score is standardized by what the patches of the training images say of its text (``calibration`` of the settings),
-see :mod:`vilseg.segmentation.class_scores` for the formula. Shape letters beside those of :mod:`vilseg.model`: E vocabulary
-entries (class names, their synonyms, negative words, background words, in this order), Y synonyms.
+A class score is standardized with the statistics that its text has over the patches of the training images (``calibration`` of
+the settings), see :mod:`vilseg.segmentation.class_scores` for the formula.
 """
 
 from collections import OrderedDict
@@ -49,8 +48,8 @@ class ClassEmbeddings:
     """Unit length; rows 0..C-1 are the classes. Shape: (E, D)."""
     num_classes: int
     """C."""
-    synonym_of_Y: Int[Tensor, " Y"]
-    """Index of the class that each synonym, rows C..C+Y-1, stands for. Shape: (Y,)."""
+    synonym_of_S: Int[Tensor, " S"]
+    """Index of the class that each synonym, rows C..C+S-1, stands for. Shape: (S,)."""
     num_negatives: int
     """Number of negative words."""
     background: int | None
@@ -70,7 +69,7 @@ class ClassEmbeddings:
         *,
         num_classes: int | None = None,
         background: int | None = None,
-        synonym_of_Y: Int[Tensor, " Y"] | None = None,
+        synonym_of_S: Int[Tensor, " S"] | None = None,
         num_negatives: int = 0,
     ) -> "ClassEmbeddings":
         """Derive offset and gain from the statistics of patch embeddings; see `vilseg.segmentation.class_scores`.
@@ -82,23 +81,23 @@ class ClassEmbeddings:
             strength: q in 0..1; 0 leaves the cosines as they are.
             num_classes: number of entries that are classes; all where None.
             background: index of the class ``background``, or None.
-            synonym_of_Y: index of the class of each synonym, where there are any. Shape: (Y,).
+            synonym_of_S: index of the class of each synonym, where there are any. Shape: (S,).
             num_negatives: number of entries that are negative words.
         """
         deviation_E = score_deviations(embeddings_ED, covariance_DD)
         gain_E = (deviation_E.mean() / deviation_E) ** strength
-        if synonym_of_Y is None:
-            synonym_of_Y = torch.empty(0, dtype=torch.long, device=embeddings_ED.device)
+        if synonym_of_S is None:
+            synonym_of_S = torch.empty(0, dtype=torch.long, device=embeddings_ED.device)
         offset_E = strength * (embeddings_ED @ mean_D)
         count = len(embeddings_ED) if num_classes is None else num_classes
-        return cls(embeddings_ED, count, synonym_of_Y, num_negatives, background, offset_E, gain_E)
+        return cls(embeddings_ED, count, synonym_of_S, num_negatives, background, offset_E, gain_E)
 
     def to(self, device: torch.device) -> "ClassEmbeddings":
         """Return the same on another device."""
         return replace(
             self,
             embeddings_ED=self.embeddings_ED.to(device),
-            synonym_of_Y=self.synonym_of_Y.to(device),
+            synonym_of_S=self.synonym_of_S.to(device),
             offset_E=self.offset_E.to(device),
             gain_E=self.gain_E.to(device),
         )
@@ -190,7 +189,7 @@ def _embed(model: ViLSeg, vocabulary: Vocabulary, config: SegmentationConfig) ->
         model.patch_covariance,
         config.calibration,
         num_classes=count,
-        synonym_of_Y=torch.tensor(owners, dtype=torch.long, device=mean_ED.device),
+        synonym_of_S=torch.tensor(owners, dtype=torch.long, device=mean_ED.device),
         num_negatives=len(negatives),
         background=vocabulary.background,
     )

@@ -29,9 +29,6 @@ A class with several names s has one of these scores, by ``synonyms`` of the set
 
 A patch that fits a negative word best is ``background`` (without bias and objectness), or no class where there is no such
 class. The gate keeps the k classes of an image that have the highest score at their best position.
-
-Shape letters beside those of :mod:`vilseg.model`: E vocabulary entries and Y synonyms, as in
-:mod:`vilseg.segmentation.class_embeddings`; R rows of class scores (the classes, and the row of no class, less those gated).
 """
 
 import torch
@@ -91,7 +88,7 @@ def compute_class_scores(
         own_BNE = _mix(patches_BND, whole_B1D, config.image_mix) @ texts_DE
         similarity_BNE = similarity_BNE + (1 - config.region_weight) * own_BNE
     similarity_BNE = (similarity_BNE - classes.offset_E) * classes.gain_E
-    num_names = classes.num_classes + len(classes.synonym_of_Y)
+    num_names = classes.num_classes + len(classes.synonym_of_S)
     # Parts of the entries: class names with synonyms, negative words, background words.
     names_BNE, negatives_BNE, words_BNE = similarity_BNE.tensor_split(
         (num_names, num_names + classes.num_negatives), dim=2
@@ -167,21 +164,21 @@ def select_top_classes(
 
 
 def _join_synonyms(names_BNE: Tensor, classes: ClassEmbeddings, config: SegmentationConfig) -> Tensor:
-    """Reduce the scores of a class and its synonyms to one. Shape: (B, N, C + Y) -> (B, N, C)."""
-    scores_BNC, synonyms_BNY = names_BNE.tensor_split((classes.num_classes,), dim=2)
-    if not synonyms_BNY.shape[2]:
+    """Reduce the scores of a class and its synonyms to one. Shape: (B, N, C + S) -> (B, N, C)."""
+    scores_BNC, synonyms_BNS = names_BNE.tensor_split((classes.num_classes,), dim=2)
+    if not synonyms_BNS.shape[2]:
         return scores_BNC
-    owner_BNY = classes.synonym_of_Y.expand_as(synonyms_BNY)
+    owner_BNS = classes.synonym_of_S.expand_as(synonyms_BNS)
     if config.synonyms == "mean":
-        return scores_BNC.scatter_reduce(2, owner_BNY, synonyms_BNY, "mean")
-    best_BNC = scores_BNC.scatter_reduce(2, owner_BNY, synonyms_BNY, "amax")
+        return scores_BNC.scatter_reduce(2, owner_BNS, synonyms_BNS, "mean")
+    best_BNC = scores_BNC.scatter_reduce(2, owner_BNS, synonyms_BNS, "amax")
     if config.synonyms == "max":
         return best_BNC
     # Relative to the best one no exponential overflows.
     sums_BNC = ((scores_BNC - best_BNC) / config.temperature).exp()
-    others_BNY = ((synonyms_BNY - best_BNC.gather(2, owner_BNY)) / config.temperature).exp()
-    sums_BNC = sums_BNC.scatter_add(2, owner_BNY, others_BNY)
-    names_C = 1 + classes.synonym_of_Y.bincount(minlength=classes.num_classes)
+    others_BNS = ((synonyms_BNS - best_BNC.gather(2, owner_BNS)) / config.temperature).exp()
+    sums_BNC = sums_BNC.scatter_add(2, owner_BNS, others_BNS)
+    names_C = 1 + classes.synonym_of_S.bincount(minlength=classes.num_classes)
     return best_BNC + config.temperature * (sums_BNC / names_C).log()
 
 

@@ -1,8 +1,4 @@
-"""Upsample class scores to the image's own size, strip by strip, and label every pixel with its best class.
-
-Shape letters beside those of :mod:`vilseg.model`: R rows of class scores, A active classes (those that may win: where scores
-are refined, the classes that are best at some position; see :mod:`vilseg.segmentation.refinement`).
-"""
+"""Upsample class scores to the image's own size, strip by strip, and label every pixel with its best class."""
 
 import math
 from collections.abc import Sequence
@@ -24,10 +20,10 @@ in the cache, which makes it quicker than more would be."""
 class ClassLogits(NamedTuple):
     """Logits that compete at the pixels of one image, on grids coarser than its pixels."""
 
-    active_Ahw: Tensor
-    """Logits of the active classes. Shape: (A, h, w)."""
+    candidates_Ahw: Tensor
+    """Logits of the candidate classes. Shape: (A, h, w)."""
     classes_A: Tensor
-    """Indices of the active classes; the index after the last class is that of no class. Shape: (A,)."""
+    """Indices of the candidate classes; the index after the last class is that of no class. Shape: (A,)."""
     rest_1hw: Tensor | None
     """Log of the summed exponentials of the other logits, on the patch grid. Shape: (1, h, w); None where there are none."""
     num_rest: int
@@ -37,8 +33,8 @@ class ClassLogits(NamedTuple):
 def class_logits(
     scores_Rhw: Float[Tensor, "R h w"],
     rows_R: Int[Tensor, " R"],
-    active_A: Int[Tensor, " A"],
-    active_scores_AHW: Float[Tensor, "A H W"],
+    candidates_A: Int[Tensor, " A"],
+    candidate_scores_AHW: Float[Tensor, "A H W"],
     temperature: float,
 ) -> ClassLogits:
     """Divide scores by the temperature and sum up those that cannot win.
@@ -46,15 +42,15 @@ def class_logits(
     Args:
         scores_Rhw: of all rows, on the patch grid. Shape: (R, h, w).
         rows_R: class index of each row. Shape: (R,).
-        active_A: positions in ``rows_R`` of the classes that may win. Shape: (A,).
-        active_scores_AHW: their scores, on a grid of any size. Shape: (A, H, W).
+        candidates_A: positions in ``rows_R`` of the classes that may win. Shape: (A,).
+        candidate_scores_AHW: their scores, on a grid of any size. Shape: (A, H, W).
         temperature: of the soft-max.
     """
     is_rest_R = torch.ones(len(rows_R), dtype=torch.bool, device=scores_Rhw.device)
-    is_rest_R[active_A] = False
-    num_rest = len(rows_R) - len(active_A)
+    is_rest_R[candidates_A] = False
+    num_rest = len(rows_R) - len(candidates_A)
     rest_1hw = (scores_Rhw[is_rest_R] / temperature).logsumexp(0, keepdim=True) if num_rest else None
-    return ClassLogits(active_scores_AHW / temperature, rows_R[active_A], rest_1hw, num_rest)
+    return ClassLogits(candidate_scores_AHW / temperature, rows_R[candidates_A], rest_1hw, num_rest)
 
 
 @torch.inference_mode()
@@ -91,7 +87,7 @@ def label_pixels(
 
 def _best_of_strip(logits: ClassLogits, size: tuple[int, int], top: int, bottom: int) -> tuple[np.ndarray, np.ndarray]:
     """Class index and soft-max of the best class at the pixels of some rows. Shape: -> (rows, W), (rows, W)."""
-    strip_AHW = _upsample(logits.active_Ahw, size, top, bottom)
+    strip_AHW = _upsample(logits.candidates_Ahw, size, top, bottom)
     best_HW, winner_HW = strip_AHW.max(0)
     # The soft-max of the best class alone: all of them would be written and read once more for nothing.
     total_HW = (strip_AHW - best_HW).exp_().sum(0)

@@ -8,11 +8,8 @@ of colours:
 
 over the eight neighbours n at every dilation, with sigma_xc the standard deviation of colour channel c over x and its
 neighbours. The other method is a guided filter, see :mod:`vilseg.segmentation.guided_filter`. Either runs on an enlarged patch
-grid rather than on the image's own pixels, and for the active classes alone, those that are best at some patch: of thousands of
-classes an image holds a few.
-
-Shape letters beside those of :mod:`vilseg.model`: A active classes, O neighbours (offsets). Here h w is the patch grid in the
-arguments and the enlarged grid inside.
+grid rather than on the image's own pixels, and for the candidate classes alone, those that are best at some patch: of thousands
+of classes an image holds a few.
 """
 
 from collections.abc import Iterator, Sequence
@@ -30,7 +27,7 @@ _EPS = 1e-8
 
 
 class RefinedScores(NamedTuple):
-    """Scores of the active classes, those that are best at some patch of an image."""
+    """Scores of the candidate classes, those that are best at some patch of an image."""
 
     classes_A: Tensor
     """Their indices, ascending. Shape: (A,)."""
@@ -53,7 +50,7 @@ def best_classes(scores_Chw: Float[Tensor, "C h w"]) -> Int[Tensor, " A"]:
 def refine(
     scores_Chw: Float[Tensor, "C h w"], image_3HW: Float[Tensor, "3 H W"], config: RefinementConfig
 ) -> RefinedScores:
-    """Upsample the scores of an image's active classes to a finer grid, along the image's edges.
+    """Upsample the scores of an image's candidate classes to a finer grid, along the image's edges.
 
     Args:
         scores_Chw: one score for each class and patch. Shape: (C, h, w).
@@ -74,17 +71,17 @@ def refine(
     classes_A = best_classes(scores_Chw)
     patches, pixels = scores_Chw.shape[1:], image_3HW.shape[1:]
     size = tuple(min(config.upscale * p, pixel) for p, pixel in zip(patches, pixels, strict=True))
-    active_Ahw = scores_Chw[classes_A]
+    candidates_Ahw = scores_Chw[classes_A]
     if len(classes_A) == 1 or not config.iterations:  # one class alone is best whatever its scores
-        return RefinedScores(classes_A, _resize(active_Ahw, size, "bilinear"))
+        return RefinedScores(classes_A, _resize(candidates_Ahw, size, "bilinear"))
     image_3hw = _resize(image_3HW, size, "area")
     if config.method == "guided":
         small_3hw = _resize(image_3HW, patches, "area")
         for _ in range(config.iterations - 1):
-            active_Ahw = guided_filter(active_Ahw, small_3hw, small_3hw, config.radius, config.tolerance)
-        scores_AHW = guided_filter(active_Ahw, small_3hw, image_3hw, config.radius, config.tolerance)
+            candidates_Ahw = guided_filter(candidates_Ahw, small_3hw, small_3hw, config.radius, config.tolerance)
+        scores_AHW = guided_filter(candidates_Ahw, small_3hw, image_3hw, config.radius, config.tolerance)
     else:
-        scores_AHW = _resize(active_Ahw, size, "bilinear")
+        scores_AHW = _resize(candidates_Ahw, size, "bilinear")
         weights_OHW = _weights(image_3hw, config)
         for _ in range(config.iterations):
             total_AHW = torch.zeros_like(scores_AHW)

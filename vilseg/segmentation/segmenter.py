@@ -199,11 +199,11 @@ class Segmenter:
             scores_Rhw: as from `class_scores`, on a grid of any size. Shape: (C, h, w), or (C + 1, h, w).
         """
         scores_Rhw, rows_R = self._select_top_classes(scores_Rhw)
-        active = self._all_active(scores_Rhw)
+        candidates = self._all_candidates(scores_Rhw)
         if self.config.refinement.iterations:  # as in `classify`: only the classes that are best somewhere may win
-            active_A = best_classes(scores_Rhw)
-            active = RefinedScores(active_A, scores_Rhw[active_A])
-        return label_pixels(image, self._logits(scores_Rhw, rows_R, active), self.classes, self.config.threshold)
+            candidates_A = best_classes(scores_Rhw)
+            candidates = RefinedScores(candidates_A, scores_Rhw[candidates_A])
+        return label_pixels(image, self._logits(scores_Rhw, rows_R, candidates), self.classes, self.config.threshold)
 
     def _passes(self, images: Sequence[np.ndarray]) -> Iterable[list[int]]:
         return passes([self._input_size(image) for image in images])
@@ -244,14 +244,14 @@ class Segmenter:
 
     def _refine(self, scores_Rhw: Tensor, image_3HW: Tensor) -> RefinedScores:
         if not self.config.refinement.iterations:
-            return self._all_active(scores_Rhw)
+            return self._all_candidates(scores_Rhw)
         return refine(scores_Rhw, image_3HW.float(), self.config.refinement)
 
-    def _all_active(self, scores_Rhw: Tensor) -> RefinedScores:
+    def _all_candidates(self, scores_Rhw: Tensor) -> RefinedScores:
         return RefinedScores(torch.arange(len(scores_Rhw), device=self.device), scores_Rhw)
 
-    def _logits(self, scores_Rhw: Tensor, rows_R: Tensor, active: RefinedScores) -> ClassLogits:
-        return class_logits(scores_Rhw, rows_R, active.classes_A, active.scores_AHW, self.config.temperature)
+    def _logits(self, scores_Rhw: Tensor, rows_R: Tensor, candidates: RefinedScores) -> ClassLogits:
+        return class_logits(scores_Rhw, rows_R, candidates.classes_A, candidates.scores_AHW, self.config.temperature)
 
 
 def _resize(image: np.ndarray, size: tuple[int, int]) -> Tensor:

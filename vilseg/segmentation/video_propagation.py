@@ -9,8 +9,7 @@ over the offsets o of a disc and the positions p of a 3 x 3 patch. This is the l
 ("Space-time correspondence as a contrastive random walk", section 4) with the colour patches of non-local means (Buades
 et al. 2005) in the place of learnt features. Going from frame to frame keeps the window small, however far the scores go.
 
-Shape letters beside those of :mod:`vilseg.model`: O offsets, row by row; A classes that are propagated. h w is the grid of the
-scores; colours are grey levels, 0..255.
+O are the offsets, row by row; A the classes that are propagated; h w the grid of the scores. Colours are grey levels, 0..255.
 """
 
 from collections.abc import Iterator

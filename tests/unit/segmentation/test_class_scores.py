@@ -172,7 +172,7 @@ def test_a_class_has_the_score_of_its_best_synonym(scene: tuple) -> None:
     every = compute_class_scores(embeddings, assignments, plain, SegmentationConfig())
     owners = torch.tensor([1] * WORDS)
     classes = ClassEmbeddings.standardized(
-        texts, mean, covariance, 0.0, num_classes=C, background=None, synonym_of_Y=owners
+        texts, mean, covariance, 0.0, num_classes=C, background=None, synonym_of_S=owners
     )
     scores = compute_class_scores(embeddings, assignments, classes, SegmentationConfig())
     assert torch.equal(scores[:, 1], every[:, [1, *range(C, C + WORDS)]].amax(1))
@@ -187,7 +187,7 @@ def test_synonyms_are_joined_by_the_formula(scene: tuple, how: str) -> None:
     plain = ClassEmbeddings.standardized(texts, mean, covariance, 0.0, num_classes=C + WORDS, background=None)
     every = compute_class_scores(embeddings, assignments, plain, config)
     classes = ClassEmbeddings.standardized(
-        texts, mean, covariance, 0.0, num_classes=C, background=None, synonym_of_Y=torch.tensor([1, 4, 1])
+        texts, mean, covariance, 0.0, num_classes=C, background=None, synonym_of_S=torch.tensor([1, 4, 1])
     )
     scores = compute_class_scores(embeddings, assignments, classes, config)
     for index, rows in {0: [0], 1: [1, C, C + 2], 2: [2], 3: [3], 4: [4, C + 1]}.items():
@@ -204,7 +204,7 @@ def test_synonyms_are_joined_by_the_formula(scene: tuple, how: str) -> None:
 def test_log_sum_exp_lies_between_mean_and_maximum_and_does_not_overflow(scene: tuple) -> None:
     embeddings, assignments, texts, mean, covariance = scene
     classes = ClassEmbeddings.standardized(
-        texts, mean, covariance, 0.0, num_classes=C, background=None, synonym_of_Y=torch.tensor([0] * WORDS)
+        texts, mean, covariance, 0.0, num_classes=C, background=None, synonym_of_S=torch.tensor([0] * WORDS)
     )
 
     def scores(how: str, temperature: float) -> torch.Tensor:

@@ -390,7 +390,7 @@ def test_wrong_places_and_sizes_are_told(segmenter: Segmenter, tmp_path: Path) -
     target = str(tmp_path / "out.tif")
     with pytest.raises(StorageError, match="does not exist"):
         segment_geotiff(segmenter, str(tmp_path / "none.tif"), target)
-    with pytest.raises(StorageError, match="is the picture itself"):
+    with pytest.raises(StorageError, match="is the image itself"):
         segment_geotiff(segmenter, source, f"file://{source}")
     with pytest.raises(StorageError, match="cannot write"):
         segment_geotiff(segmenter, source, f"{source}/out.tif/mask.tif")
