@@ -22,6 +22,7 @@ CHECKED = [
             "class_scores",
             "dense_features",
             "guided_filter",
+            "pixel_labeling",
             "refinement",
             "sliding_window",
             "video_propagation",

@@ -26,7 +26,7 @@ def polygons(rle: Mapping[str, Any]) -> list[Polygon]:
         >>> square = np.zeros((4, 6), np.uint8, order="F")
         >>> square[1:3, 2:4] = 1
         >>> polygons(mask.encode(square))
-        [[[(3.0, 1.0), (4.0, 2.0), (3.0, 3.0), (2.0, 2.0), (3.0, 1.0)]]]
+        [[[(2.0, 1.5), (2.5, 1.0), (3.5, 1.0), (4.0, 1.5), (4.0, 2.5), (3.5, 3.0), (2.5, 3.0), (2.0, 2.5), (2.0, 1.5)]]]
     """
     mask = np.pad(coco_mask.decode(rle), 1)
     generator = contourpy.contour_generator(z=mask, fill_type=contourpy.FillType.OuterOffset)
