@@ -103,7 +103,7 @@ def test_objectness_is_the_formula(scene: tuple) -> None:
             assert float(found[image, patch]) == pytest.approx(wanted, abs=1e-9)
 
 
-def test_a_region_within_the_picture_is_an_object_and_its_surroundings_are_not() -> None:
+def test_a_region_within_the_image_is_an_object_and_its_surroundings_are_not() -> None:
     inside = torch.zeros(8, 8, dtype=torch.float64)
     inside[2:6, 3:6] = 1
     found = objectness(torch.stack([inside, 1 - inside], dim=-1).flatten(0, 1).unsqueeze(0), (8, 8)).view(8, 8)
@@ -125,7 +125,7 @@ def test_objectness_moves_the_background_alone(scene: tuple) -> None:
     assert torch.equal(moved[:, others], plain[:, others])
 
 
-def test_full_calibration_gives_all_classes_one_mean_and_spread_over_the_pictures_it_was_measured_on() -> None:
+def test_full_calibration_gives_all_classes_one_mean_and_spread_over_the_images_it_was_measured_on() -> None:
     torch.manual_seed(1)
     patches = F.normalize(torch.randn(1, 400, D, dtype=torch.float64) * torch.arange(1, D + 1) + 1, dim=-1)
     texts = unit(C, D)

@@ -1,4 +1,4 @@
-"""Pictures seen through overlapping windows."""
+"""Dense features from overlapping windows."""
 
 from collections.abc import Callable
 
@@ -65,7 +65,7 @@ def test_of_an_encoder_that_sees_everything_windows_are_blended_as_the_formula_s
     # Two patches are shared: their centres lie half a patch and one and a half from either end.
     rise = [np.sin(np.pi / 2 * np.clip(2 * (x + 0.5) / 2 - 0.5, 0, 1)) ** 2 for x in range(2)]
     for name, size in (("patches_ND", 8), ("assignments_NK", 5)):
-        one, other = (getattr(look, name).view(4, 4, size) for look in (left, right))
+        one, other = (getattr(features, name).view(4, 4, size) for features in (left, right))
         expected = torch.empty(4, 6, size)
         expected[:, :2], expected[:, 4:] = one[:, :2], other[:, 2:]
         for column in range(2):

@@ -42,7 +42,7 @@ def _exact(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def make_segmenter(make_model: Make) -> Callable[..., Segmenter]:
-    """A segmenter whose names all occur in pictures of noise; its patches see about 10 pixels around them."""
+    """A segmenter whose names all occur in images of noise; its patches see about 10 pixels around them."""
 
     def make(input_size: int = 64, classes: list[str] | None = None, iterations: int = 0) -> Segmenter:
         model = make_model()
@@ -63,7 +63,7 @@ def segmenter(make_segmenter: Callable[..., Segmenter]) -> Segmenter:
     return make_segmenter()
 
 
-def picture(height: int, width: int, bands: int = 3, seed: int = 0) -> np.ndarray:
+def random_image(height: int, width: int, bands: int = 3, seed: int = 0) -> np.ndarray:
     """Coloured blobs of about 6 pixels, (bands, height, width)."""
     coarse = np.random.default_rng(seed).integers(0, 256, (bands, height // 6 + 1, width // 6 + 1), dtype=np.uint8)
     size = (width, height)
@@ -91,8 +91,8 @@ def segmented(segmenter: Segmenter, source: str, **options: Any) -> tuple[np.nda
     return labels_of(target), mask
 
 
-def looked_at(segmenter: Segmenter, bands_3HW: np.ndarray) -> np.ndarray:
-    """The labels of three bands as a picture."""
+def labels_by_segmenter(segmenter: Segmenter, bands_3HW: np.ndarray) -> np.ndarray:
+    """The labels of three bands as an image."""
     return segmenter(np.ascontiguousarray(bands_3HW.transpose(1, 2, 0))).labels
 
 
@@ -111,9 +111,9 @@ def looked_at(segmenter: Segmenter, bands_3HW: np.ndarray) -> np.ndarray:
     ],
     ids=["tiled", "large tiles", "strips", "rows", "one strip", "uncompressed big tiff"],
 )
-def test_a_mask_has_the_place_and_layout_of_its_picture(segmenter: Segmenter, tmp_path: Path, layout: Any) -> None:
+def test_a_mask_has_the_place_and_layout_of_its_image(segmenter: Segmenter, tmp_path: Path, layout: Any) -> None:
     turned = {"crs": "EPSG:2154", "transform": Affine(0.4, 0.1, 650_000, 0.1, -0.4, 6_860_000)}
-    source, target = write(tmp_path / "in.tif", picture(100, 150), **turned, **layout), str(tmp_path / "out.tif")
+    source, target = write(tmp_path / "in.tif", random_image(100, 150), **turned, **layout), str(tmp_path / "out.tif")
     segment_geotiff(segmenter, source, target)
     with rasterio.open(source) as before, rasterio.open(target) as after:
         assert after.crs == before.crs
@@ -139,9 +139,9 @@ def test_control_points_rpcs_and_the_meaning_of_a_pixel_are_kept(segmenter: Segm
     }
     centre = {f"{name}_off": 50.0 for name in ("lat", "long", "line", "samp", "height")}
     rpcs = RPC(**coefficients, **centre, **{name.replace("_off", "_scale"): 20.0 for name in centre})
-    by_points = write(tmp_path / "points.tif", picture(40, 60), gcps=points, crs="EPSG:4326")
-    by_rpcs = write(tmp_path / "rpcs.tif", picture(40, 60), rpcs=rpcs)
-    by_centre = write(tmp_path / "centre.tif", picture(40, 60), **UTM)
+    by_points = write(tmp_path / "points.tif", random_image(40, 60), gcps=points, crs="EPSG:4326")
+    by_rpcs = write(tmp_path / "rpcs.tif", random_image(40, 60), rpcs=rpcs)
+    by_centre = write(tmp_path / "centre.tif", random_image(40, 60), **UTM)
     with rasterio.open(by_centre, "r+") as dataset:
         dataset.update_tags(AREA_OR_POINT="Point")
     for source in (by_points, by_rpcs, by_centre):
@@ -163,7 +163,7 @@ def test_control_points_rpcs_and_the_meaning_of_a_pixel_are_kept(segmenter: Segm
 
 def test_many_classes_need_sixteen_bits(make_segmenter: Callable[..., Segmenter], tmp_path: Path) -> None:
     names = [f"thing {i}" for i in range(300)]
-    bands = picture(40, 60)
+    bands = random_image(40, 60)
     source = write(tmp_path / "in.tif", bands, nodata=int(bands[0, 3, 5]), **UTM)
     labels, mask = segmented(make_segmenter(classes=names), source)
     with rasterio.open(f"{source}.mask.tif") as dataset:
@@ -178,10 +178,10 @@ def test_many_classes_need_sixteen_bits(make_segmenter: Callable[..., Segmenter]
 
 @pytest.mark.parametrize("iterations", [0, 4])
 @pytest.mark.parametrize("tile", [64, 100, 300])
-def test_a_picture_no_larger_than_a_tile_is_labelled_as_the_segmenter_does(
+def test_an_image_no_larger_than_a_tile_is_labelled_as_the_segmenter_does(
     make_segmenter: Callable[..., Segmenter], tmp_path: Path, iterations: int, tile: int
 ) -> None:
-    segmenter, bands = make_segmenter(iterations=iterations), picture(64, 40)
+    segmenter, bands = make_segmenter(iterations=iterations), random_image(64, 40)
     expected = segmenter(np.ascontiguousarray(bands.transpose(1, 2, 0)))
     labels, mask = segmented(segmenter, write(tmp_path / "in.tif", bands, **UTM), tile=tile)
     assert (labels == expected.labels).mean() > 0.999, "only ties may fall the other way"
@@ -196,8 +196,8 @@ def test_tiles_give_what_one_pass_at_the_same_scale_gives(
 ) -> None:
     # At one scale and with regions off, a patch depends on some 10 pixels around it. So only the borders of tiles can
     # differ: within an overlap of 16, and hardly within one of 32.
-    bands = picture(160, 220)
-    source, whole = write(tmp_path / "in.tif", bands, **UTM), looked_at(make_segmenter(160), bands)
+    bands = random_image(160, 220)
+    source, whole = write(tmp_path / "in.tif", bands, **UTM), labels_by_segmenter(make_segmenter(160), bands)
     assert (np.bincount(whole.ravel(), minlength=4) > 0.05 * whole.size).all()
     by_overlap = {overlap: segmented(make_segmenter(64), source, overlap=overlap)[0] for overlap in (0, 16, 32)}
     agreement = {overlap: (labels == whole).mean() for overlap, labels in by_overlap.items()}
@@ -209,16 +209,16 @@ def test_tiles_give_what_one_pass_at_the_same_scale_gives(
 
 
 def test_a_larger_tile_is_seen_smaller(make_segmenter: Callable[..., Segmenter], tmp_path: Path) -> None:
-    bands = picture(192, 320)
+    bands = random_image(192, 320)
     by_half, _ = segmented(make_segmenter(64), write(tmp_path / "in.tif", bands, **UTM), tile=128, overlap=64)
-    assert (by_half == looked_at(make_segmenter(96), bands)).mean() > 0.98
+    assert (by_half == labels_by_segmenter(make_segmenter(96), bands)).mean() > 0.98
 
 
 @pytest.mark.parametrize(("iterations", "least"), [(0, 1), (4, 0.99)])
 def test_a_repeated_texture_has_repeated_labels(
     make_segmenter: Callable[..., Segmenter], tmp_path: Path, iterations: int, least: float
 ) -> None:
-    # Four rounds of refinement look 8 pixels further than the patches do, and so past the context of the tiles.
+    # Four rounds of refinement reach 8 pixels further than the patches do, and so past the context of the tiles.
     texture = np.random.default_rng(1).integers(0, 256, (3, 16, 16), dtype=np.uint8)
     source = write(tmp_path / "in.tif", np.tile(texture, (1, 14, 16)), tiled=True, blockxsize=48, blockysize=48)
 
@@ -233,12 +233,12 @@ def test_a_repeated_texture_has_repeated_labels(
 
 
 def test_progress_is_told_in_pixels(segmenter: Segmenter, tmp_path: Path) -> None:
-    told: list[tuple[int, int]] = []
-    source = write(tmp_path / "in.tif", picture(300, 290), tiled=True, blockxsize=64, blockysize=64, **UTM)
-    segmented(segmenter, source, tile=256, progress=lambda done, total: told.append((done, total)))
-    assert len(told) > 1
-    assert told == sorted(set(told))
-    assert told[-1] == (300 * 290, 300 * 290)
+    calls: list[tuple[int, int]] = []
+    source = write(tmp_path / "in.tif", random_image(300, 290), tiled=True, blockxsize=64, blockysize=64, **UTM)
+    segmented(segmenter, source, tile=256, progress=lambda done, total: calls.append((done, total)))
+    assert len(calls) > 1
+    assert calls == sorted(set(calls))
+    assert calls[-1] == (300 * 290, 300 * 290)
 
 
 # ------------------------------------------------------------------------------------------------- what has no data
@@ -246,7 +246,7 @@ def test_progress_is_told_in_pixels(segmenter: Segmenter, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("kind", ["nodata", "alpha", "nan", "mask", "nothing at all"])
 def test_pixels_without_data_have_no_class(segmenter: Segmenter, tmp_path: Path, kind: str) -> None:
-    bands, hole = picture(80, 120).clip(1), np.zeros((80, 120), bool)
+    bands, hole = random_image(80, 120).clip(1), np.zeros((80, 120), bool)
     hole[10:50, 30:60] = True
     hole[70:] = True
     hole |= kind == "nothing at all"
@@ -280,15 +280,15 @@ def stretched(bands_BHW: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("dtype", ["uint16", "int16", "float32", "float64"])
 def test_other_types_are_scaled_by_percentiles_of_the_whole(segmenter: Segmenter, tmp_path: Path, dtype: str) -> None:
-    bands = picture(60, 64).astype(np.float64) * np.array([1, 20, 7])[:, None, None] + 100
+    bands = random_image(60, 64).astype(np.float64) * np.array([1, 20, 7])[:, None, None] + 100
     bands[:, 5, 5] = 30_000  # one bright pixel must not leave the rest dark
     bands = bands.astype(dtype)
     labels, _ = segmented(segmenter, write(tmp_path / "in.tif", bands, **UTM))
-    assert (labels == looked_at(segmenter, stretched(bands))).mean() > 0.99
+    assert (labels == labels_by_segmenter(segmenter, stretched(bands))).mean() > 0.99
 
 
 def test_the_scale_of_sixteen_bits_is_one_for_all_tiles(segmenter: Segmenter, tmp_path: Path) -> None:
-    bands = picture(160, 200).astype(np.uint16) * 30
+    bands = random_image(160, 200).astype(np.uint16) * 30
     bands[:, :, :100] //= 4  # tiles of their own scale would see both halves alike
     scaled = stretched(bands)
     expected, _ = segmented(segmenter, write(tmp_path / "8.tif", scaled, **UTM))
@@ -296,8 +296,8 @@ def test_the_scale_of_sixteen_bits_is_one_for_all_tiles(segmenter: Segmenter, tm
     assert (labels == expected).mean() > 0.99
 
 
-def test_the_bands_that_are_looked_at(segmenter: Segmenter, tmp_path: Path) -> None:
-    bands, undefined = picture(64, 64, bands=5), ColorInterp.undefined
+def test_the_bands_that_are_used(segmenter: Segmenter, tmp_path: Path) -> None:
+    bands, undefined = random_image(64, 64, bands=5), ColorInterp.undefined
     red, green, blue = RGB
     cases = [
         (1, (ColorInterp.gray,), [0, 0, 0]),
@@ -310,11 +310,11 @@ def test_the_bands_that_are_looked_at(segmenter: Segmenter, tmp_path: Path) -> N
     for number, (count, colours, expected) in enumerate(cases):
         source = write(tmp_path / f"{number}.tif", bands[:count], colours, photometric="minisblack", **UTM)
         labels, _ = segmented(segmenter, source)
-        assert (labels == looked_at(segmenter, bands[expected])).mean() > 0.999, colours
+        assert (labels == labels_by_segmenter(segmenter, bands[expected])).mean() > 0.999, colours
 
 
 def test_a_colour_table_is_followed(segmenter: Segmenter, tmp_path: Path) -> None:
-    image = Image.fromarray(np.ascontiguousarray(picture(64, 64).transpose(1, 2, 0))).quantize(200)
+    image = Image.fromarray(np.ascontiguousarray(random_image(64, 64).transpose(1, 2, 0))).quantize(200)
     path = tmp_path / "palette.tif"
     image.save(path)
     labels, _ = segmented(segmenter, str(path))
@@ -325,7 +325,7 @@ def test_a_colour_table_is_followed(segmenter: Segmenter, tmp_path: Path) -> Non
 
 
 def test_what_says_where_it_lies(tmp_path: Path) -> None:
-    bands = picture(20, 30)
+    bands = random_image(20, 30)
     assert is_georeferenced(write(tmp_path / "both.tif", bands, **UTM))
     assert is_georeferenced(f"file://{tmp_path}/both.tif")
     assert is_georeferenced(write(tmp_path / "crs.tif", bands, crs="EPSG:3857"))
@@ -339,7 +339,10 @@ def test_what_says_where_it_lies(tmp_path: Path) -> None:
 
 
 def test_an_object_is_asked_by_its_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    here, plain = write(tmp_path / "here.tif", picture(20, 30), **UTM), write(tmp_path / "plain.tif", picture(20, 30))
+    here, plain = (
+        write(tmp_path / "here.tif", random_image(20, 30), **UTM),
+        write(tmp_path / "plain.tif", random_image(20, 30)),
+    )
     (tmp_path / "broken.tif").write_bytes(Path(here).read_bytes()[:50])
     monkeypatch.setattr(geotiff.storage, "is_local", lambda uri: False)
     assert is_georeferenced(here)
@@ -357,8 +360,8 @@ def test_anything_else_lies_nowhere(tmp_path: Path) -> None:
         is_georeferenced(str(tmp_path / "none.tif"))
 
 
-def test_a_picture_without_a_place_gets_a_mask_without_one(segmenter: Segmenter, tmp_path: Path) -> None:
-    bands = picture(70, 90)
+def test_an_image_without_a_place_gets_a_mask_without_one(segmenter: Segmenter, tmp_path: Path) -> None:
+    bands = random_image(70, 90)
     source = write(tmp_path / "in.tif", bands)
     labels, _ = segmented(segmenter, source)
     assert labels.shape == (70, 90)
@@ -372,10 +375,10 @@ def test_a_picture_without_a_place_gets_a_mask_without_one(segmenter: Segmenter,
 @pytest.mark.parametrize("kind", ["truncated", "header", "text"])
 def test_a_damaged_file_is_told_and_leaves_what_was_there(segmenter: Segmenter, tmp_path: Path, kind: str) -> None:
     source, target = (
-        Path(write(tmp_path / "in.tif", picture(200, 200), compress="deflate", **UTM)),
+        Path(write(tmp_path / "in.tif", random_image(200, 200), compress="deflate", **UTM)),
         tmp_path / "out.tif",
     )
-    content = {"truncated": source.read_bytes()[:-20_000], "header": b"II*\0\xff\xff", "text": b"not a picture"}[kind]
+    content = {"truncated": source.read_bytes()[:-20_000], "header": b"II*\0\xff\xff", "text": b"not an image"}[kind]
     source.write_bytes(content)
     target.write_bytes(b"an older mask")
     with pytest.raises(DataError, match=rf"{source} is not a TIFF or is damaged: .*[^.]$") as caught:
@@ -386,7 +389,7 @@ def test_a_damaged_file_is_told_and_leaves_what_was_there(segmenter: Segmenter, 
 
 
 def test_wrong_places_and_sizes_are_told(segmenter: Segmenter, tmp_path: Path) -> None:
-    source = write(tmp_path / "in.tif", picture(40, 40), **UTM)
+    source = write(tmp_path / "in.tif", random_image(40, 40), **UTM)
     target = str(tmp_path / "out.tif")
     with pytest.raises(StorageError, match="does not exist"):
         segment_geotiff(segmenter, str(tmp_path / "none.tif"), target)
@@ -397,14 +400,14 @@ def test_wrong_places_and_sizes_are_told(segmenter: Segmenter, tmp_path: Path) -
     for tile, overlap in ((0, None), (32, 17), (32, -1)):
         with pytest.raises(ConfigError, match="pixels"):
             segment_geotiff(segmenter, source, target, tile=tile, overlap=overlap)
-    waves = write(tmp_path / "radar.tif", picture(40, 40).astype(np.complex64), **UTM)
+    waves = write(tmp_path / "radar.tif", random_image(40, 40).astype(np.complex64), **UTM)
     with pytest.raises(DataError, match=r"radar\.tif holds complex numbers"):
         segment_geotiff(segmenter, waves, target)
     assert not Path(target).exists()
 
 
 def test_negative_words_and_the_threshold_leave_pixels_without_a_class(segmenter: Segmenter, tmp_path: Path) -> None:
-    bands = picture(64, 64)
+    bands = random_image(64, 64)
     source = write(tmp_path / "in.tif", bands, **UTM)
     every, _ = segmented(segmenter, source)
     vocabulary = Vocabulary(tuple(CLASSES[:3]), negatives=(CLASSES[3],))
@@ -413,7 +416,7 @@ def test_negative_words_and_the_threshold_leave_pixels_without_a_class(segmenter
     assert sum(mask.areas) == (every != 3).sum() < every.size
     segmenter.config = segmenter.config.replace(threshold=0.3)
     labels, mask = segmented(segmenter, source)
-    np.testing.assert_array_equal(labels, looked_at(segmenter, bands))
+    np.testing.assert_array_equal(labels, labels_by_segmenter(segmenter, bands))
     assert 0 < sum(mask.areas) == (labels != 255).sum() < labels.size
 
 
@@ -430,7 +433,7 @@ def test_a_mask_that_was_cut_short_is_not_published(
         return done
 
     monkeypatch.setattr(geotiff, "_write_mask", cut)
-    source = write(tmp_path / "in.tif", picture(120, 120), tiled=True, blockxsize=32, blockysize=32, **UTM)
+    source = write(tmp_path / "in.tif", random_image(120, 120), tiled=True, blockxsize=32, blockysize=32, **UTM)
     with pytest.raises(StorageError, match=r"cannot write .*out\.tif by way of .* TMPDIR"):
         segment_geotiff(segmenter, source, str(tmp_path / "out.tif"))
     assert [path.name for path in tmp_path.iterdir()] == ["in.tif"]
@@ -439,7 +442,7 @@ def test_a_mask_that_was_cut_short_is_not_published(
 def test_without_rasterio_the_extra_is_named(
     segmenter: Segmenter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = write(tmp_path / "in.tif", picture(40, 40), **UTM)
+    source = write(tmp_path / "in.tif", random_image(40, 40), **UTM)
     monkeypatch.setitem(sys.modules, "rasterio", None)
     for use in (lambda: is_georeferenced(source), lambda: segment_geotiff(segmenter, source, f"{source}.mask.tif")):
         with pytest.raises(UserError, match=r"pip install vilseg\[geo\]"):
@@ -448,10 +451,10 @@ def test_without_rasterio_the_extra_is_named(
     assert not is_georeferenced(str(tmp_path / "a.txt"))
 
 
-def test_wide_pictures_of_many_classes_are_labelled_in_small_parts(
+def test_wide_images_of_many_classes_are_labelled_in_small_parts(
     segmenter: Segmenter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = write(tmp_path / "in.tif", picture(90, 300), blockysize=90, compress="deflate", **UTM)
+    source = write(tmp_path / "in.tif", random_image(90, 300), blockysize=90, compress="deflate", **UTM)
     expected, mask = segmented(segmenter, source)
     monkeypatch.setattr(geotiff, "_BLOCK_VALUES", 5 * 4 * 256)
     monkeypatch.setattr(geotiff_io, "_STRIP_PIXELS", 300 * 20)

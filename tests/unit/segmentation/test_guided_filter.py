@@ -46,20 +46,20 @@ def test_as_the_formula_says(size: tuple[int, int], radius: int) -> None:
     torch.testing.assert_close(guided_filter(maps, image, image, radius, 0.3), naive(maps, image, radius, eps))
 
 
-def test_single_precision_is_enough_for_a_large_picture() -> None:
+def test_single_precision_is_enough_for_a_large_image() -> None:
     image, maps = 255 * random(3, 300, 400), random(1, 300, 400)
     exact = guided_filter(maps, image, image, 4, 0.1)
     found = guided_filter(maps.float(), image.float(), image.float(), 4, 0.1)
     torch.testing.assert_close(found.double(), exact, atol=1e-4, rtol=0)
 
 
-def test_neither_range_nor_contrast_of_the_picture_matters() -> None:
+def test_neither_range_nor_contrast_of_the_image_matters() -> None:
     image, maps = random(3, 12, 12), random(1, 12, 12)
     other = 17 + 90 * image
     torch.testing.assert_close(guided_filter(maps, other, other, 2, 0.2), guided_filter(maps, image, image, 2, 0.2))
 
 
-def test_a_small_map_gets_the_edges_of_a_large_picture() -> None:
+def test_a_small_map_gets_the_edges_of_a_large_image() -> None:
     image = torch.full((3, 48, 48), 0.2, dtype=torch.float64)
     image[:, :, 22:] = 0.7  # an edge inside of a cell of the map
     small = torch.nn.functional.interpolate(image[None], scale_factor=1 / 8, mode="area")[0]
@@ -71,7 +71,7 @@ def test_a_small_map_gets_the_edges_of_a_large_picture() -> None:
     assert ((found > 0.8) == (truth > 0.8)).all()
 
 
-def test_a_picture_of_one_colour_smooths() -> None:
+def test_an_image_of_one_colour_smooths() -> None:
     maps, grey = random(1, 12, 12).float(), torch.full((3, 12, 12), 0.5)
     smooth = guided_filter(maps, grey, grey, 2, 0.1)
     assert smooth.isfinite().all()

@@ -14,7 +14,7 @@ FINER = 8
 """Pillow fills every pixel that an outline touches; drawn finer, the middles of pixels count."""
 
 
-def picture() -> Segmentation:
+def random_image() -> Segmentation:
     """A disc, a ring and two bars on a ground of another class."""
     y, x = np.mgrid[:90, :120]
     labels = np.zeros((90, 120), np.uint8)
@@ -32,7 +32,7 @@ def overlap(one: np.ndarray, other: np.ndarray) -> float:
 
 
 def test_pillow_draws_the_regions_from_their_polygons() -> None:
-    result = picture()
+    result = random_image()
     for region in result.regions:
         canvas = Image.new("1", (FINER * 120, FINER * 90))
         for outline, *holes in polygons(region.rle):
@@ -44,7 +44,7 @@ def test_pillow_draws_the_regions_from_their_polygons() -> None:
 
 
 def test_pycocotools_reads_a_file_whose_regions_are_polygons(tmp_path: Path) -> None:
-    result = picture()
+    result = random_image()
     document = {"info": {}, **result.to_coco()}
     for annotation in document["annotations"]:  # of COCO's polygons none is a hole
         annotation["segmentation"] = [np.ravel(ring).tolist() for ring, *_ in polygons(annotation["segmentation"])]

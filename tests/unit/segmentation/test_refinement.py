@@ -1,4 +1,4 @@
-"""Scores follow the edges of the picture."""
+"""Scores follow the edges of the image."""
 
 import math
 from collections.abc import Callable
@@ -54,7 +54,7 @@ def test_as_the_formula_says() -> None:
 
 
 def two_halves() -> tuple[Tensor, Tensor]:
-    """A picture whose left 20 of 32 columns are dark, and coarse scores that put the boundary at column 16."""
+    """An image whose left 20 of 32 columns are dark, and coarse scores that put the boundary at column 16."""
     image = torch.full((3, 32, 32), 0.2)
     image[:, :, 20:] = 0.8
     image += 0.02 * torch.rand(image.shape, generator=torch.Generator().manual_seed(1))
@@ -69,7 +69,7 @@ def two_halves() -> tuple[Tensor, Tensor]:
     "settings",
     [{"iterations": 10, "dilations": [1, 2, 4]}, {"method": "guided", "iterations": 1, "radius": 6, "tolerance": 0.2}],
 )
-def test_boundaries_move_to_the_edges_of_the_picture(settings: dict[str, Any]) -> None:
+def test_boundaries_move_to_the_edges_of_the_image(settings: dict[str, Any]) -> None:
     image, coarse = two_halves()
     before = refine(coarse, image, RefinementConfig(iterations=0, upscale=8))
     after = refine(coarse, image, RefinementConfig.model_validate({"upscale": 8, **settings}))
@@ -83,7 +83,7 @@ def test_boundaries_move_to_the_edges_of_the_picture(settings: dict[str, Any]) -
     assert right(after.classes_A, after.scores_AHW) > 0.97
 
 
-def test_an_even_picture_and_even_scores_stay_finite_and_as_they_are() -> None:
+def test_an_even_image_and_even_scores_stay_finite_and_as_they_are() -> None:
     scores = torch.tensor([0.25, 0.5]).view(2, 1, 1).expand(2, 3, 5)
     result = refine(scores, torch.zeros(3, 48, 80), RefinementConfig(iterations=3, dilations=[1, 40]))
     torch.testing.assert_close(result.scores_AHW, torch.full((1, 12, 20), 0.5))
@@ -92,7 +92,7 @@ def test_an_even_picture_and_even_scores_stay_finite_and_as_they_are() -> None:
     torch.testing.assert_close(result.scores_AHW.sum(0), torch.ones(12, 20))
 
 
-def test_the_finer_grid_is_never_finer_than_the_picture() -> None:
+def test_the_finer_grid_is_never_finer_than_the_image() -> None:
     scores = torch.rand(3, 4, 6, generator=torch.Generator().manual_seed(2))
     for upscale, size in ((1, (4, 6)), (4, (16, 24)), (9, (32, 48))):
         config = RefinementConfig(iterations=1, upscale=upscale)

@@ -96,10 +96,10 @@ def test_coco_file_is_read_by_pycocotools(segmentation: Segmentation, tmp_path) 
 
 def test_png_keeps_labels_and_colours(segmentation: Segmentation, tmp_path) -> None:
     segmentation.to_png(str(tmp_path / "masks" / "a.png"))
-    with Image.open(tmp_path / "masks" / "a.png") as picture:
-        assert picture.mode == "P"
-        np.testing.assert_array_equal(np.array(picture), segmentation.labels)
-        coloured = np.array(picture.convert("RGB"))
+    with Image.open(tmp_path / "masks" / "a.png") as rendered:
+        assert rendered.mode == "P"
+        np.testing.assert_array_equal(np.array(rendered), segmentation.labels)
+        coloured = np.array(rendered.convert("RGB"))
     expected = np.vstack([class_colours(CLASSES), np.zeros((252, 3), np.uint8)])[segmentation.labels]
     np.testing.assert_array_equal(coloured, expected)
 
@@ -107,9 +107,9 @@ def test_png_keeps_labels_and_colours(segmentation: Segmentation, tmp_path) -> N
 @pytest.mark.parametrize(("count", "mode"), [(255, "I;16"), (600, "I;16")])
 def test_png_of_many_classes_has_16_bit(count: int, mode: str) -> None:
     segmentation = many_classes(count)
-    with Image.open(io.BytesIO(segmentation.to_png_bytes())) as picture:
-        assert picture.mode == mode
-        np.testing.assert_array_equal(np.array(picture), segmentation.labels)
+    with Image.open(io.BytesIO(segmentation.to_png_bytes())) as rendered:
+        assert rendered.mode == mode
+        np.testing.assert_array_equal(np.array(rendered), segmentation.labels)
 
 
 def test_overlay_without_legend_has_the_size_of_the_image(segmentation: Segmentation) -> None:
@@ -123,11 +123,11 @@ def test_overlay_with_legend_is_enlarged_by_a_whole_factor(segmentation: Segment
 
 
 def test_full_opacity_shows_class_colours_and_leaves_no_class_as_it_was(segmentation: Segmentation) -> None:
-    picture = np.array(segmentation.overlay(opacity=1, legend=False))
+    rendered = np.array(segmentation.overlay(opacity=1, legend=False))
     nothing = segmentation.labels == 255
     assert segmentation.image is not None
-    np.testing.assert_array_equal(picture[nothing], segmentation.image[nothing])
-    np.testing.assert_array_equal(picture[~nothing], class_colours(CLASSES)[segmentation.labels[~nothing]])
+    np.testing.assert_array_equal(rendered[nothing], segmentation.image[nothing])
+    np.testing.assert_array_equal(rendered[~nothing], class_colours(CLASSES)[segmentation.labels[~nothing]])
 
 
 def test_overlay_of_many_classes_without_an_image() -> None:

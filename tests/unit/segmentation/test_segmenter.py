@@ -1,4 +1,4 @@
-"""From pictures of any kind and size to masks of their own size."""
+"""From images of any kind and size to masks of their own size."""
 
 import weakref
 from collections.abc import Callable
@@ -34,7 +34,7 @@ def segmenter(make_model: Make) -> Segmenter:
     return Segmenter(model, CLASSES, device="cpu")
 
 
-def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
+def random_image(height: int, width: int, seed: int = 0) -> np.ndarray:
     """Coloured blobs."""
     coarse = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
     return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BILINEAR))
@@ -45,9 +45,9 @@ def assert_alike(first: Segmentation, second: Segmentation) -> None:
     assert (first.labels == second.labels).mean() > 0.999, "only ties may fall the other way"
 
 
-def test_a_result_has_the_size_of_its_picture(segmenter: Segmenter) -> None:
+def test_a_result_has_the_size_of_its_image(segmenter: Segmenter) -> None:
     for size in ((48, 48), (37, 90), (200, 31), (5, 3), (1, 1), (2, 300)):
-        image = picture(*size)
+        image = random_image(*size)
         result = segmenter(image)
         assert result.labels.shape == result.scores.shape == size
         assert result.labels.dtype == np.uint8
@@ -63,7 +63,13 @@ def test_a_result_has_the_size_of_its_picture(segmenter: Segmenter) -> None:
 
 
 def test_a_batch_equals_one_by_one(segmenter: Segmenter) -> None:
-    images = [picture(40, 60, 1), picture(60, 40, 2), picture(40, 60, 3), picture(80, 120, 4), picture(33, 33, 5)]
+    images = [
+        random_image(40, 60, 1),
+        random_image(60, 40, 2),
+        random_image(40, 60, 3),
+        random_image(80, 120, 4),
+        random_image(33, 33, 5),
+    ]
     together = segmenter.batch(images)
     assert len(together) == 5
     for image, result in zip(images, together, strict=True):
@@ -72,17 +78,17 @@ def test_a_batch_equals_one_by_one(segmenter: Segmenter) -> None:
     assert segmenter.batch([]) == []
 
 
-def test_pictures_of_one_size_share_a_pass(segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_of_one_size_share_a_pass(segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, ...]] = []
     encode = segmenter.model.image_features
     monkeypatch.setattr(segmenter.model, "image_features", lambda x: (seen.append(tuple(x.shape)), encode(x))[1])
-    segmenter.batch([picture(40, 60), picture(60, 40), picture(80, 120), picture(2, 300)])
+    segmenter.batch([random_image(40, 60), random_image(60, 40), random_image(80, 120), random_image(2, 300)])
     # Shorter side 32, sides whole patches, and no longer than three times as long as wide.
     assert sorted(seen) == [(1, 3, 32, 96), (1, 3, 48, 32), (2, 3, 32, 48)]
 
 
 def test_strips_equal_the_whole(segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch) -> None:
-    image = picture(61, 40)
+    image = random_image(61, 40)
     whole = segmenter(image)
     for values in (1, 40 * 5 * 7):
         monkeypatch.setattr(pixel_labeling, "_STRIP_VALUES", values)
@@ -95,7 +101,7 @@ def test_strips_equal_the_whole(segmenter: Segmenter, monkeypatch: pytest.Monkey
 
 
 def test_scores_and_labels_are_the_soft_max_of_enlarged_similarities(segmenter: Segmenter) -> None:
-    image = picture(50, 70)
+    image = random_image(50, 70)
     result = segmenter(image)
     [features] = segmenter.encode([image])
     similarity = segmenter._class_scores(features).unsqueeze(0)
@@ -111,7 +117,7 @@ def test_scores_and_labels_are_the_soft_max_of_enlarged_similarities(segmenter: 
 def test_many_classes_need_sixteen_bits(make_model: Make, count: int, dtype: type[np.generic]) -> None:
     model = make_model()
     model.segmentation = SegmentationConfig(input_size=32)
-    result = Segmenter(model, [f"thing {i}" for i in range(count)], device="cpu")(picture(40, 30))
+    result = Segmenter(model, [f"thing {i}" for i in range(count)], device="cpu")(random_image(40, 30))
     assert result.labels.dtype == dtype
     assert result.labels.max() < count
 
@@ -125,7 +131,7 @@ def test_class_names_by_any_means(make_model: Make, tmp_path: Path) -> None:
 
 
 def test_every_kind_of_input_gives_the_same(segmenter: Segmenter, tmp_path: Path) -> None:
-    image = picture(40, 60)
+    image = random_image(40, 60)
     expected = segmenter(image)
     path = tmp_path / "image.png"
     Image.fromarray(image).save(path)
@@ -136,12 +142,12 @@ def test_every_kind_of_input_gives_the_same(segmenter: Segmenter, tmp_path: Path
 
 
 @pytest.mark.parametrize("kind", ["transparent", "sixteen bits", "turned"])
-def test_an_open_picture_is_seen_as_its_file_is(segmenter: Segmenter, tmp_path: Path, kind: str) -> None:
-    image, exif = Image.fromarray(picture(40, 60)), Image.Exif()
+def test_an_open_image_is_seen_as_its_file_is(segmenter: Segmenter, tmp_path: Path, kind: str) -> None:
+    image, exif = Image.fromarray(random_image(40, 60)), Image.Exif()
     if kind == "transparent":
-        image.putalpha(Image.fromarray(picture(40, 60, 3)[:, :, 0]))
+        image.putalpha(Image.fromarray(random_image(40, 60, 3)[:, :, 0]))
     elif kind == "sixteen bits":
-        image = Image.fromarray(picture(40, 60)[:, :, 0].astype(np.uint16) * 257)
+        image = Image.fromarray(random_image(40, 60)[:, :, 0].astype(np.uint16) * 257)
     else:
         exif[0x0112] = 6
     image.save(tmp_path / "image.png", exif=exif)
@@ -162,14 +168,14 @@ def test_an_open_picture_is_seen_as_its_file_is(segmenter: Segmenter, tmp_path: 
         (torch.zeros(3, 4, 4), "torch.float32"),
     ],
 )
-def test_what_is_no_picture_is_told(segmenter: Segmenter, image: object, words: str) -> None:
+def test_objects_that_are_no_image_are_rejected(segmenter: Segmenter, image: object, words: str) -> None:
     with pytest.raises(DataError, match=rf"an image must be a PIL image, an \(H, W, 3\) uint8 RGB array.*{words}"):
         segmenter(image)  # type: ignore[arg-type]
 
 
-def test_files_that_are_no_pictures_are_told(segmenter: Segmenter, tmp_path: Path) -> None:
+def test_files_that_are_no_images_are_rejected(segmenter: Segmenter, tmp_path: Path) -> None:
     path = tmp_path / "notes.txt"
-    path.write_text("not a picture")
+    path.write_text("not an image")
     with pytest.raises(DataError, match="not an image"):
         segmenter(path)
     with pytest.raises(StorageError, match="does not exist"):
@@ -179,18 +185,18 @@ def test_files_that_are_no_pictures_are_told(segmenter: Segmenter, tmp_path: Pat
 def test_settings_that_a_model_carries_are_followed(make_model: Make) -> None:
     model = make_model()
     model.segmentation = SegmentationConfig(input_size=32)
-    sharp = Segmenter(model, CLASSES, device="cpu")(picture(40, 40))
+    sharp = Segmenter(model, CLASSES, device="cpu")(random_image(40, 40))
     model.segmentation = SegmentationConfig(input_size=32, temperature=10.0)
-    flat = Segmenter(model, CLASSES, device="cpu")(picture(40, 40))
+    flat = Segmenter(model, CLASSES, device="cpu")(random_image(40, 40))
     assert (flat.labels == sharp.labels).mean() > 0.999
     assert flat.scores.max() < 0.3 < sharp.scores.max()
 
 
-def test_a_look_serves_every_class_list_of_one_model(make_model: Make) -> None:
+def test_dense_features_serve_every_class_list_of_one_model(make_model: Make) -> None:
     model = make_model()
     model.segmentation = SegmentationConfig(input_size=32, region_weight=0.5)
     first, second = (Segmenter(model, names, device="cpu") for names in ("cat,sofa", "sky|clouds,sea,background"))
-    image = picture(40, 60)
+    image = random_image(40, 60)
     [features] = first.encode([image])
     assert_alike(second.classify(features, image), second(image))
     labels = second.classify(features, image, background_bias=1.0).labels
@@ -200,7 +206,7 @@ def test_a_look_serves_every_class_list_of_one_model(make_model: Make) -> None:
 def test_synonyms_are_compared_like_names(make_model: Make) -> None:
     model = make_model()
     model.segmentation = SegmentationConfig(input_size=32, region_weight=0)
-    image = picture(40, 60)
+    image = random_image(40, 60)
     apart = Segmenter(model, ["cat", "sofa", "sky"], device="cpu")(image)
     joined = Segmenter(model, ["cat", "sofa|sky"], device="cpu")(image)
     # Where sofa or sky is best of the three, their class is; where cat is, enlarging may decide otherwise at its border.
@@ -209,7 +215,7 @@ def test_synonyms_are_compared_like_names(make_model: Make) -> None:
 
 @pytest.mark.parametrize("iterations", [0, 2])
 def test_the_gate_gives_what_the_classes_that_it_leaves_give_alone(make_model: Make, iterations: int) -> None:
-    model, image = make_model(), picture(40, 60)
+    model, image = make_model(), random_image(40, 60)
     names = [f"{thing} {number}" for thing in ("dog", "grass", "sea") for number in range(20)] + ["background"]
     settings = {"input_size": 32, "region_weight": 0.5, "refinement": {"iterations": iterations}}
     model.segmentation = SegmentationConfig(**settings)
@@ -225,13 +231,13 @@ def test_the_gate_gives_what_the_classes_that_it_leaves_give_alone(make_model: M
     result = gated(image)
     np.testing.assert_allclose(result.scores, alone.scores, atol=1e-5)
     assert (result.labels == np.array(kept)[alone.labels]).mean() > 0.999
-    if not iterations:  # films take this way
+    if not iterations:  # videos take this way
         assert (gated.label_pixels(image, gated.class_scores(image)).labels == result.labels).mean() > 0.999
 
 
 @pytest.mark.parametrize(("rest", "label"), [((), 255), (("background",), 2)])
 def test_unsure_pixels_are_unknown(make_model: Make, rest: tuple[str, ...], label: int) -> None:
-    model, image = make_model(), picture(40, 60)
+    model, image = make_model(), random_image(40, 60)
     names = ["cat", "sofa", *rest]
     model.segmentation = SegmentationConfig(input_size=32)
     sure = Segmenter(model, names, device="cpu")(image)
@@ -245,7 +251,7 @@ def test_unsure_pixels_are_unknown(make_model: Make, rest: tuple[str, ...], labe
 
 @pytest.mark.parametrize("iterations", [0, 2])
 def test_what_a_negative_word_names_best_has_no_class(make_model: Make, iterations: int) -> None:
-    model, image = make_model(), picture(40, 60)
+    model, image = make_model(), random_image(40, 60)
     model.segmentation = SegmentationConfig(input_size=32, region_weight=0, refinement={"iterations": iterations})
     shown = Segmenter(model, ["cat", "sofa", "sky"], device="cpu")(image)
     counts = np.bincount(shown.labels.ravel(), minlength=3)
@@ -296,7 +302,7 @@ def test_texts_are_embedded_once_while_the_weights_stay(make_model: Make, monkey
     assert other.classes == ("sky", "sea", "dog")
     assert first.classes == ("cat", "sofa")
     assert embedded == [2, 3]
-    image = picture(40, 60)
+    image = random_image(40, 60)
     assert_alike(other(image), Segmenter(model, "sky,sea,dog", device="cpu")(image))
     model.segmentation = SegmentationConfig(prompts=["the {}"])
     Segmenter(model, ["cat", "sofa"], device="cpu")
@@ -322,7 +328,7 @@ def test_names_used_least_lately_are_forgotten(make_model: Make, monkeypatch: py
 
 
 def test_a_pass_is_bounded_however_many_images_are_given(segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch) -> None:
-    images = [picture(32, 48, seed) for seed in range(7)] + [picture(32, 32, 8)]
+    images = [random_image(32, 48, seed) for seed in range(7)] + [random_image(32, 32, 8)]
     expected = segmenter.batch(images)
     passes: list[tuple[int, ...]] = []
     encode = segmenter.model.image_features

@@ -43,7 +43,7 @@ def test_the_outer_quarter_of_an_overlap_is_context_alone() -> None:
     assert (weights[-5:] == 0).all()
     assert (weights[5:35] > 0).all()
     np.testing.assert_allclose(weights, weights[::-1])
-    assert (axis.weights(0, 0, 25) == 1).all(), "a border of the picture is no seam"
+    assert (axis.weights(0, 0, 25) == 1).all(), "a border of the image is no seam"
 
 
 def ramp(inside: float, window: int, overlap: int, first: bool, last: bool) -> float:
@@ -87,7 +87,7 @@ ROWS, COLUMNS = WindowAxis.cover(47, 20, 6), WindowAxis.cover(50, 24, 12)
 
 
 def whole(blended: SlidingWindowScores, side: int) -> np.ndarray:
-    """The picture from blocks of `side` pixels."""
+    """The image from blocks of `side` pixels."""
     scores = np.empty((3, blended.rows.length, blended.columns.length))
     for y in range(0, blended.rows.length, side):
         for x in range(0, blended.columns.length, side):

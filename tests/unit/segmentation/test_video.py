@@ -1,4 +1,4 @@
-"""Films: labels that follow what moves, begin anew at cuts, and go to files whole or not at all."""
+"""Videos: labels follow motion, start anew at cuts, and are written completely or not at all."""
 
 import csv
 import re
@@ -40,11 +40,11 @@ def _exact(monkeypatch: pytest.MonkeyPatch) -> None:
 class Oracle(Segmenter):
     """Knows the classes of every frame it is asked for, and notes which these were."""
 
-    def __init__(self, model: ViLSeg, *films: SyntheticVideo) -> None:
+    def __init__(self, model: ViLSeg, *videos: SyntheticVideo) -> None:
         super().__init__(model, NAMES, device="cpu")
         self.asked: list[bytes] = []
         self._truth = {
-            image.tobytes(): mask for film in films for image, mask in zip(film.images, film.masks, strict=True)
+            image.tobytes(): mask for video in videos for image, mask in zip(video.images, video.masks, strict=True)
         }
 
     def class_scores(self, image: Any) -> torch.Tensor:
@@ -55,7 +55,7 @@ class Oracle(Segmenter):
 
 
 @pytest.fixture(scope="module")
-def films() -> list[SyntheticVideo]:
+def videos() -> list[SyntheticVideo]:
     return [render_video(5, index, SIZE, frames=13) for index in range(4)]
 
 
@@ -71,15 +71,15 @@ def keys_of(oracle: Oracle, frames: np.ndarray) -> list[int]:
     return [place[asked] for asked in oracle.asked]
 
 
-def frames_of(film: SyntheticVideo, rate: float = 25) -> list[Frame]:
-    return [Frame(index, index / rate, image) for index, image in enumerate(film.images)]
+def frames_of(video: SyntheticVideo, rate: float = 25) -> list[Frame]:
+    return [Frame(index, index / rate, image) for index, image in enumerate(video.images)]
 
 
-# ----------------------------------------------------------------------------------- scores, and painting from them
+# ----------------------------------------------------------------------------------- scores, and labels from them
 
 
 @pytest.mark.parametrize("iterations", [0, 3])
-def test_painted_scores_are_the_segmentation(make_model: Make, iterations: int) -> None:
+def test_labelled_scores_are_the_segmentation(make_model: Make, iterations: int) -> None:
     model = make_model()
     model.segmentation = SegmentationConfig(
         input_size=32, region_weight=0, prompts=["{}"], refinement=RefinementConfig(iterations=iterations)
@@ -88,36 +88,36 @@ def test_painted_scores_are_the_segmentation(make_model: Make, iterations: int) 
     for image in (scenes.render_scene(0, 0, 50).image, scenes.render_scene(0, 1, 60).image[:33]):
         scores = segmenter.class_scores(image)
         assert scores.shape[0] == len(WORDS)
-        painted, expected = segmenter.label_pixels(image, scores), segmenter(image)
+        labelled, expected = segmenter.label_pixels(image, scores), segmenter(image)
         assert len(np.unique(expected.labels)) > 1
         if iterations == 0:
-            np.testing.assert_array_equal(painted.labels, expected.labels)
-            np.testing.assert_array_equal(painted.scores, expected.scores)
+            np.testing.assert_array_equal(labelled.labels, expected.labels)
+            np.testing.assert_array_equal(labelled.scores, expected.scores)
         # Refined, the classes that are best nowhere take part on another grid, which shows where nothing is sure.
-        assert (painted.labels == expected.labels).mean() > 0.97
-        assert np.abs(painted.scores - expected.scores).mean() < 0.03
-        np.testing.assert_array_equal(painted.image, image)
-        assert painted.clusters is None
+        assert (labelled.labels == expected.labels).mean() > 0.97
+        assert np.abs(labelled.scores - expected.scores).mean() < 0.03
+        np.testing.assert_array_equal(labelled.image, image)
+        assert labelled.clusters is None
 
 
 # ------------------------------------------------------------------------------------------------------- segment_video
 
 
-def test_carried_labels_follow_what_moves(make_model: Make, films: list[SyntheticVideo]) -> None:
+def test_propagated_labels_follow_motion(make_model: Make, videos: list[SyntheticVideo]) -> None:
     wrong, kept = [], []
-    for film in films:
-        oracle = Oracle(make_model(), film)
-        results = list(segment_video(oracle, film.images, key_every=6))
-        assert keys_of(oracle, film.images) == [0, 6, 12]
+    for video in videos:
+        oracle = Oracle(make_model(), video)
+        results = list(segment_video(oracle, video.images, key_every=6))
+        assert keys_of(oracle, video.images) == [0, 6, 12]
         between = [t for t in range(13) if t % 6]
-        wrong += [(results[t].labels != film.masks[t]).mean() for t in between]
-        kept += [(film.masks[t - t % 6] != film.masks[t]).mean() for t in between]
+        wrong += [(results[t].labels != video.masks[t]).mean() for t in between]
+        kept += [(video.masks[t - t % 6] != video.masks[t]).mean() for t in between]
     assert np.mean(kept) > 0.03, "something has to move"
     assert np.mean(wrong) < 0.25 * np.mean(kept)
 
 
-def test_frame_by_frame_is_a_special_case(segmenter: Segmenter, films: list[SyntheticVideo]) -> None:
-    images = films[0].images[:4]
+def test_frame_by_frame_is_a_special_case(segmenter: Segmenter, videos: list[SyntheticVideo]) -> None:
+    images = videos[0].images[:4]
     for result, image in zip(segment_video(segmenter, images, key_every=1, smoothing=0), images, strict=True):
         expected = segmenter(image)
         # Here the patch grid is enlarged in two steps.
@@ -125,36 +125,36 @@ def test_frame_by_frame_is_a_special_case(segmenter: Segmenter, films: list[Synt
         assert np.abs(result.scores - expected.scores).mean() < 0.01
 
 
-def test_a_still_film_has_still_labels(segmenter: Segmenter, films: list[SyntheticVideo]) -> None:
-    results = list(segment_video(segmenter, [films[0].images[0]] * 9, key_every=4))
+def test_a_still_video_has_still_labels(segmenter: Segmenter, videos: list[SyntheticVideo]) -> None:
+    results = list(segment_video(segmenter, [videos[0].images[0]] * 9, key_every=4))
     assert len(results) == 9
     changed = [(result.labels != results[0].labels).mean() for result in results]
     assert max(changed) < 0.03
 
 
-def test_a_flickering_key_frame_is_evened_out(make_model: Make, films: list[SyntheticVideo]) -> None:
+def test_a_flickering_key_frame_is_evened_out(make_model: Make, videos: list[SyntheticVideo]) -> None:
     """The scores of one key frame are wrong where they are weak; what was carried there outweighs them."""
-    film = SyntheticVideo(
-        images=np.concatenate([films[0].images[:1]] * 5), masks=films[0].masks[:5], sources=films[0].sources[:5]
+    video = SyntheticVideo(
+        images=np.concatenate([videos[0].images[:1]] * 5), masks=videos[0].masks[:5], sources=videos[0].sources[:5]
     )
     calls = []
 
     class Flickering(Oracle):
         def class_scores(self, image: Any) -> torch.Tensor:
             calls.append(1)
-            truth = torch.nn.functional.one_hot(torch.from_numpy(film.masks[0].astype(np.int64)), len(NAMES))
+            truth = torch.nn.functional.one_hot(torch.from_numpy(video.masks[0].astype(np.int64)), len(NAMES))
             scores = truth.permute(2, 0, 1).float()
             return scores if len(calls) != 2 else 0.3 * scores.roll(1, 0)
 
-    steady = list(segment_video(Flickering(make_model(), film), film.images, key_every=2))
-    assert (steady[2].labels == film.masks[0]).mean() > 0.95
+    steady = list(segment_video(Flickering(make_model(), video), video.images, key_every=2))
+    assert (steady[2].labels == video.masks[0]).mean() > 0.95
     calls.clear()
-    flickering = list(segment_video(Flickering(make_model(), film), film.images, key_every=2, smoothing=0))
-    assert (flickering[2].labels == film.masks[0]).mean() < 0.05
+    flickering = list(segment_video(Flickering(make_model(), video), video.images, key_every=2, smoothing=0))
+    assert (flickering[2].labels == video.masks[0]).mean() < 0.05
 
 
-def test_a_cut_begins_anew(make_model: Make, films: list[SyntheticVideo]) -> None:
-    one, other = films[0], films[2]
+def test_a_cut_begins_anew(make_model: Make, videos: list[SyntheticVideo]) -> None:
+    one, other = videos[0], videos[2]
     images = np.concatenate([one.images[:9], other.images[:5]])
     oracle = Oracle(make_model(), one, other)
     results = list(segment_video(oracle, images, key_every=6))
@@ -165,25 +165,25 @@ def test_a_cut_begins_anew(make_model: Make, films: list[SyntheticVideo]) -> Non
         np.testing.assert_array_equal(result.scores, alone.scores)
 
 
-def test_another_size_begins_anew(segmenter: Segmenter, films: list[SyntheticVideo]) -> None:
-    images = [*films[0].images[:3], *(image[:40] for image in films[0].images[3:5])]
+def test_another_size_begins_anew(segmenter: Segmenter, videos: list[SyntheticVideo]) -> None:
+    images = [*videos[0].images[:3], *(image[:40] for image in videos[0].images[3:5])]
     results = list(segment_video(segmenter, images))
     assert [result.labels.shape for result in results] == [(64, 64)] * 3 + [(40, 64)] * 2
     assert list(segment_video(segmenter, [])) == []
 
 
-def test_no_more_than_the_distance_of_keys_is_held(make_model: Make, films: list[SyntheticVideo]) -> None:
+def test_no_more_than_the_distance_of_keys_is_held(make_model: Make, videos: list[SyntheticVideo]) -> None:
     read = 0
 
     def counted() -> Iterator[np.ndarray]:
         nonlocal read
-        for image in films[0].images:
+        for image in videos[0].images:
             read += 1
             yield image
 
     ahead = []
-    for done, result in enumerate(segment_video(Oracle(make_model(), films[0]), counted(), key_every=4), start=1):
-        np.testing.assert_array_equal(result.image, films[0].images[done - 1])  # in order
+    for done, result in enumerate(segment_video(Oracle(make_model(), videos[0]), counted(), key_every=4), start=1):
+        np.testing.assert_array_equal(result.image, videos[0].images[done - 1])  # in order
         ahead.append(read - done)
     assert len(ahead) == 13
     assert ahead[0] == 0
@@ -196,16 +196,16 @@ def test_settings_out_of_range(segmenter: Segmenter, settings: dict[str, Any]) -
         segment_video(segmenter, [], **settings)
 
 
-def test_what_is_no_frame_is_told(segmenter: Segmenter, films: list[SyntheticVideo]) -> None:
+def test_arrays_that_are_no_frame_are_rejected(segmenter: Segmenter, videos: list[SyntheticVideo]) -> None:
     with pytest.raises(DataError, match="an image must be"):
-        list(segment_video(segmenter, [films[0].images[0], films[0].images[1].astype(np.float32)]))
+        list(segment_video(segmenter, [videos[0].images[0], videos[0].images[1].astype(np.float32)]))
 
 
 # --------------------------------------------------------------------------------------------------------------- files
 
 
 def smooth(seed: int, height: int, width: int) -> np.ndarray:
-    """A picture that survives compression."""
+    """An image that survives compression."""
     coarse = np.random.default_rng(seed).integers(0, 256, (3, 4, 3), dtype=np.uint8)
     return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BILINEAR))
 
@@ -217,15 +217,15 @@ def test_what_is_written_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(video_io, "_ENCODERS", {encoder: video_io._ENCODERS[encoder]})
     times = [0.0, 0.04, 0.2, 0.24, 1.001, 1.0345, 3.0]  # a variable rate
     frames = [Frame(i, seconds, smooth(0, 49, 64)) for i, seconds in enumerate(times)]
-    write_video(f"{tmp_path}/a/film.mp4", iter(frames))
-    found = list(read_frames(f"{tmp_path}/a/film.mp4"))
+    write_video(f"{tmp_path}/a/video.mp4", iter(frames))
+    found = list(read_frames(f"{tmp_path}/a/video.mp4"))
     assert [frame.index for frame in found] == list(range(7))
     assert [frame.seconds for frame in found] == pytest.approx(times, abs=1 / 60_000)
     for frame, expected in zip(found, frames, strict=True):
         assert frame.image.shape == (50, 64, 3), "made even"
         assert frame.image.dtype == np.uint8
         assert np.abs(frame.image[:49].astype(int) - expected.image).mean() < 6
-    assert [path.name for path in (tmp_path / "a").iterdir()] == ["film.mp4"]
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["video.mp4"]
 
 
 # a, b, c, d of the matrix in the track header (ISO/IEC 14496-12, 8.3.2): x' = a x + c y, y' = b x + d y, y down.
@@ -235,8 +235,8 @@ TURNS = {0: (1, 0, 0, 1), 90: (0, 1, -1, 0), 180: (-1, 0, 0, -1), 270: (0, -1, 1
 @pytest.mark.parametrize("clockwise", TURNS)
 def test_frames_are_upright(tmp_path: Path, clockwise: int) -> None:
     image = smooth(1, 48, 64)
-    write_video(f"{tmp_path}/film.mp4", [Frame(0, 0.0, image), Frame(1, 0.04, image)])
-    data = (tmp_path / "film.mp4").read_bytes()
+    write_video(f"{tmp_path}/video.mp4", [Frame(0, 0.0, image), Frame(1, 0.04, image)])
+    data = (tmp_path / "video.mp4").read_bytes()
     start = data.index(b"tkhd") + 4 + 40  # past version, flags, times, id, duration, layer and volume
     a, b, c, d = (part * 65536 for part in TURNS[clockwise])
     fields = [(number, 4) for number in (a, b, 0, c, d, 0, 0, 0, 1 << 30)]
@@ -249,8 +249,8 @@ def test_frames_are_upright(tmp_path: Path, clockwise: int) -> None:
 
 
 @pytest.fixture
-def film_bytes(films: list[SyntheticVideo], tmp_path: Path) -> Callable[[str], bytes]:
-    """The first film as MP4 with its index in front, or as Matroska."""
+def video_bytes(videos: list[SyntheticVideo], tmp_path: Path) -> Callable[[str], bytes]:
+    """The first video as MP4 with its index in front, or as Matroska."""
 
     def encode(kind: str) -> bytes:
         path = str(tmp_path / f"encoded.{kind}")
@@ -259,7 +259,7 @@ def film_bytes(films: list[SyntheticVideo], tmp_path: Path) -> Callable[[str], b
             stream.width = stream.height = SIZE
             stream.pix_fmt = "yuv420p"
             stream.gop_size = 1  # every frame by itself: a part of the bytes is a part of the frames
-            for image in films[0].images:
+            for image in videos[0].images:
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
             container.mux(stream.encode(None))
         return Path(path).read_bytes()
@@ -279,20 +279,20 @@ def until_damage(path: Path) -> tuple[list[Frame], DataError]:
 
 @pytest.mark.parametrize("kind", ["mp4", "mkv"])
 def test_good_frames_come_before_the_damage_is_told(
-    tmp_path: Path, film_bytes: Callable[[str], bytes], kind: str
+    tmp_path: Path, video_bytes: Callable[[str], bytes], kind: str
 ) -> None:
-    data = film_bytes(kind)
-    (tmp_path / "film").write_bytes(data)
-    assert len(list(read_frames(tmp_path / "film"))) == 13
+    data = video_bytes(kind)
+    (tmp_path / "video").write_bytes(data)
+    assert len(list(read_frames(tmp_path / "video"))) == 13
     (tmp_path / "cut").write_bytes(data[: int(len(data) * 0.7)])
     found, error = until_damage(tmp_path / "cut")
     assert 2 <= len(found) <= 11
     assert re.search(rf"cut is (damaged|cut short) after {len(found)} frames \(0\.\d0 s\)", str(error))
 
 
-def test_what_is_no_video_is_told(tmp_path: Path, film_bytes: Callable[[str], bytes]) -> None:
-    data = film_bytes("mkv")
-    for name, content in (("empty.mp4", b""), ("notes.mp4", b"not a film\n" * 400), ("head.mkv", data[:40])):
+def test_files_that_are_no_video_are_rejected(tmp_path: Path, video_bytes: Callable[[str], bytes]) -> None:
+    data = video_bytes("mkv")
+    for name, content in (("empty.mp4", b""), ("notes.mp4", b"not a video\n" * 400), ("head.mkv", data[:40])):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(DataError, match=f"{name} is not a video"):
             next(read_frames(tmp_path / name))
@@ -308,14 +308,14 @@ def test_what_is_no_video_is_told(tmp_path: Path, film_bytes: Callable[[str], by
 
 
 def test_too_large_frames_are_not_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_video(f"{tmp_path}/film.mp4", [Frame(0, 0.0, smooth(0, 48, 64))])
+    write_video(f"{tmp_path}/video.mp4", [Frame(0, 0.0, smooth(0, 48, 64))])
     monkeypatch.setattr(video_io, "_MAX_PIXELS", 3000)
     with pytest.raises(DataError, match="64 x 48 pixels, more than the limit of 3,000"):
-        next(read_frames(tmp_path / "film.mp4"))
+        next(read_frames(tmp_path / "video.mp4"))
 
 
-def test_a_film_appears_whole_or_not_at_all(tmp_path: Path) -> None:
-    path = tmp_path / "film.mp4"
+def test_a_video_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "video.mp4"
     path.write_bytes(b"the old one")
 
     def failing() -> Iterator[Frame]:
@@ -335,27 +335,27 @@ def test_a_film_appears_whole_or_not_at_all(tmp_path: Path) -> None:
 def test_the_extra_is_named_when_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(UserError, match=r"pip install 'vilseg\[video\]'"):
-        next(read_frames(tmp_path / "film.mp4"))
+        next(read_frames(tmp_path / "video.mp4"))
     with pytest.raises(UserError, match=r"pip install 'vilseg\[video\]'"):
-        write_video(f"{tmp_path}/film.mp4", [Frame(0, 0.0, smooth(0, 48, 64))])
+        write_video(f"{tmp_path}/video.mp4", [Frame(0, 0.0, smooth(0, 48, 64))])
 
 
 # -------------------------------------------------------------------------------------------------------- segment_file
 
 
 def test_a_file_becomes_masks_times_and_an_overlay(
-    tmp_path: Path, segmenter: Segmenter, films: list[SyntheticVideo]
+    tmp_path: Path, segmenter: Segmenter, videos: list[SyntheticVideo]
 ) -> None:
-    source, masks, overlay = str(tmp_path / "film.mp4"), tmp_path / "masks", tmp_path / "overlay.mp4"
-    write_video(source, frames_of(films[0], rate=10))
+    source, masks, overlay = str(tmp_path / "video.mp4"), tmp_path / "masks", tmp_path / "overlay.mp4"
+    write_video(source, frames_of(videos[0], rate=10))
     done = segment_file(segmenter, source, masks_uri=str(masks), overlay_uri=str(overlay), key_every=4)
 
     expected = list(segment_video(segmenter, [frame.image for frame in read_frames(source)], key_every=4))
     assert sorted(path.name for path in masks.iterdir()) == [*(f"{i:06d}.png" for i in range(13)), "frames.csv"]
     for index, result in enumerate(expected):
-        picture = Image.open(masks / f"{index:06d}.png")
-        assert picture.mode == "P"
-        np.testing.assert_array_equal(np.asarray(picture), result.labels)
+        rendered = Image.open(masks / f"{index:06d}.png")
+        assert rendered.mode == "P"
+        np.testing.assert_array_equal(np.asarray(rendered), result.labels)
     with (masks / "frames.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [int(row["index"]) for row in rows] == list(range(13))
@@ -373,14 +373,14 @@ def test_a_file_becomes_masks_times_and_an_overlay(
     drawn = list(read_frames(overlay))
     assert [frame.seconds for frame in drawn] == pytest.approx([i / 10 for i in range(13)], abs=1e-3)
     for frame, result in zip(drawn, expected, strict=True):
-        picture = np.asarray(result.overlay(legend=False)).astype(int)
-        assert np.abs(frame.image - picture).mean() < 12
+        rendered = np.asarray(result.overlay(legend=False)).astype(int)
+        assert np.abs(frame.image - rendered).mean() < 12
 
 
 def test_masks_before_the_damage_are_kept(
-    tmp_path: Path, segmenter: Segmenter, film_bytes: Callable[[str], bytes]
+    tmp_path: Path, segmenter: Segmenter, video_bytes: Callable[[str], bytes]
 ) -> None:
-    data = film_bytes("mkv")
+    data = video_bytes("mkv")
     source, masks, overlay = tmp_path / "cut.mkv", tmp_path / "masks", tmp_path / "overlay.mp4"
     source.write_bytes(data[: int(len(data) * 0.7)])
     good, _ = until_damage(source)
@@ -391,11 +391,11 @@ def test_masks_before_the_damage_are_kept(
     assert not overlay.exists()
 
 
-def test_pixels_without_a_class_are_no_area_of_a_film(
-    tmp_path: Path, segmenter: Segmenter, films: list[SyntheticVideo]
+def test_pixels_without_a_class_are_no_area_of_a_video(
+    tmp_path: Path, segmenter: Segmenter, videos: list[SyntheticVideo]
 ) -> None:
-    source = str(tmp_path / "film.mp4")
-    write_video(source, frames_of(films[0])[:3])
+    source = str(tmp_path / "video.mp4")
+    write_video(source, frames_of(videos[0])[:3])
     every = segment_file(segmenter, source, masks_uri=str(tmp_path / "every"))
     vocabulary = Vocabulary(segmenter.classes, negatives=("nothing of this kind",))
     segmenter.config = segmenter.config.replace(threshold=0.5)
@@ -405,15 +405,15 @@ def test_pixels_without_a_class_are_no_area_of_a_film(
 
 
 def test_a_damaged_head_leaves_nothing(tmp_path: Path, segmenter: Segmenter) -> None:
-    (tmp_path / "film.mp4").write_bytes(b"nothing of use")
+    (tmp_path / "video.mp4").write_bytes(b"nothing of use")
     with pytest.raises(DataError, match="not a video"):
-        segment_file(segmenter, str(tmp_path / "film.mp4"), masks_uri=str(tmp_path / "masks"))
+        segment_file(segmenter, str(tmp_path / "video.mp4"), masks_uri=str(tmp_path / "masks"))
     assert not (tmp_path / "masks").exists()
 
 
-def test_other_masks_are_not_mixed_in(tmp_path: Path, segmenter: Segmenter, films: list[SyntheticVideo]) -> None:
-    source = str(tmp_path / "film.mp4")
-    write_video(source, frames_of(films[0])[:2])
+def test_other_masks_are_not_mixed_in(tmp_path: Path, segmenter: Segmenter, videos: list[SyntheticVideo]) -> None:
+    source = str(tmp_path / "video.mp4")
+    write_video(source, frames_of(videos[0])[:2])
     (tmp_path / "masks").mkdir()
     segment_file(segmenter, source, masks_uri=str(tmp_path / "masks"))
     with pytest.raises(StorageError, match="holds files already"):
