@@ -338,7 +338,7 @@ def test_a_pass_is_bounded_however_many_images_are_given(segmenter: Segmenter, m
         assert_alike(result, whole)
         assert result.image is image
     assert passes == [(3, 3, 32, 48), (3, 3, 32, 48), (1, 3, 32, 48), (1, 3, 32, 32)]
-    assert [len(features.patches_ND) for features in segmenter.encode(images)] == [6] * 7 + [4]
+    assert [len(features.patches_ND) for features in segmenter.encode(images)] == [96] * 7 + [64]
     assert max(shape[0] for shape in passes) == 3
     passes.clear()
     monkeypatch.setattr(dense_features, "_PIXELS_PER_PASS", 1)
