@@ -1,4 +1,4 @@
-"""Charts of a sweep, in the colours of the page they stand in (see `vilseg.evaluation.charts`)."""
+"""Charts of a sweep, in the colors of its page (see `vilseg.evaluation.charts`)."""
 
 from __future__ import annotations
 
@@ -17,32 +17,34 @@ from tune.trial_records import TrialRecord
 from vilseg.evaluation.charts import COLOURS, STYLE, WIDTH, to_svg
 
 _BINS = 5
-"""Of a parameter without a list of values, in the heat map."""
-_MOST_VALUES = 12
-"""A parameter of more is binned like one without a list."""
+"""Number of bins of a continuous parameter in the heat map."""
+_MAX_VALUES = 12
+"""Largest number of listed values; a parameter with more is binned like a continuous one."""
 
 
 def parallel_coordinates(
     parameters: Mapping[str, Parameter], lines: Sequence[tuple[Point, float]], *, objective: str
 ) -> str:
-    """One line a trial through its values and its score; the better, the stronger; the best in the accent colour.
+    """Return a chart with one line for each trial, through its values and its score, stronger for better scores; SVG.
+
+    The best trial is in the accent color.
 
     Args:
-        parameters: an axis each, in order.
+        parameters: one axis each, in order.
         lines: point and score of each trial, at least one.
         objective: name of the last axis.
     """
-    axes_of = [_Axis(key, parameter, [point.get(key) for point, _ in lines]) for key, parameter in parameters.items()]
+    parallel_axes = [_Axis(key, parameter) for key, parameter in parameters.items()]
     scores = np.array([score for _, score in lines])
     low, span = scores.min(), np.ptp(scores) or 1.0
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(max(1.6 * WIDTH, 1.5 * (len(axes_of) + 1)), 3.2), layout="constrained")
+        figure = Figure(figsize=(max(1.6 * WIDTH, 1.5 * (len(parallel_axes) + 1)), 3.2), layout="constrained")
         axes = figure.add_subplot()
         axes.set_axis_off()
-        axes.set_xlim(-0.3, len(axes_of) + 0.45)
+        axes.set_xlim(-0.3, len(parallel_axes) + 0.45)
         axes.set_ylim(-0.14, 1.16)
-        for place, (point, score) in sorted(enumerate(lines), key=lambda item: item[1][1]):
-            heights = [*(axis.height(point) for axis in axes_of), (score - low) / span]
+        for index, (point, score) in sorted(enumerate(lines), key=lambda item: item[1][1]):
+            heights = [*(axis.height(point) for axis in parallel_axes), (score - low) / span]
             best = score == scores.max()
             axes.plot(
                 range(len(heights)),
@@ -50,24 +52,24 @@ def parallel_coordinates(
                 color=COLOURS["accent" if best else "muted"],
                 alpha=1.0 if best else 0.12 + 0.55 * float((score - low) / span),
                 linewidth=2.4 if best else 1.3,
-                zorder=2 + place / len(lines) if not best else 4,
+                zorder=2 + index / len(lines) if not best else 4,
             )
-        for place, axis in enumerate(axes_of):
-            _draw_axis(axes, place, axis.name, axis.ticks())
+        for position, axis in enumerate(parallel_axes):
+            _draw_axis(axes, position, axis.name, axis.ticks())
         ticks = [(0.0, f"{low:.3f}"), (1.0, f"{scores.max():.3f}")]
-        _draw_axis(axes, len(axes_of), objective, ticks)
+        _draw_axis(axes, len(parallel_axes), objective, ticks)
         return to_svg(figure, f"{objective} of all trials by their values")
 
 
 def heat_map(
     rows: tuple[str, Parameter], columns: tuple[str, Parameter], lines: Sequence[tuple[Point, float]], *, objective: str
 ) -> str:
-    """Mean score by the values of two parameters; each cell tells how many trials it stands for where they are several."""
-    row_cells = _Cells(*rows, [point.get(rows[0]) for point, _ in lines])
-    column_cells = _Cells(*columns, [point.get(columns[0]) for point, _ in lines])
+    """Return a heat map of the mean score by the values of two parameters, with spread and count where several share a cell."""
+    row_cells = _Cells(rows[1])
+    column_cells = _Cells(columns[1])
     scores: dict[tuple[int, int], list[float]] = {}
     for point, score in lines:
-        cell = (row_cells.of(point.get(rows[0])), column_cells.of(point.get(columns[0])))
+        cell = (row_cells.index_of(point.get(rows[0])), column_cells.index_of(point.get(columns[0])))
         if None not in cell:
             scores.setdefault(cell, []).append(score)  # type: ignore[arg-type]
     means = {cell: float(np.mean(values)) for cell, values in scores.items()}
@@ -78,14 +80,14 @@ def heat_map(
         figure = Figure(figsize=(max(WIDTH, 1.4 + 0.68 * len(column_cells.names)), height), layout="constrained")
         axes = figure.add_subplot()
         for (row, column), mean in means.items():
-            share = (mean - low) / span
+            fraction = (mean - low) / span
             axes.add_patch(
                 mpl.patches.Rectangle(
                     (column - 0.48, row - 0.46),
                     0.96,
                     0.92,
                     color=COLOURS["accent"],
-                    alpha=0.08 + 0.62 * share,
+                    alpha=0.08 + 0.62 * fraction,
                     linewidth=0,
                 )
             )
@@ -109,22 +111,22 @@ def heat_map(
 
 
 def learning_curves(records: Sequence[TrialRecord], best: Sequence[int], *, objective: str) -> str:
-    """The objective over the steps of every trial; those numbered in ``best`` in the accent colour."""
+    """Return the objective over the steps of every trial, those numbered in ``best`` in the accent color; SVG."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 2.6), layout="constrained")
         axes = figure.add_subplot()
         axes.grid(axis="y")
         for record in records:
             points = [(entry["step"], entry[objective]) for entry in record.curve if objective in entry]
-            first = record.number in best
+            is_best = record.number in best
             axes.plot(
                 *zip(*points, strict=True),
-                color=COLOURS["accent" if first else "muted"],
-                linewidth=2.2 if first else 1.1,
-                alpha=1 if first else 0.45,
+                color=COLOURS["accent" if is_best else "muted"],
+                linewidth=2.2 if is_best else 1.1,
+                alpha=1 if is_best else 0.45,
                 marker="o",
                 markersize=3,
-                zorder=3 if first else 2,
+                zorder=3 if is_best else 2,
             )
         axes.set_xlabel("step")
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -132,43 +134,45 @@ def learning_curves(records: Sequence[TrialRecord], best: Sequence[int], *, obje
         return to_svg(figure, f"{objective} over the steps of all trials")
 
 
-def importance_bars(shares: Mapping[str, float]) -> str:
-    """How much of the spread of the scores each parameter explains, the most important first."""
-    names = sorted(shares, key=lambda name: -shares[name])
+def importance_bars(importance: Mapping[str, float]) -> str:
+    """Return bars of the fraction of the scores' variance that each parameter explains, largest first; SVG."""
+    names = sorted(importance, key=lambda name: -importance[name])
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 0.6 + 0.32 * len(names)), layout="constrained")
         axes = figure.add_subplot()
-        axes.barh(range(len(names)), [shares[name] for name in names], height=0.5, color=COLOURS["accent"])
+        axes.barh(range(len(names)), [importance[name] for name in names], height=0.5, color=COLOURS["accent"])
         for row, name in enumerate(names):
             axes.annotate(
-                f"{shares[name]:.0%}", (shares[name], row), xytext=(4, 0), textcoords="offset points", va="center"
+                f"{importance[name]:.0%}",
+                (importance[name], row),
+                xytext=(4, 0),
+                textcoords="offset points",
+                va="center",
             )
         axes.set_yticks(range(len(names)), names)
         axes.tick_params(axis="y", colors=COLOURS["ink"])
         axes.set_ylim(len(names) - 0.4, -0.6)
-        axes.set_xlim(0, max(1.14 * max(shares.values()), 0.01))
+        axes.set_xlim(0, max(1.14 * max(importance.values()), 0.01))
         axes.set_xticks([])
         axes.spines["bottom"].set_visible(False)
         return to_svg(figure, "importance of the parameters")
 
 
 class _Axis:
-    """Heights of a parameter's values: by size where they are numbers, in order where they are not."""
+    """Vertical axis of a parameter: numbers by size, listed values in order."""
 
-    def __init__(self, name: str, parameter: Parameter, values: Sequence[Any]) -> None:
+    def __init__(self, name: str, parameter: Parameter) -> None:
         self.name = name
         self._log = parameter.loguniform is not None
         self._listed = [format_value(value) for value in parameter.choice] if parameter.choice else None
-        present = [value for value in values if value is not None]
         bounds = parameter.uniform or parameter.loguniform or parameter.int or (0, 1)
         self._low, self._high = (self._scale(bound) for bound in bounds)
-        self._seen = present
 
     def _scale(self, value: float) -> float:
         return math.log(value) if self._log else float(value)
 
     def height(self, point: Point) -> float:
-        """0..1; nan, which leaves a gap, where the parameter did not vary."""
+        """Return the height of a point in 0..1; nan, which leaves a gap, where the parameter did not vary."""
         value = point.get(self.name)
         if value is None:
             return math.nan
@@ -177,23 +181,23 @@ class _Axis:
         return (self._scale(value) - self._low) / (self._high - self._low)
 
     def ticks(self) -> list[tuple[float, str]]:
-        """Height and text."""
+        """Return the height and the label of each tick."""
         if self._listed:
-            return [(place / max(1, len(self._listed) - 1), text) for place, text in enumerate(self._listed)]
-        marks = [self._low + share * (self._high - self._low) for share in (0, 0.5, 1)]
+            return [(index / max(1, len(self._listed) - 1), text) for index, text in enumerate(self._listed)]
+        marks = [self._low + height * (self._high - self._low) for height in (0, 0.5, 1)]
         return [
-            (share, format_value(math.exp(m) if self._log else m))
-            for share, m in zip((0.0, 0.5, 1.0), marks, strict=True)
+            (height, format_value(math.exp(m) if self._log else m))
+            for height, m in zip((0.0, 0.5, 1.0), marks, strict=True)
         ]
 
 
-def _draw_axis(axes: Axes, place: int, name: str, ticks: Sequence[tuple[float, str]]) -> None:
-    axes.plot([place, place], [0, 1], color=COLOURS["line"], linewidth=1.2, zorder=1)
-    axes.annotate(name, (place, 1.1), ha="center", va="bottom", fontsize=9, color=COLOURS["ink"])
+def _draw_axis(axes: Axes, position: int, name: str, ticks: Sequence[tuple[float, str]]) -> None:
+    axes.plot([position, position], [0, 1], color=COLOURS["line"], linewidth=1.2, zorder=1)
+    axes.annotate(name, (position, 1.1), ha="center", va="bottom", fontsize=9, color=COLOURS["ink"])
     for height, text in ticks:
         axes.annotate(
             text,
-            (place, height),
+            (position, height),
             xytext=(5, 0),
             textcoords="offset points",
             va="center",
@@ -203,11 +207,11 @@ def _draw_axis(axes: Axes, place: int, name: str, ticks: Sequence[tuple[float, s
 
 
 class _Cells:
-    """Rows or columns of the heat map: the values of a parameter, or bins of it."""
+    """Rows or columns of the heat map: the values of a parameter, or bins of its range."""
 
-    def __init__(self, name: str, parameter: Parameter, values: Sequence[Any]) -> None:
+    def __init__(self, parameter: Parameter) -> None:
         self._listed = parameter.values
-        if self._listed is not None and len(self._listed) <= _MOST_VALUES:
+        if self._listed is not None and len(self._listed) <= _MAX_VALUES:
             self.names = [format_value(value) for value in self._listed]
             return
         self._listed = None
@@ -219,8 +223,8 @@ class _Cells:
             for a, b in zip(self._edges, self._edges[1:], strict=False)
         ]
 
-    def of(self, value: Any) -> int | None:
-        """The place of a value; None where the parameter did not vary."""
+    def index_of(self, value: Any) -> int | None:
+        """Return the index of the cell of a value; None where the parameter did not vary."""
         if value is None:
             return None
         if self._listed is not None:

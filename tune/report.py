@@ -1,4 +1,4 @@
-"""The page of a sweep, and the figures on it that are computed from its trials."""
+"""Render the HTML report of a sweep, with the importance of its parameters and the rank correlations of its metrics."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from vilseg.config import RunConfig
 from vilseg.evaluation import html_page
 from vilseg.evaluation.proxy_metrics import MEASURES
 
-_FEW = 6
-"""Trials below which importance and rank correlation say nothing."""
-_PREFERRED = ("loss.cross_modal.temperature", "model.clusters")
-"""Rows and columns of the heat map, where they vary."""
+_MIN_TRIALS = 6
+"""Smallest number of trials for which importance and rank correlation are computed."""
+_HEAT_MAP_AXES = ("loss.cross_modal.temperature", "model.clusters")
+"""Rows and columns of the heat map, where these vary."""
 
 
 def render(
@@ -30,17 +30,17 @@ def render(
     best: PointResult | None,
     commands: Sequence[str],
 ) -> str:
-    """The report of a sweep as an HTML document."""
+    """Return the report of a sweep as an HTML document."""
     objective = space.objective_name
     ended = (("done", "trials to the end"), ("stopped", "stopped"), ("failed", "failed"))
     headline = [(f"best {objective}", f"{best.score:.4f}" if best else "–", "")]
     headline += [(label, str(sum(record.status == status for record in records)), "") for status, label in ended]
     parts = [
         html_page.numbers(headline),
-        _best(best),
-        *_drawn(space, records, best),
-        _correlations(records),
-        _trials(records, objective),
+        _best_section(best),
+        *_chart_sections(space, records, best),
+        _correlation_section(records),
+        _trials_section(records, objective),
         html_page.section("Commands", "", *(html_page.code(command) for command in commands)) if commands else "",
         html_page.folded("The space", html_page.code(space.to_yaml())),
         html_page.folded("The configuration that it varies", html_page.code(config.to_yaml())),
@@ -48,7 +48,7 @@ def render(
     return html_page.page(f"Sweep {name}", parts)
 
 
-def _best(best: PointResult | None) -> str:
+def _best_section(best: PointResult | None) -> str:
     if best is None:
         return html_page.section("The best point", "No trial has a score.")
     repeats = f"Mean of {len(best.trials)} trials that differ in their seed. " if len(best.trials) > 1 else ""
@@ -59,32 +59,32 @@ def _best(best: PointResult | None) -> str:
     )
 
 
-def _drawn(space: SearchSpace, records: Sequence[TrialRecord], best: PointResult | None) -> list[str]:
+def _chart_sections(space: SearchSpace, records: Sequence[TrialRecord], best: PointResult | None) -> list[str]:
     objective = space.objective_name
     scored = [record for record in records if record.status != "failed" and math.isfinite(record.score(objective))]
     if not scored:
         return []
     lines = [(record.point, record.score(objective)) for record in scored]
     parameters = {key: parameter for key, parameter in space.parameters.items() if key != SEED}
-    drawn = [charts.learning_curves(scored, [t.number for t in best.trials] if best else [], objective=objective)]
+    rendered = [charts.learning_curves(scored, [t.number for t in best.trials] if best else [], objective=objective)]
     titles = ["Learning curves"]
     if len(parameters) >= 2:
         rows, columns = _axes(parameters)
-        lines_of = [(p, s) for p, s in lines if rows in p and columns in p]
-        if lines_of:
-            drawn.append(
-                charts.heat_map((rows, parameters[rows]), (columns, parameters[columns]), lines_of, objective=objective)
+        varied = [(p, s) for p, s in lines if rows in p and columns in p]
+        if varied:
+            rendered.append(
+                charts.heat_map((rows, parameters[rows]), (columns, parameters[columns]), varied, objective=objective)
             )
             titles.append(f"{rows} × {columns}")
-    shares = parameter_importance(space, scored)
-    if shares:
-        drawn.append(charts.importance_bars(shares))
+    importance = parameter_importance(space, scored)
+    if importance:
+        rendered.append(charts.importance_bars(importance))
         titles.append("Importance")
     note = (
-        "Every trial is a line. One that was stopped on its way stands with the score it had, which is lower for that reason "
+        "Every trial is a line. One that was stopped early is shown with its last score, which is lower for that reason "
         "alone."
     )
-    cards = [html_page.card(chart, title=title) for chart, title in zip(drawn, titles, strict=True)]
+    cards = [html_page.card(chart, title=title) for chart, title in zip(rendered, titles, strict=True)]
     return [
         html_page.section(
             "All trials", note, html_page.card(charts.parallel_coordinates(parameters, lines, objective=objective))
@@ -94,28 +94,29 @@ def _drawn(space: SearchSpace, records: Sequence[TrialRecord], best: PointResult
 
 
 def _axes(parameters: dict[str, Parameter]) -> tuple[str, str]:
-    chosen = [key for key in _PREFERRED if key in parameters]
-    chosen += [key for key in parameters if key not in chosen]
-    return chosen[0], chosen[1]
+    keys = [key for key in _HEAT_MAP_AXES if key in parameters]
+    keys += [key for key in parameters if key not in keys]
+    return keys[0], keys[1]
 
 
 def parameter_importance(space: SearchSpace, records: Sequence[TrialRecord]) -> dict[str, float]:
-    """Share of the scores' variance that each parameter explains (fANOVA, Hutter et al. 2014); empty where trials are few.
+    """Return the fraction of the scores' variance that each parameter explains (fANOVA, Hutter et al. 2014).
 
-    Of trials of unlike length the longest are taken, as a score says as much of the steps made as of the values.
+    Only the trials with the most steps count, since a score depends on the steps as much as on the values. Empty where these are
+    fewer than `_MIN_TRIALS`.
     """
     objective = space.objective_name
     longest = max((record.step for record in records), default=0)
-    whole = [record for record in records if record.step == longest and record.status != "failed"]
-    keys = {key for record in whole for key in record.point}
-    shared = [key for key in space.parameters if all(key in record.point for record in whole)]
-    if len(whole) < _FEW or len(keys) < 2 or len({record.score(objective) for record in whole}) < 2:
+    trained = [record for record in records if record.step == longest and record.status != "failed"]
+    keys = {key for record in trained for key in record.point}
+    shared = [key for key in space.parameters if all(key in record.point for record in trained)]
+    if len(trained) < _MIN_TRIALS or len(keys) < 2 or len({record.score(objective) for record in trained}) < 2:
         return {}
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    from optuna.importance import FanovaImportanceEvaluator, get_param_importances  # seconds, for the report alone
+    from optuna.importance import FanovaImportanceEvaluator, get_param_importances  # takes seconds to import
 
     study = optuna.create_study(direction="maximize")
-    for record in whole:
+    for record in trained:
         point = {key: record.point[key] for key in shared}
         study.add_trial(
             optuna.trial.create_trial(
@@ -130,10 +131,11 @@ def parameter_importance(space: SearchSpace, records: Sequence[TrialRecord]) -> 
 
 
 def rank_correlations(records: Sequence[TrialRecord]) -> tuple[int, int, dict[str, float]]:
-    """Spearman's rank correlation with mIoU of each measure that needs no mask, over evaluations at the same step.
+    """Return Spearman's rank correlation with mIoU of each proxy metric, over evaluations at the same step.
 
     Returns:
-        The last step that enough trials were evaluated at, how many they are, and the correlations; 0, 0 and none without.
+        The last step at which enough trials were evaluated, the number of these trials, and the correlations by metric;
+        (0, 0, {}) where there is no such step.
     """
     from scipy.stats import spearmanr
 
@@ -144,35 +146,35 @@ def rank_correlations(records: Sequence[TrialRecord]) -> tuple[int, int, dict[st
                 at.setdefault(int(entry["step"]), []).append(entry)
     for step in sorted(at, reverse=True):
         entries = at[step]
-        if len(entries) < _FEW:
+        if len(entries) < _MIN_TRIALS:
             continue
-        told = [name for name in MEASURES if all(name in entry for entry in entries)]
-        pairs = {name: [(entry[name], entry["miou"]) for entry in entries] for name in told}
-        found = {
+        names = [name for name in MEASURES if all(name in entry for entry in entries)]
+        pairs = {name: [(entry[name], entry["miou"]) for entry in entries] for name in names}
+        correlations = {
             name: float(spearmanr(*zip(*both, strict=True)).statistic)
             for name, both in pairs.items()
             if all(len({pair[side] for pair in both}) > 1 for side in (0, 1))
         }
-        if found:
-            return step, len(entries), found
+        if correlations:
+            return step, len(entries), correlations
     return 0, 0, {}
 
 
-def _correlations(records: Sequence[TrialRecord]) -> str:
-    step, count, found = rank_correlations(records)
-    if not found:
+def _correlation_section(records: Sequence[TrialRecord]) -> str:
+    step, count, correlations = rank_correlations(records)
+    if not correlations:
         return ""
     note = (
-        f"Spearman's rank correlation with mIoU over the {count} trials that were evaluated at step {step}: 1 where a measure "
-        "puts them into the very same order, 0 where it knows nothing of it. It tells what to sweep by where there are no masks."
+        f"Spearman's rank correlation with mIoU over the {count} trials that were evaluated at step {step}: 1 where a metric "
+        "ranks them as mIoU does, 0 where it is unrelated. Where there are no masks, sweep by a metric that ranks well here."
     )
-    rows = [(name, f"{value:+.2f}") for name, value in sorted(found.items(), key=lambda item: -item[1])]
+    rows = [(name, f"{value:+.2f}") for name, value in sorted(correlations.items(), key=lambda item: -item[1])]
     return html_page.section(
-        "Without masks", note, html_page.card(html_page.table(("measure", "rank correlation"), rows))
+        "Without masks", note, html_page.card(html_page.table(("metric", "rank correlation"), rows))
     )
 
 
-def _trials(records: Sequence[TrialRecord], objective: str) -> str:
+def _trials_section(records: Sequence[TrialRecord], objective: str) -> str:
     keys = list(dict.fromkeys(key for record in records for key in record.point))
     order = sorted(records, key=lambda r: (-r.step, -r.score(objective) if r.curve else math.inf))
     rows = []

@@ -21,7 +21,7 @@ class FrozenEncoders(NamedTuple):
     texts: TextEncoder | None
     """None where the text encoder is trained, or where its weights are created with the run."""
     settings: ModelConfig
-    """Of both encoders; with an ``init``, the settings of the model that it names."""
+    """Settings of both encoders; with an ``init``, those of the model that it names."""
 
 
 def load_frozen_encoders(config: RunConfig) -> FrozenEncoders:

@@ -1,4 +1,4 @@
-"""How many workers are taken of a cluster that others use too, without Ray."""
+"""Number of workers on a cluster that other jobs use too, without Ray."""
 
 import pytest
 
