@@ -35,7 +35,7 @@ def photo(seed: int) -> bytes:
 
 
 def write_pairs(uri: str, count: int, *, broken: int = 0) -> None:
-    images = [photo(seed) if seed >= broken else b"no picture" for seed in range(count)]
+    images = [photo(seed) if seed >= broken else b"no image" for seed in range(count)]
     write_tar(uri, ((f"k{n}", image, "png", {"captions": [f"a dog {n}", "grass"]}) for n, image in enumerate(images)))
 
 
@@ -49,7 +49,7 @@ def writer(encoder: LocalConvEncoder) -> FeatureWriter:
     return FeatureWriter(encoder, None, canvas=SIDE, max_pixels=10_000, columns=ColumnsConfig())
 
 
-def test_features_are_what_the_encoder_says_of_the_picture(tmp_path: Path, encoder: LocalConvEncoder) -> None:
+def test_features_are_what_the_encoder_says_of_the_image(tmp_path: Path, encoder: LocalConvEncoder) -> None:
     # Where there are matrix units for bfloat16 the cache is written in it: 8 bits of a number are left.
     half = has_bfloat16_units(torch.device("cpu"))
     source, target = str(tmp_path / "a.tar"), str(tmp_path / "cache" / "a.parquet")
@@ -74,7 +74,7 @@ def test_a_shard_that_is_there_is_not_written_again(tmp_path: Path, encoder: Loc
     assert Path(target).stat().st_mtime_ns == before
 
 
-def test_a_broken_picture_is_left_out_and_named(tmp_path: Path, encoder: LocalConvEncoder) -> None:
+def test_a_broken_image_is_left_out_and_named(tmp_path: Path, encoder: LocalConvEncoder) -> None:
     source, target = str(tmp_path / "a.tar"), str(tmp_path / "a.parquet")
     write_pairs(source, 3, broken=1)
     summary = writer(encoder).write(source, target)

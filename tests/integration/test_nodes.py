@@ -186,11 +186,11 @@ PICTURES = 400
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory, save_tiny_model: Callable[[str, int], str]) -> str:
-    # Large for pictures of this size, so that there is time to kill something.
+    # Large for images of this size, so that there is time to kill something.
     return save_tiny_model(str(tmp_path_factory.mktemp("model") / "model"), 192)
 
 
-def test_bulk_segmentation_ends_with_every_picture_once(
+def test_bulk_segmentation_ends_with_every_image_once(
     cluster: LocalCluster, start: Start, model: str, tmp_path: Path
 ) -> None:
     photos, out = tmp_path / "photos", str(tmp_path / "out")
@@ -313,7 +313,7 @@ def unbroken(folder: RunDirectory) -> list[dict[str, float]]:
 
 
 def training(folder: Path, *overrides: str) -> list[str]:
-    """Arguments of a training of small pictures; its run is at ``folder/run``."""
+    """Arguments of a training of small images; its run is at ``folder/run``."""
     (folder / "config.yaml").write_text("{}")
     settings = [
         f"data.source={write_pairs(folder, 32)}",

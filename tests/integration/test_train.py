@@ -123,8 +123,8 @@ def test_run_folder_holds_what_the_documentation_names(pairs: str, whole: train_
     assert any("events" in entry.relative for entry in storage.list_files(storage.join(folder.uri, "tensorboard")))
     trained = ViLSeg.from_pretrained(folder.model)
     kept = run_setup.load_model_at_step(folder, 8)
-    pictures = torch.rand(2, 3, SIZE, SIZE)
-    assert torch.equal(trained.encode_image(pictures).patches, kept.encode_image(pictures).patches)
+    images = torch.rand(2, 3, SIZE, SIZE)
+    assert torch.equal(trained.encode_image(images).patches, kept.encode_image(images).patches)
 
 
 def test_bad_pairs_are_skipped_and_counted(ray_cluster: Session, pairs: str) -> None:
@@ -155,7 +155,7 @@ def test_no_readable_pair_is_said_before_training(ray_cluster: Session, pairs: s
 
 def _write(uri: str, *, good: int, bad: int) -> None:
     members = [(f"good{i}", _png(i), "png", {"caption": f"a {'red' if i % 2 else 'blue'} square"}) for i in range(good)]
-    members += [(f"bad{i}", b"this is no picture", "png", {"caption": "a lie"}) for i in range(bad)]
+    members += [(f"bad{i}", b"this is no image", "png", {"caption": "a lie"}) for i in range(bad)]
     write_tar(f"{uri}/0.tar", iter(members))
 
 

@@ -96,7 +96,7 @@ def write_cache(source: str, cache: str, variants: int, **views: float) -> dict[
 
 
 def variants_of(cache: str, variants: int) -> list[dict[str, bytes]]:
-    """The features of the pictures by key, variant by variant."""
+    """The features of the images by key, variant by variant."""
     rows = pq.read_table(f"{cache}/a.parquet").to_pylist()
     return [
         {row["key"]: row[column_name(column_of_variant(variant, row["key"], variants))] for row in rows}
@@ -204,7 +204,7 @@ def test_the_key_depends_on_what_weights_do_not_tell(first: str, second: str, pa
     assert keys[0] != keys[1]
 
 
-def test_views_matter_to_the_key_where_pictures_have_variants(pairs: str) -> None:
+def test_views_matter_to_the_key_where_images_have_variants(pairs: str) -> None:
     alone, several = "data.cache_variants=1", "data.cache_variants=2"
     assert key(settings(pairs, alone, "views.hue=0")) == key(settings(pairs, alone))
     assert key(settings(pairs, several, "views.hue=0")) != key(settings(pairs, several))
@@ -212,7 +212,7 @@ def test_views_matter_to_the_key_where_pictures_have_variants(pairs: str) -> Non
     assert key(settings(pairs, several, "views.feature_dropout=0.5")) == key(settings(pairs, several))
 
 
-def test_the_first_variant_is_the_picture_as_without_variants_and_the_others_are_views(tmp_path: Path) -> None:
+def test_the_first_variant_is_the_image_as_without_variants_and_the_others_are_views(tmp_path: Path) -> None:
     source = f"{tmp_path}/pairs/a.tar"
     write_photos(source, 20)  # more than are encoded at once
     write_cache(source, f"{tmp_path}/one", 1)
@@ -246,13 +246,13 @@ def test_variants_follow_the_settings_of_the_views(tmp_path: Path) -> None:
     assert all(usual[1][name] != plain[1][name] for name in usual[1])
 
 
-def test_an_epoch_reads_one_variant_of_every_picture_and_in_the_end_all(tmp_path: Path) -> None:
+def test_an_epoch_reads_one_variant_of_every_image_and_in_the_end_all(tmp_path: Path) -> None:
     write_photos(f"{tmp_path}/a.tar", 20)
     write_cache(f"{tmp_path}/a.tar", f"{tmp_path}/cache", 3)
     known = {
         (name, features): variant
-        for variant, pictures in enumerate(variants_of(f"{tmp_path}/cache", 3))
-        for name, features in pictures.items()
+        for variant, images in enumerate(variants_of(f"{tmp_path}/cache", 3))
+        for name, features in images.items()
     }
 
     def epochs(seed: int) -> list[dict[str, int]]:
@@ -270,8 +270,8 @@ def test_an_epoch_reads_one_variant_of_every_picture_and_in_the_end_all(tmp_path
         ]
 
     found = epochs(0)
-    assert all(set(epoch.values()) == {0, 1, 2} for epoch in found), "an epoch has pictures of all variants"
-    assert all({epoch[name] for epoch in found} == {0, 1, 2} for name in found[0]), "and a picture each of its own"
+    assert all(set(epoch.values()) == {0, 1, 2} for epoch in found), "an epoch has images of all variants"
+    assert all({epoch[name] for epoch in found} == {0, 1, 2} for name in found[0]), "and an image each of its own"
     assert epochs(0) == found
     assert epochs(1)[0] == found[1], "another seed begins with another"
 
@@ -290,8 +290,8 @@ def test_the_encoders_own_embedding_of_the_whole_is_cached_too(tmp_path: Path) -
     assert isinstance(pair, Pair)
     rows = torch.tensor(decode_features(pair.image, 0, patches=17, features=16)).unsqueeze(0)
     cached = cached_features(rows)
-    picture = crop_to_square(decode_image(photo(1)), SIDE)
-    pixels = torch.tensor(picture).permute(2, 0, 1).unsqueeze(0) / 255
+    image = crop_to_square(decode_image(photo(1)), SIDE)
+    pixels = torch.tensor(image).permute(2, 0, 1).unsqueeze(0) / 255
     half = has_bfloat16_units(torch.device("cpu"))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=half):
         wanted = vit(pixels)
