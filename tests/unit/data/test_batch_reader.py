@@ -26,7 +26,7 @@ NOUNS = NounPhrases(("cat", "dog"), {"cat": 0, "dog": 1, "dogs": 1})
 
 
 def decode(data: bytes, seed: int) -> np.ndarray:
-    """Stands in for pictures: what depends on the bytes and the seed shows in the array."""
+    """Decode bytes to an array that depends on the bytes and the seed."""
     if data == b"bad":
         raise DataError("its bytes say so")
     return np.array([data[0], seed % 251], dtype=np.uint8).reshape(1, 1, 2)
@@ -39,7 +39,7 @@ def tokenize(captions: Sequence[str]) -> np.ndarray:
 def write_shards(
     folder: Path | str, sizes: Sequence[int], bad: Sequence[str] = (), *, source: str = ""
 ) -> tuple[Shard, ...]:
-    """Shards of pairs with the keys ``SHARD-NUMBER``; those in ``bad`` cannot be decoded."""
+    """Write shards of pairs with the keys ``SHARD-NUMBER``; those in ``bad`` cannot be decoded."""
     for shard, size in enumerate(sizes):
         pairs = [
             (
@@ -61,7 +61,7 @@ def reader(batch_size: int, **options: Any) -> BatchReader:
 
 
 def steps_of(reader: BatchReader, tasks: Sequence[ReadTask]) -> list[dict[str, np.ndarray]]:
-    """Content of every step, the batches of its workers put together."""
+    """Return the content of every step, the batches of its workers concatenated."""
     batches = [batch for task in tasks for batch in reader.read(task)]
     steps = []
     for start in range(0, len(batches), reader.workers):

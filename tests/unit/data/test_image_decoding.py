@@ -16,7 +16,7 @@ from vilseg.errors import DataError
 
 
 def picture(height: int = 40, width: int = 60) -> np.ndarray:
-    """Smooth, so that lossy formats keep it, and different in every corner."""
+    """Make an image that is smooth, so that lossy formats keep it, and different in every corner."""
     y, x = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
     return (np.stack([x, y, (1 - x) * y], -1) * 255).astype(np.uint8)
 
@@ -160,7 +160,7 @@ def test_a_bomb_is_refused_from_its_header(data: bytes) -> None:
 
 
 def big_png(side: int) -> bytes:
-    """A whole PNG of ``side`` x ``side`` black pixels, one bit each."""
+    """Make a whole PNG of ``side`` x ``side`` black pixels, one bit each."""
 
     def task(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))

@@ -23,7 +23,7 @@ def shards_of(sizes: Sequence[int], source: str = "") -> tuple[Shard, ...]:
 
 
 def pairs_of(tasks: Sequence[ReadTask]) -> list[tuple[str, int, str, int]]:
-    """(source, epoch, shard, position) of every pair."""
+    """Return (source, epoch, shard, position) of every pair."""
     return [(s.source, s.epoch, s.uri, i) for c in tasks for s in c.segments for i in range(s.start, s.stop)]
 
 
@@ -107,7 +107,7 @@ def test_windows_hold_pairs_of_so_many_shards_and_are_no_larger_than_one(mixed: 
 
 
 def test_shards_sorted_by_topic_make_mixed_batches() -> None:
-    """Shards of a topic each: topics in a batch of 32, drawn as a window's shuffling draws them."""
+    """Count the topics in batches of 32 from shards of one topic each, shuffled as a window is."""
     topics = {}
     for mixed in (1, 8):
         order = PairSampler(shards_of([320] * 16), 32, 0, mixed)

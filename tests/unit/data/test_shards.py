@@ -1,4 +1,4 @@
-"""Pair shards: both layouts as users have them, and what becomes of damaged ones."""
+"""Pair shards: both layouts as users have them, damaged files, and a store that is away."""
 
 import io
 import json
@@ -33,7 +33,7 @@ def parquet_of(path: Path, rows: list[dict[str, Any]]) -> str:
 
 
 def bad(uri: str, columns: ColumnsConfig | None = None) -> BadPair:
-    """The only pair of a shard, which cannot be read."""
+    """Return the only pair of a shard, which cannot be read."""
     (found,) = read_shard(uri, columns)
     assert isinstance(found, BadPair)
     assert count_pairs(uri) == 1, "a position that cannot be read is a position all the same"

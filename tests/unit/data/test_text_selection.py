@@ -1,4 +1,4 @@
-"""Which texts of a pair are used, how often, and what the filters leave out."""
+"""Selection of the texts of a pair: their probabilities, and the texts that the filters leave out."""
 
 import io
 from collections import Counter

@@ -1,4 +1,4 @@
-"""Augmented views: their geometry against a loop over patches, and randomness that hangs on the seed alone."""
+"""Augmented views: their geometry against a loop over patches, and randomness that depends on the seed alone."""
 
 from functools import partial
 
@@ -116,7 +116,7 @@ def test_crops_stay_inside_and_have_the_area_asked_for() -> None:
 
 
 def splitmix64(seed: int, index: int) -> float:
-    """One number of SplitMix64 from seed + index steps of the golden gamma, in Python's unbounded integers."""
+    """Return one number of SplitMix64 from seed + index steps of the golden gamma, in Python's unbounded integers."""
     mask = 2**64 - 1
     z = (seed + index * 0x9E3779B97F4A7C15) & mask
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask

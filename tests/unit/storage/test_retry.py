@@ -36,7 +36,7 @@ class Numbers:
 
 
 def fails(times: int, error: StorageError) -> list[int]:
-    """Let an action fail so often under `retrying`; its calls."""
+    """Let an action fail ``times`` times inside `retrying`; return its calls."""
     calls: list[int] = []
 
     def action() -> None:

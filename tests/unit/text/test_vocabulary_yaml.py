@@ -1,4 +1,4 @@
-"""Vocabularies as YAML: what a file says, one sentence for every mistake in it, and the files of the package."""
+"""Vocabularies as YAML: the content of a file, one sentence for every mistake in it, and the files of the package."""
 
 from collections.abc import Callable
 from pathlib import Path

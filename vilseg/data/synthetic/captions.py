@@ -1,16 +1,16 @@
-"""Captions of synthetic scenes: what a person might write under the picture, which is never all that is in it.
+"""Captions of synthetic scenes, as a person might write them: true, but never complete.
 
 A caption names about three quarters of the objects and of the stuff, by varied names, in varied sentences, with words
-that have nothing to do with the picture. What it does say is true.
+that have nothing to do with the image. Every statement in it is true.
 """
 
 import random
 from collections.abc import Sequence
 
-OBJECT_SHARE = 0.73
+OBJECT_PROBABILITY = 0.73
 """Chance that an object class is named (captions that would be empty name one more, which adds a little)."""
 
-STUFF_SHARE = 0.68
+STUFF_PROBABILITY = 0.68
 """Chance that a stuff class is named."""
 
 _NAME_WEIGHTS = (0.64, 0.26, 0.10)
@@ -64,7 +64,7 @@ def pick_name(names: Sequence[str], rng: random.Random) -> str:
 def object_phrase(
     names: Sequence[str], colours: Sequence[str | None], rng: random.Random, *, bare: bool = False
 ) -> str:
-    """Return a noun phrase for all objects of one class in the picture.
+    """Return a noun phrase for all objects of one class in the image.
 
     Args:
         names: The names of the class.
@@ -95,7 +95,7 @@ def _joined(phrases: Sequence[str], rng: random.Random) -> str:
 
 
 def _place(key: str, name: str, rng: random.Random) -> str:
-    """Return where the objects are: on the grass, under a cloudy sky."""
+    """Return the place of the objects as a phrase: on the grass, under a cloudy sky."""
 
     def fits(template: str) -> bool:
         words = template.split()
@@ -123,18 +123,18 @@ def write_caption(
     stuff: Sequence[tuple[str, Sequence[str]]],
     rng: random.Random,
 ) -> tuple[str, list[bool], list[bool]]:
-    """Write one caption of a picture; it is never empty.
+    """Write one caption of an image; it is never empty.
 
     Args:
-        objects: For every object class in the picture, its names and the colour of each of its objects
+        objects: For every object class in the image, its names and the colour of each of its objects
             (None where it has no single one).
-        stuff: For every stuff class in the picture, its key in the table of places and its names.
+        stuff: For every stuff class in the image, its key in the table of places and its names.
         rng: Source of the choices.
 
     Returns:
         The caption, and which of ``objects`` and of ``stuff`` it names.
     """
-    said = [rng.random() < OBJECT_SHARE for _ in objects] + [rng.random() < STUFF_SHARE for _ in stuff]
+    said = [rng.random() < OBJECT_PROBABILITY for _ in objects] + [rng.random() < STUFF_PROBABILITY for _ in stuff]
     if not any(said):
         said[rng.randrange(len(said))] = True
     said_objects, said_stuff = said[: len(objects)], said[len(objects) :]

@@ -66,7 +66,7 @@ class Canvas:
 
 
 def favour_first(count: int) -> list[float]:
-    """Weights of choices of which the first is the usual one and the last ones are rare."""
+    """Return weights of choices of which the first is usual and the last ones are rare."""
     return [0.55**place + 0.03 for place in range(count)]
 
 
@@ -98,23 +98,23 @@ def rect(x0: float, y0: float, x1: float, y1: float) -> np.ndarray:
 
 def polygon(points: Sequence[Point]) -> np.ndarray:
     """Return the inside of a closed polygon."""
-    picture = Image.new("L", (SIDE, SIDE))
-    ImageDraw.Draw(picture).polygon([(x * SIDE, y * SIDE) for x, y in points], fill=1)
-    return np.asarray(picture) > 0
+    image = Image.new("L", (SIDE, SIDE))
+    ImageDraw.Draw(image).polygon([(x * SIDE, y * SIDE) for x, y in points], fill=1)
+    return np.asarray(image) > 0
 
 
 def line(points: Sequence[Point], width: float) -> np.ndarray:
     """Return a line through ``points`` with round joints."""
-    picture = Image.new("L", (SIDE, SIDE))
+    image = Image.new("L", (SIDE, SIDE))
     pixels = [(x * SIDE, y * SIDE) for x, y in points]
-    ImageDraw.Draw(picture).line(pixels, fill=1, width=max(1, round(width * SIDE)), joint="curve")
-    return np.asarray(picture) > 0
+    ImageDraw.Draw(image).line(pixels, fill=1, width=max(1, round(width * SIDE)), joint="curve")
+    return np.asarray(image) > 0
 
 
 def dabs(rng: random.Random, count: int, radius: float, stretch: float = 1.0) -> np.ndarray:
     """Return (N, N) tones in -1..1: ``count`` overlapping dabs, darker at the lower rim, as leaves are."""
-    picture = Image.new("L", (SIDE, SIDE), 128)
-    draw = ImageDraw.Draw(picture)
+    image = Image.new("L", (SIDE, SIDE), 128)
+    draw = ImageDraw.Draw(image)
     side = math.ceil(math.sqrt(count))
     spots = [(i % side, i // side) for i in range(side * side)]
     rng.shuffle(spots)
@@ -125,4 +125,4 @@ def dabs(rng: random.Random, count: int, radius: float, stretch: float = 1.0) ->
         tone = rng.randrange(120, 236)
         draw.ellipse((x - r, y - r * stretch, x + r, y + r * stretch), fill=max(0, tone - 120))
         draw.ellipse((x - r, y - r * stretch - 2, x + r * 0.75, y + r * stretch * 0.6), fill=tone)
-    return np.asarray(picture, np.float32) / 127.5 - 1.0
+    return np.asarray(image, np.float32) / 127.5 - 1.0

@@ -1,4 +1,4 @@
-"""Where things are in a synthetic scene: bands of background stuff, and objects that stand in front of them."""
+"""Layout of a synthetic scene: bands of background stuff, and objects that stand in front of them."""
 
 import random
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ _SCALE = {
 
 
 class Band(NamedTuple):
-    """A kind of stuff below a boundary: y - slope and waves, in picture sides; the first band has none above it."""
+    """A kind of stuff below a boundary: y - slope and waves, in fractions of the image side; the first band has none above it."""
 
     name: str
     top: float
@@ -33,7 +33,7 @@ class Band(NamedTuple):
 
 
 class Item(NamedTuple):
-    """An object before it is drawn; lengths in picture sides, (x, base) is the middle of its feet."""
+    """An object before it is drawn; lengths in fractions of the image side, (x, base) is the middle of its feet."""
 
     name: str
     variant: int
@@ -43,7 +43,7 @@ class Item(NamedTuple):
 
 
 def choose_bands(rng: random.Random) -> list[Band]:
-    """Choose the stuff of a scene from top to bottom: a landscape, a shore, a yard, or a look down (or at a wall)."""
+    """Choose the stuff of a scene from top to bottom: a landscape, a shore, a yard, or a view down (or at a wall)."""
     kind = rng.random()
     ground, other = rng.sample(_GROUNDS, 2)
     slope = rng.uniform(-0.12, 0.12)

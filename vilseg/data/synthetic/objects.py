@@ -62,7 +62,7 @@ class Sprite:
     """One drawing of an object, ready to be scaled.
 
     Attributes:
-        levels: Pictures of the same drawing, largest first, mode RGBa (colour times opacity), each half the one before.
+        levels: Images of the same drawing, largest first, mode RGBa (colour times opacity), each half the one before.
         colour: The adjective that is true of it, or None where no single colour is.
     """
 

@@ -1,11 +1,11 @@
 """Synthetic scenes with captions: data for the demo and the tests that needs no download.
 
-A scene is one to three kinds of background stuff with one to four objects in front. Training sees picture and caption
-only (`pairs`); evaluation sees picture and exact mask (`write_masked_dataset`), from a stream that shares no scene,
+A scene is one to three kinds of background stuff with one to four objects in front. Training uses image and caption
+only (`pairs`); evaluation uses image and exact mask (`write_masked_dataset`), from a stream that shares no scene,
 texture or drawing with training. Everything follows from (seed, split, index, size).
 
 Colours say something, but not enough: a class has its usual ones, shares them all with others, and light, cast and noise
-vary. What a patch is must be read off its texture and shape too, as in real pictures.
+vary. The class of a patch shows in its texture and shape too, as in real images.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ Split = Literal["train", "eval"]
 
 _JPEG_QUALITY = 92
 MIN_SIZE = 32
-"""Below this many pixels a side the textures cannot be told apart."""
+"""Smallest side in pixels; below, textures cannot be distinguished."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ class SceneClass:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All names, the most frequent first."""
+        """All names of the class, the most frequent first."""
         return (self.name, *self.synonyms)
 
 
@@ -90,7 +90,7 @@ OBJECTS = tuple(scene_class.name for scene_class in CLASSES if scene_class.kind 
 
 
 class SceneObject(NamedTuple):
-    """An object in a scene: class id, and the box it was drawn in (a margin around it), in pixels of the picture."""
+    """An object in a scene: class id, and the box it was drawn in (a margin around it), in pixels of the image."""
 
     class_id: int
     x: int
@@ -101,12 +101,12 @@ class SceneObject(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scene:
-    """A picture with its caption and its exact mask.
+    """An image with its caption and its exact mask.
 
     Attributes:
         image: (H, W, 3) uint8 RGB.
         mask: (H, W) uint8 class ids, positions in `CLASSES`.
-        caption: One caption; names a part of what is in the picture.
+        caption: One caption; names a part of what is in the image.
         objects: The objects, farthest first.
         stuff: Class ids of the background stuff.
         named: Class ids that the caption names.
@@ -142,6 +142,11 @@ def render_scene(seed: int, index: int, size: int = 96, *, split: Split = "train
 
     Raises:
         DataError: ``size`` is too small or ``split`` is unknown.
+
+    Example:
+        >>> scene = render_scene(seed=0, index=3, size=32)
+        >>> scene.image.shape, scene.mask.shape
+        ((32, 32, 3), (32, 32))
     """
     if size < MIN_SIZE:
         raise DataError(f"size of synthetic scenes is {size} pixels; ask for at least {MIN_SIZE}")
@@ -267,17 +272,17 @@ def draw_item(rng: random.Random, stream: str, item: Item, canvas: np.ndarray, m
         _draw_shadow(canvas, cx, item.base * size, side)
 
     levels = objects.sprite(stream, item.name, item.variant).levels
-    picture = next((level for level in reversed(levels) if level.width >= side), levels[0])
-    zoom_x = picture.width / (side * stretch_x) * rng.choice((-1.0, 1.0))
-    zoom_y = picture.width / (side * stretch_y)
-    cos, sin, middle = math.cos(angle), math.sin(angle), picture.width / 2
+    drawing = next((level for level in reversed(levels) if level.width >= side), levels[0])
+    zoom_x = drawing.width / (side * stretch_x) * rng.choice((-1.0, 1.0))
+    zoom_y = drawing.width / (side * stretch_y)
+    cos, sin, middle = math.cos(angle), math.sin(angle), drawing.width / 2
     # Maps a pixel of the box to a pixel of the drawing: shift to the centre, turn back, zoom, shift.
     dx, dy = left - cx, top - cy
     affine = (
         zoom_x * cos, zoom_x * sin, middle + zoom_x * (cos * dx + sin * dy),
         -zoom_y * sin, zoom_y * cos, middle + zoom_y * (cos * dy - sin * dx),
     )  # fmt: skip
-    box = picture.transform((2 * half, 2 * half), Image.Transform.AFFINE, affine, Image.Resampling.BILINEAR)
+    box = drawing.transform((2 * half, 2 * half), Image.Transform.AFFINE, affine, Image.Resampling.BILINEAR)
     y0, y1, x0, x1 = max(0, top), min(size, top + 2 * half), max(0, left), min(size, left + 2 * half)
     pixels = np.frombuffer(box.tobytes(), np.uint8).reshape(2 * half, 2 * half, 4)[
         y0 - top : y1 - top, x0 - left : x1 - left

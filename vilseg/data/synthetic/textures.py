@@ -4,7 +4,7 @@ A texture is ``blend`` (where the accent colour shows: clouds, wave crests, mort
 brightness: blades, grains, planks). Keeping colour out of the texture lets one texture serve every palette of its
 class, and palettes overlap between classes on purpose: only the pattern tells what a patch is.
 
-Lengths are fractions of the picture's side, so a texture looks the same at any picture size.
+Lengths are fractions of the image's side, so a texture looks the same at any image size.
 """
 
 import functools
@@ -18,10 +18,10 @@ VARIANTS = 6
 """Textures made for each stuff class in a stream; crops, mirror images and palettes multiply them."""
 
 _MARGIN = 1.75
-"""Side of a texture over the side of the picture: room for random crops."""
+"""Side of a texture over the side of the image: room for random crops."""
 
 Texture = np.ndarray
-"""(2, E, E) float32, E = 1.75 picture sides: ``blend`` in 0..1 and ``gain`` around 1."""
+"""(2, E, E) float32, E = 1.75 image sides: ``blend`` in 0..1 and ``gain`` around 1."""
 
 # Two colours of the surface, far (top) and near (bottom), and the accent colour, as RGB in 0..255.
 Palette = tuple[tuple[int, int, int], tuple[int, int, int], tuple[int, int, int]]
@@ -103,13 +103,13 @@ def smooth_noise(rng: np.random.Generator, height: int, width: int, cells_y: flo
 
 @functools.lru_cache(maxsize=256)
 def texture(stream: str, name: str, variant: int, size: int) -> Texture:
-    """Return one texture of the stuff class ``name`` for pictures of ``size`` pixels a side.
+    """Return one texture of the stuff class ``name`` for images of ``size`` pixels a side.
 
     Args:
         stream: Names the family of textures; two streams share none.
         name: A key of `PALETTES`.
         variant: 0 to `VARIANTS` - 1.
-        size: Side of the picture in pixels.
+        size: Side of the image in pixels.
     """
     rng = np.random.default_rng(seed_of(stream, name, variant))
     extent = int(size * _MARGIN)
@@ -120,19 +120,19 @@ def texture(stream: str, name: str, variant: int, size: int) -> Texture:
 
 
 def _noise(rng: np.random.Generator, y: np.ndarray, period_y: float, period_x: float) -> np.ndarray:
-    """Smooth noise over the grid of ``y`` whose bumps are ``period_y`` x ``period_x`` picture sides."""
+    """Return smooth noise over the grid of ``y`` whose bumps are ``period_y`` x ``period_x`` image sides."""
     return smooth_noise(rng, y.shape[0], y.shape[1], _MARGIN / period_y, _MARGIN / period_x)
 
 
 def _sky(rng: np.random.Generator, y: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Soft clouds, wider than high."""
+    """Draw soft clouds, wider than high."""
     field = _noise(rng, y, 0.22, 0.42) + 0.5 * _noise(rng, y, 0.1, 0.19) + 0.25 * _noise(rng, y, 0.05, 0.09)
     clouds = np.clip((field - rng.uniform(-0.1, 0.25)) * 1.8, 0.0, 1.0)
     return clouds * clouds * (3.0 - 2.0 * clouds) * 0.95, np.ones_like(y)
 
 
 def _grass(rng: np.random.Generator, y: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Upright blades, leaning a little, in tufts."""
+    """Draw upright blades, leaning a little, in tufts."""
     blades = _noise(rng, y, 0.075, 0.022) + 0.7 * _noise(rng, y, 0.05, 0.017)
     lean = np.round(rng.uniform(-0.4, 0.4) * np.arange(len(y))).astype(int)
     columns = (np.arange(len(y))[None, :] + lean[:, None]) % len(y)
@@ -142,7 +142,7 @@ def _grass(rng: np.random.Generator, y: np.ndarray, x: np.ndarray) -> tuple[np.n
 
 
 def _sand(rng: np.random.Generator, y: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Fine grains, with faint ripples and pebbles."""
+    """Draw fine grains, with faint ripples and pebbles."""
     warp = 0.05 * _noise(rng, y, 0.3, 0.4)
     ripples = np.sin(2 * np.pi * (y + 0.3 * x + warp) / rng.uniform(0.2, 0.28))
     grains = rng.normal(0.0, 1.0, y.shape).astype(np.float32)
@@ -152,7 +152,7 @@ def _sand(rng: np.random.Generator, y: np.ndarray, x: np.ndarray) -> tuple[np.nd
 
 
 def _water(rng: np.random.Generator, y: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of waves with broken, bright crests."""
+    """Draw rows of waves with broken, bright crests."""
     period = rng.uniform(0.085, 0.115)
     warp = 0.045 * _noise(rng, y, 0.12, 0.2) + 0.012 * np.sin(2 * np.pi * x / 0.14 + rng.uniform(0.0, 6.28))
     phase = (y + warp) / period
@@ -162,7 +162,7 @@ def _water(rng: np.random.Generator, y: np.ndarray, x: np.ndarray) -> tuple[np.n
 
 
 def _snow(rng: np.random.Generator, y: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Soft drifts, lit from one side, with a few sparkles."""
+    """Draw soft drifts, lit from one side, with a few sparkles."""
     field = (y + 0.09 * _noise(rng, y, 0.3, 0.36) + 0.03 * _noise(rng, y, 0.1, 0.14)) / rng.uniform(0.2, 0.26)
     drift = field - np.floor(field)
     shadow = np.clip(1.15 - 1.5 * drift, 0.0, 1.0) * np.clip(drift * 9.0, 0.0, 1.0)
@@ -171,7 +171,7 @@ def _snow(rng: np.random.Generator, y: np.ndarray, x: np.ndarray) -> tuple[np.nd
 
 
 def _wall(rng: np.random.Generator, y: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Bricks in a running bond, each with its own tone."""
+    """Draw bricks in a running bond, each with its own tone."""
     height = rng.uniform(0.085, 0.105)
     width = height * rng.uniform(2.0, 2.4)
     joint = 0.016
@@ -186,7 +186,7 @@ def _wall(rng: np.random.Generator, y: np.ndarray, x: np.ndarray) -> tuple[np.nd
 
 
 def _fence(rng: np.random.Generator, y: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Upright planks with dark gaps, grain and a bevel."""
+    """Draw upright planks with dark gaps, grain and a bevel."""
     width = rng.uniform(0.12, 0.15)
     plank = np.floor(x / width)
     inside = x / width - plank

@@ -1,6 +1,6 @@
-"""Short films of synthetic scenes with exact masks and exact motion, for measuring video segmentation.
+"""Short videos of synthetic scenes with exact masks and exact motion, for measuring video segmentation.
 
-A film is one scene of `vilseg.data.synthetic.scenes`, seen by a camera that pans over it while its objects move along. Light and
+A video is one scene of `vilseg.data.synthetic.scenes`, seen by a camera that pans over it while its objects move along. Light and
 drawings stay as they are; sensor noise is new in every frame. Since everything that moves is moved here, each pixel's place
 in the frame before is known, not estimated. Everything follows from (seed, split, index, size, frames).
 """
@@ -17,38 +17,38 @@ from vilseg.data.synthetic.textures import seed_of
 from vilseg.errors import DataError
 
 _WORLD = 1.25
-"""Side of what the camera pans over, in picture sides."""
+"""Side of the scene that the camera pans over, in image sides."""
 
 _CAMERA_SPEED = 0.012
 _OBJECT_SPEED = 0.022
-"""Highest speeds, in picture sides a frame: a walk across the picture takes two seconds at 25 frames/s."""
+"""Highest speeds, in image sides a frame: a walk across the image takes two seconds at 25 frames/s."""
 
 _NOTHING = 255
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SyntheticVideo:
-    """A film of T frames with its exact masks and motion."""
+    """A video of T frames with its exact masks and motion."""
 
     images: np.ndarray
     """(T, H, W, 3) uint8 RGB."""
     masks: np.ndarray
     """(T, H, W) uint8 class ids, positions in `scenes.CLASSES`."""
     sources: np.ndarray
-    """(T, H, W) int32: where the same point of the same thing was in the frame before, as y * W + x, rounded to whole
+    """(T, H, W) int32: position of the same point of the same thing in the frame before, as y * W + x, rounded to whole
     pixels; -1 where it was hidden or outside, and everywhere in the first frame."""
 
 
 def render_video(
     seed: int, index: int, size: int = 96, *, frames: int = 24, split: scenes.Split = "eval"
 ) -> SyntheticVideo:
-    """Draw film ``index`` of the stream (``seed``, ``split``).
+    """Draw video ``index`` of the stream (``seed``, ``split``).
 
     Args:
         seed: Names the stream, with ``split``; textures and drawings are those that `scenes.render_scene` has for it.
         index: Position in the stream, from 0.
         size: Height and width in pixels, at least 32.
-        frames: Length of the film.
+        frames: Length of the video.
         split: "train" or "eval".
 
     Raises:
@@ -57,14 +57,14 @@ def render_video(
     if size < scenes.MIN_SIZE:
         raise DataError(f"size of synthetic scenes is {size} pixels; ask for at least {scenes.MIN_SIZE}")
     if frames < 1:
-        raise DataError(f"a film of {frames} frames was asked for; ask for at least 1")
+        raise DataError(f"a video of {frames} frames was asked for; ask for at least 1")
     stream = f"{seed}/{split}"
     rng = random.Random(seed_of(stream, "film", index))
     world = round(size * _WORLD)
     bands = choose_bands(rng)
     items = choose_items(rng, bands, scenes.OBJECTS)
     canvas, ground = scenes.draw_stuff(rng, stream, bands, world)
-    looks = [rng.getrandbits(64) for _ in items]
+    drawing_seeds = [rng.getrandbits(64) for _ in items]
     speeds = [_velocity(rng, _OBJECT_SPEED / _WORLD) for _ in items]
     camera = _camera_path(rng, frames, size, world - size)
     shading, noise = _light(rng, size)
@@ -74,25 +74,25 @@ def render_video(
     sources = np.full((frames, size, size), -1, np.int32)
     before: tuple[np.ndarray, np.ndarray] | None = None
     for t, corner in enumerate(camera):
-        view = (slice(None), *(slice(start, start + size) for start in corner))
-        picture, mask = canvas.copy(), ground.copy()
+        window = (slice(None), *(slice(start, start + size) for start in corner))
+        image, mask = canvas.copy(), ground.copy()
         owners = np.full((world, world), _NOTHING, np.uint8)
-        # Where each thing is, ground last: owner number -> (y, x) in pixels of the picture.
+        # Where each thing is, ground last: owner number -> (y, x) in pixels of the image.
         places = np.empty((len(items) + 1, 2))
-        for number, (item, look, (down, right)) in enumerate(zip(items, looks, speeds, strict=True)):
+        for number, (item, drawing_seed, (down, right)) in enumerate(zip(items, drawing_seeds, speeds, strict=True)):
             moved = Item(item.name, item.variant, item.x + right * t, item.base + down * t, item.scale)
             outline = np.full_like(mask, _NOTHING)
-            scenes.draw_item(random.Random(look), stream, moved, picture, outline)
+            scenes.draw_item(random.Random(drawing_seed), stream, moved, image, outline)
             covered = outline != _NOTHING
             mask[covered], owners[covered] = outline[covered], number
             places[number] = (moved.base * world - corner[0], moved.x * world - corner[1])
         places[-1] = (-corner[0], -corner[1])
         owners[owners == _NOTHING] = len(items)
-        owners = owners[view[1:]]
+        owners = owners[window[1:]]
         grain = np.random.default_rng(seed_of(stream, "grain", index, t)).standard_normal(shading.shape, np.float32)
-        exposed = picture[view] * shading + noise * grain
+        exposed = image[window] * shading + noise * grain
         images[t] = np.moveaxis(exposed.clip(0, 255).astype(np.uint8), 0, -1)
-        masks[t] = mask[view[1:]]
+        masks[t] = mask[window[1:]]
         if before is not None:
             sources[t] = _sources(owners, places, *before)
         before = owners, places
@@ -100,13 +100,13 @@ def render_video(
 
 
 def _velocity(rng: random.Random, highest: float) -> tuple[float, float]:
-    """Down and right per frame, the direction any, the speed up to ``highest``."""
+    """Draw a velocity (down, right) per frame in any direction, with a speed up to ``highest``."""
     speed, angle = rng.uniform(0.0, highest), rng.uniform(0.0, 2 * math.pi)
     return 0.4 * speed * math.sin(angle), speed * math.cos(angle)  # things move along the ground more than up and down
 
 
 def _camera_path(rng: random.Random, frames: int, size: int, room: int) -> list[tuple[int, int]]:
-    """Top and left of the picture in the world for every frame, within 0..``room`` pixels: to and fro, smoothly."""
+    """Draw top and left of the image in the world for every frame, within 0..``room`` pixels: to and fro, smoothly."""
     path = []
     for _ in range(2):
         # A sine of amplitude room / 2 moves by speed at most if its angle grows by 2 speed / room.
@@ -117,7 +117,7 @@ def _camera_path(rng: random.Random, frames: int, size: int, room: int) -> list[
 
 
 def _light(rng: random.Random, size: int) -> tuple[np.ndarray, float]:
-    """Light, cast and uneven shading as one factor, (3, H, W) float32, and the strength of the noise in grey levels."""
+    """Draw light, cast and uneven shading as one factor, (3, H, W) float32, and the strength of the noise in grey levels."""
     cast = np.array([rng.uniform(0.9, 1.08) for _ in range(3)]) * rng.uniform(0.8, 1.14)
     ticks = (np.arange(size) + 0.5) / size - 0.5
     slope = 1 + rng.uniform(-0.22, 0.22) * ticks + rng.uniform(-0.15, 0.15) * ticks[:, None]
@@ -127,7 +127,7 @@ def _light(rng: random.Random, size: int) -> tuple[np.ndarray, float]:
 def _sources(
     owners: np.ndarray, places: np.ndarray, owners_before: np.ndarray, places_before: np.ndarray
 ) -> np.ndarray:
-    """Where each pixel's thing was in the frame before; see `SyntheticVideo.sources`."""
+    """Return the position of each pixel's thing in the frame before; see `SyntheticVideo.sources`."""
     size = len(owners)
     shift = np.rint(places - places_before).astype(int)[owners]
     y, x = np.indices(owners.shape)

@@ -1,4 +1,4 @@
-"""Moving scenes: the same everywhere, and motion that is what the pixels do."""
+"""Synthetic videos: equal in every process, and motion that matches the pixels."""
 
 import numpy as np
 import pytest
@@ -36,7 +36,7 @@ def test_a_longer_film_begins_as_the_shorter_one(films: list[SyntheticVideo]) ->
 
 
 def test_a_point_keeps_its_class(films: list[SyntheticVideo]) -> None:
-    """Classes are drawn without knowing of the motion, so they confirm it; outlines may differ by half a pixel."""
+    """Compare classes along the motion: they are drawn independently of it; outlines may differ by half a pixel."""
     wrong = [
         (film.masks[t - 1].ravel()[film.sources[t]] != film.masks[t])[film.sources[t] >= 0].mean()
         for film in films
