@@ -75,7 +75,7 @@ def test_things_move_apart_from_the_ground(films: list[SyntheticVideo]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"), [({"size": 16}, "at least 32"), ({"frames": 0}, "a film of 0 frames.*at least 1")]
+    ("arguments", "words"), [({"size": 16}, "at least 32"), ({"frames": 0}, "a video of 0 frames.*at least 1")]
 )
 def test_wrong_arguments(arguments: dict[str, int], words: str) -> None:
     with pytest.raises(DataError, match=words):
