@@ -255,9 +255,12 @@ def segment(
         overwrite=overwrite,
     )
     if dry_run:
-        with tempfile.TemporaryDirectory(prefix="vilseg-") as scratch:
-            guess = estimate(wishes, scratch)
-        workers = os.cpu_count() or 1
+        if address is None:
+            with tempfile.TemporaryDirectory(prefix="vilseg-") as scratch:
+                guess, workers = estimate(wishes, scratch), os.cpu_count() or 1
+        else:
+            with stdout_to_stderr(), ray_session(address) as session:
+                guess, workers = job.estimate_on_cluster(wishes, session)
         value = {**vars(guess), "workers": workers, "seconds": round(guess.seconds(workers), 1)}
         console.print_result(value, as_json=json, text=console.format_estimate(guess, workers))
         return

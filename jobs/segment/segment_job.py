@@ -10,6 +10,7 @@ import itertools
 import json
 import pickle
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -23,7 +24,7 @@ import ray
 import ray.data
 
 from cluster.ray_session import Session, find_user_error
-from jobs.segment.plan import ANNOTATIONS, SUMMARY, Job, begin, list_inputs, open_container
+from jobs.segment.plan import ANNOTATIONS, SUMMARY, Estimate, Job, begin, estimate, list_inputs, open_container
 from vilseg import storage
 from vilseg.bulk import results_table
 from vilseg.bulk.coco_annotations import Row, write_coco
@@ -122,7 +123,39 @@ def main(
             return summary
 
 
+def estimate_on_cluster(job: Job, session: Session) -> tuple[Estimate, int]:
+    """List the inputs of ``job`` and time a few of them in a task on the cluster.
+
+    Args:
+        job: a plan.
+        session: the cluster.
+
+    Returns:
+        The estimate, and the number of actors that :func:`main` would start.
+
+    Raises:
+        UserError: an input, the model or the storage cannot be read by the cluster's machines.
+    """
+    actors = _actors(job, session)
+    cpus = session.reserved_cpus(_ACTORS_SHARE * session.cpus_per_actor(actors))
+    task: Any = ray.remote(num_cpus=cpus, num_gpus=1 if session.gpus else 0)(_estimate)
+    try:
+        return ray.get(task.remote(job)), actors
+    except Exception as error:
+        raise find_user_error(error) or error from error
+
+
+def _estimate(job: Job) -> Estimate:
+    with tempfile.TemporaryDirectory(prefix="vilseg-") as scratch:
+        return estimate(job, scratch)
+
+
 # --------------------------------------------------------------------------------------------------------- stages
+
+
+def _actors(job: Job, session: Session) -> int:
+    """Number of actors that segment blocks: one per GPU, or one per CPU."""
+    return max(1, min(job.parallelism, session.gpus or session.cpus))
 
 
 def _stream(
@@ -130,7 +163,7 @@ def _stream(
 ) -> Iterator[dict[str, Any]]:
     """Results of blocks as they end."""
     known = ray.put(done)
-    actors = max(1, min(job.parallelism, session.gpus or session.cpus))
+    actors = _actors(job, session)
     shared = ray.put(parts)
     claims: Any = None
     if job.deduplicate:

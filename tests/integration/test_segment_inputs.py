@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from vilseg.data.image_decoding import decode_image
 from vilseg.data.shards import write_tar
 from vilseg.data.synthetic import scenes
 from vilseg.data.synthetic.videos import render_video
-from vilseg.errors import ConfigError, DataError
+from vilseg.errors import ConfigError, DataError, UserError
 from vilseg.segmentation.video_io import Frame, write_video
 
 ROOT = "s3://vilseg/test-segment-inputs"
@@ -209,6 +210,21 @@ def test_a_dry_run_counts_and_writes_nothing(model: str, pictures: Path, tmp_pat
     assert guess.seconds(2) == pytest.approx(30 * guess.seconds_per_image)
     assert guess.seconds_per_image > 0
     assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_on_a_cluster_lists_and_times_there(
+    ray_cluster: Session, model: str, pictures: Path, tmp_path: Path
+) -> None:
+    """Measured on the cluster's machines for as many actors as it has room for, not on this machine's CPUs."""
+    job = plan([str(pictures)], model, NAMES, str(tmp_path / "out"))
+    guess, actors = segment_job.estimate_on_cluster(job, ray_cluster)
+    assert (guess.images, guess.tried) == (60, 16)
+    assert actors == min(job.parallelism, ray_cluster.cpus)
+    four = Session(cpus=8, gpus=4)
+    assert segment_job._actors(replace(job, parallelism=100), four) == 4, "an actor a GPU"
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="no-such-model"):
+        segment_job.estimate_on_cluster(replace(job, model=str(tmp_path / "no-such-model")), ray_cluster)
 
 
 @pytest.mark.parametrize(
