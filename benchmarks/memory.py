@@ -126,7 +126,7 @@ def _count(objective: Objective) -> dict[str, int]:
         return sum(parameter.numel() for parameter in parameters)
 
     layers = [member for m in objective.modules() if isinstance(m, nn.ModuleList) for member in m]
-    teacher = [] if objective.teacher is None else list(objective.teacher.parameters())
+    teacher = [parameter for name, parameter in objective.named_parameters() if name.startswith("teacher.")]
     student = list(objective.model.image_encoder.parameters()) + list(objective.model.text_encoder.parameters())
     return {
         "image_encoder": number(objective.model.image_encoder.parameters()),

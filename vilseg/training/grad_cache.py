@@ -1,12 +1,12 @@
 """The gradient of a whole batch in the memory of one chunk (GradCache, Gao et al. 2021, section 3.2).
 
-A contrastive loss needs all pictures and captions of the batch at once, but of each no more than its representation. So every
-chunk is first brought to its representations without a graph; the losses of these give the gradient by each of them; then every
-chunk is computed once more, now with a graph, and its gradient goes on into the weights. The random state of the first time is
-there again the second time, so that dropout drops the same units.
+A contrastive loss needs all images and captions of the batch at once, but only their representations. So every chunk is first
+brought to its representations without a graph; the losses of these give the gradient with respect to each of them; then every
+chunk is computed once more, with a graph, and its gradient flows on into the weights. The second pass restores the random state
+of the first, so that dropout drops the same units.
 
-Pictures are represented by their similarities with the texts, not by their patches: the texts come first, hold still while the
-pictures pass, and gather the gradient that every chunk of pictures sends them.
+Images are represented by their similarities with the texts, not by their patches: texts are embedded first, are constant while
+the chunks of images are processed, and accumulate the gradient of every chunk.
 """
 
 from __future__ import annotations
@@ -17,55 +17,61 @@ from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from vilseg.distributed import average_gradients
 from vilseg.errors import ConfigError
 from vilseg.training.batch import TensorBatch
+from vilseg.training.encoded_texts import OwnTexts, SharedTexts, find_positives
 from vilseg.training.objective import Objective, Representations
 
-Part = TypeVar("Part", Tensor, TensorBatch)
+Chunk = TypeVar("Chunk", Tensor, TensorBatch)
+Tree = TypeVar("Tree", Tensor, Representations)
+"""A tensor, or nested tuples of tensors and None."""
 
 
 def backward_in_chunks(objective: Objective, batch: TensorBatch, size: int) -> dict[str, Tensor]:
-    """Losses as ``objective(batch)`` gives them, their gradient added to the parameters and averaged over the workers.
+    """Return the losses of ``objective(batch)``, their gradient added to the parameters and averaged over the workers.
 
-    The gradient is exact where encoders treat every picture and text by itself; see
-    :func:`require_per_sample_encoders`. Workers talk
-    in the losses, between texts and pictures, and once at the end, however many chunks there are.
+    The gradient is exact where encoders process every image and text by itself; see :func:`require_per_sample_encoders`. Workers
+    communicate in the losses, between texts and images, and once at the end, however many chunks there are.
 
     Args:
         objective: bare, not wrapped by data-parallel training.
-        batch: this worker's share.
-        size: pairs a chunk; phrases are embedded by as many at a time.
+        batch: this worker's part of the batch.
+        size: pairs per chunk; phrases are embedded by as many at a time.
     """
-    device = batch.seeds.device
-    present_P = objective.present_phrases(batch)
-    captions = _Replayed(lambda tokens: {"": objective.embed_captions(tokens)}, batch.tokens.split(size), device)
-    phrases = _Replayed(lambda chosen: {"": objective.embed_phrases(chosen)}, present_P.split(size), device)
-    captions_BD, phrases_PD = captions.joined()[""], phrases.joined()[""]
-    compared_QD = objective.compared_with_patches(captions.joined()[""])
-    texts = [phrases_PD.detach().requires_grad_(), compared_QD.detach().requires_grad_()]
-    represent = partial(
-        objective.represent, phrases_PD=texts[0], compared_QD=texts[1], present_P=present_P, pairs=len(batch)
+    device, embedder, precision = batch.seeds.device, objective.text_embedder, objective.autocast
+    phrase_ids_P = objective.present_phrases(batch)
+    captions = _Recomputed(
+        lambda tokens: embedder.embed_captions(tokens, precision), batch.tokens.split(size), torch.cat, device
     )
-    pictures = _Replayed(represent, batch.split(size), device)
-    seen = pictures.joined()
-    losses = objective.losses(seen, captions_BD, objective.positives(batch, present_P))
+    phrases = _Recomputed(
+        lambda chosen: embedder.embed_phrases(chosen, precision), phrase_ids_P.split(size), torch.cat, device
+    )
+    captions_BD, phrases_PD = captions.joined(), phrases.joined()
+    captions_QD = objective.shared_captions(captions.joined())
+    texts = SharedTexts(captions_QD.detach().requires_grad_(), phrases_PD.detach().requires_grad_(), phrase_ids_P)
+    represent = partial(objective.represent, texts=texts, pairs=len(batch))
+    images = _Recomputed(represent, batch.split(size), objective.combine, device)
+    representations = images.joined()
+    own = OwnTexts(captions_BD, find_positives(batch, phrase_ids_P))
+    losses = objective.losses(representations, own)
     losses["loss"].backward()
-    pictures.backward()
-    for joined, used in zip((phrases_PD, compared_QD), texts, strict=True):
-        if used.grad is not None:  # on all workers alike
+    images.backward()
+    for joined, used in ((phrases_PD, texts.phrases_PD), (captions_QD, texts.captions_QD)):
+        if used.grad is not None:  # the same on all workers
             joined.backward(used.grad)
     captions.backward()
     phrases.backward()
     average_gradients(objective.parameters())
     if objective.training:
-        objective.update_statistics(seen, captions_BD)
+        objective.after_losses(representations, own)
     return {name: value.detach() for name, value in losses.items()}
 
 
 def require_per_sample_encoders(objective: Objective) -> None:
-    """Raise ConfigError where a picture's features depend on the others of its chunk."""
+    """Raise ConfigError where an image's features depend on the others of its chunk."""
     for name, module in objective.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
             part = "model.text_encoder" if "text_encoder" in name else "model.image_encoder"
@@ -75,40 +81,46 @@ def require_per_sample_encoders(objective: Objective) -> None:
             )
 
 
-class _Replayed(Generic[Part]):
-    """What a function gives of every chunk, computed without a graph, and again with one when the gradient is known.
+class _Recomputed(Generic[Chunk, Tree]):
+    """The results of a function for every chunk, computed without a graph, and again with one when their gradient is known.
 
     Args:
-        function: of a chunk.
+        function: from a chunk to tensors.
         chunks: at least one.
-        device: whose random numbers the function draws beside those of the CPU.
+        combine: puts the results of the chunks together.
+        device: its random numbers are restored beside those of the CPU.
     """
 
     def __init__(
-        self, function: Callable[[Part], Representations], chunks: Sequence[Part], device: torch.device
+        self,
+        function: Callable[[Chunk], Tree],
+        chunks: Sequence[Chunk],
+        combine: Callable[[list[Tree]], Tree],
+        device: torch.device,
     ) -> None:
-        self._function: Callable[[Part], Representations] = function
-        self._chunks: Sequence[Part] = chunks
+        self._function: Callable[[Chunk], Tree] = function
+        self._chunks: Sequence[Chunk] = chunks
+        self._combine: Callable[[list[Tree]], Tree] = combine
         self._device = device
         self._states: list[list[Tensor]] = []
-        self._leaves: list[Representations] = []
+        self._results: list[Tree] = []
         with torch.no_grad():
             for chunk in chunks:
                 self._states.append(self._random_state())
-                self._leaves.append({name: x.requires_grad_() for name, x in function(chunk).items()})
+                self._results.append(tree_map_only(Tensor, Tensor.requires_grad_, function(chunk)))
 
-    def joined(self) -> Representations:
-        """Of all chunks, with a graph that ends at what :meth:`backward` begins with."""
-        return {name: torch.cat([leaves[name] for leaves in self._leaves]) for name in self._leaves[0]}
+    def joined(self) -> Tree:
+        """Results of all chunks together, with a graph that ends where :meth:`backward` begins."""
+        return self._combine(self._results)
 
     def backward(self) -> None:
         """Send the gradients that have reached :meth:`joined` on through the function, chunk by chunk."""
-        for chunk, state, leaves in zip(self._chunks, self._states, self._leaves, strict=True):
+        for chunk, state, result in zip(self._chunks, self._states, self._results, strict=True):
             self._set_random_state(state)
-            again = self._function(chunk)
-            found = [name for name, x in again.items() if x.requires_grad and leaves[name].grad is not None]
-            if found:
-                torch.autograd.backward([again[name] for name in found], [leaves[name].grad for name in found])
+            pairs = zip(_tensors(self._function(chunk)), _tensors(result), strict=True)
+            reached = [(again, first.grad) for again, first in pairs if again.requires_grad and first.grad is not None]
+            if reached:
+                torch.autograd.backward([again for again, _ in reached], [gradient for _, gradient in reached])
 
     def _random_state(self) -> list[Tensor]:
         state = [torch.get_rng_state()]
@@ -120,3 +132,7 @@ class _Replayed(Generic[Part]):
         torch.set_rng_state(state[0])
         if self._device.type == "cuda":
             torch.cuda.set_rng_state(state[1], self._device)
+
+
+def _tensors(tree: Tree) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]

@@ -160,7 +160,7 @@ class Trainer:
         losses = self._backward(batch)
         norm = clip_gradient_norm(self.objective.parameters(), self.optimizer.gradient_clip or math.inf)
         self._adamw.step()
-        self.objective.update_teacher(self.step / self.trainer.steps)
+        self.objective.after_update(self.step / self.trainer.steps)
         return {name: value.detach() for name, value in losses.items()} | {"gradient_norm": norm.detach()}
 
     def _backward(self, batch: TensorBatch) -> dict[str, Tensor]:

@@ -32,7 +32,7 @@ from vilseg.model.image_encoder import LocalConvEncoder, build_image_encoder
 from vilseg.text.noun_phrases import NounPhrases
 from vilseg.text.tokenizer import FixedTokenizer, train_tokenizer
 from vilseg.training import run_setup
-from vilseg.training.batch import cached_features
+from vilseg.training.encoded_views import cached_features
 from vilseg.training.run_dir import PreparedRun, RunDirectory
 
 SIDE = 32

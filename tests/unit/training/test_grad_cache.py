@@ -17,10 +17,11 @@ from vilseg.distributed import rank, world_size
 from vilseg.errors import ConfigError
 from vilseg.model import ViLSeg
 from vilseg.training import grad_cache
-from vilseg.training import objective as objective_module
 from vilseg.training.batch import TensorBatch
+from vilseg.training.encoded_texts import OwnTexts, SharedTexts, find_positives
 from vilseg.training.grad_cache import backward_in_chunks, require_per_sample_encoders
 from vilseg.training.objective import Objective
+from vilseg.training.terms import statistics
 
 Make = Callable[..., ViLSeg]
 PAIRS, SIZE = 8, 3  # the last chunk is smaller
@@ -113,7 +114,7 @@ def test_chunks_give_what_the_whole_batch_gives(make_model: Make, form: str, siz
 
 
 def test_statistics_look_at_the_same_patches(make_model: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(objective_module, "_RECORDED_PATCHES", 20)  # three of each picture's sixteen
+    monkeypatch.setattr(statistics, "_RECORDED_PATCHES", 20)  # three of each picture's sixteen
     first, second = objective_of(make_model, "images alone"), objective_of(make_model, "images alone")
     expected = at_once(first, batch_for(first))
     assert_equal(by_chunks(second, batch_for(second)), expected)
@@ -150,14 +151,15 @@ def test_a_batch_without_phrases(make_model: Make) -> None:
 def chunks_with_their_graph(objective: Objective, batch: TensorBatch) -> dict[str, np.ndarray]:
     """One backward pass through everything, the networks run chunk by chunk: the same units are dropped, nothing is cached."""
     present = objective.present_phrases(batch)
-    captions = torch.cat([objective.embed_captions(tokens) for tokens in batch.tokens.split(SIZE)])
-    phrases = torch.cat([objective.embed_phrases(part) for part in present.split(SIZE)])
-    compared = objective.compared_with_patches(captions)
-    parts = [objective.represent(part, compared, phrases, present, pairs=len(batch)) for part in batch.split(SIZE)]
-    seen = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    losses = objective.losses(seen, captions, objective.positives(batch, present))
+    embedder, precision = objective.text_embedder, objective.autocast
+    captions = torch.cat([embedder.embed_captions(tokens, precision) for tokens in batch.tokens.split(SIZE)])
+    phrases = torch.cat([embedder.embed_phrases(part, precision) for part in present.split(SIZE)])
+    texts = SharedTexts(objective.shared_captions(captions), phrases, present)
+    parts = [objective.represent(part, texts, pairs=len(batch)) for part in batch.split(SIZE)]
+    representations, own = objective.combine(parts), OwnTexts(captions, find_positives(batch, present))
+    losses = objective.losses(representations, own)
     losses["loss"].backward()
-    objective.update_statistics(seen, captions)
+    objective.after_losses(representations, own)
     return result(objective, losses)
 
 
@@ -170,7 +172,7 @@ def dropping(make_model: Make, way: Callable[..., dict[str, np.ndarray]]) -> dic
 def test_the_second_pass_drops_what_the_first_dropped(make_model: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = dropping(make_model, chunks_with_their_graph)
     assert_equal(dropping(make_model, by_chunks), expected)
-    monkeypatch.setattr(grad_cache._Replayed, "_set_random_state", lambda self, state: None)
+    monkeypatch.setattr(grad_cache._Recomputed, "_set_random_state", lambda self, state: None)
     other = dropping(make_model, by_chunks)
     projection = "d model.image_projection.weight"
     assert np.abs(other[projection] - expected[projection]).max() > 1e-3, "there is no dropout to replay"

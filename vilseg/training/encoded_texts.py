@@ -1,0 +1,89 @@
+"""Embeddings of a batch's captions and of the noun phrases in them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vilseg.distributed import gather_rows
+from vilseg.model import ViLSeg
+from vilseg.training.batch import TensorBatch
+from vilseg.training.precision import autocast
+
+_FROZEN_CHUNK = 256
+"""Phrases that a frozen text encoder encodes at once."""
+
+
+class SharedTexts(NamedTuple):
+    """Texts of the batches of all workers, which every image is compared with; the same on every worker."""
+
+    captions_QD: Tensor
+    """Unit length. Empty where no term needs them."""
+    phrases_PD: Tensor
+    """Unit length. Empty where no term needs them."""
+    phrase_ids_P: Tensor
+    """Indices of the phrases among those of the corpus, ascending."""
+
+
+class OwnTexts(NamedTuple):
+    """Texts of this worker's images."""
+
+    captions_BD: Tensor
+    """Unit length."""
+    positives_BP: Tensor
+    """True where an image's captions hold the phrase, bool."""
+
+
+class TextEmbedder:
+    """Embeds captions and phrases with the model's text encoder.
+
+    Args:
+        model: the student.
+        tokens_PT: tokens of all phrases of the corpus.
+    """
+
+    def __init__(self, model: ViLSeg, tokens_PT: Tensor) -> None:
+        self._model = model
+        self._tokens_PT = tokens_PT
+        self._frozen_PF: Tensor | None = None
+
+    def embed_captions(self, tokens_BT: Tensor, precision: torch.dtype) -> Tensor:
+        """Embed captions from their tokens, or from cached features (B, F). Shape: -> (B, D), unit length."""
+        model = self._model
+        if tokens_BT.is_floating_point():
+            return model.embed_text(tokens_BT.float())
+        with autocast(model.device, precision):
+            features = model.text_features(model.text_encoder.trim(tokens_BT))
+        return model.embed_text(features.float())
+
+    def embed_phrases(self, phrase_ids_P: Tensor, precision: torch.dtype) -> Tensor:
+        """Embed some phrases; a frozen text encoder encodes each phrase once per run. Shape: (P,) -> (P, D), unit length."""
+        model = self._model
+        if not len(phrase_ids_P):
+            return model.caption_mean.new_empty((0, model.embedding_dim))
+        self._tokens_PT = self._tokens_PT.to(phrase_ids_P.device)
+        with autocast(model.device, precision):
+            if not model.config.text_encoder.frozen:
+                features = model.text_features(model.text_encoder.trim(self._tokens_PT[phrase_ids_P]))
+            else:
+                if self._frozen_PF is None:
+                    chunks = self._tokens_PT.split(_FROZEN_CHUNK)
+                    self._frozen_PF = torch.cat([model.text_features(tokens).float() for tokens in chunks])
+                features = self._frozen_PF[phrase_ids_P]
+        return model.embed_text(features.float())
+
+
+def find_present_phrases(batch: TensorBatch) -> Tensor:
+    """Return the indices of the phrases that the captions of all workers hold, ascending. Shape: -> (P,)."""
+    present = gather_rows(batch.phrases).unique()
+    return present[present >= 0]
+
+
+def find_positives(batch: TensorBatch, phrase_ids_P: Tensor) -> Tensor:
+    """Return True where an image's captions hold the phrase. Shape: -> (B, P), bool."""
+    none = len(phrase_ids_P)  # one more column, for entries without a phrase
+    columns = torch.where(batch.phrases >= 0, torch.searchsorted(phrase_ids_P, batch.phrases), none)
+    positives = torch.zeros((len(batch), none + 1), dtype=torch.bool, device=batch.phrases.device)
+    return positives.scatter_(1, columns, True)[:, :none]
