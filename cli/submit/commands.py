@@ -48,6 +48,7 @@ Name = Annotated[str, typer.Argument(metavar="ID", help="Of the job.")]
 
 @submit_app.command(context_settings={"allow_interspersed_args": False})
 def run(
+    context: typer.Context,
     verb: Annotated[list[str], typer.Argument(metavar="VERB …", help="The verb with its arguments, after '--'.")],
     address: Address = None,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Follow the job to its end, or print its id.")] = True,
@@ -75,7 +76,7 @@ def run(
     from cli import console
     from cli.submit.packaging import check, fit, variables
 
-    checked = check(verb)
+    checked = check(context.find_root().command, verb)
     server = _connect(address)
     here = server.is_here()
     job = fit(checked, here=here)

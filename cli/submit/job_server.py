@@ -19,7 +19,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient, JobType
 
 from cli import console
-from cli.submit.entrypoint import RESULT
+from cli.submit.log_format import RESULT
 from cli.submit.packaging import Job, stage
 from vilseg.errors import UserError
 

@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import typer
-
 from cli.overrides import split_overrides
 from cluster.ray_session import forwarded_environment
 from vilseg import storage
-from vilseg.config.base import flatten
+from vilseg.config import RunConfig
+from vilseg.config.places import Place, PlaceKind, is_hub_id, list_places
 from vilseg.errors import StorageError, UserError
 
 _REFUSED = {
@@ -36,17 +35,6 @@ PLACES = {"places", "inputs", "dataset", "out", "file", "store"}
 """Those that name data, to be read or written where the job runs."""
 MODELS = {"model"}
 """Those that name a model: data as well, or a hub id."""
-_PLACE_KEYS = {
-    "data.source",
-    "data.held_out",
-    "data.feature_cache",
-    "trainer.storage",
-    "keys",
-    "examples",
-    "videos.storage",
-}
-_MODEL_KEYS = ("init", "model.init", "model.image_encoder.checkpoint", "model.text_encoder.checkpoint", "models.")
-
 PACKAGES = ("vilseg", "jobs", "serve", "tune", "cluster", "cli")
 _LEFT_OUT = (
     *(".*", "__pycache__", "*.egg-info", "node_modules", "runs", "store"),
@@ -91,26 +79,27 @@ class Job:
     """What the user should know."""
 
 
-def check(arguments: Sequence[str]) -> Verb:
+def check(vilseg: Any, arguments: Sequence[str]) -> Verb:
     """Read ``VERB …`` as the verb itself would, before anything is sent.
+
+    Args:
+        vilseg: the command with all verbs, as click's group.
+        arguments: name of the verb and what follows.
 
     Raises:
         UserError: a verb that is none or cannot be a job, a file that is missing, a wrong configuration.
         typer.TyperException: arguments that the verb does not take.
     """
-    from cli.app import app
-
-    group: Any = typer.main.get_command(app)
     name, *rest = arguments
     if name in _REFUSED:
         raise UserError(f"'{name}' {_REFUSED[name]} and is no job; run it without 'vilseg submit'")
-    if name not in group.commands:
-        known = sorted(set(group.commands) - set(_REFUSED))
+    if name not in vilseg.commands:
+        known = sorted(set(vilseg.commands) - set(_REFUSED))
         near = difflib.get_close_matches(name, known, 1)
         raise UserError(
             f"there is no verb '{name}'; " + (f"did you mean '{near[0]}'?" if near else f"there are {', '.join(known)}")
         )
-    command = group.commands[name]
+    command = vilseg.commands[name]
     parameters = command.make_context(f"vilseg {name}", rest).params
     found = {option: _file(option, parameters[option]) for option in sorted(FILES & parameters.keys())}
     return Verb(
@@ -193,40 +182,28 @@ def _places(parameters: dict[str, Any]) -> Iterator[tuple[str, str]]:
                 place = written.partition(":")[2]
             elif name in MODELS:
                 place = written.partition("=")[2] or written
-            if name not in MODELS or not _may_be_hub_id(place):
+            if name not in MODELS or not is_hub_id(place):
                 yield f"--{name} {written}", place
 
 
-def _may_be_hub_id(uri: str) -> bool:
-    return uri.count("/") <= 1 and not uri.startswith((".", "/", "~")) and not os.path.exists(uri)
-
-
 def _configured(verb: str, parameters: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Keys of a verb's configuration, and the places that they hold; raises as the verb would for a wrong key."""
+    """Yield keys of a verb's configuration and the paths and URIs that they hold; raise as the verb would for a wrong key."""
     overrides = parameters.get("overrides") or []
+    places: list[Place] = []
     if verb in ("train", "tune"):
-        from vilseg.config import RunConfig
+        places += list_places(RunConfig.load(parameters["config"], overrides))
+    if verb == "tune":
+        from tune.search_space import SearchSpace
 
-        values = flatten(RunConfig.load(parameters["config"], overrides).model_dump())
-        if verb == "tune":
-            from tune.search_space import SearchSpace
-
-            dataset = SearchSpace.load(parameters["space"]).dataset
-            if dataset is not None and parameters["dataset"] is None:
-                yield "dataset", dataset.partition(":")[2]
-    elif verb == "serve":
+        space = SearchSpace.load(parameters["space"])
+        places += list_places(space.replace(dataset=None) if parameters["dataset"] else space)
+    if verb == "serve":
         from serve.config import ServeConfig
 
-        given = ServeConfig.of(parameters["config"], parameters["model"] or [], None, overrides)
-        values = flatten(given.model_dump())
-    else:
-        return
-    yield from ((f"data.mix.{number}.source", part["source"]) for number, part in enumerate(values.pop("data.mix", [])))
-    for key, value in values.items():
-        if isinstance(value, str) and (
-            key in _PLACE_KEYS or (key.startswith(_MODEL_KEYS) and not _may_be_hub_id(value))
-        ):
-            yield key, value
+        places += list_places(ServeConfig.of(parameters["config"], parameters["model"] or [], None, overrides))
+    for place in places:
+        if place.kind is not PlaceKind.MODEL or not is_hub_id(place.uri):
+            yield place.key, place.uri
 
 
 def _is_path_there(written: str, place: str) -> bool:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from cli import doctor
-from cli.doctor import Finding
+from cli import diagnostics as doctor
+from cli.diagnostics import Finding
 
 KEYS = {"AWS_ACCESS_KEY_ID": "KEY-FOR-TEST", "AWS_SECRET_ACCESS_KEY": "SECRET-FOR-TEST"}
 

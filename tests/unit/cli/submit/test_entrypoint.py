@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from cli.submit.entrypoint import RESULT, MarkedLines
+from cli.submit.log_format import RESULT, MarkedLines
 
 
 def marked(*texts: str) -> str:

@@ -2,6 +2,7 @@
 
 import os
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -10,7 +11,7 @@ import typer
 
 from cli.app import app
 from cli.submit import packaging
-from cli.submit.packaging import Job, check, fit, stage, variables
+from cli.submit.packaging import Job, Verb, check, fit, stage, variables
 from vilseg.errors import UserError
 
 OTHERS = {"name", "format", "host", "address", "overrides", "time_budget", "protocol"}
@@ -20,8 +21,12 @@ OTHERS = {"name", "format", "host", "address", "overrides", "time_budget", "prot
 _RUN = ["data.source=s3://a/b", "trainer.storage=s3://a/runs"]
 
 
+def checked(arguments: Sequence[str]) -> Verb:
+    return check(typer.main.get_command(app), arguments)
+
+
 def remote(*arguments: str) -> Job:
-    return fit(check(arguments), here=False)
+    return fit(checked(arguments), here=False)
 
 
 def sent(job: Job) -> list[str]:
@@ -69,18 +74,18 @@ def inner(kind: Any) -> list[Any]:
 )
 def test_mistakes_are_told_before_anything_is_sent(arguments: list[str], said: str) -> None:
     with pytest.raises(UserError, match=said):
-        check(arguments)
+        checked(arguments)
 
 
 @pytest.mark.parametrize("arguments", [["train"], ["train", "--nope"], ["segment", "a", "--limit", "many"]])
 def test_arguments_are_read_by_the_verb_s_own_parser(arguments: list[str]) -> None:
     with pytest.raises(typer.TyperException):
-        check(arguments)
+        checked(arguments)
 
 
 def test_on_this_machine_paths_stay_and_the_job_runs_in_the_user_s_folder(folder: Path) -> None:
     arguments = ["segment", "photos", "--model", "m", "--classes", "names.txt", "--out", "it's out"]
-    job = fit(check(arguments), here=True)
+    job = fit(checked(arguments), here=True)
     assert job.files == {}
     assert sent(job) == ["segment", "--address", "auto", *arguments[1:]]
     words = shlex.split(job.entrypoint)
@@ -134,7 +139,7 @@ def test_named_files_travel(folder: Path) -> None:
 def test_paths_that_another_machine_does_not_see_are_refused(arguments: list[str], said: str) -> None:
     with pytest.raises(UserError, match=said):
         remote(*arguments)
-    fit(check(arguments), here=True)
+    fit(checked(arguments), here=True)
 
 
 def test_absolute_paths_are_the_cluster_s_and_hub_ids_are_no_paths() -> None:
