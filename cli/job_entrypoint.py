@@ -1,4 +1,4 @@
-"""Process of a job of ``vilseg submit`` on the cluster: ``python -m cli.submit.entrypoint [--folder DIR] -- VERB …``."""
+"""Process of a job of ``vilseg submit`` on the cluster: ``python -m cli.job_entrypoint [--folder DIR] -- VERB …``."""
 
 from __future__ import annotations
 

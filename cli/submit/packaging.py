@@ -141,7 +141,7 @@ def fit(verb: Verb, *, here: bool) -> Job:
         rest = ["--address", "auto", *rest]
     folder = ["--folder", os.getcwd()] if here else []
     # The shell makes way for Python, which is then what a signal reaches.
-    python = ["exec", sys.executable if here else "python", "-m", "cli.submit.entrypoint"]
+    python = ["exec", sys.executable if here else "python", "-m", "cli.job_entrypoint"]
     return Job(
         verb=name,
         command=shlex.join(["vilseg", *verb.arguments]),
