@@ -106,5 +106,6 @@ class _FeatureActor:
         self._writer = FeatureWriter(image_encoder, text_encoder, **settings)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        summary = self._writer.write(str(batch["source"][0]), str(batch["target"][0]))
+        with storage.retrying():
+            summary = self._writer.write(str(batch["source"][0]), str(batch["target"][0]))
         return {name: np.array([value]) for name, value in summary.items()}

@@ -59,7 +59,7 @@ class FeatureWriter:
         >>> encoder = LocalConvEncoder(width=16, depth=1, patch_size=8)
         >>> writer = FeatureWriter(encoder, None, canvas=32, max_pixels=10_000, columns=ColumnsConfig())
         >>> with tempfile.TemporaryDirectory() as root:
-        ...     write_tar(f"{root}/0.tar", [("k", file.getvalue(), "png", {"caption": "grass"})])
+        ...     _ = write_tar(f"{root}/0.tar", [("k", file.getvalue(), "png", {"caption": "grass"})])
         ...     summary = writer.write(f"{root}/0.tar", f"{root}/0.tar.parquet")
         >>> summary["pairs"], summary["patches"], summary["features"]  # 32 / 8 = 4 patches a side
         (1, 16, 16)
