@@ -1,4 +1,4 @@
-"""What the command line shows: results on stdout, progress and complaints on stderr."""
+"""Output of the command line: results on stdout, progress and errors on stderr."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ stderr = Console(stderr=True, highlight=False)
 
 
 def log(text: str) -> None:
-    """A line of progress."""
+    """Print a line of progress on stderr."""
     stderr.print(text, markup=False, soft_wrap=True)
 
 
@@ -52,7 +52,7 @@ def logging_to_stderr() -> Iterator[None]:
 
 
 def print_result(value: dict[str, Any], *, as_json: bool, text: str) -> None:
-    """The result of a verb: one JSON object, or a text for people."""
+    """Print the result of a verb on stdout: one JSON object, or a text for people."""
     sys.stdout.write((json.dumps(value, ensure_ascii=False) if as_json else text) + "\n")
     sys.stdout.flush()
 
@@ -60,8 +60,8 @@ def print_result(value: dict[str, Any], *, as_json: bool, text: str) -> None:
 _SECONDS_BETWEEN_LINES = 10.0
 
 
-class _Shown:
-    """Something with a bar, shown as long as a ``with`` statement lasts."""
+class _ProgressBar:
+    """Base of progress bars: shown as long as a ``with`` statement lasts."""
 
     _bar: Progress
 
@@ -73,9 +73,13 @@ class _Shown:
         self._bar.stop()
 
 
-class CountProgress(_Shown):
-    """Shows how many are done: a bar on a terminal, where its lines do not disturb what else is printed, a line in ten
-    seconds elsewhere."""
+class CountProgress(_ProgressBar):
+    """Show how many of a total are done: a bar on a terminal, a line every ten seconds elsewhere.
+
+    Args:
+        title: name of the work.
+        things: name of what is counted.
+    """
 
     def __init__(self, title: str, things: str) -> None:
         columns = (
@@ -92,7 +96,7 @@ class CountProgress(_Shown):
         self._last_line = -math.inf
 
     def __call__(self, done: int, total: int, note: str = "") -> None:
-        """Show what is new."""
+        """Show the current state."""
         self._bar.update(self._bar.task_ids[0], completed=done, total=total, note=note)
         now = time.monotonic()
         if not stderr.is_terminal and (now >= self._last_line + _SECONDS_BETWEEN_LINES or done == total):
@@ -100,8 +104,8 @@ class CountProgress(_Shown):
             log(f"{self._title}: {done:,}/{total:,} {self._things}{note and '  '}{note}")
 
 
-class SegmentationProgress(_Shown):
-    """Shows a bulk segmentation: a bar on a terminal, a line in ten seconds elsewhere; a line for every rejected input."""
+class SegmentationProgress(_ProgressBar):
+    """Show a bulk segmentation: a bar on a terminal, a line every ten seconds elsewhere; a line for each rejected input."""
 
     def __init__(self) -> None:
         columns = (BarColumn(bar_width=24), TextColumn("{task.fields[text]}"), TimeElapsedColumn())
@@ -111,11 +115,11 @@ class SegmentationProgress(_Shown):
         self._last_line = -math.inf
 
     def __call__(self, progress: Any) -> None:
-        """Show what is new."""
+        """Show the current state."""
         for name, reason in progress.new_rejected:
             log(f"rejected {name!r}: {reason}")
         now = time.monotonic()
-        # From the first block on: what comes before it is starting.
+        # The rate counts from the first block on, without the time to start.
         since, count = self._before = self._before or (now, progress.done)
         text = f"{progress.done:,}/{progress.listed:,}{'' if progress.listing_ended else '+'}"
         if progress.done > count:
@@ -136,14 +140,19 @@ class SegmentationProgress(_Shown):
 
 
 def format_duration(seconds: float) -> str:
-    """``40 s``, ``12 min`` or ``3.5 h``."""
+    """Return a duration for people.
+
+    Example:
+        >>> format_duration(40), format_duration(720), format_duration(12600)
+        ('40 s', '12 min', '3.5 h')
+    """
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def format_estimate(guess: Any, workers: int) -> str:
-    """What a dry run found, for people."""
+    """Return the result of a dry run as text for people."""
     text = f"{guess.images:,} inputs, {guess.bytes / 1e6:,.1f} MB"
     if guess.containers:
         text += f", some of them in {guess.containers:,} shards, tables or lists"
@@ -157,7 +166,7 @@ _MARKS = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "missing": "[re
 
 
 def print_findings(found: Sequence[Any]) -> None:
-    """What the doctor found, as a table on stdout, and what to do about it below."""
+    """Print the findings of `vilseg doctor` as a table on stdout, and below it what to do about them."""
     table = Table(box=None, pad_edge=False, show_header=False)
     for finding in found:
         table.add_row(_MARKS[finding.status], finding.what, escape(finding.found))
@@ -170,15 +179,19 @@ def print_findings(found: Sequence[Any]) -> None:
 
 @contextmanager
 def timed_stage(name: str, seconds: dict[str, float]) -> Iterator[None]:
-    """Say that a stage begins, and note its wall time in ``seconds`` when it ends well."""
+    """Print the name of a stage when it begins, and store its wall time in ``seconds`` when it ends without an error."""
     log(f"[{name}]")
     started = time.perf_counter()
     yield
     seconds[name] = time.perf_counter() - started
 
 
-class TrainingProgress(_Shown):
-    """Shows a training: a bar on a terminal, a line in ten seconds elsewhere, where lines are kept."""
+class TrainingProgress(_ProgressBar):
+    """Show a training: a bar on a terminal, a line every ten seconds elsewhere.
+
+    Args:
+        steps: steps of the run.
+    """
 
     def __init__(self, steps: int) -> None:
         columns = (BarColumn(bar_width=24), TextColumn("{task.fields[text]}"), TimeElapsedColumn())
@@ -188,7 +201,7 @@ class TrainingProgress(_Shown):
         self._last_line = -math.inf
 
     def __call__(self, snapshot: ProgressUpdate) -> None:
-        """Show what is new."""
+        """Show the current state."""
         for (key, _), reason in snapshot.bad.items():
             log(f"skipped {key}: {reason}")
         for metrics in snapshot.metrics:

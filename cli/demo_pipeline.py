@@ -79,7 +79,7 @@ def main(out: Path, *, quick: bool = False) -> dict[str, Any]:
 
 
 def _require_one_machine() -> None:
-    """Of the cluster that a job runs on: its other machines would not reach the store."""
+    """Refuse a cluster of several machines: the others would not reach the store of the demo."""
     names = {node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]}
     if len(names) > 1:
         raise UserError(
@@ -126,7 +126,7 @@ def _run(session: Session, out: Path, seconds: dict[str, float], *, quick: bool)
     report = RunReport(
         title="vilseg on synthetic scenes",
         summary=(
-            f"Trained from {count:,} captioned pictures without a mask, measured on {len(dataset)} unseen scenes "
+            f"Trained from {count:,} captioned images without a mask, measured on {len(dataset)} unseen scenes "
             f"with {len(names.classes)} classes, background stuff and objects all counted."
         ),
         trained=trained,
@@ -148,7 +148,7 @@ def _measure(model: ViLSeg, dataset: FolderDataset, *, keep: int = 0) -> Evaluat
 
 
 def _curve(folder: RunDirectory, dataset: FolderDataset) -> list[tuple[int, float]]:
-    """mIoU at every checkpoint on the first of the unseen scenes."""
+    """Return step and mIoU of every checkpoint, on the first of the unseen scenes."""
     some = FirstImages(dataset, _CURVE)
     steps = folder.checkpoint_steps()
     points = [
@@ -161,7 +161,7 @@ def _curve(folder: RunDirectory, dataset: FolderDataset) -> list[tuple[int, floa
 def _commands(
     out: Path, overrides: list[str], folder: RunDirectory, results: str, unseen: str, *, quick: bool
 ) -> list[str]:
-    """The command itself, then the verbs that do its stages one by one."""
+    """Return the command itself, then the verbs that do its stages one by one."""
     names = ",".join(scene.name for scene in scenes.CLASSES)
     demo = f"vilseg demo --out {shlex.quote(str(out))}"
     settings = shlex.join(overrides)
@@ -176,7 +176,7 @@ def _commands(
 
 @contextmanager
 def _environment(variables: dict[str, str]) -> Iterator[None]:
-    """The store's variables for as long as this lasts, and none of the user's own that would contradict them."""
+    """Set the store's variables while this lasts, and unset the user's own ``AWS_*`` ones, which would contradict them."""
     before = dict(os.environ)
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         del os.environ[name]

@@ -1,4 +1,7 @@
-"""What is installed, what is reachable, what is wrong and how to mend it. Nothing here waits long, and nothing tells secrets."""
+"""Checks of ``vilseg doctor``: installed packages, reachable services, disks and memory, and how to repair what is wrong.
+
+Every check has a short timeout, and none prints secrets.
+"""
 
 from __future__ import annotations
 
@@ -49,17 +52,17 @@ print(json.dumps({"machines": sum(node["Alive"] for node in ray.nodes()), **ray.
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at."""
+    """Result of one check."""
 
     what: str
     status: Status
     found: str
     mend: str = ""
-    """What to do, where it is not ok."""
+    """Remedy; empty if the status is ok."""
 
 
 def main(*, address: str | None = None, stores: Sequence[str] = ()) -> Iterator[Finding]:
-    """Look at everything, one by one.
+    """Run all checks, one by one.
 
     Args:
         address: of a Ray cluster or its job server; neither is looked for where None.
@@ -251,7 +254,7 @@ class _NoAnswer(Exception):  # noqa: N818
 
 
 def _s3() -> Iterator[Finding]:
-    """Whether the store answers, takes the keys, and has the same time."""
+    """Check that the store answers, accepts the keys, and has the same time."""
     import boto3
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError, ClientError
@@ -313,7 +316,7 @@ def _clock(answer: Any) -> Iterator[Finding]:
 
 
 def _writable(uri: str) -> Finding:
-    """Whether a small object can be written below ``uri``, read back and deleted."""
+    """Check that a small object can be written below ``uri``, read back and deleted."""
     what = f"store {uri}"
     try:
         if storage.is_local(uri) and not storage.is_folder(uri):
@@ -383,7 +386,7 @@ def _memory() -> Iterator[Finding]:
 
 
 def _memory_bytes() -> tuple[float, float]:
-    """Of this machine or, where a container has less, of that: all, and what can be had."""
+    """Return total and available memory in bytes, of the container if its limit is lower than the machine's."""
     pages = {name: os.sysconf(name) * os.sysconf("SC_PAGE_SIZE") for name in ("SC_PHYS_PAGES", "SC_AVPHYS_PAGES")}
     total, free = float(pages["SC_PHYS_PAGES"]), float(pages["SC_AVPHYS_PAGES"])
     if Path("/proc/meminfo").exists():

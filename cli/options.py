@@ -1,4 +1,4 @@
-"""What verbs share: options of the same name mean the same everywhere."""
+"""Options that verbs share: the same name means the same everywhere."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is th
 
 
 def stdout_to_stderr() -> redirect_stdout[TextIO]:
-    """Keeps stdout for the result: what Ray prints of workers that died goes to stderr."""
+    """Redirect stdout to stderr, so that what Ray prints about workers that died stays out of the result."""
     return redirect_stdout(sys.stderr)
 
 
@@ -24,4 +24,4 @@ CLASSES = (
     'text file with a name a line, YAML, "a,b|synonym,c", or a built-in voc, context, coco, coco-panoptic, '
     "coco-stuff, ade20k (a file of that name goes before)"
 )
-"""What may be said where classes are asked for."""
+"""Help text for options that take classes."""

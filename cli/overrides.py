@@ -10,17 +10,22 @@ from vilseg.config.data import ColumnsConfig
 from vilseg.errors import ConfigError
 
 _OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_]+)+=")
-"""How an override begins, as no path or URI is likely to."""
+"""Start of an override; no path or URI is likely to match."""
 
 
 def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Of the arguments of a verb that takes both: places, and configuration keys as ``key.sub=value``."""
+    """Split the arguments of a verb that takes both into places and ``key.sub=value`` overrides.
+
+    Example:
+        >>> split_overrides(["photos", "s3://bucket/pairs", "data.columns.image=img"])
+        (['photos', 's3://bucket/pairs'], ['data.columns.image=img'])
+    """
     overrides = [argument for argument in arguments if _OVERRIDE.match(argument)]
     return [argument for argument in arguments if not _OVERRIDE.match(argument)], overrides
 
 
 def columns_from_overrides(overrides: Sequence[str]) -> ColumnsConfig:
-    """``data.columns`` as ``data.columns.key=value`` overrides leave it.
+    """Return ``data.columns`` with ``data.columns.key=value`` overrides applied.
 
     Raises:
         ConfigError: an unknown key (the nearest right one is named), a bad value, or a key of something else.
@@ -33,7 +38,7 @@ def columns_from_overrides(overrides: Sequence[str]) -> ColumnsConfig:
 
 
 def segmentation_overrides(overrides: Sequence[str] | None) -> Callable[[SegmentationConfig], SegmentationConfig]:
-    """Apply ``segmentation.key=value`` to the settings that a model carries."""
+    """Return a function that applies ``segmentation.key=value`` overrides to the settings that a model carries."""
     for override in overrides or []:
         if not override.startswith("segmentation."):
             raise ConfigError(f"'{override}' cannot be set here; a trained model takes segmentation.key=value only")

@@ -1,1 +1,1 @@
-"""What runs beside the library: the embedded object store, local Ray clusters and the manifests for real ones."""
+"""Embedded object store, local Ray clusters, the connection to Ray, and manifests for real clusters."""

@@ -4,12 +4,12 @@ It is for one user on one machine. All that is kept lies in one folder:
 
     token             made once; whoever has it may run anything on the nodes (mode 0600)
     cluster.json      nodes, addresses and resources of the running or last cluster
-    node-0.log …      what the command of each node said; node 0 is the head
+    node-0.log …      output of each node's command; node 0 is the head
     ray               link to what Ray writes, its own logs among it; `stop` removes that
 
 A node is a `ray start --block` with its own raylet, object store and workers, as on a machine of its own. The dashboard
 with the job server listens on the loopback address alone. Ray's other ports are open to the network, where they refuse
-whoever does not know the token (but for figures of the nodes' load). A node's processes are those of the session that its
+whoever does not know the token (except for metrics of the nodes' load). A node's processes are those of the session that its
 command began, and their children, so that nothing else is ever ended.
 """
 
@@ -46,13 +46,13 @@ _TRIES = 5
 _LAST_LINES = 30
 _PORTS = range(20_000, 32_000)
 """Below those that systems give to outgoing connections, which come and go."""
-_STORE_SHARE, _STORE_LEAST, _STORE_MOST = 0.1, 100 << 20, 1 << 30
-"""Of the machine's memory for the object stores of all nodes together, and bytes for each at least and at most."""
+_STORE_FRACTION, _STORE_LEAST, _STORE_MOST = 0.1, 100 << 20, 1 << 30
+"""Fraction of the machine's memory for the object stores of all nodes together; least and most bytes for each."""
 
 
 @dataclass(frozen=True)
 class Host:
-    """Where a node runs: the address it listens on, and what its command begins with to be run there."""
+    """Place of a node: the address that it listens on, and the prefix of its command that runs it there."""
 
     address: str = LOOPBACK
     prefix: tuple[str, ...] = ()
@@ -126,7 +126,7 @@ class LocalCluster:
 
     @classmethod
     def attach(cls, directory: Path) -> LocalCluster | None:
-        """The cluster of ``directory`` of which any process runs, or None."""
+        """Return the cluster of ``directory`` if any of its processes runs, else None."""
         directory = directory.expanduser().resolve()
         path = directory / "cluster.json"
         try:
@@ -140,7 +140,7 @@ class LocalCluster:
 
     @property
     def address(self) -> str:
-        """For ``--address`` and ``RAY_ADDRESS``."""
+        """Address for ``--address`` and ``RAY_ADDRESS``."""
         return f"{self._host(0).address}:{self._state['ports']['head']}"
 
     @property
@@ -150,16 +150,16 @@ class LocalCluster:
 
     @property
     def token(self) -> str:
-        """The secret that all requests need."""
+        """Secret that every request needs."""
         return (self.directory / "token").read_text().strip()
 
     @property
     def size(self) -> int:
-        """Nodes, the lost ones included."""
+        """Number of nodes, lost ones included."""
         return len(self._state["nodes"])
 
     def environment(self) -> dict[str, str]:
-        """The variables that lead Ray, its commands and `vilseg --address auto` to this cluster."""
+        """Return the variables by which Ray, its commands and `vilseg --address auto` find this cluster."""
         return {
             "RAY_ADDRESS": self.address,
             "RAY_DASHBOARD_ADDRESS": self.dashboard,
@@ -168,8 +168,8 @@ class LocalCluster:
         }
 
     def nodes(self) -> list[dict[str, Any]]:
-        """What each node is, head first: ``index``, ``alive``, ``pid``, ``id`` (Ray's) and ``resources``."""
-        known = {entry["node_name"]: entry for entry in self._listed() if entry["state"] == "ALIVE"}
+        """Return the nodes, head first: ``index``, ``alive``, ``pid``, ``id`` (Ray's) and ``resources`` of each."""
+        known = {entry["node_name"]: entry for entry in self._ray_nodes() if entry["state"] == "ALIVE"}
         found = []
         for index, node in enumerate(self._state["nodes"]):
             entry = known.get(node.name, {}) if node else {}
@@ -189,12 +189,12 @@ class LocalCluster:
         return found
 
     def is_alive(self, index: int) -> bool:
-        """Whether the command of a node still runs."""
+        """Return True if the command of a node still runs."""
         node = self._state["nodes"][index]
         return node is not None and _began(node.pid) == node.began
 
     def processes(self, index: int) -> set[int]:
-        """All processes of a node: its command's session, and what descends from it."""
+        """Return the process ids of a node: its command's session and its descendants."""
         node = self._state["nodes"][index]
         return set() if node is None else _family(node)
 
@@ -287,15 +287,15 @@ class LocalCluster:
         deadline = time.monotonic() + START_TIMEOUT_S
         while not (found := ready()):
             if not self.is_alive(index):
-                self._keep_last_words(index, log)
+                self._append_ray_logs(index, log)
                 raise ClusterError(f"{what} of the cluster in {self.directory} ended while it started; see {log}")
             if time.monotonic() > deadline:
                 raise ClusterError(f"{what} is not ready after {START_TIMEOUT_S:.0f} s; see {log}")
             time.sleep(0.2)
         return found
 
-    def _keep_last_words(self, index: int, log: Path) -> None:
-        """What Ray's own processes said at the end goes into the node's log: their files go with the cluster."""
+    def _append_ray_logs(self, index: int, log: Path) -> None:
+        """Append the last lines of Ray's own logs to the node's log, since their files are removed with the cluster."""
         logs = sorted((Path(self._state["folder"]) / str(index)).glob("session_2*/logs"))
         names = ("ray_process_exit.log", "raylet.out", "raylet.err", "dashboard_agent.log")
         with log.open("a") as file:
@@ -305,12 +305,12 @@ class LocalCluster:
                 lines = path.read_text(errors="replace").splitlines()[-_LAST_LINES:]
                 file.write("\n".join([f"--- {path.name}", *lines, ""]))
 
-    def _listed(self) -> list[dict[str, Any]]:
-        answer = self._asked("/api/v0/nodes?detail=1&limit=1000")
+    def _ray_nodes(self) -> list[dict[str, Any]]:
+        answer = self._request("/api/v0/nodes?detail=1&limit=1000")
         return answer["data"]["result"]["result"] if answer else []
 
-    def _asked(self, path: str) -> Any:
-        """The job server's answer; None where it does not answer yet, or no more."""
+    def _request(self, path: str) -> Any:
+        """Return the job server's answer; None if it does not answer."""
         request = urllib.request.Request(self.dashboard + path, headers={"Authorization": f"Bearer {self.token}"})
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # loopback is not a proxy's business
         try:
@@ -339,7 +339,7 @@ def _new_state(nodes: int, cpus: int | None, hosts: Sequence[Host]) -> dict[str,
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "cpus": cpus or max(1, (os.cpu_count() or 1) // nodes),
-        "object_store": int(min(_STORE_MOST, max(_STORE_LEAST, _STORE_SHARE * memory / nodes))),
+        "object_store": int(min(_STORE_MOST, max(_STORE_LEAST, _STORE_FRACTION * memory / nodes))),
         "hosts": [asdict(host) for host in hosts],
         "nodes": [None] * nodes,
         "ports": _free_ports(["head", "dashboard", "client", *(f"agent_{index}" for index in range(nodes))]),
@@ -349,7 +349,7 @@ def _new_state(nodes: int, cpus: int | None, hosts: Sequence[Host]) -> dict[str,
 
 
 def _free_ports(names: Sequence[str]) -> dict[str, int]:
-    """A free port for every name, picked by chance, since others may be looking at the same time."""
+    """Return a free port for every name, chosen at random since other programs may search at the same time."""
     ports: dict[str, int] = {}
     with ExitStack() as held:  # all are held until all are chosen, so that none is chosen twice
         for name in names:
@@ -368,7 +368,7 @@ def _free_ports(names: Sequence[str]) -> dict[str, int]:
 
 
 def _stat(pid: int) -> list[str] | None:
-    """The fields of proc(5) from the state on, of a process that has not ended."""
+    """Return the fields of proc(5) from the state on; None if the process has ended."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):

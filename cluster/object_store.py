@@ -90,7 +90,7 @@ class ObjectStore:
 
     @classmethod
     def attach(cls, directory: Path) -> "ObjectStore | None":
-        """The store that runs on ``directory``, or None."""
+        """Return the store that runs on ``directory``, or None."""
         directory = directory.expanduser().resolve()
         state = _read_state(directory)
         pid = state.get("pid")
@@ -104,7 +104,7 @@ class ObjectStore:
         return f"http://{HOST}:{self.ports['s3']}"
 
     def environment(self) -> dict[str, str]:
-        """The variables that lead `vilseg.storage`, boto3 and the AWS command line to this store."""
+        """Return the variables by which `vilseg.storage`, boto3 and the AWS command line find this store."""
         access_key, secret_key = _read_keys(self.directory)
         return {
             "AWS_ENDPOINT_URL": self.endpoint,
@@ -115,15 +115,15 @@ class ObjectStore:
         }
 
     def stop(self, timeout: float = STOP_TIMEOUT_S) -> None:
-        """End the process: ask, and after ``timeout`` seconds kill it. What was acknowledged is on disk either way."""
-        for sign, patience in ((signal.SIGTERM, timeout), (signal.SIGKILL, STOP_TIMEOUT_S)):
+        """End the process, by force after ``timeout`` seconds. Acknowledged writes are on disk either way."""
+        for number, seconds in ((signal.SIGTERM, timeout), (signal.SIGKILL, STOP_TIMEOUT_S)):
             if not self._is_running():
                 break
             try:
-                os.kill(self.pid, sign)
+                os.kill(self.pid, number)
             except ProcessLookupError:
                 break  # it ended by itself just now
-            _wait_for(lambda: not self._is_running(), patience)
+            _wait_for(lambda: not self._is_running(), seconds)
         if self._is_running():
             raise StorageError(f"the object store in {self.directory} (process {self.pid}) does not end")
         self._write_state(None)
@@ -142,7 +142,7 @@ class ObjectStore:
         write_private(self.directory / "store.json", json.dumps(state, indent=2) + "\n")
 
     def _wait_until_ready(self) -> None:
-        """Until an object can be written and read back: the port opens seconds before the data is there."""
+        """Wait until an object can be written and read back: the port opens seconds earlier."""
         log = self.directory / "weed.log"
         client = self._client()
 
@@ -197,7 +197,7 @@ def _wait_for(condition: Callable[[], bool], seconds: float) -> bool:
 
 
 def _weed() -> str:
-    """The path of SeaweedFS: the one installed with this Python before any other on the PATH."""
+    """Return the path of SeaweedFS: the one installed with this Python before any other on the PATH."""
     beside = Path(sys.executable).parent / "weed"
     found = str(beside) if beside.is_file() else shutil.which("weed")
     if found is None:
@@ -233,7 +233,7 @@ def _launch(directory: Path, ports: dict[str, int]) -> subprocess.Popen:
 
 
 def _is_ours(pid: int, directory: Path) -> bool:
-    """Whether ``pid`` is the store of ``directory``, not a process that was given the number later, nor a zombie."""
+    """Return True if ``pid`` is the store of ``directory``, not a zombie or a process that got the number later."""
     if Path("/proc/self").exists():
         try:
             arguments = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
@@ -245,7 +245,7 @@ def _is_ours(pid: int, directory: Path) -> bool:
 
 
 def _choose_ports(last: dict[str, int], port: int | None) -> dict[str, int]:
-    """A free loopback port for every listener: those of the last run where they are free still."""
+    """Return a free loopback port for every listener: that of the last run if it is still free."""
     if port is not None and not 0 < port < 65536:
         raise StorageError(f"port {port} does not exist: give one from 1 to 65535")
     ports: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""Connecting to Ray: one cluster for all stages of a command, and what fits on it."""
+"""Connection to Ray: one cluster for all stages of a command, and its resources."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from vilseg.errors import ConfigError, UserError
 _CARRIED = ("AWS_", "VILSEG_", "HF_")
 """Environment variables that workers on other machines need as well."""
 _IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
-"""What Ray's job server sets for the process of a job; its runtime environment is in it."""
+"""Variable that Ray's job server sets for the process of a job; it holds the job's runtime environment."""
 
 
 def forwarded_environment() -> dict[str, str]:
-    """The variables of this process that workers on other machines need as well."""
+    """Return the variables of this process that workers on other machines need as well."""
     return {name: value for name, value in os.environ.items() if name.startswith(_CARRIED)}
 
 
@@ -128,7 +128,7 @@ def ray_session(address: str | None = None, variables: Mapping[str, str] | None 
         from ray.data import DataContext
 
         DataContext.get_current().enable_progress_bars = False
-        # Or every task has a thread that measures its memory for figures that nobody looks at.
+        # Otherwise every task has a thread that measures its memory for metrics that are not used.
         DataContext.get_current().memory_usage_poll_interval_s = None
         # What Ray tells of its plans is in its log folder; ours is told by the jobs.
         for name in ("ray.data", "ray.train"):
@@ -155,7 +155,7 @@ def _start_local(options: dict) -> None:
 
 
 def current_session() -> Session:
-    """The cluster connected to, as it is now."""
+    """Return the current resources of the cluster that this process is connected to."""
     import ray
 
     resources = ray.cluster_resources()
@@ -167,7 +167,7 @@ def current_session() -> Session:
 
 
 def node_cpu_count() -> int:
-    """CPUs that Ray counts on the machine of this task or actor; in a container or on a local cluster not all there are."""
+    """Return the CPUs that Ray counts on the machine of this task or actor; in a container not all that the machine has."""
     import ray
 
     here = ray.get_runtime_context().get_node_id()
@@ -176,7 +176,7 @@ def node_cpu_count() -> int:
 
 
 def driver_node_affinity() -> Any:
-    """For ``scheduling_strategy``: the machine of the driver, without which a job ends anyway."""
+    """Return a ``scheduling_strategy`` for the driver's machine; if that is lost the job ends anyway."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -185,7 +185,7 @@ def driver_node_affinity() -> Any:
 
 
 def find_user_error(error: BaseException | None, depth: int = 8) -> UserError | None:
-    """The user's mistake inside an error that Ray wrapped, if that is what it was."""
+    """Return the UserError inside an error that Ray wrapped, or None."""
     if error is None or depth == 0:
         return None
     cause = getattr(error, "cause", None)

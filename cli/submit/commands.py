@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 _VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_DASHBOARD_ADDRESS", "RAY_ADDRESS")
-"""Where Ray's own commands look for a job server; the last may name something else."""
+"""Variables that Ray's own commands read the job server's address from; the last may name something else."""
 
 
 class _RunByDefault(TyperGroup):
@@ -99,7 +99,7 @@ def run(
 
 @submit_app.command()
 def status(name: Name, address: Address = None, json: Json = False) -> None:
-    """Say how a job is.
+    """Show the status of a job.
 
     Example: vilseg submit status train-20260101-120000-ab12
     """
@@ -117,17 +117,17 @@ def logs(
     follow: Annotated[bool, typer.Option("--follow", help="Until the job ends; exits with its exit code.")] = False,
     address: Address = None,
 ) -> int:
-    """Show what a job said: its results on stdout, all else on stderr.
+    """Show the log of a job: its results on stdout, all else on stderr.
 
     Example: vilseg submit logs train-20260101-120000-ab12 --follow
     """
-    from cli.submit.job_server import Lines
+    from cli.submit.job_server import LogPrinter
 
     server = _connect(address)
     server.details(_checked(name))
     if follow:
         return _follow(server, name)
-    lines = Lines()
+    lines = LogPrinter()
     lines(server.get_job_logs(name))
     lines.end()
     return 0
@@ -183,7 +183,7 @@ def _connect(address: str | None) -> JobServer:
 
 
 def _checked(name: str) -> str:
-    """``name``, which becomes part of a URL."""
+    """Return ``name``, which becomes part of a URL; raise UserError if it is no id."""
     if not _NAME.fullmatch(name):
         raise UserError(f"'{name}' is no id of a job; 'vilseg submit list' shows those there are")
     return name
@@ -192,13 +192,13 @@ def _checked(name: str) -> str:
 def _follow(server: JobServer, name: str, *, json: bool = False) -> int:
     """Show a job until its end; Ctrl-C asks what to do with it on a terminal, and leaves it running elsewhere."""
     from cli import console
-    from cli.submit.job_server import Lines, Unreachable, exit_code, summary
+    from cli.submit.job_server import LogPrinter, Unreachable, exit_code, summary
 
-    lines = Lines(keep=json)
+    lines = LogPrinter(keep=json)
     interrupted = False
     while True:
         try:  # around the question as well: Ctrl-C may come at any moment
-            if interrupted and not _goes_on(server, name):
+            if interrupted and not _keep_following(server, name):
                 return 130
             job = server.follow(name, lines)
             break
@@ -219,8 +219,8 @@ def _follow(server: JobServer, name: str, *, json: bool = False) -> int:
     return code
 
 
-def _goes_on(server: JobServer, name: str) -> bool:
-    """After Ctrl-C: whether to follow on, perhaps to the end of a job that was told to stop."""
+def _keep_following(server: JobServer, name: str) -> bool:
+    """Ask after Ctrl-C what to do with the job; True to follow it further (also until a stop takes effect)."""
     from cli import console
 
     if sys.stdin.isatty() and sys.stderr.isatty():
@@ -244,7 +244,7 @@ def _goes_on(server: JobServer, name: str) -> bool:
 
 
 def _value(text: str) -> Any:
-    """A verb's result: what it printed, decoded where it is JSON."""
+    """Decode what a verb printed if it is JSON; return it as text otherwise."""
     try:
         return encoding.loads(text)
     except ValueError:

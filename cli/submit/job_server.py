@@ -26,8 +26,8 @@ from vilseg.errors import UserError
 _TIMEOUT_S = (5.0, 60.0)
 """To connect, and of silence: a package of code may take a while to be stored."""
 _HEARTBEAT_S = 15.0
-_PATIENCE_S = 60.0
-"""So long a lost connection is sought again."""
+_RECONNECT_S = 60.0
+"""Seconds for which a lost connection is retried."""
 _STOP_S = 60
 """A verb that is stopped ends as after Ctrl-C; training writes a checkpoint first."""
 
@@ -36,7 +36,7 @@ for _name in (
     "ray.dashboard.modules.job.sdk",
     "ray._private.runtime_env.packaging",
 ):
-    logging.getLogger(_name).setLevel(logging.WARNING)  # they tell of every upload
+    logging.getLogger(_name).setLevel(logging.WARNING)  # they log every upload
 
 
 class Unreachable(UserError):  # noqa: N818  (a state that may pass)
@@ -82,14 +82,14 @@ class JobServer(JobSubmissionClient):
         raise UserError(f"the job server at {self.url} refused: {reasons[-1]}")
 
     def versions(self) -> tuple[str, str]:
-        """Of the cluster's Ray and Python."""
+        """Return the versions of the cluster's Ray and Python."""
         answer = self._do_request("GET", "/api/v0/cluster_metadata")
         if not answer.ok:
             self._raise_error(answer)
         return answer.json()["data"]["rayVersion"], answer.json()["data"]["pythonVersion"]
 
     def is_here(self) -> bool:
-        """Whether all machines of the cluster are this one, so that paths mean the same there."""
+        """Return True if all machines of the cluster are this one, so that paths mean the same there."""
         answer = self._do_request("GET", "/nodes?view=hostnamelist")
         if not answer.ok:
             return False
@@ -134,7 +134,7 @@ class JobServer(JobSubmissionClient):
             )
 
     def details(self, name: str) -> JobDetails:
-        """What the server knows of a job.
+        """Return the details of a job.
 
         Raises:
             UserError: there is none of that id.
@@ -147,12 +147,12 @@ class JobServer(JobSubmissionClient):
         return JobDetails(**answer.json())
 
     def all(self) -> list[JobDetails]:
-        """The jobs that were submitted, oldest first."""
+        """Return the jobs that were submitted, oldest first."""
         jobs = [job for job in self.list_jobs() if job.type is JobType.SUBMISSION]
         return sorted(jobs, key=lambda job: job.start_time or 0)
 
-    def follow(self, name: str, lines: Lines) -> JobDetails:
-        """Hand ``lines`` what it has not seen of what a job says, until it ends. A lost connection is sought again.
+    def follow(self, name: str, lines: LogPrinter) -> JobDetails:
+        """Pass new parts of a job's log to ``lines`` until the job ends. A lost connection is retried.
 
         Raises:
             Unreachable: for a minute nothing answered; the job goes on.
@@ -170,8 +170,8 @@ class JobServer(JobSubmissionClient):
             except (aiohttp.ClientError, OSError, Unreachable) as error:
                 if lost_at is None:
                     lost_at = time.monotonic()
-                    console.log(f"lost the connection to {self.url}; trying again for {_PATIENCE_S:.0f} s")
-                elif time.monotonic() > lost_at + _PATIENCE_S:
+                    console.log(f"lost the connection to {self.url}; trying again for {_RECONNECT_S:.0f} s")
+                elif time.monotonic() > lost_at + _RECONNECT_S:
                     raise Unreachable(
                         f"the connection to {self.url} is lost, and the job goes on; to see it again: "
                         f"vilseg submit logs {name} --follow --address {self.url}"
@@ -179,12 +179,12 @@ class JobServer(JobSubmissionClient):
             time.sleep(1)
 
     def wait(self, name: str) -> JobDetails:
-        """Until a job has ended; one that is told to stop is killed by Ray in the end."""
+        """Wait until a job has ended, and return its details; Ray kills a job that does not stop in time."""
         while not (job := self.details(name)).status.is_terminal():
             time.sleep(0.5)
         return job
 
-    async def _stream(self, name: str, lines: Lines) -> None:
+    async def _stream(self, name: str, lines: LogPrinter) -> None:
         url = f"{self._address}/api/jobs/{name}/logs/tail"
         skip = lines.seen  # the server begins with the first letter each time
         async with (
@@ -197,25 +197,25 @@ class JobServer(JobSubmissionClient):
                     skip = max(0, skip - len(message.data))
 
 
-class Lines:
-    """Sorts what a job says: results on stdout, or into `results` where they are kept, the rest on stderr."""
+class LogPrinter:
+    """Prints a job's log: results on stdout (or into `results` if ``keep``), all else on stderr."""
 
     def __init__(self, *, keep: bool = False) -> None:
         self.results: list[str] = []
         self.seen = 0
-        """Letters that were handed in."""
+        """Characters received so far."""
         self._keep = keep
         self._rest = ""
 
     def __call__(self, text: str) -> None:
-        """Show what makes whole lines."""
+        """Print the lines that are complete."""
         self.seen += len(text)
         *whole, self._rest = (self._rest + text).split("\n")
         for line in whole:
             self._show(line)
 
     def end(self) -> None:
-        """Show what is left of a job that ended amid a line."""
+        """Print the rest of a log that ended within a line."""
         if self._rest:
             self._show(self._rest)
         self._rest = ""
@@ -232,7 +232,7 @@ class Lines:
 
 
 def exit_code(job: JobDetails) -> int:
-    """Of the command that ran as a job: its own; 130 where it was stopped, 1 where it never began or was lost."""
+    """Return the exit code of the command that ran as a job; 130 if it was stopped, 1 if it never began or was lost."""
     if job.status is JobStatus.STOPPED:
         return 130
     if job.driver_exit_code is None:
@@ -241,7 +241,7 @@ def exit_code(job: JobDetails) -> int:
 
 
 def summary(job: JobDetails) -> dict[str, Any]:
-    """What is told of a job. Its environment is not, which may hold credentials."""
+    """Return what is shown of a job. Its environment is left out, since it may hold credentials."""
     ended = job.status.is_terminal()
     return {
         "id": job.submission_id,

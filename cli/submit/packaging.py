@@ -1,4 +1,4 @@
-"""What ``vilseg submit`` sends to a cluster: the verb checked and fitted to run there, code and files, variables."""
+"""Prepare a verb for a cluster: check it and fit it to run there, collect code, files and environment variables."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ _REFUSED = {
 FILES = {"config", "space", "classes", "keys"}
 """Parameters of verbs that name a small file of the user's, which travels with the job."""
 PLACES = {"places", "inputs", "dataset", "out", "file", "store"}
-"""Those that name data, to be read or written where the job runs."""
+"""Parameters that name data, read or written where the job runs."""
 MODELS = {"model"}
-"""Those that name a model: data as well, or a hub id."""
+"""Parameters that name a model: a path, a URI or a hub id."""
 PACKAGES = ("vilseg", "jobs", "serve", "tune", "cluster", "cli")
 _LEFT_OUT = (
     *(".*", "__pycache__", "*.egg-info", "node_modules", "runs", "store"),
     *("*.pem", "*.key", "*secret*", "*credential*", "*token", "id_rsa*", "id_ed25519*", "identities.json"),
 )
-"""Of a folder of the user's: what is made anew, what is large, and what is nobody's business."""
+"""Patterns of files in a user's folder that are not sent: generated, large or secret."""
 _MOST_BYTES = 100_000_000
 _OF_THIS_MACHINE = (
     *("AWS_PROFILE", "AWS_DEFAULT_PROFILE", "AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE", "AWS_CA_BUNDLE"),
@@ -56,7 +56,7 @@ class Verb:
     arguments: Sequence[str]
     """The verb's name first."""
     parameters: dict[str, Any]
-    """What its parser made of them."""
+    """Values by parameter, as the verb's own parser returns them."""
     takes_address: bool
     configured: dict[str, str]
     """Keys of its configuration that name places, and these."""
@@ -70,13 +70,13 @@ class Job:
 
     verb: str
     command: str
-    """As the user would type it without ``submit``."""
+    """Command line that the user would type without ``submit``."""
     entrypoint: str
     """The shell command that the cluster runs."""
     files: dict[str, Path]
     """Name in the working folder of the job, and where it is here."""
     notes: list[str]
-    """What the user should know."""
+    """Sentences to show to the user."""
 
 
 def check(vilseg: Any, arguments: Sequence[str]) -> Verb:
@@ -112,7 +112,7 @@ def check(vilseg: Any, arguments: Sequence[str]) -> Verb:
 
 
 def fit(verb: Verb, *, here: bool) -> Job:
-    """What a cluster has to run.
+    """Return the job that a cluster has to run.
 
     Args:
         verb: as `check` found it.
@@ -152,7 +152,7 @@ def fit(verb: Verb, *, here: bool) -> Job:
 
 
 def _file(name: str, value: str | None) -> Path | None:
-    """The local file that an option names; None for a URI, and for class names in the place of a file."""
+    """Return the local file that an option names; None for a URI, and for class names given instead of a file."""
     if value is None or not storage.is_local(value):
         return None
     path = Path(storage.absolute(value))
@@ -171,7 +171,7 @@ def _replaced(argument: str, value: str, by: str) -> str:
 
 
 def _places(parameters: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Places that arguments name, each after how the user wrote it."""
+    """Yield the places that arguments name: as the user wrote each, and the place itself."""
     positional = [*parameters.get("places", ()), *parameters.get("inputs", ())]
     yield from ((place, place) for place in split_overrides(positional)[0])
     for name in sorted(parameters.keys() & ((PLACES | MODELS) - {"places", "inputs"})):
@@ -207,7 +207,7 @@ def _configured(verb: str, parameters: dict[str, Any]) -> Iterator[tuple[str, st
 
 
 def _is_path_there(written: str, place: str) -> bool:
-    """Whether a place is a path that the cluster's machines may have; a URI is none.
+    """Return True if a place is a path that the cluster's machines may have; False for a URI.
 
     Raises:
         StorageError: a path that means something on this machine alone.
@@ -226,7 +226,7 @@ def _is_path_there(written: str, place: str) -> bool:
 
 
 def variables(*, here: bool) -> tuple[dict[str, str], list[str]]:
-    """What the job gets of this environment, credentials as well, and what the user should know of the rest.
+    """Return the variables of this environment that the job gets, credentials included, and sentences about the others.
 
     Raises:
         UserError: the object store is one that only this machine reaches.

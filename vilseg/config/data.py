@@ -1,4 +1,4 @@
-"""The part of the run configuration that says where pairs come from, which of them are used, and how they are read."""
+"""Sources of pairs, filters and decoding: a part of the run configuration."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class ColumnsConfig(ConfigPart):
 
 
 class TextConfig(ConfigPart):
-    """How often a pair's text of an epoch is of each kind. Kinds that a pair lacks have no share; those of weight 0 stand in
-    where there is nothing else, alt-text before tags."""
+    """Weights of the kinds of text from which a pair's text of an epoch is drawn. Kinds that a pair lacks are left out; kinds
+    of weight 0 are used only if there is nothing else, alt-text before tags."""
 
     caption: NonNegative = 1.0
     """All captions of a pair together; which of them, is chosen anew each epoch."""
@@ -42,12 +42,12 @@ class FiltersConfig(ConfigPart):
     """Texts with fewer are left out, and pairs without any other."""
     max_words: PositiveInt | None = None
     min_characters: NonNegativeInt = 0
-    """As ``min_words``, for languages that do not part words by spaces, where a sentence is one word."""
+    """Like ``min_words``, for languages that do not part words by spaces, where a sentence is one word."""
     max_characters: PositiveInt | None = None
     junk: bool = False
     """Leave out texts that say nothing in any language: codes, numbers, file names, one letter over and over."""
     min_side: PositiveInt = 1
-    """Pixels of the shorter side, by the picture's header."""
+    """Pixels of the shorter side, from the image header."""
     max_aspect: Annotated[float, Field(ge=1)] | None = None
     """Longer side over the shorter."""
 
@@ -62,7 +62,12 @@ class WeightedSource(ConfigPart):
 
 
 class DataConfig(ConfigPart):
-    """Where the pairs come from and how they are read."""
+    """Sources of image-text pairs and how they are read.
+
+    Example:
+        >>> DataConfig(source="s3://bucket/pairs").sources[""].weight
+        1.0
+    """
 
     source: Uri | None = None
     """URI of pair shards (tar or Parquet), a folder or a single file. This or ``mix`` is needed for training."""
@@ -77,15 +82,15 @@ class DataConfig(ConfigPart):
     canvas: PositiveInt = 224
     """Side in pixels of the square that images are decoded to: shorter side resized, longer side cropped at random."""
     max_pixels: PositiveInt = 100_000_000
-    """Pictures whose header announces more pixels are rejected before decoding."""
+    """Images whose header announces more pixels are rejected before decoding."""
     max_bad_share: Fraction = 0.05
-    """The run stops when more than this share of the pairs read so far could not be read."""
+    """The run stops when more than this fraction of the pairs read so far could not be read."""
     text: TextConfig = TextConfig()
     filters: FiltersConfig = FiltersConfig()
     feature_cache: Uri | None = None
-    """URI of patch features written once for a frozen image encoder; training then reads features, not pictures."""
+    """URI of patch features written once for a frozen image encoder; training then reads features, not images."""
     cache_variants: PositiveInt = 1
-    """Feature sets of each picture in the feature cache, of which an epoch takes one: that of the picture's middle, and those of
+    """Feature sets of each image in the feature cache, of which an epoch takes one: that of the image center, and those of
     random views by ``global_scale``, ``flip`` and the colours of ``views``, as large as the canvas. The encoding and the storage
     are so many times as much; an epoch reads as much as with one."""
 

@@ -1,4 +1,4 @@
-"""The losses of a training: a part of the run configuration."""
+"""Weights and settings of the training losses: a part of the run configuration."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class CrossModalConfig(ConfigPart):
     """Start of the learnt temperature; its inverse is capped at 100 (CLIP, section 2.5). 0.1 where ``form`` is sigmoid and
     nothing is set (t' = log 10, SigLIP, section 3.2)."""
     patch_share: Fraction = 0.5
-    """Share of the loss that is taken on pooled patch embeddings, the rest on the global embedding; DESIGN: half and half."""
+    """Fraction of the loss that is taken on pooled patch embeddings, the rest on the global embedding; DESIGN: half and half."""
     patch_pooling: Literal["mean", "softmax"] = "softmax"
-    """How patches meet a caption: their mean, or weighted by a soft-max of their similarity with it."""
+    """Pooling of patches against a caption: their mean, or weighted by a soft-max of their similarity with it."""
     pooling_temperature: Positive = 0.1
 
     @model_validator(mode="before")
@@ -53,8 +53,8 @@ class VisionConfig(ConfigPart):
 
     weight: NonNegative = 0.1
     form: Literal["dino", "infonce"] = "dino"
-    """Agreement over prototypes, or a soft-max over the pictures of the batch: a student's view must find the teacher's view of
-    the same picture (InfoNCE, van den Oord et al. 2018, with a momentum encoder as in MoCo, He et al. 2020, section 3.2).
+    """Agreement over prototypes, or a soft-max over the images of the batch: a student's view must find the teacher's view of
+    the same image (InfoNCE, van den Oord et al. 2018, with a momentum encoder as in MoCo, He et al. 2020, section 3.2).
     ``infonce`` takes ``student_temperature`` and has neither prototypes, centre nor teacher temperature."""
     student_temperature: Positive = 0.1
     teacher_temperature: Positive = 0.04

@@ -11,26 +11,26 @@ from vilseg.text.prompt_templates import resolve_templates
 
 
 class RefinementConfig(ConfigPart):
-    """Scores brought along the picture's edges; see ``vilseg.segmentation.refinement``."""
+    """Scores brought along the image's edges; see ``vilseg.segmentation.refinement``."""
 
     method: Literal["pamr", "guided"] = "pamr"
     """Means of like neighbours (PAMR, Araslanov & Roth 2020, section 3.3), or a guided filter (He, Sun & Tang 2013)."""
     iterations: NonNegativeInt = 0
     """0 switches it off, as ViL-Seg has none; the authors of PAMR use 10, those of the guided filter 1."""
     dilations: Annotated[list[PositiveInt], Field(min_length=1)] = [1, 2, 4, 8]
-    """Distances of the neighbours in pixels of the enlarged patch grid (PAMR, six up to 24, on pixels of the picture)."""
+    """Distances of the neighbours in pixels of the enlarged patch grid (PAMR, six up to 24, on pixels of the image)."""
     radius: PositiveInt = 2
-    """Of the guided filter's windows, in patches."""
+    """Radius of the guided filter's windows, in patches."""
     upscale: PositiveInt = 4
-    """Pixels a side that every patch becomes, as long as the picture has as many; more cost more and gain little."""
+    """Pixels a side that every patch becomes, as long as the image has as many; more cost more and gain little."""
     tolerance: Positive = 0.1
     """Colour difference, in local standard deviations, that weakens a neighbour by a factor e (0.1 in the implementation of
-    PAMR's authors); of the guided filter, contrast in standard deviations of the whole picture that is no edge. Larger values
+    PAMR's authors); of the guided filter, contrast in standard deviations of the whole image that is no edge. Larger values
     forgive noise and leave fewer specks."""
 
 
 class SegmentationConfig(ConfigPart):
-    """How a trained model cuts an image into named regions; travels with the model folder.
+    """Inference settings of a trained model; they are saved in the model folder.
 
     The defaults are the paper's: regions of the clustering head, named by the nearest class name. See
     ``vilseg.segmentation.class_scores`` for the formulas.
@@ -48,13 +48,13 @@ class SegmentationConfig(ConfigPart):
     attends to those like itself (SCLIP, Wang et al. 2023; NACLIP, Hajimiri et al. 2024; ``vilseg.model.correlated_attention``).
     Clusters, the embedding of the whole image and recorded statistics always use the plain one."""
     max_aspect: Positive = 4.0
-    """Longer pictures are squeezed to this ratio of sides, so that one strip cannot exhaust the memory."""
+    """Longer images are squeezed to this ratio of sides, so that one strip cannot exhaust the memory."""
     region_weight: Fraction = 1.0
     """1 names regions only, as in the paper; 0 names every patch by itself; between blends the two scores."""
     image_mix: Fraction = 0.0
-    """Share of the image's mean embedding mixed into every region's and patch's."""
+    """Fraction of the image's mean embedding mixed into every region's and patch's."""
     calibration: Fraction = 0.0
-    """How far the cosines of each class are brought to one mean and spread over the patches of the training pictures."""
+    """Strength, 0 to 1, of standardizing each class's cosines by their mean and spread over patches of training images."""
     refinement: RefinementConfig = RefinementConfig()
     temperature: Positive = 0.05
     """Soft-max over classes that turns cosines into scores."""
@@ -67,16 +67,16 @@ class SegmentationConfig(ConfigPart):
     center_text: bool = False
     """Subtract the mean caption embedding that training recorded from the texts' embeddings before comparing."""
     background_words: list[str] = []
-    """What a picture holds besides the names asked for: ``background`` takes the best of their scores. Where empty, the
-    word background itself is compared. Words that are class names are left out. Used only if there is such a class."""
+    """Other things that an image may hold besides the classes asked for: ``background`` takes the best of their scores. If empty,
+    the word background itself is compared. Words that are class names are left out. Used only if there is such a class."""
     background_bias: float = 0.0
     """Added to the cosine of the class ``background``."""
     objectness: NonNegative = 0.0
-    """Added to it where a region runs along the picture's border, and subtracted where it keeps away from it, as objects do. Not
+    """Added to it where a region runs along the image's border, and subtracted where it keeps away from it, as objects do. Not
     of GeoTIFFs, which are never seen as a whole."""
     gate: PositiveInt | None = None
-    """Only so many classes are kept in a picture, ``background`` not counted: those with the highest scores at their best place.
-    Hundreds of classes then do not sprinkle a picture that shows five. Frames of films are pictures by themselves; GeoTIFFs,
+    """Only so many classes are kept in an image, ``background`` not counted: those with the highest scores at their best place.
+    Hundreds of classes then do not appear in an image that shows five. Each frame of a video is an image of its own; GeoTIFFs,
     which are never seen as a whole, are not gated."""
     threshold: Fraction = 0.0
     """Pixels of lower scores are no class, or ``background`` where there is such a class: the answer "unknown"."""

@@ -17,7 +17,7 @@ class OptimizerConfig(ConfigPart):
     learning_rate: Positive = 5e-4
     weight_decay: NonNegative = 0.05
     betas: tuple[FractionBelowOne, FractionBelowOne] = (0.9, 0.98)
-    """As CLIP for vision transformers (Radford et al. 2021, table 20)."""
+    """Same as CLIP for vision transformers (Radford et al. 2021, table 20)."""
     warmup_steps: NonNegativeInt = 100
     gradient_clip: NonNegative = 1.0
     """Largest norm of the gradient; 0 leaves it alone."""
@@ -37,9 +37,9 @@ class TrainerConfig(ConfigPart):
     sharding: Literal["none", "fsdp"] = "none"
     """``fsdp`` cuts weights, gradients and optimiser states among the workers (FSDP, Zhao et al. 2023) where ``none`` gives
     each a whole copy: the same losses, less memory, more traffic. A run may change it when it is resumed. With ``fsdp`` there
-    are neither figures on held-out pairs nor pictures of clusters on the way."""
+    are neither metrics on held-out pairs nor images of clusters on the way."""
     chunk_size: PositiveInt | None = None
-    """Pairs a forward pass of a worker; null takes its whole share at once. The gradient is that of the whole batch in either
+    """Pairs a forward pass of a worker; null takes all of its pairs at once. The gradient is that of the whole batch in either
     case, in the memory of one chunk and at the price of a second forward pass (GradCache, Gao et al. 2021)."""
     checkpoint_activations: bool = False
     """Keep only what goes into the blocks of the encoders and compute the rest again in the backward pass (Chen et al. 2016):
@@ -50,7 +50,7 @@ class TrainerConfig(ConfigPart):
     keep_checkpoints: PositiveInt | None = 2
     """The newest so many, and the best one beside them; null keeps all."""
     best_by: str = "loss"
-    """Figure of the reports by which the best checkpoint is known: of names that begin with ``loss`` the lowest, of others the
+    """Metric of the reports by which the best checkpoint is known: of names that begin with ``loss`` the lowest, of others the
     highest. With ``data.held_out`` there are ``held_out/retrieval``, ``held_out/nouns`` and more (docs/tuning.md)."""
     log_every: PositiveInt = 20
     max_failures: NonNegativeInt = 2
@@ -59,7 +59,7 @@ class TrainerConfig(ConfigPart):
     storage: Uri = "runs"
     """URI under which the run's folder is made."""
     examples_every: NonNegativeInt = 500
-    """Steps between pictures of the clusters in TensorBoard; 0 for none."""
+    """Steps between images of the clusters in TensorBoard; 0 for none."""
     tracking: Literal["none", "mlflow"] = "none"
     """``mlflow`` tells the server at ``MLFLOW_TRACKING_URI`` of every report too."""
     mlflow_experiment: str = "vilseg"
@@ -82,12 +82,12 @@ class TrainerConfig(ConfigPart):
 
     @property
     def min_workers(self) -> int:
-        """Workers that training does not begin without."""
+        """Smallest number of workers that training starts with."""
         return self.workers if isinstance(self.workers, int) else self.workers[0]
 
     @property
     def max_workers(self) -> int:
-        """Workers that training never has more of."""
+        """Largest number of workers that training uses."""
         return self.workers if isinstance(self.workers, int) else self.workers[1]
 
     def check_even_split(self) -> None:
@@ -103,6 +103,11 @@ class TrainerConfig(ConfigPart):
             )
 
     def max_even_workers(self, possible: int) -> int:
-        """How many of ``possible`` workers, at most as many as are wished for, share a step evenly; 0 of none."""
+        """Return the largest number of workers up to ``min(possible, max_workers)`` that divides `batch_size`; 0 if none.
+
+        Example:
+            >>> TrainerConfig(workers=(1, 8), batch_size=12).max_even_workers(5)
+            4
+        """
         counts = range(1, min(possible, self.max_workers) + 1)
         return max((count for count in counts if self.batch_size % count == 0), default=0)

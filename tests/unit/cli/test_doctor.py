@@ -1,4 +1,4 @@
-"""What the doctor finds, and that it neither hangs nor tells secrets."""
+"""`vilseg doctor`: its findings; it neither hangs nor prints secrets."""
 
 import socket
 import threading

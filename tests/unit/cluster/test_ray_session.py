@@ -1,4 +1,4 @@
-"""What training workers take of a cluster, without Ray."""
+"""Resources of training workers on a cluster, without Ray."""
 
 import pytest
 

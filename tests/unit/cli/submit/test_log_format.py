@@ -1,4 +1,4 @@
-"""How what a job prints comes through the one log that Ray keeps of it."""
+"""Results and other output of a job are told apart in the single log that Ray keeps."""
 
 import io
 import json

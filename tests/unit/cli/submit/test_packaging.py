@@ -1,4 +1,4 @@
-"""What `vilseg submit` makes of a verb, and what it sends along."""
+"""`vilseg submit`: the job made of a verb, and the files and variables sent with it."""
 
 import os
 import shlex
