@@ -26,11 +26,11 @@ _KEYS = {"inputs", "model", "classes", "segmentation", "formats", "rules", "limi
 FORMATS = ("png", "coco", "parquet", "overlay", "gallery", "geotiff")
 DEFAULT_FORMATS = ("png", "coco")
 _PEEK = 1024
-"""Inputs looked at before anything starts: that there is one, and whether they are worth many actors."""
+"""Inputs listed before anything starts, to check that there is one and to choose the number of actors."""
 _ACTOR_INPUTS = 16
-"""Fewer than that are not worth one more actor."""
+"""Minimum inputs per additional actor."""
 _TRIED = 16
-"""Inputs segmented to estimate the time of all."""
+"""Inputs segmented for the time estimate."""
 
 
 @dataclass(frozen=True)
@@ -48,14 +48,14 @@ class Job:
     """Absolute URI."""
     rules: Rules = field(default_factory=Rules)
     limit: int | None = None
-    """The first so many inputs only."""
+    """Number of first inputs to segment; all if None."""
     sample: int | None = None
-    """So many inputs only, picked by chance, but always the same ones."""
+    """Size of a random sample of the inputs, always the same one; all if None."""
     deduplicate: bool = False
     """Segment equal files once."""
     overwrite: bool = False
     parallelism: int = field(default=1, compare=False)
-    """Actors that the inputs are worth."""
+    """Maximum useful number of actors for these inputs."""
 
     @property
     def outputs(self) -> Outputs:
@@ -69,7 +69,7 @@ class Job:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """As in ``job.json``."""
+        """Return the content of ``job.json``."""
         return {
             "inputs": self.inputs,
             "model": self.model,
@@ -99,33 +99,33 @@ def plan(
     resume: bool = False,
     overwrite: bool = False,
 ) -> Job:
-    """Check all that can be before Ray is started.
+    """Check everything that can be checked before Ray is started.
 
     Args:
         inputs: folders, prefixes, patterns and files as :mod:`vilseg.bulk.listing` takes them.
         model: URI of a model folder, or a hub id.
-        classes: what to look for.
-        out: folder or ``s3://`` URI; ``results.parquet`` and ``summary.json`` always come, the rest by ``formats``.
+        classes: vocabulary to segment by.
+        out: folder or ``s3://`` URI; ``results.parquet`` and ``summary.json`` are always written, other files by ``formats``.
         formats: of ``png`` (masks), ``coco`` (``annotations.json``), ``overlay``, ``gallery`` (``gallery.html``),
-            ``geotiff`` (masks of georeferenced inputs) and ``parquet``, which always comes.
+            ``geotiff`` (masks of georeferenced inputs) and ``parquet``, which is always written.
         settings: replace those that the model carries.
         rules: limits on inputs.
-        limit: only the first so many.
-        sample: only so many, picked by chance.
+        limit: number of first inputs; all if None.
+        sample: size of a random sample; all if None.
         deduplicate: segment equal files once.
-        resume: go on with what an earlier call left at ``out``.
-        overwrite: delete what an earlier call left at ``out`` first.
+        resume: continue an earlier call's work at ``out``.
+        overwrite: delete an earlier call's output at ``out`` first.
 
     Raises:
         DataError: no input.
-        StorageError: ``out`` overlaps an input or the model, is there without ``resume`` or ``overwrite``, or holds
-            what no such job wrote; a URI cannot be reached.
+        StorageError: ``out`` overlaps an input or the model, exists without ``resume`` or ``overwrite``, or holds
+            files of no such job; a URI cannot be reached.
         ConfigError: an unknown format, a number that is no count, ``resume`` of another job.
         ModelError: no model folder.
     """
     from vilseg.model.serialization import (
         read_segmentation_config,
-    )  # brings torch, which the tasks that list have no use for
+    )  # imports torch, which listing tasks do not need
 
     unknown = sorted(set(formats) - set(FORMATS))
     if unknown:
@@ -143,7 +143,7 @@ def plan(
         raise DataError("no input is given: name folders, s3:// prefixes, patterns, shards, tables, lists or pictures")
     for uri in (*inputs, model, out):
         storage.require_bucket(uri)
-    carried = read_segmentation_config(model)  # a sentence now instead of a pool of actors that die one by one
+    carried = read_segmentation_config(model)  # one sentence now instead of a pool of actors that die one by one
     job = Job(
         inputs=sorted({storage.absolute(uri) for uri in inputs}),
         # Actors may have another working directory; what does not exist here is a hub id.
@@ -173,7 +173,7 @@ def list_inputs(job: Job) -> Iterator[Input | Container]:
 
     if job.limit:
         return itertools.islice(opened(), job.limit)
-    # The smallest digests: by chance, the same in every call, and found without holding all names.
+    # The smallest digests: a random sample, the same in every call, found without holding all names.
     without_data = (replace(item, data=None) for item in opened())
     picked = {item.name for item in heapq.nsmallest(job.sample or 0, without_data, key=_digest)}
     return (item for item in opened() if item.name in picked)
@@ -183,7 +183,7 @@ def open_container(found: Input | Container) -> Iterator[Input]:
     """Contents of a container, or the input itself; damage is returned as an input with a problem under the container's name.
 
     Raises:
-        StoreUnavailable: the store stays away.
+        StoreUnavailable: the store does not respond.
     """
     if isinstance(found, Input):
         yield found
@@ -191,7 +191,7 @@ def open_container(found: Input | Container) -> Iterator[Input]:
     try:
         yield from found.inputs()
     except StoreUnavailable:
-        raise  # or what the container still holds would be lost without a word
+        raise  # or the rest of the container would be lost silently
     except (DataError, StorageError) as error:
         yield Input(found.name, found.uri, problem=str(error))
 
@@ -201,13 +201,13 @@ def _digest(item: Input) -> bytes:
 
 
 def clear_output(out: str) -> None:
-    """Delete what an earlier job wrote and nothing else; its ``job.json`` stays until that of this job replaces it."""
+    """Delete the files of an earlier job and nothing else; its ``job.json`` stays until that of this job replaces it."""
     before = _job_at(out)
     formats = before["formats"] if before else []
     written = {"png": [MASKS], "geotiff": [MASKS], "overlay": [OVERLAYS], "gallery": [THUMBS, PAGE, DATA]}
     written["coco"] = [ANNOTATIONS]
     folders = [name for kind in formats for name in written.get(kind, [])]
-    # Rows first: an image with a row and without its mask would pass for done.
+    # Rows first: an image with a row but no mask would count as done.
     for name in (RESULTS, PARTS, SUMMARY, *dict.fromkeys(folders)):
         storage.delete(storage.join(out, name))
 
@@ -218,24 +218,24 @@ class Estimate:
 
     images: int
     bytes: int
-    """Of files; of what containers hold, the images' own."""
+    """Bytes of the files; for containers, of their members."""
     containers: int
     rejected_of_tried: int
     tried: int
     seconds_per_image: float
-    """On one CPU or GPU: reading, decoding, the model and writing."""
+    """Seconds on one CPU or GPU: reading, decoding, inference and writing."""
 
     def seconds(self, workers: int) -> float:
-        """On so many CPUs or GPUs, starting not counted."""
+        """Return the estimated seconds on ``workers`` CPUs or GPUs, without start-up."""
         return self.images * self.seconds_per_image / workers
 
 
 def estimate(job: Job, scratch: str) -> Estimate:
-    """List and count everything, segment a few inputs picked by chance, and write nothing to the job's output.
+    """List and count all inputs, segment a random few, and write nothing to the job's output.
 
     Args:
         job: a plan.
-        scratch: folder for what the few inputs give.
+        scratch: folder for the outputs of these few.
     """
     import torch
 
@@ -250,7 +250,7 @@ def estimate(job: Job, scratch: str) -> Estimate:
         for item in open_container(found):
             images += 1
             size += item.size or len(item.data or b"")
-            # The largest negated digests are the smallest ones: always the same inputs, by chance.
+            # The largest negated digests are the smallest digests: a random sample, always the same.
             entry = (-int.from_bytes(_digest(item)), images, item)
             if len(picked) < _TRIED:
                 heapq.heappush(picked, entry)
@@ -281,16 +281,16 @@ def begin(job: Job, weights: str) -> None:
 
     Args:
         job: a plan.
-        weights: digest of the model's, which may be others by now in the same place.
+        weights: digest of the model's weights, which may have changed at the same URI.
 
     Raises:
-        ConfigError: what is there is another job's, or was made with other weights.
+        ConfigError: the existing output is another job's, or was made with other weights.
     """
     before = _job_at(job.out)
     if job.overwrite:
         clear_output(job.out)
     elif before:
-        _require_same(job, before)  # again, now that nobody else can write
+        _require_same(job, before)  # once more, now that no other job can write
         if before.get("weights") not in (None, weights):
             raise ConfigError(
                 f"cannot resume into {job.out}: the model at {job.model} has other weights now; replace it by --overwrite"
@@ -300,7 +300,7 @@ def begin(job: Job, weights: str) -> None:
 
 
 def _check_output(job: Job, *, resume: bool) -> None:
-    """Make sure that ``job`` may write to its place: it is new or empty, or an output to replace or to go on with."""
+    """Check that ``job`` may write to its output: a new or empty folder, or an output to replace or resume."""
     out = job.out
     for place in (*map(fixed_part, job.inputs), job.model):
         if storage.overlap(out, place):
@@ -324,12 +324,12 @@ def _check_output(job: Job, *, resume: bool) -> None:
 
 
 def _require_same(job: Job, before: dict[str, Any]) -> None:
-    """Refuse to go on with another job's output."""
+    """Refuse to resume another job's output."""
     said = {"model": "another model", "segmentation": "other segmentation settings", "rules": "other limits"}
     said |= {"limit": "another --limit", "sample": "another --sample", "deduplicate": "another --deduplicate"}
     said |= {"vocabulary": "other prompts, background or negative words"}
     now = job.to_dict()
-    # Said by the classes already, or not known to the version that wrote it.
+    # Implied by the classes, or unknown to the version that wrote it.
     if before["classes"] != now["classes"] or "vocabulary" not in before:
         del now["vocabulary"]
     other = [said.get(key, f"other {key}") for key, value in now.items() if before[key] != value]
@@ -341,7 +341,7 @@ def _require_same(job: Job, before: dict[str, Any]) -> None:
 
 
 def _job_at(out: str) -> dict[str, Any] | None:
-    """The ``job.json`` at ``out``, if there is one and it is a job's of ours."""
+    """Read ``job.json`` at ``out``; None if it does not exist or is not of this format."""
     marker = storage.join(out, JOB)
     if not storage.exists(marker):
         return None

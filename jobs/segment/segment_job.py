@@ -1,7 +1,7 @@
 """Segment an archive in bulk: one task lists it, small tasks open containers, a pool of actors segments blocks of it.
 
-Every actor writes the masks of its block and then the block's rows as a part, each whole or not at all. What is killed on
-the way loses a block an actor; going on, rows there are tell what is done; so each input ends in one row.
+Every actor writes the masks of its block and then the block's rows as a part, each whole or not at all. A kill
+loses at most one block per actor; on resume the rows that exist tell what is done, so that each input ends in one row.
 """
 
 from __future__ import annotations
@@ -35,17 +35,18 @@ from vilseg.bulk.outputs import MASKS, OVERLAYS, BlockResult
 from vilseg.bulk.scheduling import cut, cut_container
 from vilseg.errors import DataError
 
-if TYPE_CHECKING:  # torch would keep every process waiting that computes nothing
+if TYPE_CHECKING:  # torch would delay every process that computes nothing
     from vilseg.bulk.worker import BlockSegmenter
     from vilseg.model.shared_weights import SplitObject
 
-_LISTING_CPUS, _OPENING_CPUS, _ACTORS_SHARE = 0.05, 0.1, 0.85
-"""Listing and opening wait for storage most of the time. Ray Data fuses stages that ask for the same, so these differ."""
+_LISTING_CPUS, _OPENING_CPUS, _ACTOR_FRACTION = 0.05, 0.1, 0.85
+"""CPUs of listing, opening and actors. Listing and opening mostly wait for storage; the values differ because Ray Data fuses
+stages with equal resources."""
 _COPIES_AT_ONCE = 1000
 _DEATHS_TO_SUSPECT, _DEATHS_TO_REJECT = 2, 2
-"""After so many deaths of actors in a block its inputs go one by one; then one that two die of is rejected."""
+"""Actor deaths in a block after which its inputs are processed one by one, and deaths by one input after which it is rejected."""
 _MIN_INPUTS_TO_STOP = 50
-"""A fraction of rejected inputs means little before so many were seen."""
+"""Inputs before the fraction of rejected ones is checked."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +57,11 @@ class Summary:
     ok: int
     rejected: int
     images_per_second: float
-    """Of this call, reading and writing included, starting Ray not."""
+    """Images per second of this call, including reading and writing, without the start of Ray."""
     uri: str
 
     def to_dict(self) -> dict[str, Any]:
-        """As in ``summary.json``."""
+        """Return the content of ``summary.json``."""
         return {name: value for name, value in vars(self).items() if name != "uri"}
 
 
@@ -70,7 +71,7 @@ class Progress:
 
     done: int
     listed: int
-    """Inputs found so far, those done earlier included."""
+    """Inputs listed so far, including those done earlier."""
     listing_ended: bool
     rejected: int
     new_rejected: list[tuple[str, str]]
@@ -84,17 +85,17 @@ def main(
     max_rejected: float = 1.0,
     progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Summary:
-    """Do what :func:`jobs.segment.plan.plan` made of the user's wishes.
+    """Run a job that :func:`jobs.segment.plan.plan` made.
 
     Args:
-        job: what to do, and where to write.
+        job: inputs, model, classes and outputs.
         session: the cluster.
         max_rejected: end early when more than this fraction of the inputs cannot be used.
-        progress: told as blocks end.
+        progress: called when blocks end.
 
     Raises:
         DataError: too many inputs were rejected.
-        StorageError: another job writes to the same place, something cannot be written, or the store stays away.
+        StorageError: another job writes to the same place, the output cannot be written, or the store does not respond.
         ModelError: the model cannot be loaded.
     """
     with lease(job.out) as held:
@@ -137,7 +138,7 @@ def estimate_on_cluster(job: Job, session: Session) -> tuple[Estimate, int]:
         UserError: an input, the model or the storage cannot be read by the cluster's machines.
     """
     actors = _actors(job, session)
-    cpus = session.reserved_cpus(_ACTORS_SHARE * session.cpus_per_actor(actors))
+    cpus = session.reserved_cpus(_ACTOR_FRACTION * session.cpus_per_actor(actors))
     task: Any = ray.remote(num_cpus=cpus, num_gpus=1 if session.gpus else 0)(_estimate)
     try:
         return ray.get(task.remote(job)), actors
@@ -161,7 +162,7 @@ def _actors(job: Job, session: Session) -> int:
 def _stream(
     job: Job, session: Session, parts: SplitObject, done: results_table.Names, tally: Any
 ) -> Iterator[dict[str, Any]]:
-    """Results of blocks as they end."""
+    """Yield the results of blocks as they end."""
     known = ray.put(done)
     actors = _actors(job, session)
     shared = ray.put(parts)
@@ -172,7 +173,7 @@ def _stream(
     make = partial(_make_segmenter, job, [shared], claims, max(1, int(cpus)))
     actor = (make, tally)
     listing = ray.data.from_items([{"id": 0}], override_num_blocks=1)
-    listing.context.target_max_block_size = 1  # byte: every row is a block of its own and goes on its way
+    listing.context.target_max_block_size = 1  # byte: every row is a block of its own and is passed on at once
     blocks = listing.map_batches(
         lambda _: _list_blocks(job, actors, ray.get(known), tally), batch_size=None, num_cpus=_LISTING_CPUS
     ).map_batches(lambda batch: _open_containers(batch, ray.get(known), tally), batch_size=1, num_cpus=_OPENING_CPUS)
@@ -180,18 +181,18 @@ def _stream(
         _Actor,
         fn_constructor_args=actor,
         batch_size=1,
-        # Two blocks at a time, so that an actor computes while it writes what is left of the block before.
+        # Two blocks at a time, so that an actor computes while it finishes writing the previous block.
         compute=ray.data.ActorPoolStrategy(
             size=actors, max_concurrent_calls_per_actor=2, enable_true_multi_threading=True
         ),
-        num_cpus=session.reserved_cpus(_ACTORS_SHARE * cpus),
+        num_cpus=session.reserved_cpus(_ACTOR_FRACTION * cpus),
         num_gpus=1 if session.gpus else 0,
     )
     yield from results.iter_rows()
 
 
 def _list_blocks(job: Job, actors: int, done: results_table.Names, tally: Any) -> Iterator[dict[str, np.ndarray]]:
-    """Rows of one block of inputs, or of one container, each."""
+    """Yield rows that hold one block of inputs, or one container, each."""
     with storage.retrying():
         new = (one for one in list_inputs(job) if isinstance(one, Container) or one.name not in done)
         for found in cut(new, actors):
@@ -207,7 +208,7 @@ def _list_blocks(job: Job, actors: int, done: results_table.Names, tally: Any) -
 def _open_containers(
     batch: dict[str, np.ndarray], done: results_table.Names, tally: Any
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Blocks as they come; a container becomes blocks of what it holds."""
+    """Pass blocks through; split a container into blocks of its members."""
     items = pickle.loads(batch["items"][0])
     if not isinstance(items[0], Container):
         yield _row(items)
@@ -226,16 +227,16 @@ def _row(items: list[Any]) -> dict[str, np.ndarray]:
 
 
 def _load(job: Job) -> tuple[SplitObject, str]:
-    """The segmenter in parts for the object store, where all actors of a machine share its weights; and their digest.
+    """Load the segmenter, split for the object store so that the actors of a machine share its weights, and their digest.
 
-    The classes are embedded here once, and the text encoder, which no image needs, stays behind.
+    The classes are embedded here once, and the text encoder, which images do not need, is left out.
     """
     from vilseg.model import ViLSeg
     from vilseg.model.shared_weights import split_weights
     from vilseg.segmentation.segmenter import Segmenter
 
     model = ViLSeg.from_pretrained(job.model)
-    # Of the file's weights: embeddings of the classes are rounded as the processor likes.
+    # Digest of the weights in the file: class embeddings are rounded differently by other processors.
     weights = split_weights(model.state_dict()).digest()
     model.segmentation = job.segmentation
     segmenter = Segmenter(model, job.classes, device="cpu", keep_clusters=False)
@@ -251,7 +252,7 @@ def _make_segmenter(job: Job, parts: list[Any], claims: Any, threads: int) -> Bl
     from vilseg.model.shared_weights import join_weights
 
     torch.set_num_threads(threads)
-    # The model's thread lets go of Python's lock in every operator; it should not wait 5 ms to have it back.
+    # The model's thread releases the GIL in every operator; it should not wait 5 ms to get it back.
     sys.setswitchinterval(0.0005)
     segmenter = join_weights(ray.get(parts[0])).to(best_device())
     claim = None if claims is None else lambda digest, name: ray.get(claims.claim.remote(digest, name))
@@ -270,13 +271,13 @@ class _Actor:
         self._count = metrics.Counter("vilseg_segmented_images", "Inputs of bulk segmentation.", tag_keys=("status",))
 
     def _block(self, inputs: list[Input]) -> BlockResult:
-        """Ray gives a block whose actor died to another, again and again; so whatever kills them has to be found."""
+        """Segment a block; isolate inputs that kill their actor, as Ray Data would retry their block without end."""
         if ray.get(self._tally.begin.remote(inputs[0].name)) <= _DEATHS_TO_SUSPECT:
             return self._segmenter.block(inputs)
         total = BlockResult()
         for item in inputs:
             alone = f"{item.name} alone"
-            with self._alone:  # or one would be blamed for another's deed
+            with self._alone:  # or one input would be blamed for another
                 deaths = ray.get(self._tally.begin.remote(alone)) - 1
                 if deaths >= _DEATHS_TO_REJECT:
                     item = replace(item, problem=f"the process that works on it dies: {deaths} did", data=None)
@@ -297,13 +298,13 @@ class _Actor:
         return {"images": np.array([result.images]), "rejected": refusals}
 
 
-# What the two know is worth less than the job: where one dies it begins anew.
+# Advisory state only: an actor that dies may restart empty.
 _helper = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
 
 
 @_helper
 class _Tally:
-    """Counts what listing found, and how often each block was begun."""
+    """Counters of listed inputs, and of attempts per block."""
 
     def __init__(self, done: int) -> None:
         self._listed = done
@@ -336,7 +337,7 @@ class _Tally:
 
 @_helper
 class _Claims:
-    """Knows which input was the first with its bytes."""
+    """Registry of the first input with each content hash."""
 
     def __init__(self, claims: dict[str, str]) -> None:
         self._claims = claims
@@ -358,7 +359,7 @@ def _check_rejected(rejected: int, finished: int, max_rejected: float, refusals:
 
 
 def _finish(job: Job, rate: float) -> Summary:
-    """Gather the parts into the files of the contract; the summary comes last."""
+    """Merge the parts into the output files; the summary is written last."""
     _copy_for_duplicates(job)
     results_table.merge(job.out)
     if "coco" in job.formats:
@@ -382,7 +383,7 @@ def _summarise(job: Job, rate: float) -> Summary:
 
 
 def _rows_of_images(out: str) -> Iterator[Row]:
-    """Rows that have run lengths; of a video or a GeoTIFF there are none."""
+    """Rows with run lengths, which videos and GeoTIFFs do not have."""
     return (row for row in results_table.read_results(out) if row["status"] == "ok" and row["rle"])
 
 

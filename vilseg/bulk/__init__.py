@@ -1,1 +1,1 @@
-"""Whole archives of images: what goes in, what comes out, and what keeps two jobs from writing to one place."""
+"""Bulk segmentation of archives without Ray: listing, scheduling, worker, results table and output lease."""

@@ -1,4 +1,4 @@
-"""``annotations.json`` of a bulk segmentation: COCO in both styles, written row by row."""
+"""``annotations.json`` of a bulk segmentation: COCO instances and panoptic segments, written row by row."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def write_coco(
 
     Args:
         file: to write to.
-        rows: gives the rows of images anew at every call: the sections of the file follow each other.
+        rows: returns a fresh iterator over the rows of images at every call, one per section of the file.
         classes: names in index order.
         mask_name: name of a row's mask file below the output; None where none is written.
     """
@@ -50,7 +50,7 @@ def _image(image_id: int, row: Row) -> dict[str, Any]:
 
 
 def _regions(row: Row, index: Mapping[str, int]) -> Iterator[tuple[int, float, dict[str, Any], dict[str, Any]]]:
-    """Index, score, mask, and what both styles say of each class that is present."""
+    """Class index, score, mask and the fields common to both styles, for each class present."""
     for name, area, score, counts in zip(row["classes"], row["areas"], row["scores"], row["rle"], strict=True):
         rle = {"size": [row["height"], row["width"]], "counts": counts}
         bbox = [int(side) for side in coco_mask.toBbox(rle)]

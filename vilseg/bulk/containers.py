@@ -25,36 +25,36 @@ from vilseg.ingest.image_files import resolve
 _BUFFER = 4 << 20
 _BLOCK = tarfile.BLOCKSIZE
 _ROWS = 4
-"""Of a Parquet file, read at once; images may have many megabytes."""
+"""Rows of a Parquet file read at a time; an image may have many megabytes."""
 _MAX_MEMBER = 1 << 30
-"""Bytes of one member of a tar, which have to be in memory."""
+"""Maximum bytes of a tar member, which is read into memory."""
 _NAMELESS = "_"
 _INSTEAD_OF_ZERO = 0x9E37_79B9_7F4A_7C15
-"""As a hash; a 0 is a free slot."""
+"""Replacement for the hash 0, which marks a free slot."""
 
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """One thing to be segmented."""
+    """One image or video to be segmented."""
 
     name: str
     """Path below the input; no part leads out of the output folder. The mask goes to ``masks/<name>.png``."""
     uri: str
-    """Where the bytes are; of what lies in a container, the container."""
+    """Location of the bytes; for a member of a container, the container."""
     size: int | None = None
-    """Bytes, where known."""
+    """Size in bytes, if known."""
     data: bytes | None = field(default=None, repr=False)
-    """The encoded image, where it came out of a container."""
+    """Encoded image, if it is a member of a container."""
     problem: str | None = None
-    """Why there is nothing to read, where that is known already."""
+    """Reason why it cannot be read, if already known."""
 
     @property
     def kind(self) -> Literal["image", "video"]:
-        """By suffix; what is no video is tried as an image."""
+        """Kind by suffix; everything except videos is tried as an image."""
         return "video" if is_video(self.name if self.data is not None else self.uri) else "image"
 
     def read(self) -> bytes:
-        """The whole file.
+        """Read the whole file.
 
         Raises:
             DataError: the container has no bytes for it.
@@ -67,10 +67,10 @@ class Input:
 
 @dataclass(frozen=True, slots=True)
 class Container:
-    """A file that holds many inputs: a tar or a Parquet file."""
+    """File that holds many inputs: a tar or a Parquet file."""
 
     name: str
-    """Path below the input; the names of what it holds begin with it."""
+    """Path below the input; prefix of the names of its members."""
     uri: str
     size: int | None = None
     columns: ColumnsConfig = field(default_factory=ColumnsConfig)
@@ -79,14 +79,14 @@ class Container:
     def inputs(self) -> Iterator[Input]:
         """Iterate over the contents in stored order, the same each time, in one pass.
 
-        In memory is one member of a tar, or a few rows of a Parquet file with the pages that they lie in.
+        Holds one member of a tar, or a few rows of a Parquet file with their pages, in memory.
 
-        Members of a tar are called ``<name>/<member>``; rows ``<name>/<key>``, or by their number of 8 digits where there
-        is no key column. A name that is taken gets the number of its member or row.
+        Members of a tar are named ``<name>/<member>``; rows ``<name>/<key>``, or by their 8-digit number without a
+        key column. A duplicate name gets the number of its member or row appended.
 
         Raises:
-            DataError: it is damaged (after the inputs before the damage), or has no column of images.
-            StorageError: it cannot be read, or the connection broke on the way.
+            DataError: the file is damaged (raised after the inputs before the damage), or has no column of images.
+            StorageError: the file cannot be read, or the connection broke.
         """
         taken = Hashes()
         members = _parquet_rows(self) if self.uri.lower().endswith(PARQUET) else _tar_members(self)
@@ -100,7 +100,7 @@ class Container:
 
 
 class Hashes:
-    """A set of 64-bit hashes of 16 to 40 bytes each, a fifth of what a ``set`` needs."""
+    """Set of 64-bit hashes that takes 16 to 40 bytes per element, a fifth of a ``set``."""
 
     def __init__(self) -> None:
         self._slots = array("Q", bytes(8 << 10))
@@ -130,10 +130,10 @@ class Hashes:
 
 
 def safe_name(text: str) -> str:
-    """``text`` as a path that stays in its folder: what would lead out of it, or names no file, is percent-encoded.
+    """Return ``text`` as a path below its folder, with percent-encoding of the parts that are no file name.
 
-    That are "." and ".." as parts, slashes without a name before or after them, NUL, and bytes that are not UTF-8 (as
-    Python has them, surrogates). All else stays as it is.
+    These are "." and "..", slashes without a name before or after them, NUL, and bytes that are not UTF-8 (surrogates in
+    Python strings). Everything else is unchanged.
     """
     while text.startswith("./"):  # as `tar c .` writes all names
         text = text[2:]

@@ -14,7 +14,7 @@ _IMAGE_SUFFIXES = _words(
     ".jpg .jpeg .jpe .jfif .png .apng .webp .gif .bmp .dib .tif .tiff .ppm .pgm .pbm .pnm .avif .heic .heif .jp2 .j2k .jpx",
     ".tga .dds .ico .pcx .sgi .qoi",
 )
-"""Of hidden files only these are images; of all others, these need no list."""
+"""Image suffixes; hidden files are images only with one of these."""
 _OTHER_SUFFIXES = _words(
     # text, records and what describes images
     ".txt .lst .json .jsonl .ndjson .geojson .csv .tsv .xml .html .htm .css .md .rst .yaml .yml .toml .ini .cfg .conf",
@@ -39,7 +39,7 @@ _OTHER_NAMES = frozenset({"thumbs.db", "desktop.ini", ".ds_store", "_success", "
 
 
 def suffix_of(name: str) -> str:
-    """In lower case and with its dot: ``.jpg`` of ``a/b.JPG``; "" where there is none."""
+    """Return the suffix in lower case with its dot: ``.jpg`` for ``a/b.JPG``; "" without one."""
     return splitext(name)[1].lower()
 
 

@@ -1,9 +1,9 @@
-"""The gallery of a bulk segmentation: one page to leaf through, filter and order its images, and their thumbnails.
+"""Gallery of a bulk segmentation: a page to browse, filter and sort the images, and their thumbnails.
 
-``gallery.html`` works by double click from a disk as well as from any static web server: it requests nothing but what
-lies beside it, and its rows come as scripts (``gallery/rows-0000.js``, …), because a page from a disk may not read files
-in any other way. Thumbnails are expected at ``thumbs/<path>.webp`` and label maps at ``masks/<path>.png``; the page
-shows what is there.
+``gallery.html`` works by double click from a disk as well as from any static web server: it loads only files next
+to it, and its rows are scripts (``gallery/rows-0000.js``, …), because browsers allow a page from a disk to read files
+in no other way. Thumbnails are expected at ``thumbs/<path>.webp`` and label maps at ``masks/<path>.png``; missing ones
+are left out.
 """
 
 import io
@@ -25,15 +25,15 @@ PAGE, DATA, THUMBS = "gallery.html", "gallery", "thumbs"
 """Names below the output: the page, and the folders of its rows and of the thumbnails."""
 
 _CHUNK_ROWS = 4096
-"""Rows of one data file: what is in memory here, and what a browser reads without a pause that one would notice."""
-_SHARE_UNITS, _SCORE_UNITS = 10_000, 1_000
-"""Shares and scores are whole numbers of these parts in the data files; gallery_rows.js has the same figures."""
+"""Rows per data file: held in memory here, and read by a browser without a noticeable pause."""
+_FRACTION_UNITS, _SCORE_UNITS = 10_000, 1_000
+"""Units of area fractions and scores, which are integers in the data files; gallery_rows.js has the same constants."""
 _WEBP_QUALITY = 80
 _MAX_SIDE = 8191  # px: WebP ends at 16383, and two images lie side by side
 
 
 def thumbnail(image: np.ndarray, labels: np.ndarray, classes: Sequence[str], side: int = 256) -> bytes:
-    """The image and, to its right, the same image with its regions in their colours, as one WebP.
+    """Encode the image and, to its right, the same image with coloured regions, as one WebP.
 
     Each half has the image's shape and a longer side of `side` px; an image that is smaller is enlarged by the largest
     whole factor that fits. The halves have the same size, so that a page can show one, both, or one over the other.
@@ -72,28 +72,28 @@ def thumbnail(image: np.ndarray, labels: np.ndarray, classes: Sequence[str], sid
 
 
 def _centres(length: int, count: int) -> np.ndarray:
-    """The pixels, of `length`, under the middles of `count` larger ones."""
+    """Indices of the pixels under the centres of `count` larger ones."""
     return ((np.arange(count) + 0.5) * length / count).astype(np.int64)
 
 
 def write_gallery(
     out_uri: str, rows: Iterable[Mapping[str, Any]], classes: Sequence[str], *, title: str = "Segmented pictures"
 ) -> None:
-    """Write ``gallery.html`` and its data files below `out_uri`; a gallery that is there is replaced.
+    """Write ``gallery.html`` and its data files below `out_uri`; an existing gallery is replaced.
 
-    Rows are taken a few thousand at a time, so any number of them fits in memory. The page itself comes last: where it
-    is, its data is whole.
+    Rows are processed a few thousand at a time, so memory is bounded. The page itself is written last: if it exists,
+    its data is complete.
 
     Args:
         out_uri: folder or ``s3://`` URI that holds, or will hold, ``thumbs/`` and ``masks/``.
         rows: rows of ``results.parquet`` (``path``, ``width``, ``height``, ``status``, ``error``, ``classes``, ``areas``,
-            ``scores``; other columns are not looked at and need not be there), best ordered by path.
+            ``scores``; other columns are ignored and optional), preferably sorted by path.
         classes: all names, in index order.
         title: heading of the page.
 
     Raises:
-        DataError: a row names another class, or its numbers cannot be.
-        StorageError: the place cannot be written.
+        DataError: a row names another class, or its numbers are impossible.
+        StorageError: the location cannot be written.
     """
     data = storage.join(out_uri, DATA)
     for old in (storage.join(out_uri, PAGE), data):
@@ -119,10 +119,10 @@ def _chunks(rows: Iterable[Mapping[str, Any]]) -> Iterator[list[Mapping[str, Any
 
 
 def _columns(rows: Sequence[Mapping[str, Any]], index: Mapping[str, int]) -> dict[str, Any]:
-    """Rows as the page reads them.
+    """Convert rows to the columns that the page reads.
 
     ``paths``; ``sizes``: width and height of every row; ``counts``: regions of every row, -1 for a rejected one;
-    ``regions``: class, share and score of every region; ``errors``: the sentence of every rejected row.
+    ``regions``: class, area fraction and score of every region; ``errors``: the sentence of every rejected row.
     """
     paths: list[str] = []
     sizes: list[int] = []
@@ -143,7 +143,7 @@ def _columns(rows: Sequence[Mapping[str, Any]], index: Mapping[str, int]) -> dic
 
 
 def _regions(row: Mapping[str, Any], index: Mapping[str, int]) -> list[tuple[int, int, int]]:
-    """(class, share, score) of every region, the largest first; shares and scores in their units."""
+    """Class, area fraction and score of every region, the largest first, as integers in their units."""
     pixels = (row.get("width") or 0) * (row.get("height") or 0)
     found = []
     for name, area, score in zip(row["classes"], row["areas"], row["scores"], strict=True):
@@ -157,8 +157,8 @@ def _regions(row: Mapping[str, Any], index: Mapping[str, int]) -> list[tuple[int
                 f"the row of {row['path']} has {name!r} with {area} of {pixels} pixels and a score of {score}; "
                 "an area lies within the picture and a score in 0..1, so segment this picture again"
             )
-        # What is there does not become nothing by rounding.
-        share = max(1, round(area / pixels * _SHARE_UNITS))
+        # A region that exists is never rounded to nothing.
+        share = max(1, round(area / pixels * _FRACTION_UNITS))
         found.append((index[name], share, round(score * _SCORE_UNITS)))
     return sorted(found, key=lambda region: -region[1])
 
@@ -172,7 +172,7 @@ def _utf8(text: str) -> str:
 
 
 def _parts(about: Mapping[str, Any]) -> list[str]:
-    """The page below its heading. A class name may hold "</script>", and JSON may write "<" in another way."""
+    """HTML parts of the page below its heading. "<" is escaped in JSON, since a class name may hold "</script>"."""
 
     def own(name: str) -> str:
         return files(__package__).joinpath(name).read_text("utf-8")

@@ -1,8 +1,8 @@
-"""A lease on an output folder, so that one job at a time writes there and a dead one does not block it for ever.
+"""Lease on an output folder: one job at a time writes there, and a dead job does not block it forever.
 
-The folder holds ``lock.json`` with a token and an expiry, which the holder pushes on while it lives. Object stores
-agree on no conditional write, so a taker writes its token, waits, and reads back whose token stands; a holder that finds
-another's token has lost. A holder that died on this machine is known to be dead and not waited for.
+The folder holds ``lock.json`` with a token and an expiry, which the holder renews while it lives. Object stores have no
+common conditional write, so a new holder writes its token, waits, and reads back which token won; a holder that finds
+another token has lost the lease. A holder that died on the same machine is recognised as dead and not waited for.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from vilseg.errors import StorageError, StoreUnavailable
 
 LOCK = "lock.json"
 EXPIRY_S = 180.0
-"""Longer than a store may be down, or a machine asleep, without another job taking over."""
+"""Seconds without renewal after which another job may take over; longer than a short outage of the store."""
 _RENEW_S = 20.0
 _RELEASE_S = 60.0
-"""How long the end waits for a store that is away; the lock expires by itself."""
+"""Seconds for which the release is retried while the store does not respond; the lock expires by itself."""
 _SETTLE_S = 1.0
-"""Between writing a token and reading it back: longer than two takers need from looking to writing."""
+"""Seconds between writing a token and reading it back: longer than a competing job needs from check to write."""
 
 
 @dataclass(frozen=True)
@@ -36,14 +36,14 @@ class _Holder:
     token: str
     host: str
     process: str
-    """Process id and the moment of its start, since ids are used again."""
+    """Process id and start time, since ids are reused."""
     since: float
     expires: float
     """Seconds since the epoch."""
 
 
 class Lease:
-    """A lease held; made by :func:`lease`."""
+    """Lease held by this process; created by :func:`lease`."""
 
     def __init__(self, uri: str, expiry: float, renew: float) -> None:
         self._uri = storage.join(uri, LOCK)
@@ -55,7 +55,7 @@ class Lease:
         self._thread = threading.Thread(target=self._keep, name="vilseg-lease", daemon=True)
 
     def check(self) -> None:
-        """Raise StorageError if another job took the output over."""
+        """Raise StorageError if another job took over the output."""
         if self._lost:
             raise self._lost
 
@@ -77,8 +77,8 @@ class Lease:
                     return
                 self._write()
             except StoreUnavailable:
-                continue  # the expiry gives it time; if another job could write meanwhile, its token will be found
-            except Exception as error:  # noqa: BLE001  (told by check; the thread must not die in silence)
+                continue  # tolerated until the expiry; if another job wrote meanwhile, its token will be found
+            except Exception as error:  # noqa: BLE001  (raised again by check; the thread must not die silently)
                 self._lost = error if isinstance(error, StorageError) else StorageError(f"{self._uri}: {error}")
                 return
 
@@ -101,12 +101,12 @@ class Lease:
 
 @contextmanager
 def lease(uri: str, *, expiry: float = EXPIRY_S, renew: float = _RENEW_S) -> Iterator[Lease]:
-    """Hold the folder ``uri`` as long as the block lasts.
+    """Hold the folder ``uri`` for the duration of the ``with`` block.
 
     Args:
         uri: of a folder; it need not exist.
-        expiry: seconds after which a holder that says nothing counts as dead.
-        renew: seconds between two signs of life.
+        expiry: seconds without renewal after which a holder counts as dead.
+        renew: seconds between renewals.
 
     Raises:
         StorageError: another job holds it.
@@ -156,7 +156,7 @@ def _host() -> str:
 
 
 def _process(pid: int) -> str:
-    """Names a process for as long as this machine is up; only the id where the system does not tell its start."""
+    """Identify a process until the next reboot; by its id alone if the system does not report its start time."""
     try:
         # proc(5): the fields after the command, which is in brackets, begin with the third; the start is the 22nd.
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

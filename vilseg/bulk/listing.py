@@ -1,7 +1,7 @@
-"""The inputs of bulk segmentation as a stream: folders, prefixes, globs, lists and single files, mixed in one call.
+"""Streaming listing of the inputs of bulk segmentation: folders, prefixes, globs, lists and single files in one call.
 
-:func:`scan` gives the first image while the rest is still being listed, so an archive of any size starts at once and needs
-no list of it in memory.
+:func:`scan` yields the first image while the rest is still being listed, so an archive of any size starts at once and no
+list of it is held in memory.
 """
 
 from __future__ import annotations
@@ -32,25 +32,25 @@ _EXPECTED = (
 
 
 def scan(inputs: Sequence[str], columns: ColumnsConfig | None = None) -> Iterator[Input | Container]:
-    """Everything to be segmented at ``inputs``, input by input in the order of its listing, while it is being listed.
+    """Yield everything to be segmented at ``inputs``, in the order of the inputs and their listings, while they are listed.
 
-    A folder, prefix or glob gives all files below it but those whose suffix or name says that they are no image; hidden
+    A folder, prefix or glob yields all files below it except those whose suffix or name is not that of an image; hidden
     folders are skipped. The lines of a list (``.txt``, ``.lst``) are paths relative to its folder, or URIs; blank lines and
-    those that begin with "#" are skipped. A path that exists is never read as a glob. What is met twice under one name comes
-    once. Inside `storage.retrying`, a store that goes away while it is listed is asked again from the last key on; one that is
-    away from the start is an error at once.
+    those that begin with "#" are skipped. An existing path is never read as a glob. A file reached twice under one name is
+    yielded once. Inside `storage.retrying`, a listing that is interrupted resumes after the last key; a store that does not
+    respond at the start is an error at once.
 
     Args:
         inputs: local paths and ``s3://`` URIs.
         columns: names of the columns of Parquet files.
 
     Raises:
-        DataError: no input; nothing at one of them, once its listing has ended; two that would have one name.
+        DataError: no input; nothing found at one of them, once its listing has ended; two files with one name.
         StorageError: an input does not exist or cannot be listed.
     """
     if not inputs:
         raise DataError(f"no input is given: name {_EXPECTED}")
-    # All of them before anything is worked on, so that a slip in the last one shows at once.
+    # All of them before any work, so that a mistake in the last one is reported at once.
     with storage.retrying(seconds=0):
         places = [_Place(given) for given in inputs]
 
@@ -58,7 +58,7 @@ def scan(inputs: Sequence[str], columns: ColumnsConfig | None = None) -> Iterato
         for place in places:
             yield from _at(place, columns or ColumnsConfig())
 
-    # One folder cannot hold two files of one name, so that nothing has to be remembered of it.
+    # One folder cannot hold two files of one name, so no names need to be remembered.
     names = _Names(every) if len(inputs) > 1 or _is_list(inputs[0]) else None
     for found in every():
         if names is None or names.is_new(found):
@@ -66,7 +66,7 @@ def scan(inputs: Sequence[str], columns: ColumnsConfig | None = None) -> Iterato
 
 
 def fixed_part(given: str) -> str:
-    """The folder or file that an input leads to: of a glob, the folder before its first wildcard."""
+    """Return the folder or file that an input refers to: for a glob, the folder before its first wildcard."""
     place = _Place(given)
     return place.glob.folder if place.glob else place.root
 
@@ -114,10 +114,10 @@ def _found(name: str, uri: str, size: int | None, columns: ColumnsConfig) -> Inp
 
 
 def _without_tables(files: Iterator[storage.FileEntry]) -> Iterator[storage.FileEntry]:
-    """Leave out each Parquet file beside a tar or folder of its name, of which img2dataset writes in it.
+    """Skip the Parquet file next to a tar or folder of the same name, in which img2dataset describes it.
 
-    Names that begin with the same stem and a dot or slash follow each other in every order of listing, so a Parquet file
-    has to wait for few others. Some stores list the folder before.
+    Names with the same stem followed by a dot or slash are adjacent in every listing order, so a Parquet file
+    waits for few others. Some stores list the folder first.
     """
     waiting: list[storage.FileEntry] = []
     before = ""
@@ -142,22 +142,22 @@ def _without_tables(files: Iterator[storage.FileEntry]) -> Iterator[storage.File
 
 
 class _Glob:
-    """A pattern below a folder without wildcards; what lies in a folder that matches is taken as well.
+    """Pattern below a folder without wildcards; files below a matching folder match as well.
 
-    Every set of numbers here holds the counts of parts of the pattern that a path may have used up: all of them mean that
-    the path matches.
+    States are sets of the numbers of pattern parts that a path may have consumed; the path matches if all parts are
+    consumed.
     """
 
     def __init__(self, pattern: str) -> None:
         scheme = _SCHEME.match(pattern)
         start = scheme.end() if scheme else 0
         parts = pattern[start:].split("/")
-        fixed = 1  # the bucket, or what stands before the root's slash
+        fixed = 1  # the bucket, or the part before the root's slash
         while fixed < len(parts) - 1 and self._is_literal(parts[fixed], pattern[:start] + "/".join(parts[: fixed + 1])):
             fixed += 1
         self.folder = pattern[:start] + "/".join(parts[:fixed]) or "/"
         self.beginning = _WILD.split(parts[fixed], maxsplit=1)[0]
-        """How every relative path begins that can match."""
+        """Common prefix of every relative path that can match."""
         # ** is any number of folders.
         self._parts = [
             None if part == "**" else re.compile(fnmatch.translate(part)).match for part in parts[fixed:] if part
@@ -180,7 +180,7 @@ class _Glob:
         return states
 
     def _past_folders(self, states: set[int]) -> set[int]:
-        """``states`` and those behind each ``**``, which may stand for no folder."""
+        """Return ``states`` and those after each ``**``, which may match no folder."""
         for state in sorted(states):
             while state < len(self._parts) and self._parts[state] is None:
                 state += 1
@@ -204,7 +204,7 @@ def _is_list(uri: str) -> bool:
 def _lines(uri: str, columns: ColumnsConfig) -> Iterator[Input | Container]:
     """Inputs listed in a text file; a line that is no supported URI becomes an input with a problem."""
     folder, number = storage.parent(uri), 0
-    # A copy, because a connection would be open for as long as the images take.
+    # A copy, because a connection would stay open for as long as the images take.
     with ExitStack() as stack:
         path = stack.enter_context(storage.local_copy(uri))
         file = stack.enter_context(open(path, encoding="utf-8-sig", newline="\n"))
@@ -238,10 +238,10 @@ def _below_root(uri: str) -> str:
 
 
 class _Names:
-    """Tells what is met again and refuses another thing of the same name; holds hashes only.
+    """Detects files that are reached twice, and refuses different files with one name; holds hashes only.
 
     Args:
-        again: lists everything anew, to find what had a name first.
+        again: lists everything anew, to find the first file with a name.
     """
 
     def __init__(self, again: Callable[[], Iterator[Input | Container]]) -> None:
@@ -249,7 +249,7 @@ class _Names:
         self._hashes = Hashes()
 
     def is_new(self, found: Input | Container) -> bool:
-        """Raises `DataError` if something else has its name."""
+        """Return whether the input was not seen before; raises `DataError` if another one has its name."""
         is_new_name = self._hashes.add(hash(found.name))
         is_new_pair = self._hashes.add(hash((found.name, found.uri)))
         if is_new_name or not is_new_pair:

@@ -26,7 +26,7 @@ class Rules:
     max_pixels: int = 100_000_000
     min_side: int = 1
     key_every: int = 6
-    """Of a video, every so many frames the model looks at one."""
+    """Distance of the key frames of a video, which pass through the model."""
 
 
 @dataclass
@@ -35,4 +35,4 @@ class BlockResult:
 
     images: int = 0
     rejected: list[tuple[str, str]] = field(default_factory=list)
-    """Names and reasons."""
+    """Names and reasons of rejected inputs."""

@@ -1,7 +1,7 @@
-"""The rows of a bulk segmentation: small part files while it runs, one ``results.parquet`` at its end.
+"""Results table of a bulk segmentation: small part files while it runs, one ``results.parquet`` at its end.
 
-An actor writes what it finished as a part, whole or not at all. An image done twice, because an actor died or an old one
-lived on, is in two parts with the same outcome; merging keeps one row of it.
+An actor writes finished rows as a part, atomically. An image processed twice, because an actor died or a presumed dead
+one lived on, is in two parts with the same result; the merge keeps one row.
 """
 
 from __future__ import annotations
@@ -36,22 +36,22 @@ SCHEMA = pa.schema(
         ("duplicate_of", pa.string()),
     ]
 )
-"""``status`` is ``ok`` or ``rejected``, then with a sentence in ``error``; ``rle`` is COCO's, one a class. A file with
-the same bytes as another may be a ``duplicate_of`` it, and then has the other's outcome."""
+"""``status`` is ``ok`` or ``rejected``, then with a sentence in ``error``; ``rle`` is COCO's, one per class. A file with
+the same bytes as another may be a ``duplicate_of`` it, and then has the same result."""
 _OPEN_FILES = 64
 _GROUP = 1024
-"""Rows written at a time; a row holds some kilobytes of run lengths."""
+"""Rows per row group; a row holds some kilobytes of run lengths."""
 
 
 class Names:
-    """Many names in 15 bytes each: says which of others are among them, but for one in 2^120 by mistake."""
+    """Compact set of names in 15 bytes each, with a false positive rate of 2^-120."""
 
     def __init__(self, digests: Iterable[bytes]) -> None:
         self._sorted = np.sort(np.fromiter(digests, "S16"))
 
     @classmethod
     def of(cls, names: Iterable[str]) -> Names:
-        """Those of ``names``."""
+        """Make the set of ``names``."""
         return cls(_digest(name) for name in names)
 
     def __len__(self) -> int:
@@ -64,7 +64,7 @@ class Names:
 
 
 def _digest(name: str) -> bytes:
-    # numpy cuts zero bytes off the end of its strings, so none may stand there.
+    # numpy strips trailing zero bytes of its strings, so none may be at the end.
     return hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=15).digest() + b"\1"
 
 
@@ -77,7 +77,7 @@ def write_part(out: str, rows: list[dict[str, Any]]) -> None:
 
 
 def names_done(out: str) -> Names:
-    """Paths of all rows below ``out``, merged or in parts, but for duplicates of what has no row."""
+    """Return the paths of all rows below ``out``, merged or in parts, except duplicates of inputs without a row."""
     orphans = {path for path, _ in _orphans(out)}
 
     def digests(uri: str) -> list[bytes]:
@@ -106,7 +106,7 @@ def claims(out: str) -> dict[str, str]:
 
 
 def duplicates(out: str) -> Iterator[tuple[str, str]]:
-    """Paths of duplicates in the parts below ``out``, each with the path that was segmented for it."""
+    """Yield the duplicates in the parts below ``out``, each with the path that was segmented in its place."""
 
     def look(uri: str) -> list[tuple[str, str]]:
         rows = _read_rows(uri, ["path", "duplicate_of"]) if storage.name(uri) != RESULTS else iter(())
@@ -118,7 +118,7 @@ def duplicates(out: str) -> Iterator[tuple[str, str]]:
 
 
 def _orphans(out: str) -> list[tuple[str, str]]:
-    """Duplicates in the parts whose first one was claimed by an actor that died before it had a row."""
+    """Duplicates in the parts whose first input was claimed by an actor that died before writing its row."""
     pairs = list(duplicates(out))
     firsts = {first for _, first in pairs}
     if firsts:
@@ -130,10 +130,10 @@ def _orphans(out: str) -> list[tuple[str, str]]:
 
 
 def merge(out: str) -> int:
-    """Gather the parts into ``results.parquet``, ordered by path, each path once; returns the number of rows.
+    """Merge the parts into ``results.parquet``, sorted by path, each path once; return the number of rows.
 
-    Memory holds the rows of a few parts, those that overlap, since an actor's block is a run of neighbours; and the rows
-    that have duplicates. Where a listing was not in order, all parts overlap, and are brought into longer ones first.
+    Memory holds the rows of the few parts that overlap, since an actor's block is a range of neighbours, and the rows
+    with duplicates. If a listing was not sorted, all parts overlap, and are merged into longer ones first.
     """
     files = _files(out)
     results = storage.join(out, RESULTS)
@@ -173,7 +173,7 @@ def _write(uri: str, rows: Iterable[dict[str, Any]], firsts: Mapping[str, dict[s
 
 
 def _each_once(rows: Iterable[dict[str, Any]], firsts: Mapping[str, dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """One row a path; a duplicate, which in a part has its own names alone, with the first one's outcome."""
+    """Yield one row per path; a duplicate, stored without a result in a part, gets that of the first input."""
     for path, same in itertools.groupby(rows, lambda row: row["path"]):
         best = None
         for row in same:
@@ -182,7 +182,7 @@ def _each_once(rows: Iterable[dict[str, Any]], firsts: Mapping[str, dict[str, An
                 break
             if first := firsts.get(row["duplicate_of"]):
                 best = {**first, "path": path, "duplicate_of": row["duplicate_of"]}
-        # Without an outcome: the first one is gone. The next call does the path itself.
+        # Without a result, as the first input is gone: the next call processes the path itself.
         if best is not None:
             yield best
 
@@ -194,7 +194,7 @@ class _Bounds(NamedTuple):
 
 
 def _bounds(files: Sequence[str]) -> list[_Bounds]:
-    """First and last path of every file that has rows, by the first."""
+    """First and last path of every file with rows, sorted by the first."""
 
     def look(uri: str) -> _Bounds | None:
         paths = _ends(uri)
@@ -205,7 +205,7 @@ def _bounds(files: Sequence[str]) -> list[_Bounds]:
 
 
 def _ends(uri: str) -> list[str]:
-    """Paths of a file from its first to its last, those between perhaps left out."""
+    """Paths of a file including its first and last; those in between may be left out."""
     with storage.reading(uri) as file:
         table = pq.ParquetFile(file)
         groups = sorted({0, table.num_row_groups - 1} if table.num_row_groups else [])
@@ -225,7 +225,7 @@ def _most_at_once(bounds: Sequence[_Bounds]) -> int:
 
 
 def _in_order(bounds: Sequence[_Bounds]) -> Iterator[dict[str, Any]]:
-    """Rows of all files by path; a file is opened when its first path is due and read in batches."""
+    """Yield the rows of all files by path; a file is opened when its first path is due and read in batches."""
     waiting = list(reversed(bounds))
     # (path, tie-breaker, row, the file's further rows)
     heap: list[tuple[str, int, dict[str, Any], Iterator[dict[str, Any]]]] = []
@@ -249,5 +249,5 @@ def _read_rows(uri: str, columns: list[str] | None = None) -> Iterator[dict[str,
 
 
 def read_results(out: str, columns: list[str] | None = None) -> Iterator[Mapping[str, Any]]:
-    """The rows of ``results.parquet`` one after the other."""
+    """Yield the rows of ``results.parquet``."""
     yield from _read_rows(storage.join(out, RESULTS), columns)

@@ -1,8 +1,8 @@
-"""Inputs in blocks, each the work of one process at a time: what a death loses, and what a part of the results holds.
+"""Scheduling of inputs in blocks: a block is processed by one worker, is lost if the worker dies, and makes one results part.
 
-A block costs its worker some hundredths of a second beside its images, so blocks should be large; but all workers should
-begin at once and end together. So blocks grow with what was listed, and the last inputs are kept back until the listing
-ends, to be given away in ever smaller blocks (guided self-scheduling, Polychronopoulos and Kuck 1987).
+A block has an overhead of some hundredths of a second, so blocks should be large; but all workers should start at once
+and finish together. Blocks therefore grow with the number of listed inputs, and the last inputs are held back until the
+listing ends, to be handed out in decreasing blocks (guided self-scheduling, Polychronopoulos and Kuck 1987).
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from vilseg.bulk.containers import Container, Input
 _SMALLEST, _LARGEST = 16, 256
 _LAST = 8
 _GROWTH = 16
-"""While more is listed a block has 1 of so many inputs listed before it."""
+"""During the listing a block has one in this many of the inputs listed so far."""
 _KEPT_BACK = 4
-"""And 1 of so many is kept back, but never more than some blocks a worker."""
+"""One in this many inputs is held back, but never more than a few blocks per worker."""
 _IN_CONTAINER = 64
 _BYTES = 64 << 20
-"""Of images that travel with their block because they come out of a container; so much is held or a block has."""
+"""Maximum bytes of container members in one block, and of those held back."""
 
 
 def cut(found: Iterable[Input | Container], workers: int) -> Iterator[list[Input] | Container]:
-    """Inputs as they are listed in blocks; containers pass between them, and a video is a block of its own.
+    """Yield inputs in blocks as they are listed; containers are passed through, and a video is a block of its own.
 
     Args:
-        found: what is listed.
-        workers: that share the blocks.
+        found: listed inputs and containers.
+        workers: number of workers that process the blocks.
     """
     waiting: deque[Input] = deque()
     listed, held_bytes, size = 0, 0, _SMALLEST
@@ -60,7 +60,7 @@ def cut_container(inputs: Iterable[Input]) -> Iterator[list[Input]]:
 
 
 def _videos_apart(block: list[Input]) -> Iterator[list[Input]]:
-    # A video takes as long as a block, and no image should wait for its row so long.
+    # A video takes as long as a whole block; the rows of images should not wait for it.
     images = [item for item in block if not _is_video(item)]
     yield from ([images] if images else [])
     yield from ([item] for item in block if _is_video(item))

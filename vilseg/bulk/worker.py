@@ -1,7 +1,7 @@
-"""Segments blocks of inputs and writes what comes of them: reading, the model and writing at once, in one process.
+"""Worker that segments blocks of inputs, with reading, inference and writing overlapped in one process.
 
-A few threads read and decode ahead of the model, a few write behind it. What cannot be used becomes a rejected row; a
-store that does not answer is waited for. Rows are written as a part at the end of a block, and of a long one every minute.
+A few threads read and decode ahead of the model, a few write behind it. An unusable input becomes a rejected row; a
+store that does not respond is retried. Rows are written as a part at the end of a block, and every minute of a long one.
 """
 
 from __future__ import annotations
@@ -36,26 +36,26 @@ from vilseg.segmentation.video import VideoResult, segment_file
 
 _PART_SECONDS = 60.0
 _AHEAD_PIXELS = 64_000_000
-"""Decoded images that wait for the model, and as many whose masks wait to be written; a few more may be under way."""
+"""Pixels of decoded images that wait for the model, and of those whose masks wait to be written; a few more may be in flight."""
 _GPU_BATCH = 16
-"""Images a pass through the model on a GPU. On CPUs a batch is no faster."""
+"""Images per forward pass on a GPU. On CPUs a batch is no faster."""
 _WRITERS = 4
 _TIFF = (".tif", ".tiff")
 _MAX_PART = 250
-"""Bytes of a folder's or file's name, to which a suffix of up to five is added (255 on most filesystems)."""
+"""Maximum bytes of a folder or file name before a suffix of up to five (the limit is 255 on most filesystems)."""
 _MAX_NAME = 900
-"""Bytes of a whole name; keys on S3 have at most 1,024 with what stands before."""
+"""Maximum bytes of a whole name; keys on S3 have at most 1,024 including the prefix."""
 _MAX_OVERLAY = 4096
-"""Pixels a side; WebP ends at 16,383, and nobody looks at so many."""
+"""Maximum pixels per side of an overlay, below the limit of WebP (16,383)."""
 
 
 @dataclass
 class _Loaded:
     row: dict[str, Any]
     image: np.ndarray | None = None
-    """None where the row is complete or the file is one for itself (video, GeoTIFF)."""
+    """None if the row is complete or the input is segmented as a file (video, GeoTIFF)."""
     whole: Input | None = None
-    """To be segmented as a file."""
+    """Input to be segmented as a file."""
 
     @property
     def pixels(self) -> int:
@@ -64,15 +64,15 @@ class _Loaded:
 
 
 class BlockSegmenter:
-    """One a process.
+    """Segmenter of blocks of inputs, one per process.
 
     Args:
-        segmenter: with its model.
-        outputs: what to write.
+        segmenter: holds the model and the classes.
+        outputs: files to write.
         rules: limits on the inputs.
         readers: threads that read and decode.
-        claim: called with the SHA-256 of an input and its name, returns the name that has it first; without it equal
-            inputs are segmented each for itself.
+        claim: called with the SHA-256 of an input and its name, returns the first name with that hash; without it
+            equal inputs are segmented separately.
     """
 
     def __init__(
@@ -97,10 +97,10 @@ class BlockSegmenter:
     def block(self, inputs: Sequence[Input]) -> BlockResult:
         """Segment ``inputs`` and write their masks and rows.
 
-        A second thread may come with the next block: it reads ahead, and has the model while the first one still writes.
+        A second thread may pass the next block: it reads ahead, and uses the model while the first one still writes.
 
         Raises:
-            StorageError: something cannot be written, or the store stays away.
+            StorageError: the output cannot be written, or the store does not respond.
         """
         result = BlockResult()
         done: list[dict[str, Any]] = []
@@ -123,7 +123,7 @@ class BlockSegmenter:
         rows.clear()
 
     def _rows(self, inputs: Sequence[Input]) -> Iterator[dict[str, Any]]:
-        """Finished rows, in the order of the inputs."""
+        """Yield finished rows in the order of the inputs."""
         writing: deque[tuple[Future[dict[str, Any]], int]] = deque()
         pixels = 0
         ahead = _Ahead(self._reading, self._load, inputs, self._readers + self._batch)
@@ -160,7 +160,7 @@ class BlockSegmenter:
             if min(image.shape[:2]) < self._rules.min_side:
                 least = self._rules.min_side
                 raise DataError(f"{row['width']} x {row['height']} pixels, less than --min-side {least}")
-            # After the checks: a copy of what is no image is rejected as well, and told and counted.
+            # After the checks, so that copies of a rejected file are rejected and counted too.
             if self._claim and (first := self._claim(row["sha256"], item.name)) != item.name:
                 return _Loaded({"path": item.name, "status": "ok", "sha256": row["sha256"], "duplicate_of": first})
             return _Loaded(row, image=image)
@@ -172,12 +172,12 @@ class BlockSegmenter:
     def _begin_writing(self, row: dict[str, Any], image: np.ndarray, result: Segmentation) -> Future[dict[str, Any]]:
         if self._segmenter.device.type != "cpu":
             return self._writing.submit(lambda: self._send(row, self._encode(row, image, result)))
-        # Where the model runs on this core too, nothing is gained by encoding beside it; only sending is waiting.
+        # If the model runs on this core too, encoding in parallel gains nothing; only sending waits.
         files = self._encode(row, image, result)
         return self._writing.submit(self._send, row, files) if files else _finished(row)
 
     def _encode(self, row: dict[str, Any], image: np.ndarray, result: Segmentation) -> dict[str, bytes]:
-        """Fill ``row``; returns what is to be written, by its name below the output."""
+        """Fill ``row`` and return the files to be written, by name below the output."""
         outputs, name = self._outputs, row["path"]
         files = {}
         if outputs.png:
@@ -214,7 +214,7 @@ class BlockSegmenter:
                 segment = self._segment_video if item.kind == "video" else self._segment_geotiff
                 found = segment(item, path, masks)
             except StorageError:
-                raise  # of the output: no fault of this file
+                raise  # of the output, not of this input
             except UserError as error:
                 return _rejected(row, str(error))
         return row | found | {"rle": []}
@@ -224,7 +224,7 @@ class BlockSegmenter:
         every = self._rules.key_every
         with tempfile.TemporaryDirectory(prefix="vilseg-") as scratch:
             if self._outputs.png:
-                storage.delete(masks)  # of frames that an earlier try left
+                storage.delete(masks)  # frames of an earlier attempt
             else:
                 masks = scratch
             found = segment_file(self._segmenter, str(path), masks_uri=masks, overlay_uri=overlay, key_every=every)
@@ -244,9 +244,9 @@ def _summary(found: VideoResult | GeoMask, areas: list[int]) -> dict[str, Any]:
 
 
 class _Ahead:
-    """Inputs read and decoded by threads, in order, some ahead; reading begins at once.
+    """Inputs read and decoded ahead by threads, in order; reading starts at once.
 
-    At most ``most`` are under way whose size is not known yet, and no more are begun while much is decoded.
+    At most ``most`` inputs of yet unknown size are in flight, and none is started while many pixels are decoded.
     """
 
     def __init__(
@@ -288,7 +288,7 @@ def _check_name(name: str) -> None:
 
 @contextmanager
 def _as_file(item: Input) -> Iterator[Path]:
-    """A path with the content; what came out of a container is written to a temporary one."""
+    """Provide a local path with the content; a container member is written to a temporary file."""
     if item.data is None:
         with storage.local_copy(item.uri) as path:
             yield path
@@ -331,7 +331,7 @@ def _finished(row: dict[str, Any]) -> Future[dict[str, Any]]:
 
 
 def _batched(items: Iterable[_Loaded], size: int) -> Iterator[list[_Loaded]]:
-    """At most ``size`` at a time, and no more when they have many pixels."""
+    """Group into batches of at most ``size`` items, smaller ones if they have many pixels."""
     batch: list[_Loaded] = []
     for item in items:
         batch.append(item)
