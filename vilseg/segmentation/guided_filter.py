@@ -53,8 +53,8 @@ def guided_filter(
     small_3hw = small_3hw - centre_311
     size_1hw = _box_sum(torch.ones_like(small_3hw[:1]), radius)
 
-    def mean(one_Xhw: Tensor) -> Tensor:
-        return _box_sum(one_Xhw, radius) / size_1hw
+    def mean(maps_Rhw: Tensor) -> Tensor:
+        return _box_sum(maps_Rhw, radius) / size_1hw
 
     mean_3hw, mean_Chw = mean(small_3hw), mean(maps_Chw)
     pairs_33hw = mean((small_3hw.unsqueeze(1) * small_3hw).flatten(0, 1)).unflatten(0, (3, 3))

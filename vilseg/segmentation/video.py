@@ -96,12 +96,12 @@ def segment_file(
 class _VideoStatistics:
     """Areas, scores and times of the frames of a video so far."""
 
-    def __init__(self, classes: int) -> None:
+    def __init__(self, num_classes: int) -> None:
         self.seconds: list[float] = []
         self.size = (0, 0)
         self.damage: DataError | None = None
-        self._areas = np.zeros(classes, np.int64)
-        self._score_sums = np.zeros(classes)
+        self._areas = np.zeros(num_classes, np.int64)
+        self._score_sums = np.zeros(num_classes)
 
     def add(self, result: Segmentation) -> None:
         """Add the pixels of one frame."""

@@ -23,14 +23,14 @@ _FORMATS = (
 )
 """Demuxers for videos. None that refers to other files or addresses, as play lists do: uploads are not trusted."""
 
-_STATE_THEIR_LENGTH = ("mov,mp4", "matroska", "avi")
+_FORMATS_WITH_DURATION = ("mov,mp4", "matroska", "avi")
 """Formats whose header states the duration of the video; elsewhere FFmpeg guesses it."""
 
 _ENCODERS = {"libx264": {"crf": "20", "preset": "veryfast"}, "mpeg4": {"qmin": "2", "qmax": "6"}}
 """Encoders with their settings: H.264 where PyAV's FFmpeg was built with it, MPEG-4 part 2 otherwise; both keep edges
 sharp."""
 
-_CLOCK = 60_000
+_TICKS_PER_SECOND = 60_000
 """Ticks per second of written videos: whole ticks for the usual frame rates, and MPEG-4 allows no more than 65535."""
 
 
@@ -82,21 +82,21 @@ def _decode(av: Any, container: Any, uri: str, limit: int) -> Iterator[Frame]:
     if width * height > limit:
         raise TooLargeError(f"{uri} has frames of {width} x {height} pixels, more than the limit of {limit:,}")
     step = float(1 / stream.average_rate) if stream.average_rate else 1 / 25
-    start, seconds, lasts, size = 0.0, -step, step, None
+    start, seconds, duration, size = 0.0, -step, step, None
     decoded = container.decode(stream)
     for index in itertools.count():
         try:
             frame = next(decoded, None)
         except (av.error.FFmpegError, OSError) as error:
-            raise DataError(f"{uri} is damaged after {_decoded_extent(index, seconds + lasts)}") from error
+            raise DataError(f"{uri} is damaged after {_decoded_extent(index, seconds + duration)}") from error
         if frame is None:
             break
         if frame.time is None:
-            seconds += lasts
+            seconds += duration
         else:
             start = frame.time if index == 0 else start
             seconds = frame.time - start
-        lasts = float(frame.duration * frame.time_base) if frame.duration else step
+        duration = float(frame.duration * frame.time_base) if frame.duration else step
         if frame.width * frame.height > limit:  # the header may not announce it
             raise TooLargeError(f"{uri} has a frame of {frame.width} x {frame.height} pixels, more than {limit:,}")
         image = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
@@ -106,18 +106,19 @@ def _decode(av: Any, container: Any, uri: str, limit: int) -> Iterator[Frame]:
         yield Frame(index, seconds, np.ascontiguousarray(image))
     if size is None:
         raise DataError(f"{uri} has a video stream without a frame that can be decoded")
-    stated, shown = _stated_seconds(container, stream), seconds + lasts
-    if stated is not None and stated - shown > max(0.5, 0.02 * stated):
-        raise DataError(f"{uri} is cut short after {_decoded_extent(index, shown)}: its header says {stated:.2f} s")
+    stated, end = _stated_seconds(container, stream), seconds + duration
+    if stated is not None and stated - end > max(0.5, 0.02 * stated):
+        raise DataError(f"{uri} is cut short after {_decoded_extent(index, end)}: its header says {stated:.2f} s")
 
 
 def _decoded_extent(frames: int, seconds: float) -> str:
+    """Describe the part of a video that was decoded, for an error message."""
     return f"{frames} frames ({max(0.0, seconds):.2f} s)"
 
 
 def _stated_seconds(container: Any, stream: Any) -> float | None:
     """Duration of the video by its header, in seconds; None where it is not stated."""
-    if not container.format.name.startswith(_STATE_THEIR_LENGTH):
+    if not container.format.name.startswith(_FORMATS_WITH_DURATION):
         return None
     if stream.duration is not None:
         return float(stream.duration * stream.time_base)
@@ -149,17 +150,17 @@ def write_video(uri: str, frames: Iterable[Frame]) -> None:
     height, width = first.image.shape[:2]
     tick = -1
     with storage.open_atomic(uri) as file, av.open(file, "w", format="mp4") as container:
-        stream = container.add_stream(encoder, rate=_CLOCK, options=_ENCODERS[encoder])
+        stream = container.add_stream(encoder, rate=_TICKS_PER_SECOND, options=_ENCODERS[encoder])
         stream.width, stream.height, stream.pix_fmt = width + width % 2, height + height % 2, "yuv420p"
-        stream.codec_context.time_base = Fraction(1, _CLOCK)
+        stream.codec_context.time_base = Fraction(1, _TICKS_PER_SECOND)
         for frame in itertools.chain([first], iterator):
             if frame.image.shape != first.image.shape:
                 there, here = (f"{image.shape[1]} x {image.shape[0]}" for image in (frame.image, first.image))
                 raise DataError(f"frame {frame.index} of {uri} has {there} pixels, and the first one {here}")
             even = np.pad(frame.image, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
             video_frame = av.VideoFrame.from_ndarray(even, format="rgb24")
-            tick = max(tick + 1, math.floor(frame.seconds * _CLOCK + 0.5))  # times must increase
-            video_frame.pts, video_frame.time_base = tick, Fraction(1, _CLOCK)
+            tick = max(tick + 1, math.floor(frame.seconds * _TICKS_PER_SECOND + 0.5))  # times must increase
+            video_frame.pts, video_frame.time_base = tick, Fraction(1, _TICKS_PER_SECOND)
             container.mux(stream.encode(video_frame))
         container.mux(stream.encode(None))
 
