@@ -27,7 +27,7 @@ from vilseg.text.vocabulary import Vocabulary
 _EXAMPLES, _WORST = 24, 12
 _FIGURES, _PAGE = "evaluation.json", "report.html"
 _PART = 4 * BATCH
-"""Images of a task. Whole batches, so that every image is segmented among the same others as in one process."""
+"""Images per task; whole batches, so that every image is in the same batch as in a single process."""
 
 
 def main(
@@ -50,20 +50,20 @@ def main(
     Args:
         model: URI of a model folder.
         dataset: ``KIND:URI``.
-        classes: other names for the classes that the protocol asks for, in the dataset's order.
-        protocol: one of `EvaluationProtocol`: which classes are asked for and measured.
-        boundary_width: of the band along contours for boundary IoU, as a fraction of the image's diagonal.
-        fit: find the temperature that fits the scores to the first 100 masks, too.
+        classes: other names for the classes of the protocol, in the dataset's order.
+        protocol: one of `EvaluationProtocol`; selects the requested and the measured classes.
+        boundary_width: width of the band along contours for boundary IoU, as a fraction of the image diagonal.
+        fit: also fit the temperature of the scores to the first 100 masks.
         out: folder or URI for ``evaluation.json`` and ``report.html``.
-        overwrite: replace what is at ``out``.
-        settings: changes the inference settings that the model carries.
-        progress: told (done, total).
+        overwrite: replace an earlier result at ``out``.
+        settings: changes the inference settings stored with the model.
+        progress: called with (done, total).
         command: shown in the report.
-        session: the cluster whose machines share the images; this process alone where None. The figures are the same.
+        session: cluster over which the images are distributed; this process alone if None. The metrics are identical.
 
     Raises:
         ConfigError: ``protocol`` or ``boundary_width`` is wrong.
-        DataError: the dataset is wrong or not one for the protocol, or ``classes`` has another number of names.
+        DataError: the dataset is damaged or does not fit the protocol, or ``classes`` has another number of names.
         ModelError: no model folder.
         StorageError: a URI cannot be reached, or ``out`` exists.
     """
@@ -113,15 +113,15 @@ def main(
 
 
 class _Part:
-    """Evaluates parts of the dataset, in a process of its own.
+    """Actor that evaluates parts of the dataset.
 
     Args:
-        threads: of torch.
+        threads: number of torch threads.
         model: URI of the model folder.
         segmentation: inference settings.
-        vocabulary: what to choose from.
+        vocabulary: requested classes.
         dataset: ``KIND:URI``.
-        options: of :func:`evaluate`.
+        options: arguments of :func:`evaluate`.
     """
 
     def __init__(
@@ -148,7 +148,7 @@ class _Part:
         found: Evaluation | UserError
         try:
             found = evaluate(self._segmenter, self._dataset.part(start, start + _PART), **options)
-        except UserError as error:  # Ray's wrapper would leave nothing of it but a traceback
+        except UserError as error:  # Ray's wrapper would show only a traceback
             found = error
         return {"found": np.array([pickle.dumps(found)], dtype=object)}
 
@@ -156,7 +156,7 @@ class _Part:
 def _on_cluster(
     session: Session, images: int, progress: Callable[[int, int], None], arguments: tuple[Any, ...]
 ) -> Iterator[Evaluation]:
-    """The evaluations of the dataset's parts, in their order, by a pool of actors."""
+    """Yield the evaluations of the dataset's parts, in their order, by a pool of actors."""
     import ray.data
 
     starts = [{"start": start} for start in range(0, images, _PART)]

@@ -24,12 +24,12 @@ def main(
     Args:
         model: URI of a model folder.
         out: folder or URI for the files.
-        overwrite: replace the export that is at ``out``.
-        settings: changes the inference settings that the model carries.
-        say: told what is being done.
+        overwrite: replace an existing export at ``out``.
+        settings: changes the inference settings stored with the model.
+        say: called with progress messages.
 
     Raises:
-        ModelError: no model folder, or one that ONNX cannot express to 1e-4.
+        ModelError: no model folder, or one that ONNX does not reproduce to 1e-4.
         StorageError: a URI cannot be reached, or ``out`` exists.
         UserError: a package of the extra ``export`` is missing.
     """

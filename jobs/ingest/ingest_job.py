@@ -1,4 +1,4 @@
-"""Ingest: what users have becomes pair shards, each written by a Ray task of its own."""
+"""Ingest job: sources of captioned images are converted to pair shards, each written by a Ray task of its own."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from vilseg.ingest.sources import SourcePair, SourcePart, find_pairs, read_part
 BAD_PAIRS = "bad.jsonl"
 _SHARD_NAME = re.compile(r"pairs-\d{6,}-\d{3,}\.tar")
 _TASKS_PER_CPU = 2
-"""Submitted at a time: one runs, one is ready to. More would only hold their records in memory."""
+"""Tasks submitted per CPU: one runs, one is queued. More would only hold their records in memory."""
 _MIN_READ = 20
 _MIN_READ_TO_STOP = 5000
-"""A fraction of bad pairs means little before so many were read: at the end, and on the way."""
+"""Pairs read before the fraction of bad ones is checked during the job."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,10 @@ class IngestResult:
     uri: str
     pairs: int
     bad: int
-    """Pairs left out; ``bad.jsonl`` at ``uri`` lists them with the reasons."""
+    """Number of rejected pairs; ``bad.jsonl`` at ``uri`` lists them with the reasons."""
     shards: int
     passed_over: tuple[str, ...] = ()
-    """A sentence for each file of the sources that might hold captions and does not."""
+    """A sentence for each candidate caption file that holds none."""
 
 
 @dataclass
@@ -78,17 +78,17 @@ def main(
         sources: folders or files, see `vilseg.ingest.sources.find_pairs`; with several, keys begin with their names.
         dest: folder to write; it must be empty or missing.
         session: the cluster.
-        shard_pairs: pairs a shard.
+        shard_pairs: pairs per shard.
         overwrite: replace the shards of an earlier ingest at ``dest``.
-        max_bad_share: of all pairs read; with more that cannot be used, nothing is left but the list of them.
-        check: decode every image to see that it is whole.
-        limit: stop after so many pairs, one part after the other.
-        columns: names of columns in tables, before those in common use.
-        progress: told after every part: parts done, parts in all, bad pairs so far.
+        max_bad_share: maximum fraction of bad pairs; beyond it only the list of bad pairs is kept.
+        check: decode every image to verify it.
+        limit: maximum number of pairs; parts are then written one by one.
+        columns: names of columns in tables, tried before common ones.
+        progress: called after every part with finished parts, all parts, and bad pairs so far.
 
     Raises:
         DataError: no readable pair, or too many bad ones.
-        StorageError: ``dest`` is not empty, lies within a source, or something cannot be read or written.
+        StorageError: ``dest`` is not empty, lies within a source, or a file cannot be read or written.
         ConfigError: ``shard_pairs`` or ``limit`` is less than 1.
     """
     for name, value in (("shard_pairs", shard_pairs), ("limit", limit)):
@@ -97,7 +97,7 @@ def main(
     sources, dest = [storage.absolute(source) for source in sources], storage.absolute(dest)
     parts, passed_over = _find(sources, columns, shard_pairs)
     _clear(dest, sources, overwrite)
-    # A broken connection is worth another try; the task writes the same files again.
+    # A broken connection is retried; the task writes the same files again.
     task: Any = ray.remote(num_cpus=1)(write_part).options(max_retries=3, retry_exceptions=[OSError, StoreUnavailable])
     done = _write_parts(
         parts,
@@ -130,14 +130,14 @@ def _write_parts(
     give_up: Callable[[_Written], bool],
     progress: Callable[[int, int, int], None],
 ) -> _Written:
-    """Have all parts written, or until ``limit`` pairs are or ``give_up`` says so.
+    """Run the tasks of all parts, until ``limit`` pairs are written or ``give_up`` returns True.
 
     Args:
         parts: in the order of their shards.
         write: submits the task for a part, its index, and the most pairs wanted of it.
-        at_once: tasks running or ready to.
-        limit: pairs.
-        give_up: asked of everything so far.
+        at_once: maximum number of submitted tasks.
+        limit: maximum number of pairs.
+        give_up: called with the total so far.
         progress: see `main`.
     """
     waiting = iter(enumerate(parts))
@@ -147,7 +147,7 @@ def _write_parts(
     try:
         while True:
             enough = total.pairs >= limit if limit is not None else give_up(total)
-            # With a limit, what a part may add is known only when those before it are done.
+            # With a limit, the number of pairs of a part is known only when the parts before it are done.
             room = 0 if enough else (at_once if limit is None else 1) - len(running)
             for index, part in itertools.islice(waiting, room):
                 running[write(part, index, None if limit is None else limit - total.pairs)] = index
@@ -161,7 +161,7 @@ def _write_parts(
             bad[running.pop(ready)] = written.bad
             progress(len(bad), len(parts), len(total.bad))
     except RayTaskError as error:
-        # Ray's wrapper passes for an instance of its cause, but its text is a traceback.
+        # Ray's wrapper is an instance of its cause, but its text is a traceback.
         raise find_user_error(error.cause) or error from error
     finally:
         for task in running:
@@ -171,7 +171,7 @@ def _write_parts(
 def write_part(
     dest: str, shard_pairs: int, check: bool, part: SourcePart, index: int, most: int | None = None
 ) -> _Written:
-    """Write one part, its first ``most`` usable pairs, as shards whose names follow from its index."""
+    """Write the first ``most`` usable pairs of a part as shards named by its index."""
     written = _Written()
 
     def readable() -> Iterator[SourcePair]:
@@ -208,7 +208,7 @@ def _find(sources: list[str], columns: ColumnsConfig | None, shard_pairs: int) -
 
 
 def _clear(dest: str, sources: list[str], overwrite: bool) -> None:
-    """Make sure that ``dest`` can take shards and holds none."""
+    """Check that ``dest`` can be written, and delete the shards of an earlier ingest."""
     for source in sources:
         if storage.overlap(source, dest):
             raise StorageError(f"cannot write pairs to {dest}: it and the source {source} overlap; name a folder apart")

@@ -1,4 +1,4 @@
-"""Write synthetic scenes to storage: pair shards to train from, and a masked dataset of other scenes to measure on."""
+"""Write synthetic scenes to storage: pair shards to train from, and a masked dataset of other scenes for evaluation."""
 
 from __future__ import annotations
 

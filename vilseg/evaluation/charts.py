@@ -1,7 +1,7 @@
-"""Charts as inline SVG: drawn by matplotlib, coloured by the page they stand in.
+"""Charts as inline SVG: drawn by matplotlib, coloured by the page that contains them.
 
-The page decides on light or dark, so a chart must not bring its own colours. It is drawn in stand-in colours, which are
-then replaced by the page's CSS variables (`--ink`, `--muted`, `--line`, `--accent`, `--second`).
+The page chooses a light or dark theme, so a chart must not have colours of its own. It is drawn in placeholder colours,
+which are replaced by the page's CSS variables (`--ink`, `--muted`, `--line`, `--accent`, `--second`).
 """
 
 import io
@@ -24,7 +24,7 @@ _MOST_POINTS = 240  # of one line; more only make the page heavy
 STYLE: Any = {  # matplotlib types its settings by a Literal of all their names
     "svg.fonttype": "none",  # text stays text: selectable, and set in the font of the page
     "font.size": 10.0,
-    "text.parse_math": False,  # a "$" in a class name is no formula
+    "text.parse_math": False,  # a "$" in a class name does not start a formula
     "text.color": COLOURS["ink"],
     "xtick.color": COLOURS["muted"],
     "ytick.color": COLOURS["muted"],
@@ -48,12 +48,12 @@ def line_chart(
     percent: bool = False,
     reference: float | None = None,
 ) -> str:
-    """One line over training steps, as an SVG element.
+    """Draw one line over training steps as an SVG element.
 
     Args:
         points: (step, value) by rising step, at least one; of more than 240, neighbours are averaged.
-        label: what the chart shows, for screen readers; must be unique within a page.
-        percent: whether values in 0..1 are written as per cent and the axis starts at 0.
+        label: description for screen readers; unique within a page.
+        percent: format values in 0..1 as per cent and start the axis at 0.
         reference: value of a dashed level line.
     """
     steps, values = _thin(np.asarray(points, dtype=np.float64))
@@ -75,10 +75,10 @@ def line_chart(
 
 
 def iou_bars(trained: Mapping[str, float], untrained: Mapping[str, float] | None, *, label: str) -> str:
-    """IoU (0..1) of every class as horizontal bars, the best first, as an SVG element.
+    """Draw the IoU (0..1) of every class as horizontal bars, the best first, as an SVG element.
 
-    Classes whose IoU is nan, because they are in neither truth nor prediction, are left out; at least one must remain.
-    A thin second bar shows the untrained model, where there is one.
+    Classes whose IoU is nan, because they are in neither ground truth nor prediction, are left out; at least one must remain.
+    A thin second bar shows the untrained model, if given.
     """
     names = sorted((name for name in trained if math.isfinite(trained[name])), key=lambda name: -trained[name])
     rows = np.arange(len(names))
@@ -110,16 +110,16 @@ def _finish_bars(axes: Axes, names: list[str], longest: float) -> None:
 
 
 def _thin(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(N, 2) points as steps and values of at most `_MOST_POINTS`, each the mean of as many neighbours."""
+    """Reduce (N, 2) points to at most `_MOST_POINTS` steps and values by means over neighbours."""
     groups = np.array_split(points, min(len(points), _MOST_POINTS))
     means = np.stack([group.mean(axis=0) for group in groups])
     return means[:, 0], means[:, 1]
 
 
 def to_svg(figure: Figure, label: str) -> str:
-    """The figure as an SVG element without size, name spaces, metadata or colours of its own."""
+    """Convert a figure to an SVG element without size, namespaces, metadata or colours of its own."""
     buffer = io.StringIO()
-    # The salt and the prefix below keep apart the ids of charts that share a page, and make a report reproducible.
+    # The salt and the prefix below keep the ids of charts on one page distinct, and make a report reproducible.
     with mpl.rc_context({"svg.hashsalt": label}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # the page's fonts draw the text, not these
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})

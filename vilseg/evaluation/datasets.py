@@ -1,4 +1,4 @@
-"""Images with a true mask, to measure against."""
+"""Datasets of images with ground-truth masks."""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -28,10 +28,10 @@ class MaskedDataset(Protocol):
 
 
 class FolderDataset(ImageFiles):
-    """`images/NAME.jpg` (or png, webp), `masks/NAME.png`, `classes.txt` below one folder or S3 prefix.
+    """Dataset of `images/NAME.jpg` (or png, webp), `masks/NAME.png`, `classes.txt` below one folder or S3 prefix.
 
     Masks are grey PNGs of 8 or 16 bit, or PNGs with a palette; the pixel value is the class id, 255 (16 bit: 65535) is
-    to be ignored. Line i of `classes.txt`, from 0, names class id i.
+    ignored. Line i of `classes.txt`, from 0, names class id i.
 
     Args:
         uri: the folder. Lists of files are read at once, images and masks one by one in iteration.
@@ -81,7 +81,7 @@ class FolderDataset(ImageFiles):
 
 
 class FirstImages:
-    """The first images of a dataset, read once and kept: for what is evaluated again and again."""
+    """First images of a dataset, read once and cached for repeated evaluation."""
 
     def __init__(self, dataset: MaskedDataset, count: int) -> None:
         self.classes = dataset.classes
@@ -121,7 +121,7 @@ def open_dataset(spec: str) -> FolderDataset | PublishedDataset:
     """Open `KIND:URI`, such as `folder:s3://bucket/scenes` or `voc:data/VOCdevkit/VOC2012`.
 
     Raises:
-        DataError: the kind is unknown, or what lies at the URI is not of that kind.
+        DataError: the kind is unknown, or the content of the URI is not of that kind.
     """
     kind, colon, uri = spec.partition(":")
     if not colon or not uri or kind not in _KINDS:

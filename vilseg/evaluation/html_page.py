@@ -1,6 +1,6 @@
-"""The HTML page of a report: its style, and small pieces that several reports are put together from.
+"""HTML page of a report: its style, and elements shared by several reports.
 
-A page stands for itself: style and images are inline, there is no script, and nothing is requested from anywhere.
+A page is self-contained: style and images are inline, without scripts or external requests.
 """
 
 import base64
@@ -75,7 +75,7 @@ details { margin-top: 14px; } summary { cursor: pointer; font-weight: 600; }
 
 
 def page(title: str, parts: Iterable[str]) -> str:
-    """A whole HTML document; `title` is text, `parts` are HTML."""
+    """Return an HTML document; `title` is text, `parts` are HTML."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -87,19 +87,19 @@ def page(title: str, parts: Iterable[str]) -> str:
 
 
 def section(title: str, note: str, *parts: str) -> str:
-    """A heading, a sentence below it (may be empty) and the contents, which are HTML."""
+    """Return a section with a heading, a sentence below it (may be empty) and HTML contents."""
     lead = f'<p class="note">{escape(note)}</p>' if note else ""
     return f"<section><h2>{escape(title)}</h2>{lead}" + "".join(parts) + "</section>"
 
 
 def card(content: str, *, title: str = "", kind: str = "") -> str:
-    """A framed box around HTML; `kind` is one more CSS class."""
+    """Return a framed box around HTML; `kind` is an additional CSS class."""
     heading = f"<h3>{escape(title)}</h3>" if title else ""
     return f'<div class="card {kind}">{heading}{content}</div>'
 
 
 def numbers(values: Sequence[tuple[str, str, str]]) -> str:
-    """The headline: (label, value, unit) each in a box, the first one in the accent colour."""
+    """Return the headline metrics: (label, value, unit) each in a box, the first one in the accent colour."""
     boxes = [
         f'<div class="card{" first" if place == 0 else ""}"><div class="value">{escape(value)}'
         f'<span class="unit">{escape(unit)}</span></div><div class="label">{escape(label)}</div></div>'
@@ -109,7 +109,7 @@ def numbers(values: Sequence[tuple[str, str, str]]) -> str:
 
 
 def key(entries: Iterable[tuple[str, str, str]]) -> str:
-    """A legend of (CSS colour, name, remark in grey)."""
+    """Return a legend of (CSS colour, name, remark in grey)."""
     items = [
         f'<li><b style="background:{colour}"></b>{escape(name)} <span>{escape(remark)}</span></li>'
         for colour, name, remark in entries
@@ -118,7 +118,7 @@ def key(entries: Iterable[tuple[str, str, str]]) -> str:
 
 
 def class_key(entries: Sequence[LegendEntry]) -> str:
-    """The legend of a label map: its largest classes, each with its colour and its fraction of the area."""
+    """Return the legend of a label map: its largest classes, each with its colour and its fraction of the area."""
     shown = [(css_colour(entry.colour), entry.name, percent_text(entry.fraction)) for entry in entries[:_MOST_NAMES]]
     if rest := entries[_MOST_NAMES:]:
         shown.append(("none", "", f"+ {len(rest)} more, {percent_text(sum(entry.fraction for entry in rest))}"))
@@ -126,16 +126,16 @@ def class_key(entries: Sequence[LegendEntry]) -> str:
 
 
 def css_colour(colour: tuple[int, int, int]) -> str:
-    """8-bit sRGB as `#rrggbb`."""
+    """Return 8-bit sRGB as `#rrggbb`."""
     return "#{:02x}{:02x}{:02x}".format(*colour)
 
 
 def figure(image: Image.Image, caption: str, *, below: str = "", crisp: bool) -> str:
-    """An image within the page, with a caption and HTML below it.
+    """Return an inline image with a caption and HTML below it.
 
     Args:
         image: RGB.
-        caption: text; also what a screen reader says.
+        caption: text, also read by screen readers.
         below: HTML.
         crisp: store without loss and enlarge without smoothing, for enlarged or flat images; otherwise JPEG.
     """
@@ -152,11 +152,11 @@ def figure(image: Image.Image, caption: str, *, below: str = "", crisp: bool) ->
     )
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, figures: int = 1) -> str:
-    """A table of text whose last columns, as many as `figures`, hold numbers; an empty `head` leaves the heading out."""
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, numeric_columns: int = 1) -> str:
+    """Return a table of text whose last `numeric_columns` columns hold numbers; an empty `head` omits the heading."""
 
     def row(cells: Sequence[str], tag: str) -> str:
-        first = len(cells) - figures
+        first = len(cells) - numeric_columns
         marked = [
             f"<{tag}{' class=number' if place >= first and head else ''}>{escape(cell)}</{tag}>"
             for place, cell in enumerate(cells)
@@ -168,22 +168,22 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, figures: int = 
 
 
 def facts(values: Mapping[str, str]) -> str:
-    """Names and values, one a line."""
+    """Return names and values, one per line."""
     return table((), values.items())
 
 
 def code(text: str) -> str:
-    """Text as it is, to be copied."""
+    """Return preformatted text for copying."""
     return f"<pre>{escape(text)}</pre>"
 
 
 def folded(title: str, content: str) -> str:
-    """HTML that shows after a click."""
+    """Return collapsible HTML."""
     return f'<details class="card"><summary>{escape(title)}</summary>{content}</details>'
 
 
 def seconds_text(seconds: float) -> str:
-    """A duration as `0.8 s`, `42 s`, `3 min 05 s` or `2 h 07 min`."""
+    """Format a duration as `0.8 s`, `42 s`, `3 min 05 s` or `2 h 07 min`."""
     if seconds < 9.95:
         return f"{seconds:.1f} s"
     whole = round(seconds)

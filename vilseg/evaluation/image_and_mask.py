@@ -1,4 +1,4 @@
-"""One image and its mask, as the datasets read them."""
+"""Image and mask of one example, as the datasets read them."""
 
 import io
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from vilseg.errors import DataError
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class MaskedImage:
-    """One image and what is true of it."""
+    """Image with its ground-truth mask."""
 
     name: str
     """Path within the dataset without its suffix; unique."""
@@ -25,11 +25,11 @@ class MaskedImage:
     mask: np.ndarray
     """(H, W) uint8 or uint16: index of the class of each pixel, or `ignore`."""
     ignore: int
-    """Mask value of the pixels that count for nothing: 255 in an 8-bit mask, 65535 in a 16-bit one."""
+    """Mask value of ignored pixels: 255 in an 8-bit mask, 65535 in a 16-bit one."""
 
 
 class ImageFiles:
-    """Images that are read one by one from a list of their files."""
+    """Images read one by one from a list of files."""
 
     _files: Sequence[tuple[str, ...]]
 
@@ -37,14 +37,14 @@ class ImageFiles:
         return len(self._files)
 
     def part(self, start: int, stop: int) -> Self:
-        """Those from ``start`` up to, not including, ``stop``."""
+        """Return the images from ``start`` up to, not including, ``stop``."""
         part = copy(self)
         part._files = self._files[start:stop]
         return part
 
 
 def read_image_and_mask(image_uri: str, mask_uri: str) -> tuple[np.ndarray, np.ndarray]:
-    """An image, (H, W, 3) uint8 RGB, and the values of its mask, (H, W) uint8 or uint16.
+    """Read an image, (H, W, 3) uint8 RGB, and its mask values, (H, W) uint8 or uint16.
 
     Raises:
         DataError: a file that cannot be decoded, or a mask of another size than its image.
@@ -59,12 +59,12 @@ def read_image_and_mask(image_uri: str, mask_uri: str) -> tuple[np.ndarray, np.n
 
 
 def values_of(mask: np.ndarray) -> np.ndarray:
-    """The values that occur in a mask, rising."""
+    """Return the distinct values of a mask in ascending order."""
     return np.flatnonzero(np.bincount(mask.ravel()))
 
 
 def _decode_mask(data: bytes, uri: str, width: int, height: int) -> np.ndarray:
-    """Class ids of a PNG mask: (H, W) uint8 or uint16, by its bit depth."""
+    """Decode the class ids of a PNG mask: (H, W) uint8 or uint16, by its bit depth."""
     try:
         with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
             # Bit depth and colour type as in the header (PNG, section 11.2.1): Pillow itself stretches grey of less
@@ -72,7 +72,7 @@ def _decode_mask(data: bytes, uri: str, width: int, height: int) -> np.ndarray:
             depth, colour = data[24], data[25]
             if (colour, depth) not in {(0, 8), (0, 16)} and colour != 3:
                 raise DataError(f"mask {uri} is neither a grey PNG of 8 or 16 bit nor one with a palette: convert it")
-            # Before the pixels are unpacked: a mask as large as its image is as harmless as the image was.
+            # Before decoding: a mask of the size of its image is as safe as the image was.
             if image.size != (width, height):
                 raise DataError(
                     f"mask {uri} is {image.width} x {image.height} pixels but its image is {width} x {height}: "

@@ -2,13 +2,13 @@
 
 Most users have no masks but must compare trainings. Four metrics, all higher is better:
 
-    retrieval            mean reciprocal rank of the right caption among all, and of the right image, by the embeddings of
-                         images as wholes
-    nouns                mean average precision with which an image's best patches tell that its captions hold a noun phrase
+    retrieval            mean reciprocal rank of the right caption among all, and of the right image, by image
+                         embeddings
+    nouns                mean average precision with which an image's best patches predict the noun phrases of its captions
     mutual_information   between the cluster assignments of two views of an image, in nats (IIC, Ji et al. 2019, equation 3)
     agreement            adjusted Rand index (Hubert & Arabie 1985) between the clusters of two views, mean over the images
 
-How well each of them ranks trainings against mIoU is measured in docs/tuning.md.
+docs/tuning.md has their rank correlation with mIoU over trainings.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ from vilseg.model import ImageEmbeddings, ViLSeg
 from vilseg.text.noun_phrases import NounPhrases
 
 MEASURES = ("retrieval", "nouns", "mutual_information", "agreement")
-"""Names of the figures."""
+"""Names of the metrics."""
 
 _TOP_PATCHES = 8
 """Patches whose mean similarity is an image's score for a phrase, as in the noun contrast."""
 _MIN_COUNT = 5
-"""Images that hold a phrase, at least; the average precision of fewer is chance."""
+"""Minimum images with a phrase; the average precision of fewer is chance."""
 _BATCH = 64
 _SEED = 20
-"""Of the views: every model is shown the same."""
+"""Seed of the views, the same for every model."""
 
 
 @dataclass(frozen=True, eq=False)
 class HeldOut:
-    """Decoded pairs that no training sees."""
+    """Decoded pairs held out of training."""
 
     images_BHW3: np.ndarray
     """Squares, uint8 RGB."""
@@ -54,20 +54,20 @@ class HeldOut:
     phrases: tuple[str, ...]
     """Noun phrases in the captions."""
     holds_BP: np.ndarray
-    """Whether an image's captions hold a phrase, bool."""
+    """Mask of the phrases in each image's captions, bool."""
 
     @classmethod
     def load(
         cls, source: str, *, side: int, columns: ColumnsConfig | None = None, limit: int = 500, max_pixels: int = 10**8
     ) -> HeldOut:
-        """Read the first ``limit`` pairs at ``source`` that can be read.
+        """Read the first ``limit`` readable pairs at ``source``.
 
         Args:
             source: URI of pair shards.
-            side: pixels of the squares that images are brought to, as models see them.
+            side: side in pixels of the square crops.
             columns: names of the columns of Parquet shards.
-            limit: pairs, at most.
-            max_pixels: larger images are left out.
+            limit: maximum number of pairs.
+            max_pixels: larger images are skipped.
 
         Raises:
             DataError: no shards, or fewer than two readable pairs.
@@ -78,7 +78,7 @@ class HeldOut:
             try:
                 images.append(crop_to_square(decode_image(pair.image, max_pixels=max_pixels, min_side=side), side))
             except DataError:
-                continue  # training counts and names bad pairs; here they only make fewer
+                continue  # training reports bad pairs; here they are only skipped
             captions.append(pair.captions)
             if len(images) == limit:
                 break
@@ -101,7 +101,7 @@ def _pairs(source: str, columns: ColumnsConfig) -> Iterator[Pair]:
 
 @torch.inference_mode()
 def measure(model: ViLSeg, pairs: HeldOut) -> dict[str, float]:
-    """All figures of a model, where it is; those that the pairs cannot tell (no phrase, say) are left out."""
+    """Compute all metrics of a model on its device; those that the pairs do not determine (without phrases) are left out."""
     training = model.training
     model.eval()
     try:
@@ -134,13 +134,13 @@ def _float32(embeddings: ImageEmbeddings) -> ImageEmbeddings:
 
 
 def _best_patches(patches_BND: Tensor, phrases_PD: Tensor) -> Tensor:
-    """Shape: -> (B, P)."""
+    """Score of each phrase by its best patches. Shape: -> (B, P)."""
     similarity_BNP = patches_BND @ phrases_PD.T
     return similarity_BNP.topk(min(_TOP_PATCHES, similarity_BNP.shape[1]), dim=1).values.mean(1)
 
 
 def _two_views(model: ViLSeg, images_BHW3: Tensor, seeds_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Assignments in two views, those of the second on the patches of the first, and where it reaches.
+    """Cluster assignments in two views, the second aligned to the patches of the first, and the mask of the overlap.
 
     Shape: -> (B, K, h, w), (B, K, h, w), (B, h, w).
     """
@@ -154,7 +154,7 @@ def _two_views(model: ViLSeg, images_BHW3: Tensor, seeds_B: Tensor) -> tuple[Ten
 
 
 def retrieval(similarity_IT: Tensor, captions: tuple[str, ...]) -> float:
-    """Mean reciprocal rank, in 0..1, over images and captions; of equal captions any is the right one.
+    """Mean reciprocal rank over images and captions, in 0..1; equal captions are interchangeable.
 
     Shape: (B, B), images by captions.
     """
@@ -165,17 +165,17 @@ def retrieval(similarity_IT: Tensor, captions: tuple[str, ...]) -> float:
     for similarity in (similarity_IT, similarity_IT.T):
         best = similarity.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
         wrong = similarity.masked_fill(right, -torch.inf)
-        # Half of the ties come first: a model that says the same of everything must not look good.
+        # Half of the ties rank first: a constant model must not score well.
         ranks.append(1 + (wrong > best).sum(1) + (wrong == best).sum(1) / 2)
     return float((1 / torch.cat(ranks)).mean())
 
 
 def mean_average_precision(scores_BP: np.ndarray, holds_BP: np.ndarray) -> float:
-    """Mean over the phrases that some images hold and some do not of the average precision, in 0..1; nan without any."""
+    """Mean of the average precision over the phrases of some but not all images, in 0..1; nan without any."""
     told = holds_BP.any(0) & ~holds_BP.all(0)
     precisions = []
     for scores_B, holds_B in zip(scores_BP.T[told], holds_BP.T[told], strict=True):
-        # Of equal scores the wrong come first.
+        # Among equal scores the wrong ones rank first.
         order = np.lexsort((holds_B, -scores_B))
         hits = holds_B[order]
         precisions.append((np.cumsum(hits) / np.arange(1, len(hits) + 1))[hits].mean())
@@ -183,7 +183,7 @@ def mean_average_precision(scores_BP: np.ndarray, holds_BP: np.ndarray) -> float
 
 
 def agreement(first_Bhw: Tensor, second_Bhw: Tensor, valid_Bhw: Tensor) -> float:
-    """Mean over the images of the adjusted Rand index of two clusterings of their valid patches; 0 is chance, 1 the same."""
+    """Mean over the images of the adjusted Rand index of two clusterings of their valid patches; 0 is chance, 1 identity."""
     count = int(max(first_Bhw.max(), second_Bhw.max())) + 1
     indices = []
     for first, second, valid in zip(first_Bhw, second_Bhw, valid_Bhw, strict=True):
@@ -193,7 +193,7 @@ def agreement(first_Bhw: Tensor, second_Bhw: Tensor, valid_Bhw: Tensor) -> float
         if not total:
             continue
         expected, largest = rows * columns / float(total), (rows + columns) / 2
-        # One region in both views says nothing, but it is what a collapsed head gives: no credit for that.
+        # One region in both views is what a collapsed head gives: no credit for it.
         indices.append(0.0 if largest == expected else (together - expected) / (largest - expected))
     return float(np.mean(indices)) if indices else float("nan")
 

@@ -1,7 +1,4 @@
-"""Reports as one HTML page that stands for itself: of a training run, or of an evaluation alone.
-
-Nothing is written here: the pages are returned as text.
-"""
+"""Reports of a training run or of an evaluation as one self-contained HTML page, returned as text."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -26,27 +23,27 @@ class RunReport:
 
     title: str
     trained: Evaluation
-    """Of the trained model; its `examples` become the rows of images."""
+    """Evaluation of the trained model; its `examples` become the rows of images."""
     untrained: Evaluation | None = None
-    """Of the same model before training, on the same images."""
+    """Evaluation of the model before training, on the same images."""
     summary: str = ""
     """A sentence or two below the title."""
     seconds: Mapping[str, float] = field(default_factory=dict)
     """Wall time of each stage, in order."""
     metrics: Sequence[Mapping[str, float]] = ()
-    """One for each reported step: `step`, and every key that begins with "loss" is drawn as a curve."""
+    """Metrics of each reported step; every key that begins with "loss" is drawn as a curve over `step`."""
     miou_curve: Sequence[tuple[int, float]] = ()
     """(step, mIoU in 0..1) during training."""
     commands: Sequence[str] = ()
-    """The exact commands that made the run, in order."""
+    """Commands that made the run, in order."""
     configuration: str = ""
     """The resolved configuration, as YAML."""
     facts: Mapping[str, str] = field(default_factory=dict)
-    """More to know, by name: where the model lies, how many pairs it has seen."""
+    """Further facts by name, such as the URI of the model and the number of pairs."""
 
 
 def render_report(report: RunReport) -> str:
-    """The report of a run as an HTML document."""
+    """Render the report of a run as an HTML document."""
     trained, untrained = report.trained, report.untrained
     headline = [("mIoU, trained", *_per_cent(trained.miou))]
     if untrained is not None:
@@ -76,7 +73,7 @@ def render_report(report: RunReport) -> str:
 
 
 def render_evaluation(evaluation: Evaluation, title: str, commands: Sequence[str] = ()) -> str:
-    """The figures of an evaluation, its confusions and its examples as an HTML document."""
+    """Render the metrics, confusions and examples of an evaluation as an HTML document."""
     headline = [
         ("mIoU", *_per_cent(evaluation.miou)),
         ("boundary IoU", *_per_cent(evaluation.boundary_iou)),
@@ -124,10 +121,10 @@ def _per_cent(value: float) -> tuple[str, str]:
 
 
 def _stages(seconds: Mapping[str, float]) -> str:
-    """A bar with one stretch for each stage, as long as it took, and the times."""
+    """Render a bar with one segment per stage, proportional to its time, and the times."""
     if not seconds:
         return ""
-    # One hue from strong to pale, so that no stage is taken for the colour of a class.
+    # One hue from strong to pale, so that no stage resembles the colour of a class.
     strengths = np.linspace(100, 25, len(seconds))
     colours = [f"color-mix(in srgb, var(--accent) {strength:.0f}%, var(--card))" for strength in strengths]
     bar = "".join(
@@ -161,7 +158,7 @@ def _worst(examples: Sequence[Example]) -> str:
 def _example(example: Example) -> str:
     result, truth = example.segmentation, example.truth
     image, classes = truth.image, result.classes
-    # The value to ignore of an 8-bit mask may be the index of a class, where there are more than 255.
+    # The ignored value of an 8-bit mask may be a class index, if there are more than 255 classes.
     true_labels = np.where(truth.mask == truth.ignore, np.uint16(no_class(np.uint16)), truth.mask)
     factor = visualization.upscale_factor(*result.labels.shape)
     crisp = factor > 1
@@ -187,7 +184,7 @@ def _example(example: Example) -> str:
 
 
 def _fit(image: Image.Image, resample: Image.Resampling = Image.Resampling.LANCZOS) -> Image.Image:
-    """The image, shrunk to `_LONGEST_SIDE` if it is larger."""
+    """Shrink an image to `_LONGEST_SIDE` if it is larger."""
     image.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE), resample)
     return image
 
@@ -205,7 +202,7 @@ def _per_class(trained: Evaluation, untrained: Evaluation | None) -> str:
 
 
 def _class_table(evaluation: Evaluation) -> str:
-    """Every class with its figures, in the order of the classes."""
+    """Render a table of the metrics of every class."""
     counts = evaluation.confusion.counts
     total = max(int(counts.sum()), 1)
     rows = [
@@ -218,11 +215,11 @@ def _class_table(evaluation: Evaluation) -> str:
         for index, (name, iou) in enumerate(evaluation.per_class.items())
     ]
     head = ("class", "of all pixels", "IoU", "boundary IoU")
-    return html_page.folded("All classes as a table", html_page.table(head, rows, figures=3))
+    return html_page.folded("All classes as a table", html_page.table(head, rows, numeric_columns=3))
 
 
 def _confusions(evaluation: Evaluation) -> str:
-    """The pairs of true and predicted class that cost most pixels."""
+    """Render the pairs of true and predicted class with most pixels."""
     counts = evaluation.confusion.counts
     wrong = counts.copy()
     np.fill_diagonal(wrong, 0)

@@ -1,6 +1,6 @@
-"""Caption files as people have them: CSV, JSONL, JSON records and COCO captions, read into rows of one form.
+"""Caption files (CSV, JSONL, JSON records, COCO captions) read into uniform rows.
 
-Columns are found by name, whatever their case: the names of the configuration first, then those in common use.
+Columns are found by name, ignoring case: the names of the configuration first, then common ones.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _IMAGE_NAMES = (
     *("image_path", "path", "file", "filename", "file_name", "filepath", "image_name"),
 )
 _CAPTION_NAMES = ("text", "sentences", "sentence", "description", "comment")
-"""Taken in this order where there is neither ``caption`` nor ``captions``."""
+"""Used in this order without ``caption`` and ``captions``."""
 _ALT_NAMES = ("alt", "alt_text", "alttext", "alt-text")
 _TAG_NAMES = ("tags", "hashtags", "keywords")
 _DELIMITERS = (",", "\t", ";", "|")
@@ -40,15 +40,15 @@ class Row:
     """Entry of a caption file for one image."""
 
     where: str
-    """Of the row, for people: ``captions.csv:12``."""
+    """Location of the row for messages: ``captions.csv:12``."""
     image: str
-    """As written: a path relative to something, or a URI."""
+    """Image as written in the file: a path relative to some folder, or a URI."""
     metadata: dict[str, Any]
-    """``captions``, ``alt`` and ``tags`` as :func:`normalise` leaves them, and whatever else the row has."""
+    """``captions``, ``alt`` and ``tags`` as :func:`normalise` returns them, and all other fields of the row."""
 
 
 def read_rows(uri: str, columns: ColumnsConfig) -> Iterator[Row | BadPair]:
-    """The rows of a caption file; a row that makes no sense is a :class:`BadPair` in its place.
+    """Yield the rows of a caption file; an invalid row becomes a :class:`BadPair` in its position.
 
     Raises:
         DataError: this is not a caption file.
@@ -64,14 +64,14 @@ def read_rows(uri: str, columns: ColumnsConfig) -> Iterator[Row | BadPair]:
 
 
 def split_image(values: Mapping[str, Any], columns: ColumnsConfig) -> tuple[Any, dict[str, Any]]:
-    """A record's image (a path, bytes, whatever stands there, or None) and its other fields."""
+    """Split a record into its image (a path, bytes, another value, or None) and its other fields."""
     rest = dict(values)
     found = _take(rest, columns.image, columns.path, *_IMAGE_NAMES)
     return found, rest
 
 
 def normalise(values: Mapping[str, Any], columns: ColumnsConfig) -> dict[str, Any]:
-    """The fields of a record as metadata of a pair.
+    """Convert the fields of a record to the metadata of a pair.
 
     ``captions`` (list), ``alt`` (text) and ``tags`` (list, without "#") are there if the record has them under any of
     their names; other fields are kept as far as JSON can hold them.
@@ -96,7 +96,7 @@ def normalise(values: Mapping[str, Any], columns: ColumnsConfig) -> dict[str, An
 
 
 def merge(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
-    """Metadata of one image from two rows: all captions and tags, other fields from the first row that has them."""
+    """Merge the metadata of one image from two rows: all captions and tags, other fields from the first row with them."""
     merged = {**second, **first}
     for name in ("captions", "tags"):
         if name in merged:
@@ -120,14 +120,14 @@ def _rows_of(
 
 
 def _csv_records(uri: str, text: str, columns: ColumnsConfig) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """(line, fields by column) or (line, what is wrong), from the line after the header on."""
+    """Yield (line, fields by column) or (line, problem), starting after the header."""
     delimiter, header = _header(uri, text, columns)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
     try:
         next(reader)
         for values in reader:
             if len(values) > len(header):
-                # Cutting it off would leave half a caption that nobody notices.
+                # Truncation would silently leave half a caption.
                 problem = f"it has {len(values)} fields where the header has {len(header)}"
                 yield reader.line_num, f"{problem}; put quotes around captions that hold '{delimiter}'"
             elif values:
@@ -137,7 +137,7 @@ def _csv_records(uri: str, text: str, columns: ColumnsConfig) -> Iterator[tuple[
 
 
 def _header(uri: str, text: str, columns: ColumnsConfig) -> tuple[str, list[str]]:
-    """The delimiter that cuts the first line so that a column names the image, and the columns."""
+    """Find the delimiter by which a column of the first line names the image; return it and the columns."""
     line = text.partition("\n")[0].strip("\r")
     names = _image_names(columns)
     for delimiter in _DELIMITERS:
@@ -171,7 +171,7 @@ def _json_lines(uri: str, text: str) -> Iterator[tuple[int, dict[str, Any] | str
 
 
 def _json_rows(uri: str, text: str, columns: ColumnsConfig) -> Iterator[Row | BadPair]:
-    # COCO annotations of other kinds are large, and parsing them takes far longer than this look.
+    # COCO annotations of other kinds are large, and parsing them takes far longer than this check.
     if '"annotations"' in text and '"caption"' not in text:
         raise DataError(f"{uri} holds no captions")
     try:
@@ -209,7 +209,7 @@ def _image_names(columns: ColumnsConfig) -> tuple[str, ...]:
 
 
 def _take(values: dict[str, Any], *wanted: str) -> Any:
-    """Remove and return the first of the wanted fields that has a value, whatever its case."""
+    """Remove and return the first of the wanted fields with a value, ignoring case."""
     names = {str(name).strip().lower(): name for name, value in values.items() if not _is_missing(value)}
     name = next((names[one.lower()] for one in wanted if one.lower() in names), None)
     return None if name is None else values.pop(name)
@@ -220,12 +220,12 @@ def _is_missing(value: Any) -> bool:
 
 
 def _texts(value: Any) -> list[str]:
-    """The texts of a field: itself, its items, or the items of a list written into a table cell."""
+    """Return the texts of a field: itself, its items, or the items of a list written in a table cell."""
     if isinstance(value, str) and value.startswith("[") and value.endswith("]"):
         try:
             value = ast.literal_eval(value)
         except (ValueError, SyntaxError, MemoryError, RecursionError):
-            return [value]  # a caption that happens to stand in brackets
+            return [value]  # a caption in brackets, not a list
     items = value if isinstance(value, list) else [value]
     return [item.strip() for item in items if isinstance(item, str) and item.strip()]
 

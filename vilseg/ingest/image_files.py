@@ -1,4 +1,4 @@
-"""Image files of a source: which file a caption file means, and the key of the pair that it becomes."""
+"""Image files of a source: resolution of the paths in caption files, and keys of the pairs."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".ti
 
 
 class ImageFinder:
-    """Finds the file that is meant by a path in a caption file.
+    """Resolver of the image paths in a caption file.
 
     Args:
         root: folder of the source.
-        files: every file below it where they are listed already; else they are listed only if the first image asked for
-            is not where its caption file says.
+        files: every file below it, if listed already; otherwise they are listed only when an image is not at the path
+            that its caption file states.
     """
 
     def __init__(self, root: str, files: list[storage.FileEntry] | None = None):
@@ -30,7 +30,7 @@ class ImageFinder:
 
     @cached_property
     def uris(self) -> dict[str, None]:
-        """Every image file below the root, in order of path."""
+        """URIs of all image files below the root, sorted by path."""
         files = storage.list_files(self.root) if self._files is None else self._files
         return dict.fromkeys(with_suffix(files, IMAGE_SUFFIXES))
 
@@ -42,19 +42,19 @@ class ImageFinder:
         return found
 
     def find(self, folder: str, path: str) -> str:
-        """The URI of ``path`` as written in a caption file in ``folder``.
+        """Return the URI of ``path`` as written in a caption file in ``folder``.
 
         It may be absolute, relative to that folder or to the root, or the end of the path of just one file, the one
-        nearest to the root. Where nothing fits, this is the URI at which the file should be.
+        nearest to the root. If no file matches, returns the URI at which the file is expected.
 
         Raises:
-            DataError: several files could be meant.
+            DataError: several files match.
         """
         if "://" in path:
             return path
         if path.startswith(("/", "~")):
             return storage.absolute(path)
-        if "\\" in path and resolve(folder, path) not in self.uris:  # written on Windows, not part of a name
+        if "\\" in path and resolve(folder, path) not in self.uris:  # written on Windows, not part of a file name
             path = path.replace("\\", "/")
         direct = resolve(folder, path)
         if self._as_written is None:
@@ -73,25 +73,25 @@ class ImageFinder:
 
 
 def key_of(uri: str, root: str) -> str:
-    """The path of an image below ``root``, without its suffix; the whole path if the image lies elsewhere."""
+    """Return the path of an image below ``root`` without its suffix; the whole path if the image is elsewhere."""
     return posixpath.splitext(relative(uri, root))[0]
 
 
 def relative(uri: str, root: str) -> str:
-    """``uri`` below ``root``; without its scheme if it lies elsewhere."""
+    """Return ``uri`` relative to ``root``; without its scheme if it is elsewhere."""
     below = uri.removeprefix(root.rstrip("/") + "/")
     return below.partition("://")[2] or below
 
 
 def clean_key(text: str) -> str:
-    """``text`` as the key of a pair: no part "." or "..", and no dot in the name, where tar readers would cut it."""
+    """Return ``text`` as the key of a pair, without parts "." or ".." and without dots in its name, where tar readers split."""
     printable = re.sub(r"[\x00-\x1f\x7f]", "_", text.encode("utf-8", "replace").decode())
     parts = [part for part in printable.split("/") if part not in ("", ".", "..")]
     return "/".join([*parts[:-1], parts[-1].replace(".", "_")]) if parts else "image"
 
 
 def unique_key(key: str, taken: set[str]) -> str:
-    """``key``, or the first of ``key-2``, ``key-3``, … that is free; it is taken from then on."""
+    """Return ``key``, or the first free one of ``key-2``, ``key-3``, …, and add it to ``taken``."""
     numbered = (f"{key}-{number}" for number in itertools.count(2))
     free = next(candidate for candidate in itertools.chain([key], numbered) if candidate not in taken)
     taken.add(free)
@@ -99,11 +99,11 @@ def unique_key(key: str, taken: set[str]) -> str:
 
 
 def resolve(folder: str, path: str) -> str:
-    """The URI of a path relative to ``folder``, with ".." worked out."""
+    """Return the URI of a path relative to ``folder``, with ".." resolved."""
     scheme, mark, rest = storage.join(folder, path).rpartition("://")
     return scheme + mark + posixpath.normpath(rest)
 
 
 def with_suffix(files: Iterable[storage.FileEntry], suffixes: tuple[str, ...]) -> list[str]:
-    """URIs of the files whose names end so, upper or lower case."""
+    """URIs of the files with one of these suffixes, ignoring case."""
     return [file.uri for file in files if file.relative.lower().endswith(suffixes)]

@@ -1,7 +1,7 @@
 """Sources of image-caption pairs: folders of images with caption files or sidecars, img2dataset output, pair shards.
 
-:func:`find_pairs` lists a source and cuts it into parts, without a look at the images; :func:`read_part` reads a part,
-wherever it is sent. Images keep their bytes; those of formats that pair shards do not hold become PNG.
+:func:`find_pairs` lists a source and splits it into parts without reading images; :func:`read_part` reads a part
+in any process. Images keep their bytes; formats that pair shards do not hold are converted to PNG.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ from vilseg.ingest.image_files import (
 
 PART_PAIRS = 1000
 _CHECK_SIDE = 32
-"""JPEGs are decoded small to check them: all bytes are read, so what is damaged shows, in a third of the time."""
+"""JPEGs are checked by decoding at a reduced size: all bytes are read, so damage is found, in a third of the time."""
 _CAPTION_SUFFIXES = (*CSV_SUFFIXES, *JSON_LINES_SUFFIXES, JSON_SUFFIX)
 _SIDECAR_SUFFIXES = (".txt", ".json")
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """An image file and what is said of it."""
+    """Image file with its captions and metadata."""
 
     key: str
     image: str
@@ -65,13 +65,13 @@ class Record:
 
 @dataclass(frozen=True)
 class SourcePart:
-    """Pairs that one task reads: some records, or one shard."""
+    """Pairs read by one task: some records, or one shard."""
 
     records: tuple[Record | BadPair, ...] = ()
     shard: str | None = None
     """URI of a tar or Parquet file."""
     prefix: str = ""
-    """Put before the keys of the shard."""
+    """Prefix of the keys of the shard."""
     columns: ColumnsConfig = field(default_factory=ColumnsConfig)
 
 
@@ -81,12 +81,12 @@ class Listing:
 
     parts: list[SourcePart]
     passed_over: list[str]
-    """A sentence for each file that might hold captions and does not."""
+    """A sentence for each candidate caption file that holds none."""
 
 
 @dataclass(frozen=True, slots=True)
 class SourcePair:
-    """A pair with all that is known of it; its fields are what `vilseg.data.shards.write_tar` takes."""
+    """Pair with its metadata; its fields are the arguments of `vilseg.data.shards.write_tar`."""
 
     key: str
     image: bytes
@@ -97,17 +97,17 @@ class SourcePair:
 def find_pairs(
     source: str, columns: ColumnsConfig | None = None, *, part_pairs: int = PART_PAIRS, prefix: str = ""
 ) -> Listing:
-    """List the pairs at ``source``. Equal content gives equal parts and keys.
+    """List the pairs at ``source``; deterministic in the content.
 
     Args:
         source: a folder, or a CSV, JSONL, JSON, Parquet or tar file. Caption files name images relative to themselves,
-            to the folder, or by the end of a path that only one file has.
-        columns: names of columns, looked for before those in common use.
-        part_pairs: records a part; a shard is one part, whatever it holds.
-        prefix: put before every key, to keep sources apart.
+            to the folder, or by the unique end of a path.
+        columns: names of columns, tried before common ones.
+        part_pairs: records per part; a shard is one part, whatever its size.
+        prefix: prefix of every key, to distinguish sources.
 
     Raises:
-        DataError: nothing there makes pairs.
+        DataError: the source holds no pairs.
         StorageError: the URI cannot be read.
     """
     columns = columns or ColumnsConfig()
@@ -142,12 +142,12 @@ def find_pairs(
 
 
 def read_part(part: SourcePart, *, check: bool = True, max_pixels: int | None = None) -> Iterator[SourcePair | BadPair]:
-    """Read the pairs of a part in order; what cannot be used comes as a :class:`BadPair` in its place.
+    """Read the pairs of a part in order; an unusable one becomes a :class:`BadPair` in its position.
 
     Args:
         part: of :func:`find_pairs`.
-        check: decode every image to see that it is whole; without, only those that must be encoded anew.
-        max_pixels: images whose header announces more are bad; 100 million where None.
+        check: decode every image to verify it; otherwise only those that must be converted.
+        max_pixels: images whose header declares more are bad; 100 million if None.
 
     Raises:
         DataError: a Parquet file has no column of images.
@@ -182,7 +182,7 @@ def _caption_files(files: list[storage.FileEntry], images: ImageFinder) -> list[
 def _add_caption_file(
     uri: str, columns: ColumnsConfig, images: ImageFinder, records: dict[str, Record | BadPair]
 ) -> None:
-    """Add what a caption file says, by image: several rows of one image become one record."""
+    """Add the rows of a caption file by image; several rows of one image become one record."""
     rows = list(read_rows(uri, columns))
     unusable = [row for row in rows if isinstance(row, BadPair)]
     if unusable and len(unusable) == len(rows):
@@ -205,7 +205,7 @@ def _add_caption_file(
 
 
 def _add_sidecars(files: list[storage.FileEntry], images: ImageFinder, records: dict[str, Record | BadPair]) -> None:
-    """Add images with a ``.txt`` or ``.json`` of their own; where there is no caption file, all others are bad."""
+    """Add images with a ``.txt`` or ``.json`` sidecar; without a caption file all others are bad."""
     beside = set(with_suffix(files, _SIDECAR_SUFFIXES))
     caption_file_seen = bool(records)
     silent: dict[str, BadPair] = {}
@@ -223,7 +223,7 @@ def _add_sidecars(files: list[storage.FileEntry], images: ImageFinder, records: 
 
 
 def _shards(files: list[storage.FileEntry]) -> list[str]:
-    """Tar and Parquet files, without those that img2dataset leaves to tell of the tar or folder of their name."""
+    """Tar and Parquet files, without the Parquet files by which img2dataset describes a tar or folder."""
     tars = with_suffix(files, (TAR,))
     described = {uri[: -len(TAR)] for uri in tars} | {storage.parent(file.uri) for file in files}
     tables = with_suffix(files, (PARQUET,))
@@ -300,7 +300,7 @@ def _read_tar(uri: str) -> Iterator[_Raw | BadPair]:
 
 
 def _metadata_of(members: dict[str, bytes]) -> dict[str, Any]:
-    """Metadata from the ``json`` and ``txt`` beside an image; the caption of the latter comes first."""
+    """Read metadata from the ``json`` and ``txt`` members of an image; the caption of the latter comes first."""
     try:
         metadata = json.loads(members.get("json", b"{}"))
         text = members.get("txt", b"").decode("utf-8-sig").strip()
@@ -333,7 +333,7 @@ def _read_parquet(uri: str, columns: ColumnsConfig) -> Iterator[_Raw | BadPair]:
 
 
 def _pair_of_row(folder: str, key: str, values: dict[str, Any], columns: ColumnsConfig) -> Iterator[_Raw | BadPair]:
-    """The pair of a row; none where img2dataset noted that it could not download the image."""
+    """Return the pair of a row; None if img2dataset recorded a failed download."""
     image, rest = split_image(values, columns)
     path = image.get("path") if isinstance(image, dict) else image
     data = image.get("bytes") if isinstance(image, dict) else image
