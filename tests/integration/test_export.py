@@ -201,7 +201,7 @@ def test_an_encoder_that_binds_its_size_says_so(tmp_path: Path) -> None:
 def written_before(conv: Case, monkeypatch: pytest.MonkeyPatch) -> Case:
     """Writing a tower copies the one of ``conv``, which takes no time."""
     monkeypatch.setattr(
-        "vilseg.export.onnx_export._write",
+        "vilseg.export.onnx_export.write_onnx",
         lambda *arguments: shutil.copy(conv.folder / arguments[-1].name, arguments[-1]),
     )
     return conv

@@ -14,7 +14,7 @@ from vilseg import storage
 def test_an_export_lies_on_the_store_whole(
     save_tiny_model: Callable[[str, int], str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("vilseg.export.onnx_export._LARGEST_FILE", 0)
+    monkeypatch.setattr("vilseg.export.onnx_file._LARGEST_FILE", 0)
     out = "s3://vilseg/export/onnx"
     call = ["export", "--model", save_tiny_model("s3://vilseg/export/model", 32), "--out", out]
     assert run([*call, "--json"]) == 0

@@ -1,4 +1,4 @@
-"""Where an export goes: the names of its files, what it may replace, and how it appears whole."""
+"""Output directory of an export: names of its files, the check of what it may replace, and its atomic appearance."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from vilseg.errors import StorageError
 IMAGE_TOWER, TEXT_TOWER, STATISTICS, DESCRIPTION = "image.onnx", "text.onnx", "statistics.npz", "export.json"
 TOKENIZER = "tokenizer"
 WEIGHTS_BESIDE = ".data"
-"""Added to the name of an ONNX file for that of its weights, where these are too large for it."""
-_OURS = {
+"""Suffix for the file of the weights of an ONNX file, if they are too large for it."""
+_EXPORT_FILES = {
     DESCRIPTION,
     STATISTICS,
     *(f"{tower}{end}" for tower in (IMAGE_TOWER, TEXT_TOWER) for end in ("", WEIGHTS_BESIDE)),
@@ -25,10 +25,10 @@ _OURS = {
 
 
 def check_target(out: str, *, overwrite: bool = False) -> None:
-    """Say now whether an export can go to ``out``; what no export wrote is never replaced.
+    """Check that an export can be written to ``out``; files that no export wrote are never replaced.
 
     Raises:
-        StorageError: there is a file, an export and no ``overwrite``, or anything else; or the place cannot be reached.
+        StorageError: ``out`` is a file, holds other files, holds an export and ``overwrite`` is False, or cannot be reached.
     """
     storage.require_bucket(out)
     if not storage.exists(out):
@@ -37,7 +37,7 @@ def check_target(out: str, *, overwrite: bool = False) -> None:
         raise StorageError(f"{out} is a file; give a folder for the export")
     found = False
     for entry in storage.stream_files(out):
-        if entry.relative not in _OURS and not entry.relative.startswith(f"{TOKENIZER}/"):
+        if entry.relative not in _EXPORT_FILES and not entry.relative.startswith(f"{TOKENIZER}/"):
             raise StorageError(f"{out} holds {entry.relative}, which no export wrote; choose another --out")
         found = True
     if found and not overwrite:
@@ -46,23 +46,23 @@ def check_target(out: str, *, overwrite: bool = False) -> None:
 
 @contextmanager
 def output_folder(out: str) -> Iterator[Path]:
-    """A local folder to fill that takes the place of what is at ``out`` only if the block ends without an exception.
+    """Yield a local folder to fill; it replaces ``out`` only if the block ends without an exception.
 
-    On this machine it appears whole, by its renaming. An object store renames nothing: there the old files are deleted, and of
-    the new ones the description comes after all others.
+    On a local disk it is renamed, so it appears atomically. On an object store, which has no renaming, the old files are
+    deleted first, and the description is uploaded after all other new files.
 
     Raises:
         StorageError: it cannot be written.
     """
     try:
-        with _replacing(out) if storage.is_local(out) else _sending(out) as folder:
+        with _renamed_into_place(out) if storage.is_local(out) else _uploaded(out) as folder:
             yield folder
     except OSError as error:
         raise StorageError(f"cannot write {out}: {error.strerror or error}") from error
 
 
 @contextmanager
-def _replacing(out: str) -> Iterator[Path]:
+def _renamed_into_place(out: str) -> Iterator[Path]:
     target = Path(os.path.realpath(storage.absolute(out)))
     partial, old = (target.with_name(f".{target.name}.{secrets.token_hex(4)}.{end}") for end in ("partial", "old"))
     try:
@@ -83,7 +83,7 @@ def _replacing(out: str) -> Iterator[Path]:
 
 
 @contextmanager
-def _sending(out: str) -> Iterator[Path]:
+def _uploaded(out: str) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="vilseg-") as scratch:
         folder = Path(scratch) / "folder"
         folder.mkdir()

@@ -1,0 +1,151 @@
+"""One ONNX file: written from a torch module, and compared with it by onnxruntime."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vilseg.errors import ModelError
+from vilseg.export.output_directory import WEIGHTS_BESIDE
+from vilseg.model.image_encoder import first_line
+
+OPSET = 18
+"""Opset of torch's exporter, so nothing is converted; runtimes from 2023 on read it."""
+TOLERANCE = 1e-4
+"""Largest difference from torch that is accepted; all outputs lie in -1..1."""
+
+_LARGEST_FILE = 1_900_000_000
+"""Bytes of weights that fit into one ONNX file (protobuf ends at 2 GiB); larger ones go into a file beside it."""
+
+
+def write_onnx(
+    tower: nn.Module,
+    example: Tensor,
+    axes: Sequence[int],
+    inputs: Mapping[str, tuple[int | str, ...]],
+    outputs: Mapping[str, tuple[int | str, ...]],
+    path: Path,
+) -> None:
+    """Write a module as an ONNX file.
+
+    Args:
+        tower: a module with one input.
+        example: input that the module is traced with.
+        axes: axes of the input that may have any length.
+        inputs: name of the input, with a size or a name for each axis.
+        outputs: the same for the outputs.
+        path: of the file; weights that are too large for it go into a second file beside it.
+    """
+    import onnx
+
+    with _quiet_exporter():
+        traced = torch.export.export(
+            tower,
+            (example,),
+            dynamic_shapes=(dict.fromkeys(axes, torch.export.Dim.DYNAMIC),),
+            # Guards such as "not the usual size" would fix the size; their effect on the output is checked later.
+            prefer_deferred_runtime_asserts_over_guards=True,
+        )
+        program = torch.onnx.export(
+            traced, input_names=list(inputs), output_names=list(outputs), opset_version=OPSET, verbose=False
+        )
+    assert program is not None
+    proto = program.model_proto
+    graph = proto.graph
+    for value, shape in zip([*graph.input, *graph.output], [*inputs.values(), *outputs.values()], strict=True):
+        for dimension, letter in zip(value.type.tensor_type.shape.dim, shape, strict=True):
+            if not dimension.HasField("dim_value"):
+                dimension.dim_param = str(letter)
+    # Remove paths of this machine, and names that tracing gave to axes.
+    graph.ClearField("value_info")
+    for part in [proto, graph, *graph.node, *graph.input, *graph.output, *graph.initializer]:
+        part.ClearField("metadata_props")
+        part.ClearField("doc_string")
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in tower.parameters())
+    beside = weights > _LARGEST_FILE
+    onnx.save_model(proto, str(path), save_as_external_data=beside, location=f"{path.name}{WEIGHTS_BESIDE}")
+
+
+@contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """Silence the exporter's warnings about packages that are not needed and about its own deprecations."""
+    logs = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
+    levels = [log.level for log in logs]
+    for log in logs:
+        log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for log, level in zip(logs, levels, strict=True):
+            log.setLevel(level)
+
+
+@contextmanager
+def fixed_positions(encoder: nn.Module) -> Iterator[None]:
+    """Let SigLIP 2 interpolate its positions once for the batch: its loop over images would fix the batch size in a trace."""
+    embeddings: Any = getattr(getattr(encoder, "model", None), "embeddings", None)
+    resize = getattr(embeddings, "resize_positional_embeddings", None)
+    if resize is None:
+        yield
+        return
+
+    def once(positions: Tensor, shapes_B2: Tensor, max_length: int) -> Tensor:
+        return resize(positions, shapes_B2[:1], max_length).expand(shapes_B2.shape[0], -1, -1)
+
+    embeddings.resize_positional_embeddings = once
+    try:
+        yield
+    finally:
+        del embeddings.resize_positional_embeddings
+
+
+def largest_difference(tower: nn.Module, batches: Sequence[Tensor], path: Path) -> float:
+    """Return the largest difference between onnxruntime and torch over ``batches``.
+
+    Raises:
+        ModelError: it is above `TOLERANCE`, or not a number.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # errors are raised as exceptions
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    [taken] = session.get_inputs()
+    largest = 0.0
+    for batch in batches:
+        expected = tower(batch)
+        found = session.run(None, {taken.name: batch.numpy()})
+        for right, value in zip([expected] if isinstance(expected, Tensor) else expected, found, strict=True):
+            difference = float(np.abs(right.numpy() - value).max()) if right.shape == value.shape else np.inf
+            if not difference <= TOLERANCE:
+                raise ModelError(
+                    f"for an input of shape {tuple(batch.shape)} onnxruntime differs from torch by {difference:.2g}, "
+                    f"more than {TOLERANCE:g}"
+                )
+            largest = max(largest, difference)
+    return largest
+
+
+def reraise_disk_error(error: Exception) -> Exception:
+    """Return ``error``; an error of the file system is raised instead, as it says nothing about the model."""
+    if isinstance(error, OSError) and error.errno is not None:
+        raise error
+    return error
+
+
+def export_error(tower: str, error: BaseException) -> ModelError:
+    """Return the error for a tower that cannot be exported, with the first cause of ``error``."""
+    while error.__cause__ is not None:  # the exporter wraps the cause into advice for its developers
+        error = error.__cause__
+    return ModelError(f"the {tower} tower cannot be written as ONNX, so nothing was written: {first_line(error)}")
