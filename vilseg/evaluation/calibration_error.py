@@ -109,15 +109,15 @@ def fit_temperature(segmenter: Segmenter, dataset: MaskedDataset, *, images: int
         places = np.stack([(columns + 0.5) / item.mask.shape[1], (rows + 0.5) / item.mask.shape[0]], 1) * 2 - 1
         scores_Chw = segmenter.class_scores(item.image).cpu()
         grid = torch.from_numpy(places).float()[None, None]
-        found_CP = F.grid_sample(scores_Chw[None], grid, padding_mode="border", align_corners=False)[0, :, 0]
-        logits.append(found_CP.T.double())
+        sampled_CX = F.grid_sample(scores_Chw[None], grid, padding_mode="border", align_corners=False)[0, :, 0]
+        logits.append(sampled_CX.T.double())
         truths.append(torch.from_numpy(item.mask[rows, columns].astype(np.int64)))
     if not logits:
         raise DataError("no pixel of the dataset has a class: there is nothing to fit a temperature by")
-    logits_PC, truth_P = torch.cat(logits), torch.cat(truths)
+    logits_XC, truth_X = torch.cat(logits), torch.cat(truths)
 
     def loss(log_temperature: float) -> float:
-        return float(F.cross_entropy(logits_PC / math.exp(log_temperature), truth_P))
+        return float(F.cross_entropy(logits_XC / math.exp(log_temperature), truth_X))
 
     # The likelihood has one maximum over 1 / t (it is convex there), so thirds can be cut away.
     low, high = map(math.log, _TEMPERATURES)

@@ -153,16 +153,16 @@ def _two_views(model: ViLSeg, images_BHW3: Tensor, seeds_B: Tensor) -> tuple[Ten
     return first, second, valid
 
 
-def retrieval(similarity_IT: Tensor, captions: tuple[str, ...]) -> float:
+def retrieval(similarity_BB: Tensor, captions: tuple[str, ...]) -> float:
     """Mean reciprocal rank over images and captions, in 0..1; equal captions are interchangeable.
 
     Shape: (B, B), images by captions.
     """
     numbers = {caption: number for number, caption in enumerate(dict.fromkeys(captions))}
-    owner = torch.tensor([numbers[caption] for caption in captions], device=similarity_IT.device)
+    owner = torch.tensor([numbers[caption] for caption in captions], device=similarity_BB.device)
     right = owner.unsqueeze(0) == owner.unsqueeze(1)
     ranks = []
-    for similarity in (similarity_IT, similarity_IT.T):
+    for similarity in (similarity_BB, similarity_BB.T):
         best = similarity.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
         wrong = similarity.masked_fill(right, -torch.inf)
         # Half of the ties rank first: a constant model must not score well.
