@@ -34,6 +34,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from cluster.daemon import process_start, send_signal, session_processes, start_daemon
 from cluster.private_files import exclusive_lock, write_private
 from vilseg.errors import ClusterError
 
@@ -191,18 +192,18 @@ class LocalCluster:
     def is_alive(self, index: int) -> bool:
         """Return True if the command of a node still runs."""
         node = self._state["nodes"][index]
-        return node is not None and _began(node.pid) == node.began
+        return node is not None and process_start(node.pid) == node.began
 
     def processes(self, index: int) -> set[int]:
         """Return the process ids of a node: its command's session and its descendants."""
         node = self._state["nodes"][index]
-        return set() if node is None else _family(node)
+        return set() if node is None else session_processes(node.pid, node.began)
 
     def kill_node(self, index: int) -> None:
         """End all processes of a node at once, as a machine that loses its power does."""
         deadline = time.monotonic() + STOP_TIMEOUT_S
         while pids := self.processes(index):
-            _signal(pids, signal.SIGKILL)
+            send_signal(pids, signal.SIGKILL)
             if time.monotonic() > deadline:
                 raise ClusterError(f"processes of node {index} do not end: {sorted(pids)}")
             time.sleep(0.05)
@@ -268,18 +269,9 @@ class LocalCluster:
         ]
         environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_A")}
         environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.directory / "token")}
-        with (self.directory / f"node-{index}.log").open("wb") as log:
-            process = subprocess.Popen(
-                command,
-                cwd=folder,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # an interrupt is not meant for it; and its processes are known by it
-            )
+        process = start_daemon(command, folder, environment, self.directory / f"node-{index}.log", append=False)
         self._commands.append(process)
-        self._state["nodes"][index] = Node(process.pid, _began(process.pid) or 0, name)
+        self._state["nodes"][index] = Node(process.pid, process_start(process.pid) or 0, name)
         self._save()
 
     def _wait(self, index: int, ready: Callable[[], Any], what: str) -> Any:
@@ -362,41 +354,6 @@ def _free_ports(names: Sequence[str]) -> dict[str, int]:
                     continue
                 ports[name] = port
     return ports
-
-
-# ------------------------------------------------------------------------------------------------------- processes
-
-
-def _stat(pid: int) -> list[str] | None:
-    """Return the fields of proc(5) from the state on; None if the process has ended."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    return None if fields[0] in "ZX" else fields
-
-
-def _began(pid: int) -> int | None:
-    fields = _stat(pid)
-    return int(fields[19]) if fields else None
-
-
-def _family(node: Node) -> set[int]:
-    if _began(node.pid) not in (None, node.began):
-        return set()  # another's number by now; while anything of the session is left, that cannot be
-    known = {int(place.name): fields for place in Path("/proc").glob("[0-9]*") if (fields := _stat(int(place.name)))}
-    family = {pid for pid, fields in known.items() if int(fields[3]) == node.pid and int(fields[19]) >= node.began}
-    while more := {pid for pid, fields in known.items() if int(fields[1]) in family} - family:
-        family |= more  # drivers of submitted jobs begin sessions of their own
-    return family
-
-
-def _signal(pids: set[int], number: signal.Signals) -> None:
-    for pid in pids:
-        try:
-            os.kill(pid, number)
-        except ProcessLookupError:
-            continue  # it ended by itself just now
 
 
 # ----------------------------------------------------------------------------------------------------------- files

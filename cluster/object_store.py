@@ -20,8 +20,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
@@ -30,6 +28,7 @@ import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
+from cluster.daemon import start_daemon, wait_until
 from cluster.private_files import exclusive_lock, write_private
 from vilseg.errors import StorageError
 
@@ -123,7 +122,7 @@ class ObjectStore:
                 os.kill(self.pid, number)
             except ProcessLookupError:
                 break  # it ended by itself just now
-            _wait_for(lambda: not self._is_running(), seconds)
+            wait_until(lambda: not self._is_running(), seconds)
         if self._is_running():
             raise StorageError(f"the object store in {self.directory} (process {self.pid}) does not end")
         self._write_state(None)
@@ -151,7 +150,7 @@ class ObjectStore:
                 raise StorageError(f"the object store in {self.directory} ended while it started; see {log}")
             return _round_trip(client)
 
-        if not _wait_for(ready, START_TIMEOUT_S):
+        if not wait_until(ready, START_TIMEOUT_S):
             raise StorageError(
                 f"the object store at {self.endpoint} is not ready after {START_TIMEOUT_S:.0f} s; see {log}"
             )
@@ -184,15 +183,6 @@ def _round_trip(client: Any) -> bool:
     return answer == b"ready"
 
 
-def _wait_for(condition: Callable[[], bool], seconds: float) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() >= deadline:
-            return False
-        time.sleep(0.1)
-    return True
-
-
 # -------------------------------------------------------------------------------------------------------- process
 
 
@@ -220,16 +210,7 @@ def _launch(directory: Path, ports: dict[str, int]) -> subprocess.Popen:
     # Keys of the user's own would become an administrator of this store, and a ~/.seaweedfs another configuration.
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("AWS_", "WEED_", "S3_"))}
     environment |= {"HOME": str(directory), "GOMEMLIMIT": MEMORY_LIMIT}
-    with (directory / "weed.log").open("ab") as log:
-        return subprocess.Popen(
-            command,
-            cwd=directory,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # an interrupt or the end of the terminal is not meant for it
-        )
+    return start_daemon(command, directory, environment, directory / "weed.log", append=True)
 
 
 def _is_ours(pid: int, directory: Path) -> bool:
