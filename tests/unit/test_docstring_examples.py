@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+import vilseg
+
 ROOT = Path(__file__).parents[2]
 WITH_EXAMPLES = [
     file.relative_to(ROOT)
@@ -21,3 +23,9 @@ def test_examples_print_what_they_say(file: Path) -> None:
     result = doctest.testmod(importlib.import_module(name))
     assert result.attempted > 0
     assert result.failed == 0, "see the captured output"
+
+
+@pytest.mark.parametrize("name", vilseg.__all__)
+def test_public_classes_have_an_example(name: str) -> None:
+    public = getattr(vilseg, name)
+    assert any(test.examples for test in doctest.DocTestFinder(recurse=False).find(public))

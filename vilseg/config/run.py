@@ -21,7 +21,14 @@ from vilseg.config.views import ViewsConfig
 
 
 class RunConfig(ConfigTree):
-    """Everything that a run is made of."""
+    """Complete configuration of a training run.
+
+    Example:
+        >>> from vilseg.config import RunConfig
+        >>> config = RunConfig.model_validate({"name": "first", "trainer": {"steps": 100}})
+        >>> config.name, config.trainer.steps, config.trainer.seed
+        ('first', 100, 0)
+    """
 
     name: str | None = None
     """Name of the run's folder; made from the date where absent."""

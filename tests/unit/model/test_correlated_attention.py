@@ -101,7 +101,7 @@ def parts_of(tower: Any) -> dict[str, Any]:
 
 @torch.no_grad()
 def last_hidden_state(attention: str, tower: Any, seen: dict[str, Any], grid: tuple[int, int]) -> Tensor:
-    """What the tower would give with another attention in its last layer. Shape: -> (B, L, F)."""
+    """Compute features with another attention in the last layer. Shape: -> (B, T, F)."""
     parts, caught = parts_of(tower), []
     hook = parts["layer"].register_forward_pre_hook(
         lambda layer, args, kwargs: caught.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True

@@ -212,7 +212,7 @@ def test_what_cannot_be_built_is_told(config: dict[str, Any], kind: type[Excepti
 
 
 class Blocks(nn.Module):
-    """What a user's own encoder may look like."""
+    """Example of a user's own encoder."""
 
     def __init__(self, side: int) -> None:
         super().__init__()
