@@ -22,13 +22,14 @@ from torch import Tensor
 from vilseg.losses import (
     DINOLoss,
     contrastive_loss,
+    contrastive_loss_from_scores,
     crop_info_nce_loss,
     iic_loss,
-    noun_contrast,
-    patch_contrast,
+    multi_label_loss,
     sigmoid_loss,
     sigmoid_loss_from_scores,
     softmax_pooled_scores,
+    top_k_pooled_scores,
 )
 
 _ROUNDS = 9
@@ -131,14 +132,14 @@ def _cases() -> dict[str, Case]:
     return {
         "contrast": Case(lambda x, t: contrastive_loss(x, t, scale), _info_nce, (images, texts)),
         "sigmoid_contrast": Case(lambda x, t: sigmoid_loss(x, t, scale, bias), _sigmoid, (images, texts)),
-        "patch_contrast": Case(lambda p, t: patch_contrast(p, t, scale, _POOLING), _patch_info_nce, (patches, texts)),
+        "patch_contrast": Case(lambda p, t: _patch_contrast(p, t, scale, _POOLING), _patch_info_nce, (patches, texts)),
         "patch_sigmoid": Case(
             lambda p, t: sigmoid_loss_from_scores(softmax_pooled_scores(p, t, _POOLING), scale, bias),
             lambda p, t: _sigmoid_of(_pooled(p, t)),
             (patches, texts),
         ),
         "nouns": Case(
-            lambda p, t: noun_contrast(p, t, positives, scale, _TOP),
+            lambda p, t: _noun_contrast(p, t, positives, scale, _TOP),
             lambda p, t: _nouns(p, t, positives),
             (patches, phrases),
         ),
@@ -149,6 +150,19 @@ def _cases() -> dict[str, Case]:
         "iic": Case(ours_iic, lambda a, b: _iic(_joints_as_written(a, b)), maps),
         "iic_authors": Case(ours_iic, lambda a, b: _iic(_joints_by_convolution(a, b)), maps),
     }
+
+
+def _patch_contrast(patches_BND: Tensor, texts_BD: Tensor, scale: Tensor, pooling_temperature: float) -> Tensor:
+    """InfoNCE of pooled patches and the captions of all workers."""
+    scores_BQ = softmax_pooled_scores(patches_BND, texts_BD, pooling_temperature)
+    return contrastive_loss_from_scores(scores_BQ, scale)
+
+
+def _noun_contrast(
+    patches_BND: Tensor, phrases_PD: Tensor, positives_BP: Tensor, scale: Tensor, top_patches: int
+) -> Tensor:
+    """Multi-label loss of images by their best patches."""
+    return multi_label_loss(top_k_pooled_scores(patches_BND, phrases_PD, top_patches), positives_BP, scale)
 
 
 def _unit(*shape: int) -> Tensor:

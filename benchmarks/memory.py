@@ -23,7 +23,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vilseg.config import RunConfig
-from vilseg.losses import contrastive_loss, noun_contrast, patch_contrast
+from vilseg.losses import (
+    contrastive_loss,
+    contrastive_loss_from_scores,
+    multi_label_loss,
+    softmax_pooled_scores,
+    top_k_pooled_scores,
+)
 from vilseg.model import ImageFeatures, ViLSeg
 from vilseg.model.image_encoder import build_image_encoder, model_from_config
 from vilseg.model.text_encoder import TextEncoder
@@ -208,8 +214,13 @@ def _losses(config: RunConfig, objective: Objective, pairs: int) -> int:
         names = F.normalize(on_meta(phrases, config.model.embedding_dim), dim=-1)
         return [
             contrastive_loss(embeddings.pooled, texts, scale),
-            patch_contrast(embeddings.patches, texts, scale, settings.cross_modal.pooling_temperature),
-            noun_contrast(embeddings.patches, names, positives, scale, settings.nouns.top_patches),
+            contrastive_loss_from_scores(
+                softmax_pooled_scores(embeddings.patches, gather(texts), settings.cross_modal.pooling_temperature),
+                scale,
+            ),
+            multi_label_loss(
+                top_k_pooled_scores(embeddings.patches, names, settings.nouns.top_patches), positives, scale
+            ),
         ]
 
     with (

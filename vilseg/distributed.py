@@ -37,9 +37,10 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        gradient = gradient.contiguous()
-        dist.all_reduce(gradient)
-        return gradient.chunk(world_size())[rank()]
+        # A copy: autograd may give the same tensor to others, and the sum over workers must not reach them.
+        total = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total.chunk(world_size())[rank()]
 
 
 class _SumOverWorkers(torch.autograd.Function):
@@ -71,7 +72,7 @@ def mean_over_workers(value: Tensor) -> Tensor:
 
 
 def gather_objects(value: T) -> list[T]:
-    """What every worker has, in rank order; for small things that are no tensors."""
+    """Gather small picklable values of all workers, in rank order."""
     if world_size() == 1:
         return [value]
     gathered: list[Any] = [None] * world_size()

@@ -1,20 +1,20 @@
 """One file a loss: tensors in, scalar out, nothing imported from the model.
 
 Each loss is exact over any number of workers (see ``vilseg.distributed``) and computed in float32. Those on patches come in two
-parts as well, what each image gives and the loss of that, so that a large batch can be seen chunk by chunk.
+parts, the scores or sums of each image and the loss of these, so that a large batch can be processed in chunks.
 """
 
 from vilseg.losses.contrastive_loss import (
     contrastive_loss,
     contrastive_loss_from_scores,
-    patch_contrast,
     sigmoid_loss,
     sigmoid_loss_from_scores,
     softmax_pooled_scores,
 )
-from vilseg.losses.dino_loss import DINOLoss, crop_info_nce_loss
+from vilseg.losses.crop_info_nce_loss import crop_info_nce_loss
+from vilseg.losses.dino_loss import DINOLoss
 from vilseg.losses.iic_loss import cluster_metrics, iic_loss, iic_loss_from_joints, unnormalized_joints
-from vilseg.losses.multi_label_loss import multi_label_loss, noun_contrast, top_k_pooled_scores
+from vilseg.losses.multi_label_loss import multi_label_loss, top_k_pooled_scores
 
 __all__ = [
     "DINOLoss",
@@ -25,8 +25,6 @@ __all__ = [
     "iic_loss",
     "iic_loss_from_joints",
     "multi_label_loss",
-    "noun_contrast",
-    "patch_contrast",
     "sigmoid_loss",
     "sigmoid_loss_from_scores",
     "softmax_pooled_scores",

@@ -31,10 +31,15 @@ def contrastive_loss(images_BD: Tensor, texts_BD: Tensor, scale: Tensor) -> Tens
         scale: inverse temperature, scalar.
 
     Returns:
-        This worker's share; the mean over workers is the loss of the whole batch.
+        This worker's part, a scalar; the mean over workers is the loss of the whole batch.
 
     Raises:
         ValueError: the shapes differ.
+
+    Example:
+        >>> embeddings = torch.eye(3)
+        >>> float(contrastive_loss(embeddings, embeddings, torch.tensor(100.0)))
+        0.0
     """
     images, texts = _matching(images_BD, texts_BD)
     by_image = scale * images @ gather_rows(texts).T
@@ -51,6 +56,12 @@ def sigmoid_loss(images_BD: Tensor, texts_BD: Tensor, scale: Tensor, bias: Tenso
         texts_BD: of their captions. Shape: (B, D).
         scale: inverse temperature, scalar.
         bias: added to every logit, scalar; -10 at the start makes up for the many negatives.
+
+    Example:
+        >>> embeddings = torch.eye(3)
+        >>> loss = sigmoid_loss(embeddings, embeddings, torch.tensor(10.0), torch.tensor(-10.0))
+        >>> round(float(loss), 4)  # log 2 for the right pair, next to nothing for the two wrong ones
+        0.6932
     """
     images, texts = _matching(images_BD, texts_BD)
     return sigmoid_loss_from_scores(images @ gather_rows(texts).T, scale, bias)
@@ -68,6 +79,11 @@ def softmax_pooled_scores(patches_BND: Tensor, texts_QD: Tensor, pooling_tempera
 
     Returns:
         Shape: (B, Q).
+
+    Example:
+        >>> patches = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])  # one image with two patches
+        >>> softmax_pooled_scores(patches, torch.tensor([[1.0, 0.0]]), 0.01)  # the patch like the text counts
+        tensor([[1.]])
     """
     similarity_BNQ = _at_least_float32(patches_BND) @ _at_least_float32(texts_QD).T
     weights_BNQ = (similarity_BNQ / pooling_temperature).softmax(1)
@@ -76,6 +92,10 @@ def softmax_pooled_scores(patches_BND: Tensor, texts_QD: Tensor, pooling_tempera
 
 def contrastive_loss_from_scores(scores_BQ: Tensor, scale: Tensor) -> Tensor:
     """Symmetric InfoNCE of this worker's rows of the similarities of images with the captions of all workers.
+
+    Args:
+        scores_BQ: similarities, as from :func:`softmax_pooled_scores`. Shape: (B, Q).
+        scale: inverse temperature, scalar.
 
     Returns:
         The loss of the whole batch, the same on every worker.
@@ -89,35 +109,18 @@ def contrastive_loss_from_scores(scores_BQ: Tensor, scale: Tensor) -> Tensor:
 def sigmoid_loss_from_scores(scores_BQ: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     """SigLIP's loss of this worker's rows of the similarities of images with the captions of all workers.
 
+    Args:
+        scores_BQ: similarities, as from :func:`softmax_pooled_scores`. Shape: (B, Q).
+        scale: inverse temperature, scalar.
+        bias: added to every logit, scalar.
+
     Returns:
-        This worker's share; the mean over workers is the loss of the whole batch.
+        This worker's part; the mean over workers is the loss of the whole batch.
     """
     logits_BQ = scale * _at_least_float32(scores_BQ) + bias
     right_B1 = logits_BQ.gather(1, _own_columns(logits_BQ).unsqueeze(1))
     # log sigmoid(-x) = log sigmoid(x) - x: all pairs as if they were wrong, and the right ones put right.
     return -(F.logsigmoid(-logits_BQ).sum() + right_B1.sum()) / len(logits_BQ)
-
-
-def patch_contrast(patches_BND: Tensor, texts_BD: Tensor, scale: Tensor, pooling_temperature: float) -> Tensor:
-    """InfoNCE on :func:`softmax_pooled_scores` of this worker's images with the captions of all.
-
-    Args:
-        patches_BND: unit-length patch embeddings. Shape: (B, N, D).
-        texts_BD: unit-length caption embeddings. Shape: (B, D).
-        scale: inverse temperature, scalar.
-        pooling_temperature: of the soft-max over patches; large values give the mean.
-
-    Returns:
-        The loss of the whole batch, the same on every worker.
-
-    Raises:
-        ValueError: the shapes do not fit.
-    """
-    if patches_BND.ndim != 3 or patches_BND.shape[0] != texts_BD.shape[0]:
-        raise ValueError(f"expected (B, N, D) and (B, D), got {tuple(patches_BND.shape)} and {tuple(texts_BD.shape)}")
-    return contrastive_loss_from_scores(
-        softmax_pooled_scores(patches_BND, gather_rows(texts_BD), pooling_temperature), scale
-    )
 
 
 def _matching(images_BD: Tensor, texts_BD: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,7 +130,7 @@ def _matching(images_BD: Tensor, texts_BD: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _own_columns(rows_BQ: Tensor) -> Tensor:
-    """Where this worker's pairs are among those of all."""
+    """Return the columns of this worker's pairs among those of all workers. Shape: -> (B,)."""
     count = len(rows_BQ)
     return torch.arange(count, device=rows_BQ.device) + rank() * count
 

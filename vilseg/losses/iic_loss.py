@@ -49,6 +49,12 @@ def iic_loss(
 
     Raises:
         ValueError: shapes differ, or the grid is not larger than ``radius``.
+
+    Example:
+        >>> labels = torch.tensor([[[0, 0], [1, 1]]])  # one image of 2 x 2 patches in two even clusters
+        >>> maps = torch.nn.functional.one_hot(labels).permute(0, 3, 1, 2).float()
+        >>> round(float(iic_loss(maps, maps, radius=0)), 4)  # the least that there is: -log 2
+        -0.6931
     """
     return iic_loss_from_joints(unnormalized_joints(first_BKhw, second_BKhw, valid_Bhw, radius=radius), entropy_weight)
 
@@ -61,7 +67,7 @@ def unnormalized_joints(
     Args and errors: as for :func:`iic_loss`.
 
     Returns:
-        Shape: (S, K, K) with S = (2 radius + 1)^2.
+        Shape: (O, K, K) with O = (2 radius + 1)^2.
     """
     if first_BKhw.shape != second_BKhw.shape or first_BKhw.ndim != 4:
         raise ValueError(f"expected two (B, K, h, w), got {tuple(first_BKhw.shape)} and {tuple(second_BKhw.shape)}")
@@ -75,34 +81,34 @@ def unnormalized_joints(
     return _JointSums.apply(first, second, radius)
 
 
-def iic_loss_from_joints(joints_SKK: Tensor, entropy_weight: float = 1.0) -> Tensor:
+def iic_loss_from_joints(joints_OKK: Tensor, entropy_weight: float = 1.0) -> Tensor:
     """The loss of :func:`iic_loss` from this worker's :func:`unnormalized_joints`."""
-    joints_SKK = mean_over_workers(joints_SKK)
-    joints_SKK = joints_SKK + joints_SKK.transpose(1, 2)
-    total_S = joints_SKK.sum((1, 2))
-    met_S = total_S > 0
-    if not bool(met_S.any()):
-        return joints_SKK.sum() * 0.0
-    joints_SKK = (joints_SKK[met_S] / total_S[met_S].view(-1, 1, 1)).clamp(min=_EPS)
-    marginal_SK = joints_SKK.sum(2)
-    log_marginals_SKK = marginal_SK.log().unsqueeze(2) + marginal_SK.log().unsqueeze(1)
-    information_S = (joints_SKK * (joints_SKK.log() - entropy_weight * log_marginals_SKK)).sum((1, 2))
-    return -information_S.mean()
+    joints_OKK = mean_over_workers(joints_OKK)
+    joints_OKK = joints_OKK + joints_OKK.transpose(1, 2)
+    total_O = joints_OKK.sum((1, 2))
+    met_O = total_O > 0
+    if not bool(met_O.any()):
+        return joints_OKK.sum() * 0.0
+    joints_OKK = (joints_OKK[met_O] / total_O[met_O].view(-1, 1, 1)).clamp(min=_EPS)
+    marginal_OK = joints_OKK.sum(2)
+    log_marginals_OKK = marginal_OK.log().unsqueeze(2) + marginal_OK.log().unsqueeze(1)
+    information_O = (joints_OKK * (joints_OKK.log() - entropy_weight * log_marginals_OKK)).sum((1, 2))
+    return -information_O.mean()
 
 
 @torch.no_grad()
-def cluster_metrics(joints_SKK: Tensor) -> dict[str, Tensor]:
-    """How evenly the clusters share the patches of the whole batch, from this worker's :func:`unnormalized_joints`.
+def cluster_metrics(joints_OKK: Tensor) -> dict[str, Tensor]:
+    """Measure how evenly the patches of the whole batch are divided, from this worker's :func:`unnormalized_joints`.
 
     Returns:
-        ``entropy``, of the clusters' shares over its largest value log K: 1 where all are alike, 0 where one has everything;
-        ``used``, how many clusters have at least a tenth of an even share. The same on every worker.
+        ``entropy``, of the clusters' fractions over its largest value log K: 1 where all are equal, 0 where one has everything;
+        ``used``, the number of clusters with at least a tenth of an even fraction. The same on every worker.
     """
-    sums_K = mean_over_workers(joints_SKK.sum((0, 1)) + joints_SKK.sum((0, 2)))
-    share_K = sums_K / sums_K.sum().clamp(min=_EPS)
-    clusters = len(share_K)
-    entropy = torch.special.entr(share_K).sum() / max(math.log(clusters), _EPS)
-    return {"entropy": entropy, "used": (share_K >= 0.1 / clusters).sum().to(share_K.dtype)}
+    sums_K = mean_over_workers(joints_OKK.sum((0, 1)) + joints_OKK.sum((0, 2)))
+    fraction_K = sums_K / sums_K.sum().clamp(min=_EPS)
+    clusters = len(fraction_K)
+    entropy = torch.special.entr(fraction_K).sum() / max(math.log(clusters), _EPS)
+    return {"entropy": entropy, "used": (fraction_K >= 0.1 / clusters).sum().to(fraction_K.dtype)}
 
 
 class _JointSums(torch.autograd.Function):
@@ -120,11 +126,11 @@ class _JointSums(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient_SKK: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, gradient_OKK: Tensor) -> tuple[Tensor, Tensor, None]:
         first_RK, second_RK = ctx.saved_tensors
         here, shifts = _shifts(len(first_RK), ctx.grid[1], ctx.radius)
         by_first, by_second = torch.zeros_like(first_RK), torch.zeros_like(second_RK)
-        for gradient_KK, there in zip(gradient_SKK, shifts, strict=True):
+        for gradient_KK, there in zip(gradient_OKK, shifts, strict=True):
             by_first[here].addmm_(second_RK[there], gradient_KK.T)
             by_second[there].addmm_(first_RK[here], gradient_KK)
         return _unframed(by_first, ctx.grid, ctx.radius), _unframed(by_second, ctx.grid, ctx.radius), None
@@ -143,7 +149,7 @@ def _unframed(rows_RK: Tensor, grid: tuple[int, int], frame: int) -> Tensor:
 
 
 def _shifts(rows: int, w: int, radius: int) -> tuple[slice, list[slice]]:
-    """The rows but those that are frame wherever they are shifted to, and where each displacement shifts them."""
+    """Return the rows that lie outside the frame, with a margin, and the rows that each displacement shifts them to."""
     wide = w + 2 * radius
     margin = radius * wide + radius
     displacements = range(-radius, radius + 1)

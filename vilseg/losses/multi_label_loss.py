@@ -26,6 +26,11 @@ def top_k_pooled_scores(patches_BND: Tensor, phrases_PD: Tensor, top_patches: in
 
     Returns:
         Shape: (B, P).
+
+    Example:
+        >>> patches = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])  # one image with two patches
+        >>> top_k_pooled_scores(patches, torch.tensor([[1.0, 0.0]]), top_patches=1)
+        tensor([[1.]])
     """
     if len(phrases_PD) == 0:
         return patches_BND.sum(2)[:, :0]
@@ -47,6 +52,13 @@ def multi_label_loss(scores_BP: Tensor, positives_BP: Tensor, scale: Tensor) -> 
 
     Raises:
         ValueError: the shapes differ.
+
+    Example:
+        >>> scores = torch.tensor([[0.9, 0.1], [0.8, 0.9]])  # two images, two phrases
+        >>> positives = torch.tensor([[True, False], [True, True]])
+        >>> loss = multi_label_loss(scores, positives, torch.tensor(10.0))
+        >>> round(float(loss), 3)
+        0.407
     """
     if positives_BP.shape != scores_BP.shape:
         raise ValueError(f"positives must be {tuple(scores_BP.shape)}, got {tuple(positives_BP.shape)}")
@@ -55,13 +67,6 @@ def multi_label_loss(scores_BP: Tensor, positives_BP: Tensor, scale: Tensor) -> 
     logits_QP = gather_rows(scale * scores_BP)
     positives_QP = gather_rows(positives_BP.to(scores_BP.dtype))
     return (_multi_positive(logits_QP, positives_QP) + _multi_positive(logits_QP.T, positives_QP.T)) / 2
-
-
-def noun_contrast(
-    patches_BND: Tensor, phrases_PD: Tensor, positives_BP: Tensor, scale: Tensor, top_patches: int
-) -> Tensor:
-    """:func:`multi_label_loss` of :func:`top_k_pooled_scores`; ``phrases_PD`` must be the same on every worker."""
-    return multi_label_loss(top_k_pooled_scores(patches_BND, phrases_PD, top_patches), positives_BP, scale)
 
 
 def _multi_positive(logits_RC: Tensor, positives_RC: Tensor) -> Tensor:

@@ -126,7 +126,7 @@ def delete_checkpoint(folder: RunDirectory, step: int) -> None:
 
 
 def require_metric(name: str, metrics: Mapping[str, float]) -> None:
-    """Whether the best checkpoint can be told by ``name``.
+    """Check that reports have the metric ``name``, by which the best checkpoint is chosen.
 
     Raises:
         ConfigError: the report of a checkpoint has no such figure; the nearest is named.
@@ -146,7 +146,7 @@ def best_step(kept: Mapping[int, Manifest], *, lower_is_better: bool) -> int | N
 
 
 def read_checkpoint(folder: RunDirectory, step: int) -> dict[str, Any]:
-    """What :func:`write_checkpoint` wrote; tensors and plain numbers only, nothing else is unpickled."""
+    """Read a checkpoint of :func:`write_checkpoint`; tensors and plain numbers only, nothing else is unpickled."""
     return read_state(folder.state(step))
 
 

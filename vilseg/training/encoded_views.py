@@ -1,4 +1,4 @@
-"""A worker's batch on its device, and what the image encoder sees in its views."""
+"""The views of a batch, encoded."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def pooled_features(features: ImageFeatures) -> Tensor:
 
 
 def as_float32(features: ImageFeatures) -> ImageFeatures:
-    """What an autocast encoder gave, in full precision."""
+    """Convert the features of an autocast encoder to float32."""
     pooled = None if features.pooled is None else features.pooled.float()
     return features._replace(patches=features.patches.float(), pooled=pooled)
 

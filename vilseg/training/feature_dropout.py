@@ -23,7 +23,7 @@ _CHUNK_VALUES = 1 << 19
 
 
 def logits_with_feature_dropout(head: nn.Sequential, patches_BNF: Tensor, factors_VBF: Tensor) -> Tensor:
-    """What ``head`` makes of each view; ``head(patches * factors)`` of each in turn, without making the products.
+    """Compute ``head(patches * factors)`` for each view, without making the products.
 
     Args:
         head: a layer norm and a linear map.

@@ -1,6 +1,6 @@
-"""Weights cut among the workers (FSDP2: fully sharded data parallelism, Zhao et al. 2023), and their states whole again.
+"""Weights sharded over the workers (FSDP2: fully sharded data parallelism, Zhao et al. 2023), and full state dicts.
 
-Every function also takes what is not cut and leaves it as it is, so that one way serves both.
+Every function also takes tensors that are not sharded and returns them as they are, so that both cases share one code path.
 """
 
 from __future__ import annotations
@@ -62,34 +62,34 @@ def _layers(module: nn.Module) -> Iterator[nn.Module]:
         yield from _layers(child)
 
 
-def _is_cut(value: Any) -> TypeGuard[DTensor]:
-    """Whether it is a ``DTensor``, whose class takes seconds to import; only a tensor that is cut has parts of its own."""
+def is_sharded(value: Any) -> TypeGuard[DTensor]:
+    """True for a ``DTensor``, known by its attribute: importing the class takes seconds."""
     return isinstance(value, Tensor) and hasattr(value, "placements")
 
 
 def local_shard(tensor: Tensor) -> Tensor:
-    """What this worker holds of a tensor: a view of its part, or the whole where it is not cut."""
-    return tensor.to_local() if _is_cut(tensor) else tensor
+    """Return this worker's part of a sharded tensor, as a view; a tensor that is not sharded as it is."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def full_state(state: Any) -> Any:
-    """A state with its tensors put together on the CPU of the first worker; all workers have to ask.
+    """Gather full tensors on the CPU of rank 0. Collective: call it on every rank.
 
-    On the others None stands for tensors that are cut. A state of whole tensors comes back as it is.
+    On the other ranks None stands for sharded tensors. A state without sharded tensors is returned as it is.
     """
     if isinstance(state, dict):
         return {name: full_state(value) for name, value in state.items()}
     if isinstance(state, (list, tuple)):
         return type(state)(full_state(value) for value in state)
-    if not _is_cut(state):
+    if not is_sharded(state):
         return state
     tensor = state.full_tensor()
     return tensor.cpu() if rank() == 0 else None
 
 
 def shard_like(value: Tensor, pattern: Tensor) -> Tensor:
-    """A whole tensor, the same on every worker, cut as ``pattern`` is; as it is where that is not cut."""
-    if not _is_cut(pattern):
+    """Shard a full tensor, the same on every worker, as ``pattern`` is sharded."""
+    if not is_sharded(pattern):
         return value
     from torch.distributed.tensor import distribute_tensor
 
@@ -101,11 +101,11 @@ def clip_gradient_norm(parameters: Iterable[Tensor], largest: float) -> Tensor:
     """``torch.nn.utils.clip_grad_norm_`` where some gradients are cut and some are not; the norm before, shape ()."""
     parameters = list(parameters)
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if not any(_is_cut(gradient) for gradient in gradients):
+    if not any(is_sharded(gradient) for gradient in gradients):
         return torch.nn.utils.clip_grad_norm_(parameters, largest)
-    square = torch.nn.utils.get_total_norm([local_shard(g) for g in gradients if _is_cut(g)]).square()
+    square = torch.nn.utils.get_total_norm([local_shard(g) for g in gradients if is_sharded(g)]).square()
     dist.all_reduce(square)
-    kept = torch.nn.utils.get_total_norm([g for g in gradients if not _is_cut(g)])
+    kept = torch.nn.utils.get_total_norm([g for g in gradients if not is_sharded(g)])
     norm = (square + kept.to(square.device).square()).sqrt()
     factor = (largest / (norm + 1e-6)).clamp(max=1.0)  # the summand is torch's
     torch._foreach_mul_([local_shard(gradient) for gradient in gradients], factor)

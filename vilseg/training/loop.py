@@ -17,7 +17,7 @@ from vilseg.device import require_compiler
 from vilseg.distributed import gather_objects, mean_over_workers, rank
 from vilseg.errors import DataError, UserError
 from vilseg.training.batch import TensorBatch
-from vilseg.training.fsdp import clip_gradient_norm, full_state, shard_like
+from vilseg.training.fsdp import clip_gradient_norm, full_state, is_sharded, shard_like
 from vilseg.training.grad_cache import backward_in_chunks, require_per_sample_encoders
 from vilseg.training.lr_schedule import learning_rate, parameter_groups
 from vilseg.training.objective import Objective
@@ -25,7 +25,7 @@ from vilseg.training.prefetch import copy_to_device
 
 
 class NonFiniteLossError(UserError):
-    """The loss is no number any more.
+    """Loss or gradient norm is NaN or infinite.
 
     Args:
         message: the sentence.
@@ -72,6 +72,9 @@ class Trainer:
             betas=self.optimizer.betas,
             fused=self.device.type == "cuda",
         )
+        # The fused kernel skips an update by itself; it does not take that flag together with sharded weights.
+        self._skips_on_device = self.device.type == "cuda" and not any(map(is_sharded, self.objective.parameters()))
+        self._skipped = False
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a run resumes from: tensors and plain numbers, loadable without unpickling objects.
@@ -141,7 +144,7 @@ class Trainer:
             meter.add(self.train_step(batch), batch.keys)
             self.step += 1
             due = self.step == self.trainer.steps or self.step % self.trainer.checkpoint_every == 0
-            if due or self.step % self.trainer.log_every == 0:
+            if due or self._skipped or self.step % self.trainer.log_every == 0:
                 on_report(self._metrics(meter))  # before a checkpoint, so that none is written of a run gone NaN
             stop = should_stop()
             if due or stop:
@@ -159,9 +162,22 @@ class Trainer:
         self._adamw.zero_grad(set_to_none=True)
         losses = self._backward(batch)
         norm = clip_gradient_norm(self.objective.parameters(), self.optimizer.gradient_clip or math.inf)
-        self._adamw.step()
+        self._update(norm)
         self.objective.after_update(self.step / self.trainer.steps)
         return {name: value.detach() for name, value in losses.items()} | {"gradient_norm": norm.detach()}
+
+    def _update(self, norm: Tensor) -> None:
+        """Update the weights, unless the gradient's norm, which is the same on all workers, is not finite.
+
+        On a GPU the optimiser's kernel looks at the norm, so that the host does not wait for it; the next report finds the step.
+        """
+        if self._skips_on_device:
+            self._adamw.found_inf = norm.isfinite().logical_not().float()  # type: ignore[attr-defined]
+            self._adamw.step()
+        elif bool(norm.isfinite()):
+            self._adamw.step()
+        else:
+            self._skipped = True
 
     def _backward(self, batch: TensorBatch) -> dict[str, Tensor]:
         """Losses, with their gradient in the parameters."""
@@ -200,7 +216,7 @@ class Trainer:
 
 @dataclass(frozen=True)
 class _Step:
-    """What a step was of."""
+    """Losses and pairs of a step."""
 
     losses: dict[str, float]
     """Means over the workers."""

@@ -1,4 +1,4 @@
-"""How the learning rate moves over a run."""
+"""Learning-rate schedule, and parameter groups of the optimiser."""
 
 from __future__ import annotations
 

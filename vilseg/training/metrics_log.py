@@ -1,4 +1,4 @@
-"""What a run tells of itself: ``metrics.jsonl``, TensorBoard events, and MLflow where it is wished for."""
+"""Reports of a run: ``metrics.jsonl``, TensorBoard events, and MLflow if configured."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def read_metrics(folder: RunDirectory) -> list[dict[str, float]]:
 
 
 def _text(uri: str) -> str | None:
-    """What a file says; None where there is none. Workers that are begun anew ask, so it waits for the store."""
+    """Read a text file; None if there is none. Workers that are begun anew ask, so it waits for the store."""
     with storage.retrying():
         return storage.read_text(uri) if storage.exists(uri) else None
 
@@ -146,7 +146,7 @@ class _Mlflow:
             del self._unsent[: len(some)]
 
     def _tell(self, action: Callable[[], object]) -> bool:
-        """Whether MLflow was told; a training that has begun goes on without it."""
+        """Call MLflow and return True, or warn once and return False: training goes on without it."""
         from mlflow.exceptions import MlflowException
 
         try:

@@ -44,7 +44,7 @@ class PseudoLabeler:
         self._phrases_PD: Tensor | None = None
 
     def features(self, pixels_B3HW: Tensor) -> ImageFeatures:
-        """What its own image encoder sees, where that of the student is another by now."""
+        """Encode images with its own image encoder, where that of the student has been trained further."""
         self._model.to(pixels_B3HW.device)
         return self._model.image_features(pixels_B3HW)
 

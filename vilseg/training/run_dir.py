@@ -21,7 +21,7 @@ _STATE_FILE = re.compile(rf"step-(\d+)/{re.escape(STATE)}")
 
 @dataclass(frozen=True)
 class Manifest:
-    """What makes a checkpoint whole."""
+    """Manifest of a checkpoint: a checkpoint whose state has another size is incomplete."""
 
     step: int
     bytes: int
@@ -35,7 +35,7 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
-        """What :meth:`to_json` wrote."""
+        """Parse the text of :meth:`to_json`."""
         return cls(**json.loads(text))
 
 
@@ -67,7 +67,7 @@ class RunDirectory:
 
     @property
     def nonfinite(self) -> str:
-        """Where the loss was no number any more: the step, its losses and the keys of its pairs, JSON."""
+        """JSON file of a loss that was not finite: the step, its losses and the keys of its pairs."""
         return storage.join(self.uri, "nonfinite.json")
 
     @property
@@ -140,7 +140,7 @@ def new_run_name() -> str:
 
 @dataclass(frozen=True)
 class PreparedRun:
-    """What a run is begun with; every worker and every resumption starts from the same."""
+    """Shards, noun phrases and tokenizer of a run; the same for every worker and every resumption."""
 
     shards: tuple[Shard, ...]
     nouns: NounPhrases
@@ -157,7 +157,7 @@ class PreparedRun:
 
     @classmethod
     def from_json(cls, text: str) -> PreparedRun:
-        """What :meth:`to_json` wrote."""
+        """Parse the text of :meth:`to_json`."""
         tree = json.loads(text)
         shards = tuple(Shard(*shard) for shard in tree["shards"])  # runs of before there were mixes name no source
         return cls(shards, NounPhrases.from_json(tree["nouns"]), FixedTokenizer(**tree["tokenizer"]))

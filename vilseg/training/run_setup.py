@@ -1,4 +1,4 @@
-"""What happens around the training loop: preparing a run, and its model at the end."""
+"""Preparing a run, resuming it, making its trainer, and saving its model."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ _MAY_CHANGE = re.compile(r"name|optimizer\..*|segmentation\..*|trainer\.(?!batch
 
 
 def resume(config: RunConfig, folder: RunDirectory) -> PreparedRun:
-    """What the run in ``folder`` was begun with; ``config`` becomes the one saved there.
+    """Read the prepared parts of the run in ``folder`` and save ``config`` there.
 
     Raises:
         ConfigError: ``config`` differs from the run's where it must not, or wants fewer steps than were made.
@@ -78,7 +78,7 @@ def resume(config: RunConfig, folder: RunDirectory) -> PreparedRun:
 
 
 def preflight(config: RunConfig, *, resume: bool) -> None:
-    """What can be said against a run before anything is started; raises as :func:`open_run_directory` and :func:`prepare`."""
+    """Check a configuration before anything is started; raises as :func:`open_run_directory` and :func:`prepare`."""
     config.trainer.check_even_split()
     for part in require_sources(config).values():
         list_shards(part.source, without=config.data.held_out)
@@ -241,7 +241,7 @@ def load_model_at_step(folder: RunDirectory, step: int) -> ViLSeg:
 
 @contextmanager
 def record_nonfinite(folder: RunDirectory) -> Iterator[None]:
-    """Where the loss is no number any more, leave the step, its losses and the keys of its pairs in the run's folder."""
+    """Write the step, its losses and the keys of its pairs to the run directory if the loss becomes NaN or infinite."""
     try:
         yield
     except NonFiniteLossError as error:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vilseg.losses import (
     contrastive_loss,
-    patch_contrast,
+    contrastive_loss_from_scores,
     sigmoid_loss,
     sigmoid_loss_from_scores,
     softmax_pooled_scores,
@@ -22,6 +22,12 @@ BIAS = torch.tensor(-3.0, dtype=torch.float64)
 def unit(*shape: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return F.normalize(torch.randn(*shape, generator=generator, dtype=torch.float64), dim=-1)
+
+
+def patch_contrast(patches_BND: Tensor, texts_BD: Tensor, scale: Tensor, pooling_temperature: float) -> Tensor:
+    """InfoNCE of pooled patches and the captions of all workers."""
+    scores_BQ = softmax_pooled_scores(patches_BND, texts_BD, pooling_temperature)
+    return contrastive_loss_from_scores(scores_BQ, scale)
 
 
 def dot(a: list[float], b: list[float]) -> float:
@@ -150,5 +156,3 @@ def test_wrong_shapes_are_told() -> None:
         contrastive_loss(unit(4, 3), unit(5, 3), SCALE)
     with pytest.raises(ValueError, match=r"\(4, 3\) and \(5, 3\)"):
         sigmoid_loss(unit(4, 3), unit(5, 3), SCALE, BIAS)
-    with pytest.raises(ValueError, match=r"expected \(B, N, D\)"):
-        patch_contrast(unit(4, 3), unit(4, 3), SCALE, 0.1)

@@ -12,13 +12,14 @@ from vilseg.distributed import gather_rows, mean_over_workers, rank, world_size
 from vilseg.losses import (
     DINOLoss,
     contrastive_loss,
+    contrastive_loss_from_scores,
     crop_info_nce_loss,
     iic_loss,
-    noun_contrast,
-    patch_contrast,
+    multi_label_loss,
     sigmoid_loss,
     sigmoid_loss_from_scores,
     softmax_pooled_scores,
+    top_k_pooled_scores,
 )
 
 IMAGES = 6
@@ -36,6 +37,19 @@ class Towers(nn.Module):
         self.prototypes = nn.Linear(5, 8)
         self.scale = nn.Parameter(torch.tensor(6.0))
         self.bias = nn.Parameter(torch.tensor(-2.0))
+
+
+def patch_contrast(patches_BND: Tensor, texts_BD: Tensor, scale: Tensor, pooling_temperature: float) -> Tensor:
+    """InfoNCE of pooled patches and the captions of all workers."""
+    scores_BQ = softmax_pooled_scores(patches_BND, gather_rows(texts_BD), pooling_temperature)
+    return contrastive_loss_from_scores(scores_BQ, scale)
+
+
+def noun_contrast(
+    patches_BND: Tensor, phrases_PD: Tensor, positives_BP: Tensor, scale: Tensor, top_patches: int
+) -> Tensor:
+    """Multi-label loss of images by their best patches."""
+    return multi_label_loss(top_k_pooled_scores(patches_BND, phrases_PD, top_patches), positives_BP, scale)
 
 
 def losses_and_gradients(dtype_name: str) -> dict[str, Any]:
@@ -105,3 +119,24 @@ def test_the_comparison_means_something() -> None:
     for name in names:
         largest = max(np.abs(value).max() for key, value in gradients.items() if key.startswith(f"{name} by"))
         assert largest > 1e-3, name
+
+
+def gradients_beside_a_gather() -> dict[str, Any]:
+    x, bias = (torch.full((2,), value, requires_grad=True) for value in (1.0, 2.0))
+    weight = torch.tensor([[1.0], [10.0]]).expand(2, 2).flatten() * (rank() + 1)
+    shift = torch.cat([bias, bias * 0])
+    shift.retain_grad()
+    ((gather_rows(x) + shift) * weight).sum().backward()
+    assert x.grad is not None
+    assert shift.grad is not None
+    return {"x": x.grad.tolist(), "shift": shift.grad.tolist(), "weight": weight.tolist()}
+
+
+def test_the_gradient_of_a_gather_leaves_that_of_its_neighbours_alone(
+    on_two_workers: Callable[..., list[Any]],
+) -> None:
+    first, second = on_two_workers(gradients_beside_a_gather)
+    for worker in (first, second):
+        assert worker["shift"] == worker["weight"], "a bias added to gathered rows has this worker's gradient alone"
+    assert first["x"] == [3.0, 3.0]
+    assert second["x"] == [30.0, 30.0]

@@ -7,10 +7,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vilseg.losses import noun_contrast
+from vilseg.losses import (
+    multi_label_loss,
+    top_k_pooled_scores,
+)
 
 SCALE = torch.tensor(5.0, dtype=torch.float64)
 POSITIVES = torch.tensor([[1, 0, 1], [0, 1, 0], [0, 0, 0], [1, 1, 0]], dtype=torch.bool)
+
+
+def noun_contrast(
+    patches_BND: Tensor, phrases_PD: Tensor, positives_BP: Tensor, scale: Tensor, top_patches: int
+) -> Tensor:
+    """Multi-label loss of images by their best patches."""
+    return multi_label_loss(top_k_pooled_scores(patches_BND, phrases_PD, top_patches), positives_BP, scale)
 
 
 def unit(*shape: int, seed: int = 0) -> Tensor:

@@ -67,7 +67,7 @@ def trainer_of(
 
 
 def gradients(trainer: Trainer) -> dict[str, np.ndarray]:
-    """Of one step, with its losses."""
+    """Gradients of one step, with its losses."""
     objective = trainer.objective.train()
     images = torch.randint(0, 256, (4, 24, 24, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
     tokens = objective.model.text_encoder.tokenize(["a dog on grass", "two cats", "a horse by the sea", "a sofa"])

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from vilseg.config import OptimizerConfig, TrainerConfig, ViewsConfig
 from vilseg.config.loss import LossConfig
@@ -83,7 +83,7 @@ def make_trainer(
 
 
 def batches(folder: str, first_step: int, last_step: int) -> Iterator[WorkerBatch]:
-    """What this worker is fed."""
+    """Batches of this worker."""
     model = ViLSeg.from_pretrained(f"{folder}/initial")
     reader = BatchReader(
         batch_size=BATCH,
@@ -267,6 +267,49 @@ def test_a_gradient_that_is_no_number_ends_the_run_before_a_checkpoint_has_it(
         trainer.train(spoiled, on_report=lambda _: None, on_checkpoint=lambda: written.append(trainer.step))
     assert written == [2]
     assert math.isfinite(caught.value.found["losses"]["loss"])
+
+
+def spoiled_at_step_4(folder: str, *, on_device: bool) -> tuple[NonFiniteLossError, Trainer, dict[str, Tensor]]:
+    """The error of a run whose fourth gradient is infinite, its trainer, and the weights before that step."""
+    trainer = make_trainer(folder, 6)
+    trainer.trainer = trainer.trainer.replace(log_every=6)
+    if on_device:  # the fused kernel of the CPU takes the same flag as that of a GPU
+        trainer._skips_on_device = True
+        for group in trainer._adamw.param_groups:
+            group["fused"], group["foreach"] = True, False
+    before: dict[str, Tensor] = {}
+    handles: list[Any] = []
+
+    def spoil() -> None:
+        before.update({name: p.detach().clone() for name, p in trainer.objective.model.named_parameters()})
+        weight = trainer.objective.model.image_projection.weight
+        handles.append(weight.register_hook(lambda gradient: gradient * math.inf))
+
+    def heal() -> None:
+        handles.pop().remove()
+
+    fed = doing(heal, doing(spoil, batches(folder, 0, 6), before=3), before=4)
+    with pytest.raises(NonFiniteLossError) as caught:
+        run(trainer, fed)
+    return caught.value, trainer, before
+
+
+def test_no_update_is_made_with_a_gradient_that_is_not_finite(
+    tmp_path: Path, make_model: Callable[..., ViLSeg]
+) -> None:
+    error, trainer, before = spoiled_at_step_4(write_run(tmp_path, make_model), on_device=False)
+    assert error.found["step"] == trainer.step == 4, "found at once, not at the next report"
+    for name, parameter in trainer.objective.model.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+
+
+def test_the_optimiser_skips_such_an_update_without_the_host(tmp_path: Path, make_model: Callable[..., ViLSeg]) -> None:
+    error, trainer, _ = spoiled_at_step_4(write_run(tmp_path, make_model), on_device=True)
+    assert error.found["step"] == 4
+    assert trainer.step == 6, "found at the next report"
+    assert all(bool(parameter.isfinite().all()) for parameter in trainer.objective.model.parameters())
+    steps = {int(state["step"]) for state in trainer._adamw.state.values()}
+    assert steps == {5}, "two further updates were made, one was left out"
 
 
 def test_the_gradient_is_clipped(tmp_path: Path, make_model: Callable[..., ViLSeg]) -> None:

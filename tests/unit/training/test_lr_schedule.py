@@ -1,4 +1,4 @@
-"""How the learning rate moves, and what weight decay leaves alone."""
+"""Learning-rate schedule, and the parameters without weight decay."""
 
 from itertools import pairwise
 

@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, TensorBoard and MLflow, and that a resumed run goes on with them."""
+"""Reports of a run: metrics.jsonl, TensorBoard and MLflow, and that a resumed run goes on with them."""
 
 from pathlib import Path
 from typing import Any

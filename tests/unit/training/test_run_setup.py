@@ -1,4 +1,4 @@
-"""What a run is begun with: the shards of all its sources, and words that come from all of them."""
+"""Preparation of a run: the shards of all its sources, and words that come from all of them."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -48,7 +48,7 @@ def normalised(kind: str, images: Tensor) -> Tensor:
 
 
 def cut_into_patches(pixels: Tensor) -> dict[str, Tensor]:
-    """What SigLIP 2 takes, cut by hand."""
+    """Patches as SigLIP 2 takes them, cut by hand."""
     h, w = pixels.shape[2] // PATCH, pixels.shape[3] // PATCH
     rows = []
     for image in pixels:

@@ -1,4 +1,4 @@
-"""What training records for inference: means and covariance of embeddings, and cached features in place of networks."""
+"""Statistics that training records for inference: means and covariance of embeddings, and cached features in place of networks."""
 
 from __future__ import annotations
 
