@@ -1,4 +1,4 @@
-"""Statistics that training records for inference: means and covariance of embeddings, and cached features in place of networks."""
+"""Statistics that training records for inference: mean and covariance of embeddings, and cached features instead of networks."""
 
 from __future__ import annotations
 
