@@ -42,7 +42,8 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/lint-imports --no-logo
+	$(BIN)/lint-imports
+	$(BIN)/python tools/check_docstrings.py --no-logo
 
 format: setup
 	$(BIN)/ruff format .
