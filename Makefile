@@ -42,8 +42,8 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/lint-imports
-	$(BIN)/python tools/check_docstrings.py --no-logo
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/python tools/check_docstrings.py
 
 format: setup
 	$(BIN)/ruff format .
