@@ -9,7 +9,7 @@ from pydantic import field_validator
 
 from vilseg import storage
 from vilseg.config.base import ConfigPart, ConfigTree, NonNegative, Positive, PositiveInt
-from vilseg.config.places import ModelRef, Uri
+from vilseg.config.locations import ModelRef, Uri
 from vilseg.errors import ConfigError
 
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")

@@ -15,7 +15,7 @@ from serve.api_keys import ApiKeys
 from serve.config import ServeConfig
 from serve.middleware import is_loopback
 from serve.rollout import LOG_DIRECTORY
-from vilseg.config import absolute_places
+from vilseg.config import absolute_locations
 from vilseg.errors import ConfigError, UserError
 from vilseg.model.serialization import read_segmentation_config
 
@@ -83,7 +83,7 @@ def fit_to_cluster(config: ServeConfig, session: Session) -> ServeConfig:
             f"replicas.minimum is {replicas.minimum}, but there is room for {most} of {replicas.cpus:g} CPUs "
             f"and {gpus:g} GPUs each; lower replicas.minimum, cpus or gpus"
         )
-    return absolute_places(config.replace(replicas=replicas.replace(maximum=most, gpus=gpus)))
+    return absolute_locations(config.replace(replicas=replicas.replace(maximum=most, gpus=gpus)))
 
 
 def _address(host: str) -> str:

@@ -25,7 +25,7 @@ from pydantic import Field, model_validator
 
 from vilseg.config import RunConfig
 from vilseg.config.base import ConfigPart, ConfigTree, PositiveInt
-from vilseg.config.places import DatasetUri
+from vilseg.config.locations import DatasetUri
 from vilseg.data.cached_views import VIEW_KEYS
 from vilseg.errors import ConfigError, UserError
 from vilseg.evaluation.proxy_metrics import MEASURES

@@ -34,7 +34,7 @@ from tune.searcher import make_optuna_search, unfinished_points
 from tune.trial import TrialResources, TrialRunner, function_trainable, ray_train_trainable
 from tune.trial_records import PointResult, TrialRecord, TrialRecords, rank_points, trial_name
 from vilseg import storage
-from vilseg.config import RunConfig, absolute_places, list_places
+from vilseg.config import RunConfig, absolute_locations, list_locations
 from vilseg.errors import ConfigError, StorageError, UserError
 from vilseg.evaluation.datasets import open_dataset
 from vilseg.training.run_dir import new_run_name
@@ -79,7 +79,7 @@ def check(config: RunConfig, space: SearchSpace, *, resume: bool) -> None:
         DataError: the dataset, or the pairs, cannot be read.
         StorageError: a bucket is missing, or the sweep's directory exists.
     """
-    config = absolute_places(config)
+    config = absolute_locations(config)
     space = absolute_choices(config, space)
     space.check(config)
     preflight(config.replace(name=None), resume=False)
@@ -116,7 +116,7 @@ def main(
         UserError: an error in the configuration, the space, the pairs or the storage, or no trial has a score.
     """
     config = config if config.name else config.replace(name=new_run_name())
-    config = absolute_places(config)
+    config = absolute_locations(config)
     space = absolute_choices(config, space)
     check(config, space, resume=resume)
     uri = _sweep_uri(config)
@@ -140,16 +140,16 @@ def main(
 
 
 def absolute_choices(config: RunConfig, space: SearchSpace) -> SearchSpace:
-    """Return ``space`` with the places among its choices made absolute, as those of the configuration are."""
+    """Return ``space`` with the locations among its choices made absolute, as those of the configuration are."""
     parameters = dict(space.parameters)
     for key, parameter in parameters.items():
         if parameter.choice is None or not all(isinstance(value, str) for value in parameter.choice):
             continue
-        points = [absolute_places(config_at_point(config, {key: value})) for value in parameter.choice]
-        places = [{place.key: place.value for place in list_places(point)} for point in points]
-        choice = [found.get(key, value) for found, value in zip(places, parameter.choice, strict=True)]
+        points = [absolute_locations(config_at_point(config, {key: value})) for value in parameter.choice]
+        locations = [{location.key: location.value for location in list_locations(point)} for point in points]
+        choice = [found.get(key, value) for found, value in zip(locations, parameter.choice, strict=True)]
         parameters[key] = parameter.replace(choice=choice)
-    return absolute_places(space.replace(parameters=parameters))
+    return absolute_locations(space.replace(parameters=parameters))
 
 
 def plan_trials(config: RunConfig, session: Session) -> TrialResources:

@@ -19,7 +19,7 @@ from cli.overrides import split_overrides
 from cluster.ray_session import forwarded_environment
 from vilseg import storage
 from vilseg.config import RunConfig
-from vilseg.config.places import Place, PlaceKind, is_hub_id, list_places
+from vilseg.config.locations import Location, LocationKind, is_hub_id, list_locations
 from vilseg.errors import StorageError, UserError
 
 _REFUSED = {
@@ -189,21 +189,21 @@ def _places(parameters: dict[str, Any]) -> Iterator[tuple[str, str]]:
 def _configured(verb: str, parameters: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield keys of a verb's configuration and the paths and URIs that they hold; raise as the verb would for a wrong key."""
     overrides = parameters.get("overrides") or []
-    places: list[Place] = []
+    locations: list[Location] = []
     if verb in ("train", "tune"):
-        places += list_places(RunConfig.load(parameters["config"], overrides))
+        locations += list_locations(RunConfig.load(parameters["config"], overrides))
     if verb == "tune":
         from tune.search_space import SearchSpace
 
         space = SearchSpace.load(parameters["space"])
-        places += list_places(space.replace(dataset=None) if parameters["dataset"] else space)
+        locations += list_locations(space.replace(dataset=None) if parameters["dataset"] else space)
     if verb == "serve":
         from serve.config import ServeConfig
 
-        places += list_places(ServeConfig.of(parameters["config"], parameters["model"] or [], None, overrides))
-    for place in places:
-        if place.kind is not PlaceKind.MODEL or not is_hub_id(place.uri):
-            yield place.key, place.uri
+        locations += list_locations(ServeConfig.of(parameters["config"], parameters["model"] or [], None, overrides))
+    for location in locations:
+        if location.kind is not LocationKind.MODEL or not is_hub_id(location.uri):
+            yield location.key, location.uri
 
 
 def _is_path_there(written: str, place: str) -> bool:

@@ -2,6 +2,15 @@
 
 from vilseg.config.base import ConfigPart, ConfigTree, flatten
 from vilseg.config.data import ColumnsConfig, DataConfig, FiltersConfig, TextConfig, WeightedSource
+from vilseg.config.locations import (
+    DatasetUri,
+    ModelRef,
+    Uri,
+    absolute_locations,
+    is_hub_id,
+    list_locations,
+    map_locations,
+)
 from vilseg.config.loss import (
     CrossModalConfig,
     LossConfig,
@@ -11,7 +20,6 @@ from vilseg.config.loss import (
     VisionConfig,
 )
 from vilseg.config.model import ImageEncoderConfig, ModelConfig, TextEncoderConfig
-from vilseg.config.places import DatasetUri, ModelRef, Uri, absolute_places, is_hub_id, list_places, map_places
 from vilseg.config.run import RunConfig
 from vilseg.config.segmentation import RefinementConfig, SegmentationConfig
 from vilseg.config.training import OptimizerConfig, TrainerConfig
@@ -43,9 +51,9 @@ __all__ = [
     "ViewsConfig",
     "VisionConfig",
     "WeightedSource",
-    "absolute_places",
+    "absolute_locations",
     "flatten",
     "is_hub_id",
-    "list_places",
-    "map_places",
+    "list_locations",
+    "map_locations",
 ]

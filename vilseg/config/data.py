@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from vilseg import storage
 from vilseg.config.base import ConfigPart, Fraction, NonNegative, NonNegativeInt, Positive, PositiveInt
-from vilseg.config.places import Uri
+from vilseg.config.locations import Uri
 
 
 class ColumnsConfig(ConfigPart):

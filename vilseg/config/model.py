@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from vilseg.config.base import ConfigPart, PositiveInt
-from vilseg.config.places import ModelRef
+from vilseg.config.locations import ModelRef
 
 
 class ImageEncoderConfig(ConfigPart):

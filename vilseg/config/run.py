@@ -12,9 +12,9 @@ from pydantic import model_validator
 
 from vilseg.config.base import ConfigTree
 from vilseg.config.data import DataConfig
+from vilseg.config.locations import ModelRef
 from vilseg.config.loss import LossConfig
 from vilseg.config.model import ModelConfig
-from vilseg.config.places import ModelRef
 from vilseg.config.segmentation import SegmentationConfig
 from vilseg.config.training import OptimizerConfig, TrainerConfig
 from vilseg.config.views import ViewsConfig

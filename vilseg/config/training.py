@@ -7,7 +7,7 @@ from typing import Literal, Self
 from pydantic import field_validator, model_validator
 
 from vilseg.config.base import ConfigPart, FractionBelowOne, NonNegative, NonNegativeInt, Positive, PositiveInt
-from vilseg.config.places import Uri
+from vilseg.config.locations import Uri
 from vilseg.errors import ConfigError
 
 

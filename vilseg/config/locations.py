@@ -1,7 +1,7 @@
-"""Types of configuration keys that name places (URIs, models, datasets), and one walk over all of them.
+"""Types of configuration keys that name locations (URIs, models, datasets), and one walk over all of them.
 
-A key that is typed :data:`Uri`, :data:`ModelRef` or :data:`DatasetUri` is found by :func:`map_places` wherever it stands in a
-tree of parts, so that whoever has to list places or make them absolute needs no list of keys.
+A key that is typed :data:`Uri`, :data:`ModelRef` or :data:`DatasetUri` is found by :func:`map_locations` wherever it stands in a
+tree of parts, so that whoever has to list locations or make them absolute needs no list of keys.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from vilseg import storage
 from vilseg.config.base import ConfigPart
 
 
-class PlaceKind(enum.Enum):
-    """Syntax of a key that names a place."""
+class LocationKind(enum.Enum):
+    """Syntax of a key that names a location."""
 
     URI = "uri"
     """Path or ``s3://`` URI."""
@@ -26,62 +26,62 @@ class PlaceKind(enum.Enum):
     """``KIND:URI``."""
 
 
-Uri = Annotated[str, PlaceKind.URI]
-ModelRef = Annotated[str, PlaceKind.MODEL]
-DatasetUri = Annotated[str, PlaceKind.DATASET]
+Uri = Annotated[str, LocationKind.URI]
+ModelRef = Annotated[str, LocationKind.MODEL]
+DatasetUri = Annotated[str, LocationKind.DATASET]
 
 Config = TypeVar("Config", bound=ConfigPart)
-Change = Callable[[str, str, PlaceKind], str]
+Change = Callable[[str, str, LocationKind], str]
 
 
-class Place(NamedTuple):
-    """A configuration key that names a place."""
+class Location(NamedTuple):
+    """A configuration key that names a location."""
 
     key: str
     """Dotted, with positions in lists: ``data.mix.0.source``."""
     value: str
-    kind: PlaceKind
+    kind: LocationKind
 
     @property
     def uri(self) -> str:
         """The value without the ``KIND:`` of a dataset."""
-        return self.value.partition(":")[2] if self.kind is PlaceKind.DATASET else self.value
+        return self.value.partition(":")[2] if self.kind is LocationKind.DATASET else self.value
 
 
-def map_places(config: Config, change: Change) -> Config:
-    """Return ``config`` with every place replaced by ``change(key, value, kind)``; keys that are not set are skipped."""
+def map_locations(config: Config, change: Change) -> Config:
+    """Return ``config`` with every location replaced by ``change(key, value, kind)``; keys that are not set are skipped."""
     return _map_part(config, "", change)
 
 
-def list_places(config: ConfigPart) -> list[Place]:
-    """Return the places that are set in ``config``, in the order of its keys.
+def list_locations(config: ConfigPart) -> list[Location]:
+    """Return the locations that are set in ``config``, in the order of its keys.
 
     Example:
         >>> from vilseg.config import RunConfig
         >>> config = RunConfig.load(None, ["data.source=s3://bucket/pairs"])
-        >>> [(place.key, place.uri) for place in list_places(config)]
+        >>> [(location.key, location.uri) for location in list_locations(config)]
         [('data.source', 's3://bucket/pairs'), ('trainer.storage', 'runs')]
     """
-    found: list[Place] = []
+    found: list[Location] = []
 
-    def note(key: str, value: str, kind: PlaceKind) -> str:
-        found.append(Place(key, value, kind))
+    def note(key: str, value: str, kind: LocationKind) -> str:
+        found.append(Location(key, value, kind))
         return value
 
-    map_places(config, note)
+    map_locations(config, note)
     return found
 
 
-def absolute_places(config: Config) -> Config:
+def absolute_locations(config: Config) -> Config:
     """Return ``config`` so that it means the same in a process with another working directory; hub ids stay as they are."""
 
-    def absolute(key: str, value: str, kind: PlaceKind) -> str:
-        if kind is PlaceKind.DATASET:
+    def absolute(key: str, value: str, kind: LocationKind) -> str:
+        if kind is LocationKind.DATASET:
             dataset_kind, _, uri = value.partition(":")
             return f"{dataset_kind}:{storage.absolute(uri)}"
-        return value if kind is PlaceKind.MODEL and is_hub_id(value) else storage.absolute(value)
+        return value if kind is LocationKind.MODEL and is_hub_id(value) else storage.absolute(value)
 
-    return map_places(config, absolute)
+    return map_locations(config, absolute)
 
 
 def is_hub_id(reference: str) -> bool:
@@ -121,7 +121,7 @@ def _map_value(value: Any, annotation: Any, metadata: Sequence[Any], key: str, c
             value = _map_value(value, argument, metadata, key, change)
         return value
     if isinstance(value, str):
-        kind = next((mark for mark in metadata if isinstance(mark, PlaceKind)), None)
+        kind = next((mark for mark in metadata if isinstance(mark, LocationKind)), None)
         return value if kind is None else change(key, value, kind)
     if origin is list and isinstance(value, list):
         return [_map_value(one, arguments[0], (), f"{key}.{number}", change) for number, one in enumerate(value)]
