@@ -29,13 +29,13 @@ class CheckpointWriter:
     Use it in a ``with`` statement: its end waits for the last one.
 
     Args:
-        folder: of the run.
+        run_dir: of the run.
         keep: the newest so many are kept; None keeps all.
         best_by: figure of a report by which one more is kept, the best so far; see ``TrainerConfig.best_by``.
     """
 
-    def __init__(self, folder: RunDirectory, keep: int | None, best_by: str) -> None:
-        self._folder, self._keep, self._best_by = folder, keep, best_by
+    def __init__(self, run_dir: RunDirectory, keep: int | None, best_by: str) -> None:
+        self._run_dir, self._keep, self._best_by = run_dir, keep, best_by
         self._thread = storage.ThreadPool(1, thread_name_prefix="vilseg-checkpoint")
         self._writing: Future[None] | None = None
 
@@ -67,8 +67,8 @@ class CheckpointWriter:
         # One at a time: where storage is slower than training, training waits, and memory holds one copy at most.
         self.wait()
         copied = tree_map_only(torch.Tensor, _copy, state)
-        figure = metrics.get(self._best_by, math.nan)
-        self._writing = self._thread.submit(self._write, copied, figure, also)
+        metric_value = metrics.get(self._best_by, math.nan)
+        self._writing = self._thread.submit(self._write, copied, metric_value, also)
 
     def check(self) -> None:
         """Do not wait, but say so if writing failed.
@@ -89,22 +89,22 @@ class CheckpointWriter:
         if writing is not None:
             writing.result()
 
-    def _write(self, state: dict[str, Any], figure: float, also: Callable[[], None]) -> None:
+    def _write(self, state: dict[str, Any], metric_value: float, also: Callable[[], None]) -> None:
         also()
-        write_checkpoint(self._folder, state, figure=figure if math.isfinite(figure) else None)
+        write_checkpoint(self._run_dir, state, metric_value=metric_value if math.isfinite(metric_value) else None)
         self._prune()
 
     def _prune(self) -> None:
         if self._keep is None:
             return
-        kept = self._folder.manifests()
+        kept = self._run_dir.manifests()
         best = best_step(kept, lower_is_better=self._best_by.startswith("loss"))
         for step in sorted(kept)[: -self._keep]:
             if step != best:
-                delete_checkpoint(self._folder, step)
+                delete_checkpoint(self._run_dir, step)
 
 
-def write_checkpoint(folder: RunDirectory, state: dict[str, Any], *, figure: float | None = None) -> None:
+def write_checkpoint(run_dir: RunDirectory, state: dict[str, Any], *, metric_value: float | None = None) -> None:
     """Write a checkpoint, waiting for a store that does not answer.
 
     Raises:
@@ -114,15 +114,15 @@ def write_checkpoint(folder: RunDirectory, state: dict[str, Any], *, figure: flo
     buffer = io.BytesIO()
     torch.save(state, buffer)
     data = buffer.getbuffer()  # no second copy of what may be gigabytes
-    storage.write_bytes(folder.state(step), data)
-    manifest = Manifest(step, len(data), figure)
-    storage.write_text(folder.manifest(step), manifest.to_json())
+    storage.write_bytes(run_dir.state(step), data)
+    manifest = Manifest(step, len(data), metric_value)
+    storage.write_text(run_dir.manifest(step), manifest.to_json())
 
 
-def delete_checkpoint(folder: RunDirectory, step: int) -> None:
+def delete_checkpoint(run_dir: RunDirectory, step: int) -> None:
     """Delete a checkpoint; cut off in the middle it no longer counts."""
-    storage.delete(folder.manifest(step))
-    storage.delete(folder.checkpoint(step))
+    storage.delete(run_dir.manifest(step))
+    storage.delete(run_dir.checkpoint(step))
 
 
 def require_metric(name: str, metrics: Mapping[str, float]) -> None:
@@ -141,13 +141,15 @@ def require_metric(name: str, metrics: Mapping[str, float]) -> None:
 def best_step(kept: Mapping[int, Manifest], *, lower_is_better: bool) -> int | None:
     """Step of the checkpoint with the best figure, the later one of equals; None where none has a figure."""
     sign = -1 if lower_is_better else 1
-    rated = [(sign * manifest.figure, step) for step, manifest in kept.items() if manifest.figure is not None]
+    rated = [
+        (sign * manifest.metric_value, step) for step, manifest in kept.items() if manifest.metric_value is not None
+    ]
     return max(rated)[1] if rated else None
 
 
-def read_checkpoint(folder: RunDirectory, step: int) -> dict[str, Any]:
+def read_checkpoint(run_dir: RunDirectory, step: int) -> dict[str, Any]:
     """Read a checkpoint of :func:`write_checkpoint`; tensors and plain numbers only, nothing else is unpickled."""
-    return read_state(folder.state(step))
+    return read_state(run_dir.state(step))
 
 
 def read_state(uri: str) -> dict[str, Any]:

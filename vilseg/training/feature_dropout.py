@@ -46,12 +46,12 @@ class _DroppedLogits(torch.autograd.Function):
     def forward(
         ctx: Any, weight_KF: Tensor, bias_K: Tensor, patches_BNF: Tensor, factors_VBF: Tensor, eps: float
     ) -> Tensor:
-        views, pictures, features = factors_VBF.shape
+        views, images, features = factors_VBF.shape
         patches, clusters = patches_BNF.shape[1], len(weight_KF)
         factors_VBF = factors_VBF.to(weight_KF.dtype)
         total_K = weight_KF.sum(1)
-        logits_VBNK = weight_KF.new_empty(views, pictures, patches, clusters)
-        means_VBN, rates_VBN = (weight_KF.new_empty(views, pictures, patches) for _ in range(2))
+        logits_VBNK = weight_KF.new_empty(views, images, patches, clusters)
+        means_VBN, rates_VBN = (weight_KF.new_empty(views, images, patches) for _ in range(2))
         for part in cache_sized_slices(patches_BNF):
             x_bNF, factors_VbF = patches_BNF[part].to(weight_KF.dtype), factors_VBF[:, part]
             # A view's weights and, last, its factors themselves: one product gives both.
@@ -85,6 +85,6 @@ class _DroppedLogits(torch.autograd.Function):
 
 def cache_sized_slices(patches_BNF: Tensor) -> list[slice]:
     """A few pictures of a batch at a time, whose features stay in the cache; all of them on a GPU. Shape: (B, N, F)."""
-    pictures = len(patches_BNF)
-    held = pictures if patches_BNF.is_cuda else max(1, _CHUNK_VALUES // (patches_BNF.shape[1] * patches_BNF.shape[2]))
-    return [slice(start, min(pictures, start + held)) for start in range(0, pictures, held)]
+    images = len(patches_BNF)
+    held = images if patches_BNF.is_cuda else max(1, _CHUNK_VALUES // (patches_BNF.shape[1] * patches_BNF.shape[2]))
+    return [slice(start, min(images, start + held)) for start in range(0, images, held)]

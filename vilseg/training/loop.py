@@ -32,12 +32,12 @@ class NonFiniteLossError(UserError):
         found: the step, its losses by name and the keys of all its pairs; see :attr:`RunDirectory.nonfinite`.
     """
 
-    def __init__(self, message: str, found: dict[str, Any]) -> None:
+    def __init__(self, message: str, details: dict[str, Any]) -> None:
         super().__init__(message)
-        self.found = found
+        self.details = details
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (str(self), self.found)
+        return type(self), (str(self), self.details)
 
 
 @dataclass

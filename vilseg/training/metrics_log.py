@@ -29,7 +29,7 @@ class MetricsFile:
     """``metrics.jsonl`` and TensorBoard events, gathered locally and brought to the run's folder at every checkpoint.
 
     Args:
-        folder: of the run.
+        run_dir: of the run.
         config: of the run; its ``trainer.tracking`` says whether MLflow is told too.
         from_step: where training goes on; reports of later steps, which a broken run left, are dropped.
 
@@ -37,16 +37,16 @@ class MetricsFile:
         ConfigError: MLflow is wished for and not installed, or its server does not answer when the run begins.
     """
 
-    def __init__(self, folder: RunDirectory, config: RunConfig, from_step: int) -> None:
+    def __init__(self, run_dir: RunDirectory, config: RunConfig, from_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._folder = folder
+        self._run_dir = run_dir
         self._local = tempfile.TemporaryDirectory(prefix="vilseg-events-")
         self._events = SummaryWriter(self._local.name, purge_step=from_step)
-        self._mlflow = _Mlflow(folder, config) if config.trainer.tracking == "mlflow" else None
+        self._mlflow = _Mlflow(run_dir, config) if config.trainer.tracking == "mlflow" else None
         self._lines: list[str] = []
         if from_step:
-            lines = (_text(folder.metrics) or "").splitlines()
+            lines = (_text(run_dir.metrics) or "").splitlines()
             self._lines = [line for line in lines if json.loads(line)["step"] <= from_step]
 
     def add(self, metrics: dict[str, float]) -> None:
@@ -66,8 +66,8 @@ class MetricsFile:
         """Bring everything to the run's folder, waiting for a store that does not answer."""
         self._events.flush()
         text = "".join(f"{line}\n" for line in list(self._lines))
-        storage.write_text(self._folder.metrics, text)
-        storage.upload_folder(Path(self._local.name), self._folder.tensorboard)
+        storage.write_text(self._run_dir.metrics, text)
+        storage.upload_folder(Path(self._local.name), self._run_dir.tensorboard)
 
     def end(self) -> None:
         """The run has ended well."""
@@ -75,15 +75,15 @@ class MetricsFile:
             self._mlflow.end()
 
 
-def read_metrics(folder: RunDirectory) -> list[dict[str, float]]:
+def read_metrics(run_dir: RunDirectory) -> list[dict[str, float]]:
     """The reports of a run, oldest first; waits for a store that does not answer.
 
     Raises:
         UserError: there are none.
     """
-    text = _text(folder.metrics)
+    text = _text(run_dir.metrics)
     if text is None:
-        raise UserError(f"the run {folder.uri} has no metrics yet")
+        raise UserError(f"the run {run_dir.uri} has no metrics yet")
     return [json.loads(line) for line in text.splitlines()]
 
 
@@ -96,7 +96,7 @@ def _text(uri: str) -> str | None:
 class _Mlflow:
     """A run on the server that ``MLFLOW_TRACKING_URI`` names."""
 
-    def __init__(self, folder: RunDirectory, config: RunConfig) -> None:
+    def __init__(self, run_dir: RunDirectory, config: RunConfig) -> None:
         try:
             import mlflow
         except ImportError as error:
@@ -106,7 +106,7 @@ class _Mlflow:
         self._client = mlflow.MlflowClient()
         self._unsent: list[Any] = []
         self._warned = False
-        known = storage.join(folder.uri, _MLFLOW_RUN)
+        known = storage.join(run_dir.uri, _MLFLOW_RUN)
         begun = _text(known)
         try:
             if begun is not None:
@@ -116,7 +116,7 @@ class _Mlflow:
             name = config.trainer.mlflow_experiment
             experiment = self._client.get_experiment_by_name(name)
             number = experiment.experiment_id if experiment else self._client.create_experiment(name)
-            made = self._client.create_run(number, run_name=config.name, tags={"vilseg.folder": folder.uri})
+            made = self._client.create_run(number, run_name=config.name, tags={"vilseg.folder": run_dir.uri})
             self._run = made.info.run_id
             for key, value in flatten(config.model_dump()).items():
                 self._client.log_param(self._run, key, str(value)[:500])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from vilseg import storage
 from vilseg.data.shards import Shard
@@ -25,18 +25,19 @@ class Manifest:
 
     step: int
     bytes: int
-    """Of its state."""
-    figure: float | None
-    """By which the best is known, where the last report had it."""
+    """Size of the state file."""
+    metric_value: float | None
+    """Value of the metric that chooses the best checkpoint; None if the last report before the checkpoint did not have it."""
 
     def to_json(self) -> str:
-        """Text that :meth:`from_json` reads."""
-        return json.dumps(asdict(self))
+        """Return the JSON text that :meth:`from_json` parses."""
+        return json.dumps({"step": self.step, "bytes": self.bytes, "figure": self.metric_value})
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
-        """Parse the text of :meth:`to_json`."""
-        return cls(**json.loads(text))
+        """Parse the text that :meth:`to_json` returned."""
+        fields = json.loads(text)
+        return cls(fields["step"], fields["bytes"], fields["figure"])
 
 
 @dataclass(frozen=True)

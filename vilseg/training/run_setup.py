@@ -43,38 +43,40 @@ def open_run_directory(config: RunConfig, *, resume: bool) -> RunDirectory:
     """
     assert config.name is not None
     storage.require_bucket(config.trainer.storage)
-    folder = RunDirectory(storage.join(storage.absolute(config.trainer.storage), config.name))
-    exists = storage.exists(folder.config)
+    run_dir = RunDirectory(storage.join(storage.absolute(config.trainer.storage), config.name))
+    exists = storage.exists(run_dir.config)
     if exists and not resume:
-        raise StorageError(f"the run {folder.uri} exists already; go on with it by --resume or choose another --name")
+        raise StorageError(f"the run {run_dir.uri} exists already; go on with it by --resume or choose another --name")
     if resume and not exists:
-        raise ConfigError(f"there is no run to resume at {folder.uri}")
-    return folder
+        raise ConfigError(f"there is no run to resume at {run_dir.uri}")
+    return run_dir
 
 
 _MAY_CHANGE = re.compile(r"name|optimizer\..*|segmentation\..*|trainer\.(?!batch_size|seed).*")
 """Keys that a resumed run may set anew: they change neither the order of the pairs nor what the checkpoint holds."""
 
 
-def resume(config: RunConfig, folder: RunDirectory) -> PreparedRun:
+def resume(config: RunConfig, run_dir: RunDirectory) -> PreparedRun:
     """Read the prepared parts of the run in ``folder`` and save ``config`` there.
 
     Raises:
         ConfigError: ``config`` differs from the run's where it must not, or wants fewer steps than were made.
     """
-    before = flatten(RunConfig.load(folder.config).model_dump())
+    before = flatten(RunConfig.load(run_dir.config).model_dump())
     now = flatten(config.model_dump())
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key) and not _MAY_CHANGE.fullmatch(key):
             raise ConfigError(
-                f"cannot resume {folder.uri}: {key} was {before.get(key)!r} and is now {now.get(key)!r}; "
+                f"cannot resume {run_dir.uri}: {key} was {before.get(key)!r} and is now {now.get(key)!r}; "
                 "set it as it was, or start a new run by another --name"
             )
-    done = folder.last_step
+    done = run_dir.last_step
     if config.trainer.steps < done:
-        raise ConfigError(f"cannot resume {folder.uri}: it has made {done} steps, trainer.steps={config.trainer.steps}")
-    storage.write_text(folder.config, config.to_yaml())
-    return PreparedRun.from_json(storage.read_text(folder.prepared))
+        raise ConfigError(
+            f"cannot resume {run_dir.uri}: it has made {done} steps, trainer.steps={config.trainer.steps}"
+        )
+    storage.write_text(run_dir.config, config.to_yaml())
+    return PreparedRun.from_json(storage.read_text(run_dir.prepared))
 
 
 def preflight(config: RunConfig, *, resume: bool) -> None:
@@ -90,7 +92,7 @@ def preflight(config: RunConfig, *, resume: bool) -> None:
 
 def prepare(
     config: RunConfig,
-    folder: RunDirectory,
+    run_dir: RunDirectory,
     *,
     count: Callable[[list[str]], list[int]] | None = None,
     cache: str | None = None,
@@ -99,7 +101,7 @@ def prepare(
 
     Args:
         config: the run's; ``data.source`` or ``data.mix`` must be set.
-        folder: where to write.
+        run_dir: where to write.
         count: counts the pairs of many shards at once; see :func:`index_shards`.
         cache: shards of a feature cache made from ``data.source``, to train on in its place.
 
@@ -137,10 +139,10 @@ def prepare(
         segmentation=config.segmentation,
         temperature=config.loss.cross_modal.temperature,
     )
-    model.save_pretrained(folder.initial, card=_card(config, "not trained yet", {}))
+    model.save_pretrained(run_dir.initial, card=_card(config, "not trained yet", {}))
     prepared = PreparedRun(shards, nouns, model.text_encoder.fixed_tokenizer())
-    storage.write_text(folder.prepared, prepared.to_json())
-    storage.write_text(folder.config, config.to_yaml())
+    storage.write_text(run_dir.prepared, prepared.to_json())
+    storage.write_text(run_dir.config, config.to_yaml())
     return prepared
 
 
@@ -202,7 +204,7 @@ def require_sources(config: RunConfig) -> dict[str, WeightedSource]:
 
 def make_trainer(
     config: RunConfig,
-    folder: RunDirectory,
+    run_dir: RunDirectory,
     prepared: PreparedRun,
     device: torch.device,
     *,
@@ -212,14 +214,14 @@ def make_trainer(
 
     Args:
         config: of the run.
-        folder: holds the initial model.
+        run_dir: holds the initial model.
         prepared: its noun phrases.
         device: where to train.
         wrap: as for :class:`~vilseg.training.loop.Trainer`.
     """
     torch.manual_seed(config.trainer.seed)
     objective = Objective(
-        ViLSeg.from_pretrained(folder.initial),
+        ViLSeg.from_pretrained(run_dir.initial),
         config.loss,
         config.views,
         prepared.nouns.phrases,
@@ -229,10 +231,10 @@ def make_trainer(
     return Trainer(objective, config.optimizer, config.trainer, device, wrap=wrap)
 
 
-def load_model_at_step(folder: RunDirectory, step: int) -> ViLSeg:
+def load_model_at_step(run_dir: RunDirectory, step: int) -> ViLSeg:
     """The model as it was at a checkpoint kept."""
-    model = ViLSeg.from_pretrained(folder.initial)
-    objective = read_checkpoint(folder, step)["objective"]
+    model = ViLSeg.from_pretrained(run_dir.initial)
+    objective = read_checkpoint(run_dir, step)["objective"]
     prefix = "model."
     weights = {name.removeprefix(prefix): value for name, value in objective.items() if name.startswith(prefix)}
     model.load_state_dict(weights)
@@ -240,20 +242,22 @@ def load_model_at_step(folder: RunDirectory, step: int) -> ViLSeg:
 
 
 @contextmanager
-def record_nonfinite(folder: RunDirectory) -> Iterator[None]:
+def record_nonfinite(run_dir: RunDirectory) -> Iterator[None]:
     """Write the step, its losses and the keys of its pairs to the run directory if the loss becomes NaN or infinite."""
     try:
         yield
     except NonFiniteLossError as error:
-        text = json.dumps(error.found, ensure_ascii=False)
-        storage.write_text(folder.nonfinite, text)
-        raise NonFiniteLossError(f"{error}; all of its pairs are named in {folder.nonfinite}", error.found) from error
+        text = json.dumps(error.details, ensure_ascii=False)
+        storage.write_text(run_dir.nonfinite, text)
+        raise NonFiniteLossError(
+            f"{error}; all of its pairs are named in {run_dir.nonfinite}", error.details
+        ) from error
 
 
 def save_trained_model(
     model: ViLSeg,
     config: RunConfig,
-    folder: RunDirectory,
+    run_dir: RunDirectory,
     metrics: dict[str, float],
     weights: dict[str, Tensor] | None = None,
 ) -> None:
@@ -262,7 +266,7 @@ def save_trained_model(
     trained = f"{config.trainer.steps:,} steps of {config.trainer.batch_size} pairs, {samples:,} samples"
     if "epoch" in metrics:
         trained += f", {metrics['epoch']:.1f} times through all pairs"
-    model.save_pretrained(folder.model, card=_card(config, trained, metrics), weights=weights)
+    model.save_pretrained(run_dir.model, card=_card(config, trained, metrics), weights=weights)
 
 
 def _card(config: RunConfig, trained: str, metrics: dict[str, float]) -> str:

@@ -152,16 +152,16 @@ def test_wrong_arguments_are_told() -> None:
 
 
 @pytest.mark.parametrize(("used", "entropy"), [(1, 0.0), (2, 0.5), (4, 1.0)])
-def test_figures_of_clusters_that_are_used_evenly(used: int, entropy: float) -> None:
+def test_metrics_of_evenly_used_clusters(used: int, entropy: float) -> None:
     maps = one_hot(torch.arange(2 * 4 * 4).view(2, 4, 4) % used, 4)
-    figures = cluster_metrics(unnormalized_joints(maps, maps, radius=0))
-    assert figures["used"] == used
-    assert figures["entropy"].item() == pytest.approx(entropy, abs=1e-6)
+    metrics = cluster_metrics(unnormalized_joints(maps, maps, radius=0))
+    assert metrics["used"] == used
+    assert metrics["entropy"].item() == pytest.approx(entropy, abs=1e-6)
 
 
 def test_a_cluster_with_hardly_a_patch_is_not_used() -> None:
     maps = one_hot((torch.arange(400).view(1, 20, 20) == 0).long(), 2)
-    figures = cluster_metrics(unnormalized_joints(maps, maps, radius=0))
-    assert figures["used"] == 1
+    metrics = cluster_metrics(unnormalized_joints(maps, maps, radius=0))
+    assert metrics["used"] == 1
     shares = (1 / 400, 399 / 400)
-    assert figures["entropy"].item() == pytest.approx(-sum(p * math.log2(p) for p in shares), abs=1e-6)
+    assert metrics["entropy"].item() == pytest.approx(-sum(p * math.log2(p) for p in shares), abs=1e-6)

@@ -35,10 +35,10 @@ def test_what_was_written_is_read(folder: RunDirectory) -> None:
     found = read_checkpoint(folder, 7)
     assert found["step"] == 7
     assert torch.equal(found["objective"]["weight"], torch.full((3, 2), 7.0))
-    assert folder.manifests()[7].figure == 1.5
+    assert folder.manifests()[7].metric_value == 1.5
 
 
-def test_a_figure_that_no_report_has_is_told() -> None:
+def test_an_unknown_metric_raises() -> None:
     metrics = {"loss": 1.0, "held_out/retrieval": 0.5}
     require_metric("held_out/retrieval", metrics)
     with pytest.raises(ConfigError, match=r"^trainer.best_by=held_out/retreival is .*mean 'held_out/retrieval'\?$"):
@@ -77,14 +77,14 @@ def test_the_newest_and_the_best_are_kept(folder: RunDirectory) -> None:
     assert names == {"step-00000002", "step-00000004", "step-00000005"}
 
 
-def test_of_other_figures_the_highest_is_the_best(folder: RunDirectory) -> None:
+def test_the_highest_value_of_other_metrics_is_the_best(folder: RunDirectory) -> None:
     with CheckpointWriter(folder, 1, "held_out/nouns") as writer:
         for step, score in enumerate([0.1, 0.9, float("nan"), 0.5], 1):
             writer.write(state(step), {"held_out/nouns": score, "loss": -step})
     assert folder.checkpoint_steps() == [2, 4]
 
 
-def test_without_a_figure_only_the_newest_are_kept(folder: RunDirectory) -> None:
+def test_without_a_metric_only_the_newest_are_kept(folder: RunDirectory) -> None:
     with CheckpointWriter(folder, 1, "no/such") as writer:
         for step in (1, 2, 3):
             writer.write(state(step), {"loss": 0.0})

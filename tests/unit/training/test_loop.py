@@ -220,7 +220,7 @@ def test_a_loss_that_is_no_number_ends_the_run_with_a_sentence(
     assert "\n" not in sentence
     again = pickle.loads(pickle.dumps(caught.value))  # as it travels between processes
     assert str(again) == sentence
-    assert again.found["keys"] == caught.value.found["keys"]
+    assert again.details["keys"] == caught.value.details["keys"]
 
 
 def doing(action: Callable[[], None], steps: Iterable[WorkerBatch], *, before: int) -> Iterator[WorkerBatch]:
@@ -245,9 +245,9 @@ def test_the_step_that_lost_the_number_is_found_between_two_reports(
     with pytest.raises(NonFiniteLossError) as caught:
         run(trainer, doing(spoil, batches(folder, 0, 6), before=3))
     expected = list(batches(folder, 0, 6))[3].keys
-    assert caught.value.found["step"] == 4
-    assert tuple(caught.value.found["keys"]) == expected
-    assert caught.value.found["losses"]["loss"] in ("nan", "inf")
+    assert caught.value.details["step"] == 4
+    assert tuple(caught.value.details["keys"]) == expected
+    assert caught.value.details["losses"]["loss"] in ("nan", "inf")
 
 
 def test_a_gradient_that_is_no_number_ends_the_run_before_a_checkpoint_has_it(
@@ -266,7 +266,7 @@ def test_a_gradient_that_is_no_number_ends_the_run_before_a_checkpoint_has_it(
     with pytest.raises(NonFiniteLossError, match=r"the gradient's norm is (nan|inf) at step 4") as caught:
         trainer.train(spoiled, on_report=lambda _: None, on_checkpoint=lambda: written.append(trainer.step))
     assert written == [2]
-    assert math.isfinite(caught.value.found["losses"]["loss"])
+    assert math.isfinite(caught.value.details["losses"]["loss"])
 
 
 def spoiled_at_step_4(folder: str, *, on_device: bool) -> tuple[NonFiniteLossError, Trainer, dict[str, Tensor]]:
@@ -298,14 +298,14 @@ def test_no_update_is_made_with_a_gradient_that_is_not_finite(
     tmp_path: Path, make_model: Callable[..., ViLSeg]
 ) -> None:
     error, trainer, before = spoiled_at_step_4(write_run(tmp_path, make_model), on_device=False)
-    assert error.found["step"] == trainer.step == 4, "found at once, not at the next report"
+    assert error.details["step"] == trainer.step == 4, "found at once, not at the next report"
     for name, parameter in trainer.objective.model.named_parameters():
         assert torch.equal(parameter, before[name]), name
 
 
 def test_the_optimiser_skips_such_an_update_without_the_host(tmp_path: Path, make_model: Callable[..., ViLSeg]) -> None:
     error, trainer, _ = spoiled_at_step_4(write_run(tmp_path, make_model), on_device=True)
-    assert error.found["step"] == 4
+    assert error.details["step"] == 4
     assert trainer.step == 6, "found at the next report"
     assert all(bool(parameter.isfinite().all()) for parameter in trainer.objective.model.parameters())
     steps = {int(state["step"]) for state in trainer._adamw.state.values()}
