@@ -1,6 +1,6 @@
-"""The JSON of the HTTP API: the server encodes with these models, `vilseg.client` decodes with them, OpenAPI shows them.
+"""JSON bodies of the HTTP API as pydantic models: the server encodes with them, and `vilseg.client` decodes with them.
 
-Imports neither torch nor Ray.
+They are also the schemas in the OpenAPI description. This module imports neither torch nor Ray.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ class _Message(BaseModel):
     model_config = ConfigDict(populate_by_name=True)
 
     def to_json(self) -> bytes:
-        """Encode as JSON, without the optional fields that were never set."""
+        """Encode as JSON; optional fields that were never set are left out."""
         return self.model_dump_json(by_alias=True, exclude_unset=True).encode()
 
 
 class Rle(_Message):
-    """COCO's compressed run-length code; ``pycocotools.mask.decode`` reads it."""
+    """Mask as COCO's compressed run-length code; ``pycocotools.mask.decode`` decodes it."""
 
     size: Annotated[list[int], Field(description="[height, width]", min_length=2, max_length=2)]
     counts: str
 
 
 class Region(_Message):
-    """All pixels of one class."""
+    """Region of an image: all pixels of one class."""
 
     class_name: Annotated[str, Field(alias="class")]
     class_index: int
@@ -92,13 +92,13 @@ class ImageResult(_Message):
     def from_segmentation(
         cls, result: Segmentation, *, request_id: str, model: str, with_polygons: bool = False
     ) -> Self:
-        """Convert a segmentation; scores are rounded to four digits.
+        """Convert a segmentation into a response body; scores are rounded to four decimal places.
 
         Args:
             result: Segmentation of the image.
-            request_id: Id of the request, repeated in the response.
-            model: Name of the model, repeated in the response.
-            with_polygons: Add the outlines of each region.
+            request_id: Id of the request, returned in the response.
+            model: Name of the model, returned in the response.
+            with_polygons: Add the outlines of each region as polygons.
         """
         height, width = result.labels.shape
         index = {name: number for number, name in enumerate(result.classes)}
@@ -106,7 +106,7 @@ class ImageResult(_Message):
         for region in result.regions:
             outlines: dict[str, Any] = {}
             if with_polygons:
-                from vilseg.segmentation.polygons import polygons  # contourpy is not wanted where results are read only
+                from vilseg.segmentation.polygons import polygons  # clients need no contourpy
 
                 outlines["polygons"] = polygons(region.rle)
             regions.append(
@@ -133,7 +133,7 @@ class ImageResult(_Message):
         """Convert back to label and score maps. Every pixel of a region has the region's mean score.
 
         Args:
-            image: RGB image that was segmented, kept for overlays. Shape: (H, W, 3), uint8.
+            image: RGB image that was segmented, for overlays; None if overlays are not needed. Shape: (H, W, 3), uint8.
         """
         shape = (self.height, self.width)
         dtype = label_dtype(len(self.classes))
@@ -156,13 +156,13 @@ class ErrorBody(_Message):
 
 
 class Error(_Message):
-    """Body of every response with a status of 400 or more."""
+    """Body of every error response (HTTP status 400 or more)."""
 
     error: ErrorBody
 
 
 class BatchItem(_Message):
-    """One image of a batch: ``result`` or ``error``."""
+    """Outcome for one image of a batch: either ``result`` or ``error`` is set."""
 
     name: Annotated[str, Field(description="The file name that came with it.")]
     status: Literal["ok", "rejected"]
@@ -171,14 +171,14 @@ class BatchItem(_Message):
 
 
 class Batch(_Message):
-    """Results in the order in which the images were sent."""
+    """Outcomes for the images of a batch, in the order in which the images were sent."""
 
     request_id: str
     results: list[BatchItem]
 
 
 class ModelInfo(_Message):
-    """A model that can be asked for."""
+    """Model that requests can name."""
 
     name: str
     default: bool
@@ -215,6 +215,6 @@ class VideoState(_Message):
 
 
 class Health(_Message):
-    """The server answers."""
+    """Health of the server; every response means that it is up."""
 
     status: Literal["ok"]

@@ -1,4 +1,4 @@
-"""Client of the HTTP API of ``vilseg serve``. Imports neither torch nor the server."""
+"""Client for the HTTP API of ``vilseg serve``; imports neither torch nor the server."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ from vilseg.segmentation.result import Segmentation
 
 _ATTEMPTS = 6
 _BATCH = 16
-"""Images per request of `Client.batch`."""
+"""Maximum number of images per request of `Client.batch`."""
 _POLL_S = 1.0
 _DEFAULT_WAIT_S, _MAX_WAIT_S = 1.0, 60.0
-"""Wait before another attempt if the server names none, and the longest wait, whatever the server names."""
+"""Seconds to wait before another attempt if the server sends no Retry-After header, and the maximum wait in seconds."""
 
 _Body = TypeVar("_Body", bound=BaseModel)
 ImageInput = str | Path | bytes | np.ndarray | Image.Image
-"""A path, encoded bytes, an RGB array of shape (H, W, 3) and type uint8, or a PIL image."""
+"""Path of an image file, encoded bytes (JPEG, PNG, ...), RGB array of shape (H, W, 3) and type uint8, or PIL image."""
 
 
 class ServiceError(UserError):
-    """The server reported an error, or does not answer.
+    """Error that the server reported, or no response from it.
 
     Attributes:
-        status: HTTP status; 0 if there was no answer.
-        code: Error code for programs.
+        status: HTTP status; 0 if there was no response.
+        code: Machine-readable error code, such as ``not_a_picture``; empty if there was no response.
         request_id: Id of the request in the server's log.
     """
 
@@ -54,23 +54,26 @@ class VideoResult:
     """Summary of a segmented video; see `Client.video`."""
 
     id: str
+    """Id of the video job."""
     frames: int
+    """Number of frames."""
     seconds: float
+    """Duration of the video."""
     classes: list[dict[str, Any]]
-    """``class``, ``area`` (mean pixels a frame) and ``score`` of each class that is present."""
+    """``class``, ``area`` (mean number of pixels per frame) and ``score`` of each class that occurs in the video."""
 
 
 class Client:
-    """Sends images and videos to a server; waits and tries again while the server is busy.
+    """HTTP client that sends images and videos to a server, and retries while the server is busy (status 503).
 
     Args:
-        url: URL that ``vilseg serve`` prints.
-        key: API key, if the server wants one.
-        timeout: Seconds to wait for one answer.
-        transport: Replaces the network, for tests.
+        url: URL of the server, as ``vilseg serve`` prints it.
+        key: API key; None if the server has no keys.
+        timeout: Seconds to wait for one response.
+        transport: Replacement for the network, for tests.
 
     Example:
-        A stand-in for the server that finds sky everywhere:
+        With a fake server that finds sky everywhere:
 
         >>> def answer(request):
         ...     everywhere = {"size": [2, 4], "counts": "08"}
@@ -104,10 +107,10 @@ class Client:
         self._http.close()
 
     def models(self) -> list[str]:
-        """Return the names of the models, the default first.
+        """Return the names of the models on the server, the default first.
 
         Raises:
-            ServiceError: There was no answer, or an error.
+            ServiceError: The server did not respond, or reported an error.
         """
         listed = _decode(Models, self._send("GET", "/v1/models")).models
         return [model.name for model in sorted(listed, key=lambda model: not model.default)]
@@ -116,15 +119,16 @@ class Client:
         """Segment one image.
 
         Args:
-            image: A path, encoded bytes, an RGB array of shape (H, W, 3) and type uint8, or a PIL image.
-            classes: Names, with synonyms as ``sofa|couch``.
-            options: ``background`` (True, or words), ``threshold``, ``background_bias``, ``model``.
+            image: Path, encoded bytes, RGB array of shape (H, W, 3) and type uint8, or PIL image.
+            classes: Class names; synonyms are separated by "|", as in ``sofa|couch``.
+            options: Form fields of the request: ``background`` (True adds the class background, a list of words describes
+                it), ``threshold``, ``background_bias``, ``model``.
 
         Returns:
-            Labels and regions of the server's result; every pixel of a region has the region's mean score.
+            Labels and regions. The server sends the mean score of each region, so all its pixels have that score.
 
         Raises:
-            ServiceError: There was no answer, or an error.
+            ServiceError: The server did not respond, or reported an error.
             OSError: The path cannot be read.
         """
         data = _encode(image)
@@ -134,18 +138,18 @@ class Client:
     def batch(
         self, images: Sequence[ImageInput], classes: Iterable[str], **options: Any
     ) -> list[Segmentation | ServiceError]:
-        """Segment many images, 16 per request.
+        """Segment many images, with up to 16 images per request.
 
         Args:
-            images: As for `segment`.
-            classes: Names, with synonyms as ``sofa|couch``.
-            options: As for `segment`.
+            images: Images in any of the forms that `segment` accepts.
+            classes: Class names; synonyms are separated by "|", as in ``sofa|couch``.
+            options: Form fields of the request, as for `segment`.
 
         Returns:
-            Results in the order of ``images``; the error in the place of an image that cannot be used.
+            One entry per image, in the order of ``images``: the result, or the error of an image that cannot be segmented.
 
         Raises:
-            ServiceError: There was no answer, or an error that concerns all images.
+            ServiceError: The server did not respond, or reported an error that concerns all images.
             OSError: A path cannot be read.
         """
         form = _form(classes, options)
@@ -174,14 +178,14 @@ class Client:
         """Segment a video and wait for the result.
 
         Args:
-            path: Path of the video.
-            classes: Names, with synonyms as ``sofa|couch``.
-            overlay: Path to write an MP4 of the video with the classes laid over it to.
-            masks: Path to write a ZIP with a PNG for every frame to.
-            options: ``background``, ``model``, ``key_every``.
+            path: Path of the video file.
+            classes: Class names; synonyms are separated by "|", as in ``sofa|couch``.
+            overlay: Path of an MP4 file to write the video with overlaid classes to; None writes none.
+            masks: Path of a ZIP file to write one PNG mask per frame to; None writes none.
+            options: Form fields of the request: ``background``, ``model``, ``key_every``.
 
         Raises:
-            ServiceError: There was no answer, or the video cannot be used.
+            ServiceError: The server did not respond, or the video cannot be segmented.
             OSError: A path cannot be read or written.
         """
         files = [("video", ("video", Path(path).read_bytes()))]
@@ -209,7 +213,7 @@ class Client:
                 raise ServiceError(f"no answer from {self._http.base_url}: {error or type(error).__name__}") from error
             if response.status_code != 503 or attempt == _ATTEMPTS - 1:
                 break
-            # Longer each time, so that not all clients that were refused at once come back at once.
+            # Wait longer after each attempt, so that clients that were refused together do not retry together.
             time.sleep(min(_MAX_WAIT_S, seconds_until_retry(response.headers.get("Retry-After")) * (0.5 + attempt)))
         if response.is_success:
             return response
@@ -222,10 +226,10 @@ class Client:
 
 
 def seconds_until_retry(header: str | None) -> float:
-    """Return the wait that a ``Retry-After`` header asks for, at most a minute.
+    """Return the number of seconds that a ``Retry-After`` header specifies, at most 60.
 
     Args:
-        header: Seconds or an HTTP date (RFC 9110, section 10.2.3). None or another text gives 1 second.
+        header: Number of seconds or an HTTP date (RFC 9110, section 10.2.3). None and any other text give 1 second.
 
     Example:
         >>> seconds_until_retry("5"), seconds_until_retry(None), seconds_until_retry("86400")
@@ -240,7 +244,7 @@ def seconds_until_retry(header: str | None) -> float:
             date = parsedate_to_datetime(header or "")
         except ValueError:
             return _DEFAULT_WAIT_S
-        # A date without a zone, "-0000", is in UTC (RFC 5322, section 3.3).
+        # The zone "-0000" gives a date without time zone, which is in UTC (RFC 5322, section 3.3).
         seconds = (date.replace(tzinfo=date.tzinfo or UTC) - datetime.now(UTC)).total_seconds()
     if math.isnan(seconds):
         return _DEFAULT_WAIT_S
@@ -248,10 +252,10 @@ def seconds_until_retry(header: str | None) -> float:
 
 
 def _decode(schema: type[_Body], response: httpx.Response) -> _Body:
-    """Return the body of a successful response.
+    """Decode the JSON body of a successful response.
 
     Raises:
-        ServiceError: The body is not what the API answers, as from a proxy's login page.
+        ServiceError: The body does not match ``schema``, such as the login page of a proxy.
     """
     try:
         return schema.model_validate_json(response.content)

@@ -1,7 +1,9 @@
-"""Results table of a bulk segmentation: small part files while it runs, one ``results.parquet`` at its end.
+"""Results table of a bulk segmentation: small part files while the job runs, one ``results.parquet`` at its end.
 
-An actor writes finished rows as a part, atomically. An image processed twice, because an actor died or a presumed dead
-one lived on, is in two parts with the same result; the merge keeps one row.
+An actor writes finished rows as a part file, ``parts/<hash>.parquet``, atomically. An image may be processed twice, because
+an actor died or because one that was presumed dead continued. Two part files then have the same row, and the merge keeps one.
+
+A duplicate is an input with the same bytes as another one, its original, which is segmented in its place.
 """
 
 from __future__ import annotations
@@ -36,15 +38,16 @@ SCHEMA = pa.schema(
         ("duplicate_of", pa.string()),
     ]
 )
-"""``status`` is ``ok`` or ``rejected``, then with a sentence in ``error``; ``rle`` is COCO's, one per class. A file with
-the same bytes as another may be a ``duplicate_of`` it, and then has the same result."""
+"""Schema of the results table. ``status`` is ``ok`` or ``rejected``; a rejected row has the reason in ``error``. ``rle`` has
+one COCO run-length code per class. ``duplicate_of`` is the path of the original of a duplicate, which has the same result."""
 _OPEN_FILES = 64
+"""Maximum number of files that a merge reads at once."""
 _GROUP = 1024
-"""Rows per row group; a row holds some kilobytes of run lengths."""
+"""Number of rows per row group; a row has some kilobytes of run lengths."""
 
 
 class Names:
-    """Compact set of names in 15 bytes each, with a false positive rate of 2^-120."""
+    """Compact set of names: sorted 120-bit hashes, stored in 16 bytes each. Two names collide with probability 2^-120."""
 
     def __init__(self, digests: Iterable[bytes]) -> None:
         self._sorted = np.sort(np.fromiter(digests, "S16"))
@@ -64,12 +67,12 @@ class Names:
 
 
 def _digest(name: str) -> bytes:
-    # numpy strips trailing zero bytes of its strings, so none may be at the end.
+    # numpy strips trailing zero bytes of byte strings, so the last byte must not be zero.
     return hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=15).digest() + b"\1"
 
 
 def write_part(out: str, rows: list[dict[str, Any]]) -> None:
-    """Write rows as a part below ``out``; the same rows always make the same file."""
+    """Write rows as a part file in the output folder ``out``; rows with the same paths always have the same file name."""
     rows = sorted(rows, key=lambda row: row["path"])
     name = hashlib.sha256("\0".join(row["path"] for row in rows).encode("utf-8", "surrogateescape")).hexdigest()[:24]
     with storage.open_atomic(storage.join(out, PARTS, f"{name}.parquet")) as file:
@@ -77,7 +80,10 @@ def write_part(out: str, rows: list[dict[str, Any]]) -> None:
 
 
 def names_done(out: str) -> Names:
-    """Return the paths of all rows below ``out``, merged or in parts, except duplicates of inputs without a row."""
+    """Return the paths that need no further work: those of all rows in ``out``, except duplicates without a row of the original.
+
+    The rows are those of ``results.parquet`` and of the part files.
+    """
     orphans = {path for path, _ in _orphans(out)}
 
     def digests(uri: str) -> list[bytes]:
@@ -96,7 +102,7 @@ def _files(out: str) -> list[str]:
 
 
 def claims(out: str) -> dict[str, str]:
-    """SHA-256 of every input that has a row of its own below ``out``, with its path."""
+    """Return SHA-256 -> path of every input that has a row in ``out`` and is not a duplicate."""
     found: dict[str, str] = {}
     for uri in _files(out):
         for row in _read_rows(uri, ["path", "sha256", "duplicate_of"]):
@@ -106,7 +112,7 @@ def claims(out: str) -> dict[str, str]:
 
 
 def duplicates(out: str) -> Iterator[tuple[str, str]]:
-    """Yield the duplicates in the parts below ``out``, each with the path that was segmented in its place."""
+    """Yield (path, path of its original) for every duplicate in the part files of ``out``."""
 
     def look(uri: str) -> list[tuple[str, str]]:
         rows = _read_rows(uri, ["path", "duplicate_of"]) if storage.name(uri) != RESULTS else iter(())
@@ -118,7 +124,7 @@ def duplicates(out: str) -> Iterator[tuple[str, str]]:
 
 
 def _orphans(out: str) -> list[tuple[str, str]]:
-    """Duplicates in the parts whose first input was claimed by an actor that died before writing its row."""
+    """Return the `duplicates` whose original has no row, because the actor that segmented it died before writing."""
     pairs = list(duplicates(out))
     firsts = {first for _, first in pairs}
     if firsts:
@@ -130,10 +136,11 @@ def _orphans(out: str) -> list[tuple[str, str]]:
 
 
 def merge(out: str) -> int:
-    """Merge the parts into ``results.parquet``, sorted by path, each path once; return the number of rows.
+    """Merge the part files into ``results.parquet``, sorted by path, each path once; return the number of rows.
 
-    Memory holds the rows of the few parts that overlap, since an actor's block is a range of neighbours, and the rows
-    with duplicates. If a listing was not sorted, all parts overlap, and are merged into longer ones first.
+    A merge sort: a file is open only while its range of paths overlaps the current position. A block of inputs is a range
+    of neighbouring paths, so few files are open at once, and memory holds a batch of rows of each and the originals of
+    duplicates. If the listing was not sorted, all ranges overlap; files are then first merged in groups into longer ones.
     """
     files = _files(out)
     results = storage.join(out, RESULTS)
@@ -173,7 +180,7 @@ def _write(uri: str, rows: Iterable[dict[str, Any]], firsts: Mapping[str, dict[s
 
 
 def _each_once(rows: Iterable[dict[str, Any]], firsts: Mapping[str, dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Yield one row per path; a duplicate, stored without a result in a part, gets that of the first input."""
+    """Yield one row per path; a duplicate, which has no result in a part file, gets the result of its original."""
     for path, same in itertools.groupby(rows, lambda row: row["path"]):
         best = None
         for row in same:
@@ -182,7 +189,7 @@ def _each_once(rows: Iterable[dict[str, Any]], firsts: Mapping[str, dict[str, An
                 break
             if first := firsts.get(row["duplicate_of"]):
                 best = {**first, "path": path, "duplicate_of": row["duplicate_of"]}
-        # Without a result, as the first input is gone: the next call processes the path itself.
+        # Omitted if the original has no row; the next run of the job segments this path itself.
         if best is not None:
             yield best
 
@@ -194,7 +201,7 @@ class _Bounds(NamedTuple):
 
 
 def _bounds(files: Sequence[str]) -> list[_Bounds]:
-    """First and last path of every file with rows, sorted by the first."""
+    """Return the first and last path of every file that has rows, sorted by first path."""
 
     def look(uri: str) -> _Bounds | None:
         paths = _ends(uri)
@@ -205,7 +212,7 @@ def _bounds(files: Sequence[str]) -> list[_Bounds]:
 
 
 def _ends(uri: str) -> list[str]:
-    """Paths of a file including its first and last; those in between may be left out."""
+    """Return the paths in the first and last row group of a file."""
     with storage.reading(uri) as file:
         table = pq.ParquetFile(file)
         groups = sorted({0, table.num_row_groups - 1} if table.num_row_groups else [])
@@ -213,7 +220,7 @@ def _ends(uri: str) -> list[str]:
 
 
 def _most_at_once(bounds: Sequence[_Bounds]) -> int:
-    """Number of files that must be open at the same time."""
+    """Return the maximum number of files whose ranges of paths overlap, which a merge must open at once."""
     lasts: list[str] = []
     most = 0
     for found in bounds:
@@ -225,9 +232,9 @@ def _most_at_once(bounds: Sequence[_Bounds]) -> int:
 
 
 def _in_order(bounds: Sequence[_Bounds]) -> Iterator[dict[str, Any]]:
-    """Yield the rows of all files by path; a file is opened when its first path is due and read in batches."""
+    """Yield the rows of all files sorted by path; a file is opened when its first path is next, and read in batches."""
     waiting = list(reversed(bounds))
-    # (path, tie-breaker, row, the file's further rows)
+    # (path, tie-breaker, row, iterator over the remaining rows of the file)
     heap: list[tuple[str, int, dict[str, Any], Iterator[dict[str, Any]]]] = []
     number = itertools.count()
     while waiting or heap:

@@ -1,8 +1,8 @@
-"""Scheduling of inputs in blocks: a block is processed by one worker, is lost if the worker dies, and makes one results part.
+"""Scheduling of inputs in blocks: a block is a group of inputs that one worker processes and that is repeated if it dies.
 
-A block has an overhead of some hundredths of a second, so blocks should be large; but all workers should start at once
-and finish together. Blocks therefore grow with the number of listed inputs, and the last inputs are held back until the
-listing ends, to be handed out in decreasing blocks (guided self-scheduling, Polychronopoulos and Kuck 1987).
+A block has an overhead of some hundredths of a second, so blocks should be large, but all workers should start at once
+and finish together. Block size therefore grows with the number of listed inputs. The last inputs are held back until the
+listing ends, and are then scheduled in blocks of decreasing size (guided self-scheduling, Polychronopoulos and Kuck 1987).
 """
 
 from __future__ import annotations
@@ -16,19 +16,20 @@ from vilseg.bulk.containers import Container, Input
 _SMALLEST, _LARGEST = 16, 256
 _LAST = 8
 _GROWTH = 16
-"""During the listing a block has one in this many of the inputs listed so far."""
+"""Number of listed inputs for which the block size grows by one, from `_SMALLEST` to `_LARGEST`."""
 _KEPT_BACK = 4
-"""One in this many inputs is held back, but never more than a few blocks per worker."""
+"""Until the listing ends, 1 / `_KEPT_BACK` of the listed inputs is held back, but at most 2 * `_LARGEST` per worker."""
 _IN_CONTAINER = 64
+"""Maximum number of container members in one block."""
 _BYTES = 64 << 20
-"""Maximum bytes of container members in one block, and of those held back."""
+"""Approximate maximum bytes of container members in one block, and of inputs held back."""
 
 
 def cut(found: Iterable[Input | Container], workers: int) -> Iterator[list[Input] | Container]:
-    """Yield inputs in blocks as they are listed; containers are passed through, and a video is a block of its own.
+    """Yield inputs in blocks while they are listed; a container is yielded as it is, and a video as a block of one input.
 
     Args:
-        found: listed inputs and containers.
+        found: inputs and containers from the listing.
         workers: number of workers that process the blocks.
     """
     waiting: deque[Input] = deque()
@@ -60,7 +61,7 @@ def cut_container(inputs: Iterable[Input]) -> Iterator[list[Input]]:
 
 
 def _videos_apart(block: list[Input]) -> Iterator[list[Input]]:
-    # A video takes as long as a whole block; the rows of images should not wait for it.
+    # A video takes as long as a whole block, and the rows of images should not wait for it.
     images = [item for item in block if not _is_video(item)]
     yield from ([images] if images else [])
     yield from ([item] for item in block if _is_video(item))

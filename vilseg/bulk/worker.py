@@ -1,7 +1,8 @@
 """Worker that segments blocks of inputs, with reading, inference and writing overlapped in one process.
 
-A few threads read and decode ahead of the model, a few write behind it. An unusable input becomes a rejected row; a
-store that does not respond is retried. Rows are written as a part at the end of a block, and every minute of a long one.
+Some threads read and decode inputs ahead of the model, others write results after it. An unusable input becomes a row with
+status ``rejected``; requests to a store that does not respond are retried. Rows are written as a part file of the results
+table at the end of a block, and every minute during a long block.
 """
 
 from __future__ import annotations
@@ -36,30 +37,33 @@ from vilseg.segmentation.video import VideoResult, segment_file
 
 _PART_SECONDS = 60.0
 _AHEAD_PIXELS = 64_000_000
-"""Pixels of decoded images that wait for the model, and of those whose masks wait to be written; a few more may be in flight."""
+"""Maximum pixels of decoded images that wait for the model, and of images whose results wait to be written.
+
+Images that are being decoded or written may exceed it.
+"""
 _GPU_BATCH = 16
-"""Images per forward pass on a GPU. On CPUs a batch is no faster."""
+"""Maximum number of images per forward pass on a GPU; 1 on a CPU, where batches are not faster."""
 _WRITERS = 4
 _TIFF = (".tif", ".tiff")
 _MAX_PART = 250
-"""Maximum bytes of a folder or file name before a suffix of up to five (the limit is 255 on most filesystems)."""
+"""Maximum bytes of a folder or file name, without the suffix of up to 5 bytes that outputs add (most filesystems allow 255)."""
 _MAX_NAME = 900
-"""Maximum bytes of a whole name; keys on S3 have at most 1,024 including the prefix."""
+"""Maximum bytes of a whole name with its folders; S3 allows 1,024 for a key, including the prefix of the output folder."""
 _MAX_OVERLAY = 4096
-"""Maximum pixels per side of an overlay, below the limit of WebP (16,383)."""
+"""Maximum side of an overlay in pixels; the limit of WebP is 16,383."""
 
 
 @dataclass
 class _Loaded:
     row: dict[str, Any]
     image: np.ndarray | None = None
-    """None if the row is complete or the input is segmented as a file (video, GeoTIFF)."""
+    """Decoded image; None if the row is complete or the input is segmented as a file (video, GeoTIFF)."""
     whole: Input | None = None
-    """Input to be segmented as a file."""
+    """Input that is segmented as a file; None for images."""
 
     @property
     def pixels(self) -> int:
-        """Size of the decoded image."""
+        """Number of pixels of the decoded image; 0 if there is none."""
         return 0 if self.image is None else self.image.shape[0] * self.image.shape[1]
 
 
@@ -67,12 +71,12 @@ class BlockSegmenter:
     """Segmenter of blocks of inputs, one per process.
 
     Args:
-        segmenter: holds the model and the classes.
-        outputs: files to write.
+        segmenter: segmenter with the model and the classes.
+        outputs: output folder and the files to write.
         rules: limits on the inputs.
-        readers: threads that read and decode.
-        claim: called with the SHA-256 of an input and its name, returns the first name with that hash; without it
-            equal inputs are segmented separately.
+        readers: number of threads that read and decode.
+        claim: function that gets the SHA-256 of an input and its name, and returns the name of the first input with that
+            hash. An input with another first name becomes a duplicate of it. If None, equal inputs are segmented separately.
     """
 
     def __init__(
@@ -97,7 +101,8 @@ class BlockSegmenter:
     def block(self, inputs: Sequence[Input]) -> BlockResult:
         """Segment ``inputs`` and write their masks and rows.
 
-        A second thread may pass the next block: it reads ahead, and uses the model while the first one still writes.
+        Two threads may call this at once with different blocks. The second reads and decodes ahead, and gets the model when
+        the inference of the first is finished, while the results of the first are still being written.
 
         Raises:
             StorageError: the output cannot be written, or the store does not respond.
@@ -160,7 +165,7 @@ class BlockSegmenter:
             if min(image.shape[:2]) < self._rules.min_side:
                 least = self._rules.min_side
                 raise DataError(f"{row['width']} x {row['height']} pixels, less than --min-side {least}")
-            # After the checks, so that copies of a rejected file are rejected and counted too.
+            # Claim after the checks, so that copies of a rejected file are rejected and counted too.
             if self._claim and (first := self._claim(row["sha256"], item.name)) != item.name:
                 return _Loaded({"path": item.name, "status": "ok", "sha256": row["sha256"], "duplicate_of": first})
             return _Loaded(row, image=image)
@@ -172,12 +177,12 @@ class BlockSegmenter:
     def _begin_writing(self, row: dict[str, Any], image: np.ndarray, result: Segmentation) -> Future[dict[str, Any]]:
         if self._segmenter.device.type != "cpu":
             return self._writing.submit(lambda: self._send(row, self._encode(row, image, result)))
-        # If the model runs on this core too, encoding in parallel gains nothing; only sending waits.
+        # On a CPU, encoding beside the model would compete for the same cores; only sending is asynchronous.
         files = self._encode(row, image, result)
         return self._writing.submit(self._send, row, files) if files else _finished(row)
 
     def _encode(self, row: dict[str, Any], image: np.ndarray, result: Segmentation) -> dict[str, bytes]:
-        """Fill ``row`` and return the files to be written, by name below the output."""
+        """Fill ``row`` with the result, and return the content of the files to write by path relative to the output folder."""
         outputs, name = self._outputs, row["path"]
         files = {}
         if outputs.png:
@@ -198,7 +203,7 @@ class BlockSegmenter:
         return row
 
     def _segment_file(self, item: Input, row: dict[str, Any]) -> dict[str, Any]:
-        """Segment a video or a GeoTIFF, which write their masks while they are read; return its row."""
+        """Segment a video or GeoTIFF, whose masks are written while it is read; return its row."""
         masks = storage.join(self._outputs.out, MASKS, item.name)
         with ExitStack() as stack:
             try:
@@ -214,7 +219,7 @@ class BlockSegmenter:
                 segment = self._segment_video if item.kind == "video" else self._segment_geotiff
                 found = segment(item, path, masks)
             except StorageError:
-                raise  # of the output, not of this input
+                raise  # the output cannot be written, which is no fault of this input
             except UserError as error:
                 return _rejected(row, str(error))
         return row | found | {"rle": []}
@@ -237,16 +242,17 @@ class BlockSegmenter:
 
 
 def _summary(found: VideoResult | GeoMask, areas: list[int]) -> dict[str, Any]:
-    """Row fields of a result without run lengths; the areas of a video are means over its frames."""
+    """Return the fields of a row for a result without run lengths; the areas of a video are means over its frames."""
     kept = [(name, area, score) for name, area, score in zip(found.classes, areas, found.scores, strict=True) if area]
     names, areas, scores = (list(column) for column in zip(*kept, strict=True)) if kept else ([], [], [])
     return {"width": found.width, "height": found.height, "classes": names, "areas": areas, "scores": scores}
 
 
 class _Ahead:
-    """Inputs read and decoded ahead by threads, in order; reading starts at once.
+    """Iterator over inputs that threads read and decode ahead, in order; reading starts on construction.
 
-    At most ``most`` inputs of yet unknown size are in flight, and none is started while many pixels are decoded.
+    At most ``most`` inputs are being decoded at once, because their sizes are not known yet. No further input is started while
+    decoded images with `_AHEAD_PIXELS` or more pixels wait.
     """
 
     def __init__(
@@ -288,7 +294,7 @@ def _check_name(name: str) -> None:
 
 @contextmanager
 def _as_file(item: Input) -> Iterator[Path]:
-    """Provide a local path with the content; a container member is written to a temporary file."""
+    """Provide the input as a local file; a container member is written to a temporary file."""
     if item.data is None:
         with storage.local_copy(item.uri) as path:
             yield path
@@ -320,7 +326,7 @@ def _encode_overlay(result: Segmentation) -> bytes:
 
 
 def _rejected(row: dict[str, Any], reason: str) -> dict[str, Any]:
-    # A sentence may quote a name that is not Unicode.
+    # The reason may quote a file name that is not valid Unicode.
     return row | {"status": "rejected", "error": reason.encode("utf-8", "backslashreplace").decode()}
 
 
@@ -331,7 +337,7 @@ def _finished(row: dict[str, Any]) -> Future[dict[str, Any]]:
 
 
 def _batched(items: Iterable[_Loaded], size: int) -> Iterator[list[_Loaded]]:
-    """Group into batches of at most ``size`` items, smaller ones if they have many pixels."""
+    """Yield batches of at most ``size`` items; a batch ends early if its images exceed `_AHEAD_PIXELS` pixels."""
     batch: list[_Loaded] = []
     for item in items:
         batch.append(item)

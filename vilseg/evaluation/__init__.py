@@ -1,1 +1,1 @@
-"""Evaluation of segmentations: confusion matrix, mIoU, datasets with masks, reports."""
+"""Evaluation of segmentations: metrics, datasets with ground-truth masks, reports."""

@@ -1,8 +1,8 @@
 """Benchmark datasets with masks, read in their published layouts: VOC, Context, COCO-Stuff, ADE20K.
 
-Only the validation split is read, on which results are reported. Class names are those of the built-in
-vocabularies, without their synonyms: as published but for words that VOC and Context run together ("pottedplant"), since a
-text encoder is to read them.
+Only the validation split is read, because published results are on this split. Class names are those of the built-in
+vocabularies without synonyms. They are the published names, except that joined words of VOC and Context ("pottedplant")
+are separated for the text encoder ("potted plant").
 """
 
 from collections.abc import Iterator, Mapping
@@ -22,29 +22,32 @@ _NO_CLASS = 256
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Directory layout of one benchmark dataset, and the meaning of its mask values."""
+    """Directory layout of one benchmark dataset, and the meaning of its mask values.
+
+    All folders and files are relative to the root folder of the dataset.
+    """
 
     title: str
-    """Title used by its publishers, with the year where there are several."""
+    """Published title, with the year if there are several editions."""
     kind: str
-    """Name in `KIND:URI`, and of its built-in vocabulary."""
+    """KIND in a dataset specification `KIND:URI`; also the name of the built-in vocabulary."""
     within: tuple[str, ...]
-    """Folders created by its archives: the URI may be one of these or their parent."""
+    """Possible root folders that unpacking the published archives creates; the URI may be one of them or their parent."""
     images: str
-    """Folder of JPEG images."""
+    """Folder of the JPEG images."""
     masks: str
-    """Folder of PNG masks, 8 bit."""
+    """Folder of the PNG masks, 8 bit."""
     names: str | None = None
-    """Text file with the names to evaluate on, one a line; all images where None."""
+    """Text file with the names of the images to evaluate on, one per line; if None, all images are used."""
     suffixes: Mapping[str, tuple[int, ...]]
-    """Suffixes of a mask file after the image name, of which the first existing one is used, with the mask values of the
-    classes in class order."""
+    """Suffix of a mask file after the image name -> mask values of the classes, in class order. The first suffix with an
+    existing file is used."""
     ignored: tuple[int, ...] = (_IGNORE,)
     """Mask values of ignored pixels."""
     remark: str = ""
-    """Origin of files that are not part of the download, for messages."""
+    """Origin of files that are not part of the download; appended to error messages."""
     unseen: tuple[str, ...] = ()
-    """Unseen classes that the paper reports (see `vilseg.evaluation.protocols`); empty for datasets without any."""
+    """Names of the unseen classes of the ViL-Seg paper (see `vilseg.evaluation.protocols`); empty if there are none."""
 
     @cached_property
     def classes(self) -> tuple[str, ...]:
@@ -53,17 +56,17 @@ class Layout:
 
     @property
     def expected(self) -> str:
-        """The files of one image, for messages."""
+        """Files that the dataset must have for one image, for error messages."""
         masks = " or ".join(f"{self.masks}/NAME{suffix}" for suffix in self.suffixes)
         listed = f", the names in {self.names}" if self.names else ""
         return f"{self.images}/NAME.jpg and {masks}{listed}{self.remark}"
 
 
 _NEVER_ANNOTATED = (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90)
-"""Ids among 0..181 in COCO-Stuff's masks that COCO lists but never annotated (nightrome/cocostuff, README, "Labels")."""
+"""Mask values in 0..181 of the classes that COCO lists but never annotated (nightrome/cocostuff, README, "Labels")."""
 
 LAYOUTS = (
-    # The border of every object is 255. The development kit, section 7 ("Segmentation").
+    # Object borders have the value 255 (development kit, section 7, "Segmentation").
     Layout(
         title="PASCAL VOC 2012",
         kind="voc",
@@ -74,9 +77,9 @@ LAYOUTS = (
         suffixes={".png": tuple(range(21))},
         unseen=("potted plant", "sheep", "sofa", "train", "tv monitor"),
     ),
-    # The publishers' masks are MATLAB files of 459 labels. What people exchange and report on are the PNGs that
-    # mmsegmentation's guide makes of them (docs, "Prepare datasets", Pascal Context): 59 classes in the order of the
-    # 459 labels, which is the alphabet's, and 0 = background, whatever is none of them.
+    # The published masks are MATLAB files with 459 labels. The common benchmark uses PNGs that mmsegmentation converts
+    # from them (docs, "Prepare datasets", Pascal Context): 59 classes in the order of the 459 labels (alphabetical), and
+    # 0 = background for all other labels.
     Layout(
         title="PASCAL Context",
         kind="context",
@@ -88,8 +91,8 @@ LAYOUTS = (
         remark=" (masks and names as mmsegmentation's tools/dataset_converters/pascal_context.py writes them)",
         unseen=("cow", "motorbike", "sofa", "cat"),
     ),
-    # stuffthingmaps_trainval2017.zip has NAME.png with ids 0..181; mmsegmentation numbers the 171 classes without gaps
-    # and leaves them beside it as NAME_labelTrainIds.png.
+    # stuffthingmaps_trainval2017.zip has NAME.png with ids 0..181. mmsegmentation renumbers the 171 classes without gaps
+    # and writes NAME_labelTrainIds.png into the same folder.
     Layout(
         title="COCO-Stuff 164k",
         kind="coco-stuff",
@@ -105,7 +108,7 @@ LAYOUTS = (
             *("wall-concrete", "tree", "grass", "river", "clouds", "playingfield"),
         ),
     ),
-    # 0 = other objects, which no figure counts (SceneParsing benchmark, "Evaluation").
+    # 0 = other objects, excluded from all metrics (SceneParsing benchmark, "Evaluation").
     Layout(
         title="ADE20K (SceneParse150)",
         kind="ade20k",
@@ -119,15 +122,15 @@ LAYOUTS = (
 
 
 class PublishedDataset(ImageFiles):
-    """Validation split of a benchmark dataset below a folder or S3 prefix.
+    """Validation split of a benchmark dataset under a local folder or S3 prefix.
 
     Args:
-        uri: the dataset's own folder, or a parent into which its archives were unpacked.
-        layout: which dataset.
+        uri: root folder of the dataset, or the parent folder into which its archives were unpacked.
+        layout: directory layout of the dataset, one of `LAYOUTS`.
 
     Raises:
-        DataError: the folders are not there, or an image or mask is missing. Iterating raises it for a file that cannot
-            be decoded, a mask of another size than its image, or a value that is no class.
+        DataError: the folders are not there, or an image or mask is missing. Iterating raises it if a file cannot be
+            decoded, a mask and its image differ in size, or a mask value is no class.
         StorageError: the folder cannot be read.
     """
 
@@ -146,7 +149,7 @@ class PublishedDataset(ImageFiles):
             yield MaskedImage(name=name, image=image, mask=mask, ignore=_IGNORE)
 
     def _list(self) -> list[tuple[str, ...]]:
-        """Name, image URI, mask URI and mask suffix of every image in the split."""
+        """Return (name, image URI, mask URI, mask suffix) of every image in the split."""
         layout = self.layout
         folders = [storage.join(self._root, layout.images), storage.join(self._root, layout.masks)]
         images, masks = ({entry.relative: entry.uri for entry in storage.list_files(folder)} for folder in folders)
@@ -186,7 +189,7 @@ class PublishedDataset(ImageFiles):
 
 
 def _meanings(values: tuple[int, ...], ignored: tuple[int, ...]) -> np.ndarray:
-    """(256,) class index of every value of an 8-bit mask, `_IGNORE`, or `_NO_CLASS`."""
+    """Return a (256,) table from each value of an 8-bit mask to its class index, `_IGNORE` or `_NO_CLASS`."""
     meanings = np.full(256, _NO_CLASS, dtype=np.int64)
     meanings[list(ignored)] = _IGNORE
     meanings[list(values)] = np.arange(len(values))
@@ -194,7 +197,7 @@ def _meanings(values: tuple[int, ...], ignored: tuple[int, ...]) -> np.ndarray:
 
 
 def _find_root(uri: str, layout: Layout) -> str:
-    """Folder that holds the images and masks."""
+    """Return the URI of the root folder, which holds the folders of images and masks."""
     for root in (uri, *(storage.join(uri, folder) for folder in layout.within)):
         if all(storage.is_folder(storage.join(root, folder)) for folder in (layout.images, layout.masks)):
             if layout.names and not storage.exists(storage.join(root, layout.names)):

@@ -1,7 +1,7 @@
 """Charts as inline SVG: drawn by matplotlib, coloured by the page that contains them.
 
-The page chooses a light or dark theme, so a chart must not have colours of its own. It is drawn in placeholder colours,
-which are replaced by the page's CSS variables (`--ink`, `--muted`, `--line`, `--accent`, `--second`).
+A page has a light and a dark theme, so a chart must not have fixed colours. It is drawn in placeholder colours, which are
+then replaced by the page's CSS variables (`--ink`, `--muted`, `--line`, `--accent`, `--second`).
 """
 
 import io
@@ -18,11 +18,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 COLOURS = {"ink": "#010101", "muted": "#020202", "line": "#030303", "accent": "#040404", "second": "#050505"}
-WIDTH = 4.4  # inches: at 72 units an inch letters of 10 units stay legible when a phone shrinks the chart to its width
-_MOST_POINTS = 240  # of one line; more only make the page heavy
+WIDTH = 4.4  # inches; small enough that 10-point text stays legible when the chart is scaled down to a phone's width
+_MOST_POINTS = 240  # per line; more would only enlarge the page
 
-STYLE: Any = {  # matplotlib types its settings by a Literal of all their names
-    "svg.fonttype": "none",  # text stays text: selectable, and set in the font of the page
+STYLE: Any = {  # Any, because matplotlib types the keys as a Literal of all its settings
+    "svg.fonttype": "none",  # keep text as text: selectable, and in the font of the page
     "font.size": 10.0,
     "text.parse_math": False,  # a "$" in a class name does not start a formula
     "text.color": COLOURS["ink"],
@@ -51,10 +51,10 @@ def line_chart(
     """Draw one line over training steps as an SVG element.
 
     Args:
-        points: (step, value) by rising step, at least one; of more than 240, neighbours are averaged.
+        points: at least one (step, value), in ascending order of step; more than 240 are reduced by averaging neighbours.
         label: description for screen readers; unique within a page.
         percent: format values in 0..1 as per cent and start the axis at 0.
-        reference: value of a dashed level line.
+        reference: value at which to draw a dashed horizontal line; None draws none.
     """
     steps, values = _thin(np.asarray(points, dtype=np.float64))
     with mpl.rc_context(STYLE):
@@ -110,18 +110,23 @@ def _finish_bars(axes: Axes, names: list[str], longest: float) -> None:
 
 
 def _thin(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Reduce (N, 2) points to at most `_MOST_POINTS` steps and values by means over neighbours."""
+    """Average neighbours of (N, 2) points so that at most `_MOST_POINTS` remain; return steps and values."""
     groups = np.array_split(points, min(len(points), _MOST_POINTS))
     means = np.stack([group.mean(axis=0) for group in groups])
     return means[:, 0], means[:, 1]
 
 
 def to_svg(figure: Figure, label: str) -> str:
-    """Convert a figure to an SVG element without size, namespaces, metadata or colours of its own."""
+    """Convert a figure to an SVG element without fixed size, fixed colours, namespaces and metadata.
+
+    Args:
+        figure: figure drawn in placeholder colours.
+        label: description for screen readers; unique within a page.
+    """
     buffer = io.StringIO()
-    # The salt and the prefix below keep the ids of charts on one page distinct, and make a report reproducible.
+    # The hash salt and the id prefix below keep the ids of charts on one page distinct and reproducible.
     with mpl.rc_context({"svg.hashsalt": label}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # the page's fonts draw the text, not these
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # the browser draws the text with its own fonts
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
     view_box = re.search(r'viewBox="[^"]*"', text)

@@ -6,15 +6,15 @@ import numpy as np
 
 
 class ConfusionMatrix:
-    """Pixels by true and predicted class, summed over images.
+    """Number of pixels for each pair of true and predicted class, summed over images.
 
     Args:
         classes: names of the C classes, in index order.
-        ignore: ground-truth value excluded from every metric, unless `update` gets another one.
+        ignore: default ground-truth value of pixels excluded from all metrics; `update` can override it.
     """
 
     counts: np.ndarray
-    """(C, C + 1) int64: row = true class, column = predicted class, the last column = predicted "no class"."""
+    """(C, C + 1) int64: row = true class, column = predicted class; the last column counts predictions of "no class"."""
 
     def __init__(self, classes: Sequence[str], ignore: int = 255) -> None:
         self.classes = tuple(classes)
@@ -22,15 +22,15 @@ class ConfusionMatrix:
         self.counts = np.zeros((len(self.classes), len(self.classes) + 1), dtype=np.int64)
 
     def update(self, prediction: np.ndarray, truth: np.ndarray, *, ignore: int | None = None) -> None:
-        """Count one image.
+        """Add the counts of one image.
 
         Args:
-            prediction: (H, W) integers >= 0; C or more means "no class", which is an error like any other wrong class.
-            truth: (H, W) integers, 0..C-1 or the value to ignore.
-            ignore: this image's value to ignore, where it is not that of the matrix (masks of 8 and of 16 bit).
+            prediction: (H, W) integers >= 0; C or more means "no class", which counts as a wrong prediction.
+            truth: (H, W) integers, class indices 0..C-1 or the ignored value.
+            ignore: ignored value of this image, because 8-bit and 16-bit masks differ in it; None takes that of the matrix.
 
         Raises:
-            ValueError: the shapes differ, or a value is neither a class nor to be ignored.
+            ValueError: the shapes differ, a ground-truth value is neither a class nor ignored, or a prediction is negative.
         """
         count = len(self.classes)
         known = known_pixels(prediction, truth, self.ignore if ignore is None else ignore, count)
@@ -49,9 +49,9 @@ class ConfusionMatrix:
         self.counts += other.counts
 
     def iou(self) -> np.ndarray:
-        """Intersection over union of every class, (C,) float64 in 0..1; nan for one in neither truth nor prediction.
+        """Compute the intersection over union of every class, (C,) float64 in 0..1.
 
-        Predictions on ignored pixels are not counted.
+        A class that is in neither ground truth nor prediction has nan. Predictions on ignored pixels are not counted.
         """
         right = np.diagonal(self.counts)
         union = self.counts.sum(axis=1) + self.counts[:, :-1].sum(axis=0) - right
@@ -68,13 +68,13 @@ class ConfusionMatrix:
         return self.mean_iou()
 
     def mean_iou(self, measured: Sequence[int] | None = None) -> float:
-        """Mean of `iou` over the classes that are present in the ground truth, in 0..1; nan if none is.
+        """Compute the mean of `iou` over the classes that are present in the ground truth, in 0..1; nan if none is.
 
-        A class that is only predicted lowers the IoU of the classes it was confused with, but is no term of the mean itself:
-        otherwise the metric would depend on which absent classes happened to be predicted once.
+        A class that is predicted but absent from the ground truth lowers the IoU of the classes it was confused with. It is
+        not averaged itself, because then the metric would depend on which absent classes happened to be predicted once.
 
         Args:
-            measured: indices of the classes to average over; all if None.
+            measured: indices of the classes to average over; None averages over all.
         """
         return mean_over(self.iou(), self.present, measured)
 
@@ -84,10 +84,10 @@ class ConfusionMatrix:
         return self.accuracy()
 
     def accuracy(self, measured: Sequence[int] | None = None) -> float:
-        """Fraction of the pixels with a true class whose prediction is that class, in 0..1; nan if there are none.
+        """Compute the fraction of the pixels with a true class that have the right prediction, in 0..1; nan without pixels.
 
         Args:
-            measured: indices of the true classes whose pixels count; all if None.
+            measured: indices of the true classes whose pixels count; None counts all.
         """
         rows = range(len(self.classes)) if measured is None else list(measured)
         total = self.counts[rows].sum()
@@ -95,10 +95,20 @@ class ConfusionMatrix:
 
 
 def known_pixels(prediction: np.ndarray, truth: np.ndarray, ignore: int, count: int) -> np.ndarray:
-    """(H, W) bool: which pixels have a true class.
+    """Compute the mask of the pixels that have a true class, and check the values of these pixels.
+
+    Args:
+        prediction: (H, W) integers.
+        truth: (H, W) integers.
+        ignore: ground-truth value of ignored pixels.
+        count: number of classes.
+
+    Returns:
+        Shape: (H, W), bool.
 
     Raises:
-        ValueError: the shapes differ, or a value of such a pixel is no class: not in 0..count-1 in truth, or negative.
+        ValueError: the shapes differ; or, outside ignored pixels, a ground-truth value is not in 0..count-1 or a prediction
+            is negative.
     """
     if prediction.shape != truth.shape:
         raise ValueError(f"prediction of shape {prediction.shape} does not fit truth of shape {truth.shape}")
@@ -113,7 +123,13 @@ def known_pixels(prediction: np.ndarray, truth: np.ndarray, ignore: int, count: 
 
 
 def mean_over(values: np.ndarray, present: np.ndarray, measured: Sequence[int] | None = None) -> float:
-    """Mean of the (C,) values of the classes that are `present` and, where it is given, `measured`; nan if none is."""
+    """Compute the mean of values over classes; nan if no class qualifies.
+
+    Args:
+        values: value of each class. Shape: (C,).
+        present: mask of the classes to average over. Shape: (C,), bool.
+        measured: indices of the classes to average over, in addition to the mask; None adds no restriction.
+    """
     chosen = present.copy()
     if measured is not None:
         chosen[:] = False

@@ -16,11 +16,11 @@ _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 class MaskedDataset(Protocol):
-    """Dataset to evaluate on: class names, a length, and an iterator that restarts on every pass."""
+    """Dataset to evaluate on: class names, number of images, and iteration from the start on every pass."""
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Class names; the mask value is the index."""
+        """Class names; the index of a name is its mask value."""
 
     def __len__(self) -> int: ...
 
@@ -28,17 +28,17 @@ class MaskedDataset(Protocol):
 
 
 class FolderDataset(ImageFiles):
-    """Dataset of `images/NAME.jpg` (or png, webp), `masks/NAME.png`, `classes.txt` below one folder or S3 prefix.
+    """Dataset of `images/NAME.jpg` (or png, webp), `masks/NAME.png` and `classes.txt` in one folder or S3 prefix.
 
-    Masks are grey PNGs of 8 or 16 bit, or PNGs with a palette; the pixel value is the class id, 255 (16 bit: 65535) is
-    ignored. Line i of `classes.txt`, from 0, names class id i.
+    Masks are grey PNGs of 8 or 16 bit, or PNGs with a palette. The pixel value is the class id; 255 (16 bit: 65535) is
+    ignored. Line i of `classes.txt`, counted from 0, has the name of class id i.
 
     Args:
-        uri: the folder. Lists of files are read at once, images and masks one by one in iteration.
+        uri: URI of the folder. The constructor lists the files; iteration reads images and masks one by one.
 
     Raises:
-        DataError: `classes.txt` or the images are missing, or an image has no mask. Iterating raises it for a file
-            that cannot be decoded, a mask of another size than its image, or a value that is no class.
+        DataError: `classes.txt` or the images are missing, or an image has no mask. Iterating raises it if a file cannot be
+            decoded, a mask and its image differ in size, or a mask value is no class.
         StorageError: the folder cannot be read.
     """
 
@@ -81,7 +81,7 @@ class FolderDataset(ImageFiles):
 
 
 class FirstImages:
-    """First images of a dataset, read once and cached for repeated evaluation."""
+    """First `count` images of a dataset, read once and kept in memory for repeated evaluation."""
 
     def __init__(self, dataset: MaskedDataset, count: int) -> None:
         self.classes = dataset.classes
@@ -118,10 +118,13 @@ _KINDS: dict[str, Callable[[str], FolderDataset | PublishedDataset]] = {
 
 
 def open_dataset(spec: str) -> FolderDataset | PublishedDataset:
-    """Open `KIND:URI`, such as `folder:s3://bucket/scenes` or `voc:data/VOCdevkit/VOC2012`.
+    """Open the dataset that a specification describes.
+
+    Args:
+        spec: `KIND:URI`, such as `folder:s3://bucket/scenes` or `voc:data/VOCdevkit/VOC2012`.
 
     Raises:
-        DataError: the kind is unknown, or the content of the URI is not of that kind.
+        DataError: the kind is unknown, or the URI does not hold a dataset of that kind.
     """
     kind, colon, uri = spec.partition(":")
     if not colon or not uri or kind not in _KINDS:

@@ -20,18 +20,18 @@ from vilseg.segmentation.result import Segmentation
 from vilseg.text.vocabulary import Vocabulary
 
 BATCH = 8
-"""Images per call of the segmenter."""
+"""Default number of images per call of the segmenter."""
 
 
 class BatchSegmenter(Protocol):
-    """The part of a segmenter that evaluation needs."""
+    """Interface of a segmenter that evaluation needs."""
 
     @property
     def classes(self) -> tuple[str, ...]:
         """Class names, in the order of the labels."""
 
     def batch(self, images: list[np.ndarray], /) -> Sequence[Segmentation]:
-        """One segmentation for each image, (H, W, 3) uint8 RGB."""
+        """Return one segmentation for each image; images are (H, W, 3) uint8 RGB."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -52,20 +52,20 @@ class Evaluation:
     images: int
     """Number of images measured."""
     vocabulary: str = ""
-    """`Vocabulary.digest` of the requested classes: metrics of different vocabularies must not be compared."""
+    """`Vocabulary.digest` of the requested classes, because metrics of different vocabularies must not be compared."""
     boundary: BoundaryCounts | None = None
-    """Counts along contours; None if not measured."""
+    """Counts for the boundary IoU; None if not measured."""
     calibration: CalibrationCounts | None = None
-    """Counts by score; None if the segmenter returns no scores."""
+    """Counts for the calibration error; None if the segmenter returns no scores."""
     temperature: float | None = None
-    """Result of `vilseg.evaluation.calibration_error.fit_temperature`, if requested."""
+    """Temperature fitted by `vilseg.evaluation.calibration_error.fit_temperature`; None if not requested."""
     measured: tuple[int, ...] | None = None
-    """Indices of the classes that the means are over; all where None."""
+    """Indices of the classes that metrics are averaged over; None averages over all."""
     protocol: EvaluationProtocol = EvaluationProtocol.ALL
     examples: tuple[Example, ...] = ()
-    """First images of the dataset, as many as requested."""
+    """First images of the dataset; `evaluate(keep=...)` sets their number."""
     worst: tuple[Example, ...] = ()
-    """Images with the lowest mIoU, the worst first, as many as requested."""
+    """Images with the lowest mIoU, in ascending order; `evaluate(keep_worst=...)` sets their number."""
 
     @property
     def miou(self) -> float:
@@ -74,7 +74,7 @@ class Evaluation:
 
     @property
     def boundary_iou(self) -> float:
-        """Mean boundary IoU over the same classes, in 0..1; nan where it was not measured."""
+        """Mean boundary IoU over the measured classes that are present in the truth, in 0..1; nan if not measured."""
         return math.nan if self.boundary is None else self.boundary.mean_iou(self.measured)
 
     @property
@@ -84,12 +84,12 @@ class Evaluation:
 
     @property
     def calibration_error(self) -> float:
-        """Expected calibration error of the scores over all classes' pixels, in 0..1; nan where there are no scores."""
+        """Expected calibration error of the scores over the pixels of all classes, in 0..1; nan if there are no scores."""
         return math.nan if self.calibration is None else self.calibration.error
 
     @property
     def measured_classes(self) -> tuple[str, ...]:
-        """Names of the classes that the means are over."""
+        """Names of the classes that metrics are averaged over."""
         names = self.confusion.classes
         return names if self.measured is None else tuple(names[index] for index in self.measured)
 
@@ -100,16 +100,16 @@ class Evaluation:
 
     @property
     def boundary_per_class(self) -> dict[str, float]:
-        """Boundary IoU of every class in 0..1; nan as in `per_class`, empty where it was not measured."""
+        """Boundary IoU of every class in 0..1; nan as in `per_class`, and empty if it was not measured."""
         if self.boundary is None:
             return {}
         return dict(zip(self.boundary.classes, self.boundary.iou().tolist(), strict=True))
 
     def to_dict(self) -> dict[str, Any]:
-        """Metrics as a JSON-serialisable dictionary, without the examples; nan becomes None.
+        """Return the metrics as a JSON-serialisable dictionary, without the examples; nan becomes None.
 
-        `confusion` has one row for each true class; its last column counts pixels predicted as no class. `measured` names
-        the classes that the means are over.
+        `confusion` has one row for each true class; its last column counts pixels predicted as "no class". `measured` lists
+        the names of the classes that metrics are averaged over.
         """
         return {
             "miou": _none_if_nan(self.miou),
@@ -129,13 +129,14 @@ class Evaluation:
 
 
 def merged(parts: Iterable[Evaluation], *, keep: int = 0, keep_worst: int = 0) -> Evaluation:
-    """Merge the evaluations of the parts of a dataset, in their order; counts are integers, so the result is exact to the last
-    digit.
+    """Merge the evaluations of consecutive ranges of a dataset, such as those of several workers.
+
+    Counts are integers, so the metrics equal those of one evaluation of the whole dataset to the last digit.
 
     Args:
-        parts: at least one, all with the same classes and protocol; examples are chosen from those that the parts kept.
-        keep: as for :func:`evaluate`.
-        keep_worst: as for :func:`evaluate`.
+        parts: at least one evaluation, in the order of the dataset, all with the same classes and protocol.
+        keep: number of `Evaluation.examples` to keep, from those that the evaluations hold.
+        keep_worst: number of `Evaluation.worst` to keep, from those that the evaluations hold.
     """
     parts = iter(parts)
     first = next(parts)
@@ -171,18 +172,18 @@ def evaluate(
     names: Sequence[str] | None = None,
     boundary_width: float = WIDTH,
 ) -> Evaluation:
-    """Segment every image of the dataset and count right and wrong pixels.
+    """Segment every image of a dataset and compute metrics against the ground truth.
 
     Args:
-        segmenter: its classes must be those of the protocol, in the dataset's order.
+        segmenter: segmenter whose classes are those of the dataset under the protocol, in the same order.
         dataset: images with masks.
-        progress: called after each batch with the number of finished images and of all images.
-        batch_size: images per call of the segmenter.
-        keep: number of first images to keep as `Evaluation.examples`, with ground truth and segmentation.
-        keep_worst: number of worst images to keep as `Evaluation.worst`.
-        protocol: selects the requested and the measured classes.
-        names: names used by the segmenter and the metrics for the classes of the protocol, in their order; the
-            dataset's own names if None.
+        progress: called after each batch with the number of finished images and the number of all images.
+        batch_size: maximum number of images per call of the segmenter.
+        keep: number of images at the start of the dataset to keep as `Evaluation.examples`.
+        keep_worst: number of images with the lowest mIoU to keep as `Evaluation.worst`.
+        protocol: protocol that selects the requested and the measured classes.
+        names: names that the segmenter has for the dataset's classes under the protocol, in the same order; metrics get
+            these names too. None takes the dataset's own names.
         boundary_width: width of the band along contours as a fraction of the image diagonal.
 
     Raises:
@@ -205,7 +206,7 @@ def evaluate(
             own.update(segmentation.labels, item.mask, ignore=item.ignore)
             confusion.merge(own)
             boundary.update(segmentation.labels, item.mask, ignore=item.ignore)
-            scores = getattr(segmentation, "scores", None)  # only our own `Segmenter` is sure to have them
+            scores = getattr(segmentation, "scores", None)  # other implementations than `Segmenter` may have none
             if scores is not None:
                 calibration = calibration or CalibrationCounts(len(classes))
                 calibration.update(segmentation.labels, scores, item.mask, ignore=item.ignore)
@@ -231,7 +232,7 @@ def evaluate(
 
 
 class _Worst:
-    """Examples with the lowest mIoU; of equal ones the first."""
+    """The `count` examples with the lowest mIoU; among equal ones those added first."""
 
     def __init__(self, count: int) -> None:
         self._count = count

@@ -1,4 +1,4 @@
-"""HTML page of a report: its style, and elements shared by several reports.
+"""HTML page of a report: its style, and HTML elements that several reports use.
 
 A page is self-contained: style and images are inline, without scripts or external requests.
 """
@@ -87,7 +87,7 @@ def page(title: str, parts: Iterable[str]) -> str:
 
 
 def section(title: str, note: str, *parts: str) -> str:
-    """Return a section with a heading, a sentence below it (may be empty) and HTML contents."""
+    """Return a section with the heading `title`, the sentence `note` below it (omitted if empty) and HTML contents."""
     lead = f'<p class="note">{escape(note)}</p>' if note else ""
     return f"<section><h2>{escape(title)}</h2>{lead}" + "".join(parts) + "</section>"
 
@@ -99,7 +99,7 @@ def card(content: str, *, title: str = "", kind: str = "") -> str:
 
 
 def numbers(values: Sequence[tuple[str, str, str]]) -> str:
-    """Return the headline metrics: (label, value, unit) each in a box, the first one in the accent colour."""
+    """Return the headline metrics, one box for each (label, value, unit); the first is in the accent colour."""
     boxes = [
         f'<div class="card{" first" if place == 0 else ""}"><div class="value">{escape(value)}'
         f'<span class="unit">{escape(unit)}</span></div><div class="label">{escape(label)}</div></div>'
@@ -118,7 +118,7 @@ def key(entries: Iterable[tuple[str, str, str]]) -> str:
 
 
 def class_key(entries: Sequence[LegendEntry]) -> str:
-    """Return the legend of a label map: its largest classes, each with its colour and its fraction of the area."""
+    """Return the legend of a label map: its largest classes, each with its colour and its fraction of the image area."""
     shown = [(css_colour(entry.colour), entry.name, percent_text(entry.fraction)) for entry in entries[:_MOST_NAMES]]
     if rest := entries[_MOST_NAMES:]:
         shown.append(("none", "", f"+ {len(rest)} more, {percent_text(sum(entry.fraction for entry in rest))}"))
@@ -134,10 +134,10 @@ def figure(image: Image.Image, caption: str, *, below: str = "", crisp: bool) ->
     """Return an inline image with a caption and HTML below it.
 
     Args:
-        image: RGB.
-        caption: text, also read by screen readers.
-        below: HTML.
-        crisp: store without loss and enlarge without smoothing, for enlarged or flat images; otherwise JPEG.
+        image: RGB image.
+        caption: text below the image, also used by screen readers.
+        below: HTML below the caption.
+        crisp: store as PNG and scale without smoothing, for upscaled images and flat colours; otherwise store as JPEG.
     """
     buffer = io.BytesIO()
     if crisp:
@@ -168,7 +168,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, numeric_columns
 
 
 def facts(values: Mapping[str, str]) -> str:
-    """Return names and values, one per line."""
+    """Return a table of names and values, one pair per row."""
     return table((), values.items())
 
 
@@ -178,7 +178,7 @@ def code(text: str) -> str:
 
 
 def folded(title: str, content: str) -> str:
-    """Return collapsible HTML."""
+    """Return a collapsible box with a title and HTML content, closed at first."""
     return f'<details class="card"><summary>{escape(title)}</summary>{content}</details>'
 
 

@@ -1,7 +1,7 @@
-"""Evaluation protocols: the requested and the measured classes of a dataset.
+"""Evaluation protocols: the classes of a dataset that the segmenter is asked for, and those that metrics are averaged over.
 
-Metrics of different protocols must not be compared: VOC with its background (21 classes), without it (20) and
-on unseen classes only (5) are three different metrics.
+Metrics of different protocols must not be compared. On VOC, the mIoU over 21 classes with background, over 20 classes
+without it, and over the 5 unseen classes are three different metrics.
 """
 
 from collections.abc import Iterator
@@ -17,22 +17,25 @@ from vilseg.text.vocabulary import BACKGROUND
 
 
 class EvaluationProtocol(StrEnum):
-    """Protocol of an evaluation."""
+    """Protocol of an evaluation. Requested classes are given to the segmenter; measured classes are averaged over."""
 
     ALL = "all"
     """All classes are requested and measured, including the background if the dataset has one."""
     NO_BACKGROUND = "no-background"
     """The class background is not requested, and pixels whose ground truth is background are ignored."""
     UNSEEN = "unseen"
-    """All classes are requested, the means are over the dataset's unseen ones, which the paper reports. It is not established
-    whether the paper requested all classes or the unseen ones alone; this is the harder reading."""
+    """All classes are requested, and the unseen classes of the ViL-Seg paper (arXiv 2207.08455) are measured. It is not known
+    whether the paper requested all classes or only the unseen ones; requesting all is harder."""
 
 
 def under(dataset: MaskedDataset, protocol: EvaluationProtocol) -> tuple[MaskedDataset, tuple[int, ...]]:
-    """Apply a protocol: return the dataset, and the indices of the classes that the means are over.
+    """Apply a protocol to a dataset.
+
+    Returns:
+        Dataset with the requested classes, and the indices of the measured classes in it.
 
     Raises:
-        DataError: the dataset has no background, or no unseen classes.
+        DataError: the protocol needs a background or unseen classes, and the dataset has none.
     """
     if protocol is EvaluationProtocol.UNSEEN:
         unseen = dataset.unseen if isinstance(dataset, PublishedDataset) else ()
@@ -54,7 +57,7 @@ def under(dataset: MaskedDataset, protocol: EvaluationProtocol) -> tuple[MaskedD
 
 
 class WithoutBackground:
-    """Dataset with an ignored background; the indices of later classes decrease by one."""
+    """Dataset without its class background, whose pixels are ignored; indices of later classes decrease by one."""
 
     def __init__(self, dataset: MaskedDataset) -> None:
         self._dataset = dataset

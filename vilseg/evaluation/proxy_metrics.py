@@ -1,14 +1,14 @@
-"""Proxy metrics of a model without masks, computed on pairs that training did not see.
+"""Proxy metrics of a model that need no masks, computed on image-caption pairs held out of training.
 
-Most users have no masks but must compare trainings. Four metrics, all higher is better:
+They compare training runs if there are no masks. There are four metrics, and higher is better for all of them:
 
-    retrieval            mean reciprocal rank of the right caption among all, and of the right image, by image
-                         embeddings
+    retrieval            mean reciprocal rank of the right caption for an image among all captions, and of the right image
+                         for a caption, by cosine similarity
     nouns                mean average precision with which an image's best patches predict the noun phrases of its captions
     mutual_information   between the cluster assignments of two views of an image, in nats (IIC, Ji et al. 2019, equation 3)
     agreement            adjusted Rand index (Hubert & Arabie 1985) between the clusters of two views, mean over the images
 
-docs/tuning.md has their rank correlation with mIoU over trainings.
+docs/tuning.md lists their rank correlation with mIoU over training runs.
 """
 
 from __future__ import annotations
@@ -32,29 +32,29 @@ from vilseg.model import ImageEmbeddings, ViLSeg
 from vilseg.text.noun_phrases import NounPhrases
 
 MEASURES = ("retrieval", "nouns", "mutual_information", "agreement")
-"""Names of the metrics."""
+"""Names of all metrics, the keys of the dictionary that `measure` returns."""
 
 _TOP_PATCHES = 8
-"""Patches whose mean similarity is an image's score for a phrase, as in the noun contrast."""
+"""Number of most similar patches whose mean similarity is an image's score for a phrase, as in the multi-label loss."""
 _MIN_COUNT = 5
-"""Minimum images with a phrase; the average precision of fewer is chance."""
+"""Minimum number of captions with a phrase; for rarer phrases the average precision is mostly chance."""
 _BATCH = 64
 _SEED = 20
-"""Seed of the views, the same for every model."""
+"""Random seed of the first image's views, the same for every model; image i has this seed + i."""
 
 
 @dataclass(frozen=True, eq=False)
 class HeldOut:
-    """Decoded pairs held out of training."""
+    """Decoded image-caption pairs held out of training."""
 
     images_BHW3: np.ndarray
-    """Squares, uint8 RGB."""
+    """Square crops, uint8 RGB."""
     captions: tuple[str, ...]
-    """The first caption of each."""
+    """First caption of each image."""
     phrases: tuple[str, ...]
-    """Noun phrases in the captions."""
+    """Noun phrases that occur in at least `_MIN_COUNT` captions."""
     holds_BP: np.ndarray
-    """Mask of the phrases in each image's captions, bool."""
+    """True if a caption of image b contains phrase p. Shape: (B, P), bool."""
 
     @classmethod
     def load(
@@ -63,14 +63,14 @@ class HeldOut:
         """Read the first ``limit`` readable pairs at ``source``.
 
         Args:
-            source: URI of pair shards.
-            side: side in pixels of the square crops.
-            columns: names of the columns of Parquet shards.
+            source: URI of one or several shards of pairs.
+            side: side of the square crops in pixels; smaller images are skipped.
+            columns: names of the columns of Parquet shards; None takes the default names.
             limit: maximum number of pairs.
-            max_pixels: larger images are skipped.
+            max_pixels: maximum number of pixels of an image; larger images are skipped.
 
         Raises:
-            DataError: no shards, or fewer than two readable pairs.
+            DataError: there are no shards, or fewer than two readable pairs.
             StorageError: the URI cannot be read.
         """
         images, captions = [], []
@@ -78,7 +78,7 @@ class HeldOut:
             try:
                 images.append(crop_to_square(decode_image(pair.image, max_pixels=max_pixels, min_side=side), side))
             except DataError:
-                continue  # training reports bad pairs; here they are only skipped
+                continue  # skipped without a report, because ingestion and training report unreadable pairs
             captions.append(pair.captions)
             if len(images) == limit:
                 break
@@ -101,7 +101,11 @@ def _pairs(source: str, columns: ColumnsConfig) -> Iterator[Pair]:
 
 @torch.inference_mode()
 def measure(model: ViLSeg, pairs: HeldOut) -> dict[str, float]:
-    """Compute all metrics of a model on its device; those that the pairs do not determine (without phrases) are left out."""
+    """Compute the proxy metrics of a model on its device.
+
+    Returns:
+        Metric by name. A metric that is undefined for these pairs is left out, such as `nouns` if there are no phrases.
+    """
     training = model.training
     model.eval()
     try:
@@ -134,13 +138,13 @@ def _float32(embeddings: ImageEmbeddings) -> ImageEmbeddings:
 
 
 def _best_patches(patches_BND: Tensor, phrases_PD: Tensor) -> Tensor:
-    """Score of each phrase by its best patches. Shape: -> (B, P)."""
+    """Compute the score of each phrase in each image from its `_TOP_PATCHES` best patches. Shape: -> (B, P)."""
     similarity_BNP = patches_BND @ phrases_PD.T
     return similarity_BNP.topk(min(_TOP_PATCHES, similarity_BNP.shape[1]), dim=1).values.mean(1)
 
 
 def _two_views(model: ViLSeg, images_BHW3: Tensor, seeds_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Cluster assignments in two views, the second aligned to the patches of the first, and the mask of the overlap.
+    """Compute cluster assignments in two views, the second resampled to the patches of the first, and the overlap mask.
 
     Shape: -> (B, K, h, w), (B, K, h, w), (B, h, w).
     """
@@ -154,9 +158,11 @@ def _two_views(model: ViLSeg, images_BHW3: Tensor, seeds_B: Tensor) -> tuple[Ten
 
 
 def retrieval(similarity_BB: Tensor, captions: tuple[str, ...]) -> float:
-    """Mean reciprocal rank over images and captions, in 0..1; equal captions are interchangeable.
+    """Compute the mean reciprocal rank of the right caption of each image and of the right image of each caption, in 0..1.
 
-    Shape: (B, B), images by captions.
+    Args:
+        similarity_BB: similarity of each image (row) and each caption (column). Shape: (B, B).
+        captions: caption of each image; images with equal captions count as right for each other.
     """
     numbers = {caption: number for number, caption in enumerate(dict.fromkeys(captions))}
     owner = torch.tensor([numbers[caption] for caption in captions], device=similarity_BB.device)
@@ -165,17 +171,24 @@ def retrieval(similarity_BB: Tensor, captions: tuple[str, ...]) -> float:
     for similarity in (similarity_BB, similarity_BB.T):
         best = similarity.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
         wrong = similarity.masked_fill(right, -torch.inf)
-        # Half of the ties rank first: a constant model must not score well.
+        # Ties count half, so that a model with constant output does not score well.
         ranks.append(1 + (wrong > best).sum(1) + (wrong == best).sum(1) / 2)
     return float((1 / torch.cat(ranks)).mean())
 
 
 def mean_average_precision(scores_BP: np.ndarray, holds_BP: np.ndarray) -> float:
-    """Mean of the average precision over the phrases of some but not all images, in 0..1; nan without any."""
+    """Compute the average precision of each phrase's ranking of the images, and its mean over phrases, in 0..1.
+
+    Phrases that all images or no image contain are left out; the result is nan if none remains.
+
+    Args:
+        scores_BP: score of each phrase in each image.
+        holds_BP: True if the image contains the phrase.
+    """
     told = holds_BP.any(0) & ~holds_BP.all(0)
     precisions = []
     for scores_B, holds_B in zip(scores_BP.T[told], holds_BP.T[told], strict=True):
-        # Among equal scores the wrong ones rank first.
+        # Among equal scores, images without the phrase rank first.
         order = np.lexsort((holds_B, -scores_B))
         hits = holds_B[order]
         precisions.append((np.cumsum(hits) / np.arange(1, len(hits) + 1))[hits].mean())
@@ -183,7 +196,15 @@ def mean_average_precision(scores_BP: np.ndarray, holds_BP: np.ndarray) -> float
 
 
 def agreement(first_Bhw: Tensor, second_Bhw: Tensor, valid_Bhw: Tensor) -> float:
-    """Mean over the images of the adjusted Rand index of two clusterings of their valid patches; 0 is chance, 1 identity."""
+    """Compute the adjusted Rand index between two clusterings of each image's valid patches, and its mean over images.
+
+    0 is chance, 1 is identity; nan if no image has two valid patches.
+
+    Args:
+        first_Bhw: cluster index of each patch.
+        second_Bhw: cluster index of each patch in the other clustering.
+        valid_Bhw: mask of the patches to compare, bool.
+    """
     count = int(max(first_Bhw.max(), second_Bhw.max())) + 1
     indices = []
     for first, second, valid in zip(first_Bhw, second_Bhw, valid_Bhw, strict=True):
@@ -193,7 +214,7 @@ def agreement(first_Bhw: Tensor, second_Bhw: Tensor, valid_Bhw: Tensor) -> float
         if not total:
             continue
         expected, largest = rows * columns / float(total), (rows + columns) / 2
-        # One region in both views is what a collapsed head gives: no credit for it.
+        # The index is 0 / 0 if both clusterings have a single cluster, as from a collapsed head; count it as chance.
         indices.append(0.0 if largest == expected else (together - expected) / (largest - expected))
     return float(np.mean(indices)) if indices else float("nan")
 

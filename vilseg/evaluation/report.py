@@ -1,4 +1,4 @@
-"""Reports of a training run or of an evaluation as one self-contained HTML page, returned as text."""
+"""Report of a training run or of an evaluation as one self-contained HTML page."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from vilseg.evaluation.evaluate import Evaluation, Example
 from vilseg.segmentation import visualization
 from vilseg.segmentation.result import no_class
 
-_LONGEST_SIDE = 640  # px: larger images are shrunk, a page of dozens must still open on a phone
+_LONGEST_SIDE = 640  # px; larger images are shrunk, so that a page with dozens of images still opens on a phone
 _MOST_CONFUSIONS = 12
 
 
@@ -27,17 +27,17 @@ class RunReport:
     untrained: Evaluation | None = None
     """Evaluation of the model before training, on the same images."""
     summary: str = ""
-    """A sentence or two below the title."""
+    """One or two sentences below the title."""
     seconds: Mapping[str, float] = field(default_factory=dict)
-    """Wall time of each stage, in order."""
+    """Wall time in seconds of each stage, in the order of the stages."""
     metrics: Sequence[Mapping[str, float]] = ()
     """Metrics of each reported step; every key that begins with "loss" is drawn as a curve over `step`."""
     miou_curve: Sequence[tuple[int, float]] = ()
     """(step, mIoU in 0..1) during training."""
     commands: Sequence[str] = ()
-    """Commands that made the run, in order."""
+    """Commands that reproduce the run, in order."""
     configuration: str = ""
-    """The resolved configuration, as YAML."""
+    """Resolved configuration as YAML."""
     facts: Mapping[str, str] = field(default_factory=dict)
     """Further facts by name, such as the URI of the model and the number of pairs."""
 
@@ -104,7 +104,7 @@ def _facts(facts: Mapping[str, str]) -> str:
 
 
 def _protocol(evaluation: Evaluation) -> str:
-    """Describe the protocol of the metrics in a sentence or two."""
+    """Describe the protocol of the metrics in one to three sentences."""
     text = f"Protocol {evaluation.protocol}."
     if len(evaluation.measured_classes) < len(evaluation.confusion.classes):
         text += (
@@ -121,7 +121,7 @@ def _per_cent(value: float) -> tuple[str, str]:
 
 
 def _stages(seconds: Mapping[str, float]) -> str:
-    """Render a bar with one segment per stage, proportional to its time, and the times."""
+    """Render the stages as a bar with one segment each, proportional to its time, with a legend of the times."""
     if not seconds:
         return ""
     # One hue from strong to pale, so that no stage resembles the colour of a class.
@@ -158,7 +158,7 @@ def _worst(examples: Sequence[Example]) -> str:
 def _example(example: Example) -> str:
     result, truth = example.segmentation, example.truth
     image, classes = truth.image, result.classes
-    # The ignored value of an 8-bit mask may be a class index, if there are more than 255 classes.
+    # Ignored pixels get the "no class" value of 16 bit, because 255 is a class index if there are more than 255 classes.
     true_labels = np.where(truth.mask == truth.ignore, np.uint16(no_class(np.uint16)), truth.mask)
     factor = visualization.upscale_factor(*result.labels.shape)
     crisp = factor > 1
@@ -184,7 +184,7 @@ def _example(example: Example) -> str:
 
 
 def _fit(image: Image.Image, resample: Image.Resampling = Image.Resampling.LANCZOS) -> Image.Image:
-    """Shrink an image to `_LONGEST_SIDE` if it is larger."""
+    """Shrink an image in place so that no side exceeds `_LONGEST_SIDE`, and return it."""
     image.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE), resample)
     return image
 
@@ -219,7 +219,7 @@ def _class_table(evaluation: Evaluation) -> str:
 
 
 def _confusions(evaluation: Evaluation) -> str:
-    """Render the pairs of true and predicted class with most pixels."""
+    """Render a table of the pairs of true and wrongly predicted class with the most pixels."""
     counts = evaluation.confusion.counts
     wrong = counts.copy()
     np.fill_diagonal(wrong, 0)
