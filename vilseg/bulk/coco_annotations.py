@@ -1,4 +1,4 @@
-"""``annotations.json`` of a bulk segmentation: COCO instances and panoptic segments, written row by row."""
+"""``annotations.json`` of a bulk segmentation: COCO instance annotations and panoptic segments, written row by row."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ Row = Mapping[str, Any]
 def write_coco(
     file: IO[bytes], rows: Callable[[], Iterable[Row]], classes: Sequence[str], mask_name: Callable[[Row], str] | None
 ) -> None:
-    """Write ``images``, ``categories``, ``annotations`` with a mask each and, with mask files, ``panoptic``.
+    """Write a JSON file with the sections ``images``, ``categories``, ``annotations`` and, if there are mask files, ``panoptic``.
 
-    A category's id is the index of its class plus 1, because COCO keeps 0 for "no category". A segment's id is the pixel
-    value in its mask file, as in COCO's panoptic style, and that is the index itself, from 0: always ``category_id`` - 1.
+    The id of a category is the index of its class plus 1, because COCO reserves 0 for "no category". The id of a segment is
+    its pixel value in the mask file, as in COCO's panoptic format, which is the class index: always ``category_id`` - 1.
 
     Args:
-        file: to write to.
-        rows: returns a fresh iterator over the rows of images at every call, one per section of the file.
-        classes: names in index order.
-        mask_name: name of a row's mask file below the output; None where none is written.
+        file: binary file to write to.
+        rows: function that returns a new iterator over the rows of the results table; called once per section.
+        classes: class names in index order.
+        mask_name: function that returns the path of a row's mask file relative to the output folder; None if there are no
+            mask files.
     """
     index = {name: number for number, name in enumerate(classes)}
     categories = [{"id": number + 1, "name": name, "supercategory": ""} for name, number in index.items()]
@@ -50,7 +51,7 @@ def _image(image_id: int, row: Row) -> dict[str, Any]:
 
 
 def _regions(row: Row, index: Mapping[str, int]) -> Iterator[tuple[int, float, dict[str, Any], dict[str, Any]]]:
-    """Class index, score, mask and the fields common to both styles, for each class present."""
+    """Yield (class index, score, run-length code, fields common to both formats) of each class in the image."""
     for name, area, score, counts in zip(row["classes"], row["areas"], row["scores"], row["rle"], strict=True):
         rle = {"size": [row["height"], row["width"]], "counts": counts}
         bbox = [int(side) for side in coco_mask.toBbox(rle)]

@@ -25,9 +25,9 @@ from vilseg.ingest.image_files import resolve
 _BUFFER = 4 << 20
 _BLOCK = tarfile.BLOCKSIZE
 _ROWS = 4
-"""Rows of a Parquet file read at a time; an image may have many megabytes."""
+"""Number of rows of a Parquet file in memory at a time; an image may have many megabytes."""
 _MAX_MEMBER = 1 << 30
-"""Maximum bytes of a tar member, which is read into memory."""
+"""Maximum bytes of a tar member, because members are read into memory."""
 _NAMELESS = "_"
 _INSTEAD_OF_ZERO = 0x9E37_79B9_7F4A_7C15
 """Replacement for the hash 0, which marks a free slot."""
@@ -38,27 +38,27 @@ class Input:
     """One image or video to be segmented."""
 
     name: str
-    """Path below the input; no part leads out of the output folder. The mask goes to ``masks/<name>.png``."""
+    """Path relative to the listed folder, made safe by `safe_name`. The mask is written to ``masks/<name>.png``."""
     uri: str
-    """Location of the bytes; for a member of a container, the container."""
+    """URI of the file; for a member of a container, URI of the container."""
     size: int | None = None
-    """Size in bytes, if known."""
+    """Size in bytes; None if unknown."""
     data: bytes | None = field(default=None, repr=False)
-    """Encoded image, if it is a member of a container."""
+    """Content of a member of a container; None for a file of its own."""
     problem: str | None = None
-    """Reason why it cannot be read, if already known."""
+    """Reason why the input cannot be read; None if no problem is known yet."""
 
     @property
     def kind(self) -> Literal["image", "video"]:
-        """Kind by suffix; everything except videos is tried as an image."""
+        """Kind according to the suffix; everything except videos is decoded as an image."""
         return "video" if is_video(self.name if self.data is not None else self.uri) else "image"
 
     def read(self) -> bytes:
         """Read the whole file.
 
         Raises:
-            DataError: the container has no bytes for it.
-            StorageError: it cannot be read.
+            DataError: the input has a `problem`.
+            StorageError: the file cannot be read.
         """
         if self.problem is not None:
             raise DataError(self.problem)
@@ -70,19 +70,20 @@ class Container:
     """File that holds many inputs: a tar or a Parquet file."""
 
     name: str
-    """Path below the input; prefix of the names of its members."""
+    """Path relative to the listed folder; prefix of the names of the members."""
     uri: str
     size: int | None = None
+    """Size in bytes; None if unknown."""
     columns: ColumnsConfig = field(default_factory=ColumnsConfig)
     """Names of the columns of a Parquet file."""
 
     def inputs(self) -> Iterator[Input]:
-        """Iterate over the contents in stored order, the same each time, in one pass.
+        """Yield the members of a tar or the rows of a Parquet file in stored order, reading the file once.
 
-        Holds one member of a tar, or a few rows of a Parquet file with their pages, in memory.
+        Memory holds one member of a tar, or a few rows of a Parquet file with their pages.
 
-        Members of a tar are named ``<name>/<member>``; rows ``<name>/<key>``, or by their 8-digit number without a
-        key column. A duplicate name gets the number of its member or row appended.
+        The name of a tar member is ``<name>/<member>``; that of a row ``<name>/<key>``, or ``<name>/<8-digit row number>`` if
+        there is no key. The second and later inputs of the same name get the number of their member or row appended.
 
         Raises:
             DataError: the file is damaged (raised after the inputs before the damage), or has no column of images.
@@ -100,7 +101,7 @@ class Container:
 
 
 class Hashes:
-    """Set of 64-bit hashes that takes 16 to 40 bytes per element, a fifth of a ``set``."""
+    """Set of 64-bit hashes in a hash table of 16 to 40 bytes per element, a fifth of the memory of a ``set``."""
 
     def __init__(self) -> None:
         self._slots = array("Q", bytes(8 << 10))
@@ -130,12 +131,12 @@ class Hashes:
 
 
 def safe_name(text: str) -> str:
-    """Return ``text`` as a path below its folder, with percent-encoding of the parts that are no file name.
+    """Return ``text`` as a relative path that stays inside its folder, with invalid parts percent-encoded.
 
-    These are "." and "..", slashes without a name before or after them, NUL, and bytes that are not UTF-8 (surrogates in
-    Python strings). Everything else is unchanged.
+    Encoded are "." and ".." as path components, a slash at the start or end or after another slash, NUL, and bytes that are
+    not UTF-8 (surrogates in Python strings). Everything else is unchanged.
     """
-    while text.startswith("./"):  # as `tar c .` writes all names
+    while text.startswith("./"):  # `tar c .` writes all names with this prefix
         text = text[2:]
     text = re.sub(r"[\0\udc80-\udcff]", lambda match: f"%{ord(match.group()) & 0xFF:02X}", text)
     text = re.sub(r"(?:^|(?<=/))/|/\Z", "%2F", text)
@@ -150,7 +151,7 @@ def _tar_members(container: Container) -> Iterator[Input]:
             tarfile.open(fileobj=io.BufferedReader(file, _BUFFER), mode="r|") as tar,
         ):
             while (member := tar.next()) is not None:
-                tar.members = []  # type: ignore[attr-defined]  # it would hold every header until the end
+                tar.members = []  # type: ignore[attr-defined]  # otherwise every header stays in memory
                 if member.isfile() and is_tried(member.name) and not member.name.lower().endswith((TAR, PARQUET)):
                     if member.size > _MAX_MEMBER:
                         problem = f"it has {member.size:,} bytes inside {uri}, more than the limit of {_MAX_MEMBER:,}: unpack it"
@@ -160,7 +161,7 @@ def _tar_members(container: Container) -> Iterator[Input]:
                         assert data is not None
                         yield Input(member.name, uri, member.size, data.read())
                 last = member.name
-            # tarfile takes a header that it cannot read, and the end of the file, for the end of the archive.
+            # tarfile treats an unreadable header and the end of a truncated file as the end of the archive, so check both.
             file.seek(tar.offset)
             end = file.read(_BLOCK)
             if len(end) < _BLOCK or any(end):
@@ -176,7 +177,7 @@ def _tar_members(container: Container) -> Iterator[Input]:
 def _parquet_rows(container: Container) -> Iterator[Input]:
     uri, columns, row = container.uri, container.columns, 0
     try:
-        # So, pages are read as they are needed and not a whole row group at once.
+        # With these settings pages are read when they are needed, not a whole row group at once.
         with storage.open_input(uri) as source, pq.ParquetFile(source, buffer_size=_BUFFER, pre_buffer=False) as file:
             names = file.schema_arrow.names
             image_column = split_image({name: name for name in names}, columns)[0]
@@ -187,7 +188,7 @@ def _parquet_rows(container: Container) -> Iterator[Input]:
                 )
             wanted = [name for name in (image_column, columns.path, columns.key) if name in names]
             for batch in file.iter_batches(batch_size=_ROWS, columns=list(dict.fromkeys(wanted))):
-                for index in range(batch.num_rows):  # not to_pylist, which copies all of them
+                for index in range(batch.num_rows):  # not to_pylist, which would copy all rows at once
                     values = {name: batch[name][index].as_py() for name in batch.schema.names}
                     yield _of_row(uri, row, values.get(columns.key), values[image_column] or values.get(columns.path))
                     row += 1
@@ -199,7 +200,7 @@ def _parquet_rows(container: Container) -> Iterator[Input]:
 
 def _of_row(uri: str, row: int, key: Any, image: Any) -> Input:
     name = f"{row:08d}" if key in (None, "") else str(key)
-    if isinstance(image, dict):  # as Hugging Face datasets write it
+    if isinstance(image, dict):  # format of Hugging Face datasets
         image = image.get("bytes") or image.get("path")
     if isinstance(image, bytes):
         return Input(name, uri, len(image), image)

@@ -1,9 +1,8 @@
 """Gallery of a bulk segmentation: a page to browse, filter and sort the images, and their thumbnails.
 
-``gallery.html`` works by double click from a disk as well as from any static web server: it loads only files next
-to it, and its rows are scripts (``gallery/rows-0000.js``, …), because browsers allow a page from a disk to read files
-in no other way. Thumbnails are expected at ``thumbs/<path>.webp`` and label maps at ``masks/<path>.png``; missing ones
-are left out.
+``gallery.html`` can be opened from a local disk or from any static web server. It loads only files relative to itself, and
+its data files are scripts (``gallery/rows-0000.js``, …), because browsers do not let a page from a local disk read files in
+another way. It shows thumbnails at ``thumbs/<path>.webp`` and label maps at ``masks/<path>.png``, if they exist.
 """
 
 import io
@@ -22,27 +21,28 @@ from vilseg.evaluation.html_page import css_colour, page
 from vilseg.segmentation.visualization import class_colours, draw_overlay, rgb
 
 PAGE, DATA, THUMBS = "gallery.html", "gallery", "thumbs"
-"""Names below the output: the page, and the folders of its rows and of the thumbnails."""
+"""Names in the output folder: the page, the folder of its data files, and the folder of the thumbnails."""
 
 _CHUNK_ROWS = 4096
-"""Rows per data file: held in memory here, and read by a browser without a noticeable pause."""
+"""Number of rows per data file; small enough to be held in memory here, and to be read by a browser without a pause."""
 _FRACTION_UNITS, _SCORE_UNITS = 10_000, 1_000
-"""Units of area fractions and scores, which are integers in the data files; gallery_rows.js has the same constants."""
+"""Integers in the data files that stand for an area fraction of 1 and a score of 1; the same constants are in
+gallery_rows.js."""
 _WEBP_QUALITY = 80
-_MAX_SIDE = 8191  # px: WebP ends at 16383, and two images lie side by side
+_MAX_SIDE = 8191  # px; the limit of WebP is 16383 for two images side by side
 
 
 def thumbnail(image: np.ndarray, labels: np.ndarray, classes: Sequence[str], side: int = 256) -> bytes:
-    """Encode the image and, to its right, the same image with coloured regions, as one WebP.
+    """Encode a WebP with two halves of equal size: the image on the left, and the image with coloured regions on the right.
 
-    Each half has the image's shape and a longer side of `side` px; an image that is smaller is enlarged by the largest
-    whole factor that fits. The halves have the same size, so that a page can show one, both, or one over the other.
+    An image larger than `side` is shrunk so that its longer side has `side` pixels; a smaller image is enlarged by the
+    largest integer factor that fits. A page can show one half, both, or one over the other.
 
     Args:
         image: (H, W, 3) uint8 RGB.
-        labels: (H, W) integers, index into `classes`; anything larger is no class and stays untinted.
-        classes: names in index order; they decide the colours.
-        side: px, from 1 to 8191.
+        labels: (H, W) integers, indices into `classes`; larger values mean "no class" and are not coloured.
+        classes: names in index order; they determine the colours.
+        side: maximum height and width of each half in pixels, from 1 to 8191.
 
     Raises:
         ValueError: image and labels differ in height or width, have no pixels, or `side` is out of range.
@@ -72,28 +72,28 @@ def thumbnail(image: np.ndarray, labels: np.ndarray, classes: Sequence[str], sid
 
 
 def _centres(length: int, count: int) -> np.ndarray:
-    """Indices of the pixels under the centres of `count` larger ones."""
+    """Return, for `count` equal intervals of `length` pixels, the index of the pixel at the centre of each."""
     return ((np.arange(count) + 0.5) * length / count).astype(np.int64)
 
 
 def write_gallery(
     out_uri: str, rows: Iterable[Mapping[str, Any]], classes: Sequence[str], *, title: str = "Segmented pictures"
 ) -> None:
-    """Write ``gallery.html`` and its data files below `out_uri`; an existing gallery is replaced.
+    """Write ``gallery.html`` and its data files to the output folder; an existing gallery is replaced.
 
-    Rows are processed a few thousand at a time, so memory is bounded. The page itself is written last: if it exists,
-    its data is complete.
+    Rows are processed a few thousand at a time, so memory is bounded. The page itself is written last, so that its data is
+    complete if the page exists.
 
     Args:
-        out_uri: folder or ``s3://`` URI that holds, or will hold, ``thumbs/`` and ``masks/``.
-        rows: rows of ``results.parquet`` (``path``, ``width``, ``height``, ``status``, ``error``, ``classes``, ``areas``,
-            ``scores``; other columns are ignored and optional), preferably sorted by path.
-        classes: all names, in index order.
+        out_uri: path or ``s3://`` URI of the output folder, which contains, or will contain, ``thumbs/`` and ``masks/``.
+        rows: rows of ``results.parquet``, preferably sorted by path. The columns ``path``, ``width``, ``height``, ``status``,
+            ``error``, ``classes``, ``areas`` and ``scores`` are used; others are ignored.
+        classes: names of all classes, in index order.
         title: heading of the page.
 
     Raises:
-        DataError: a row names another class, or its numbers are impossible.
-        StorageError: the location cannot be written.
+        DataError: a row has a class that is not in `classes`, or an impossible area or score.
+        StorageError: the output folder cannot be written.
     """
     data = storage.join(out_uri, DATA)
     for old in (storage.join(out_uri, PAGE), data):
@@ -119,10 +119,11 @@ def _chunks(rows: Iterable[Mapping[str, Any]]) -> Iterator[list[Mapping[str, Any
 
 
 def _columns(rows: Sequence[Mapping[str, Any]], index: Mapping[str, int]) -> dict[str, Any]:
-    """Convert rows to the columns that the page reads.
+    """Convert rows to the columns of a data file.
 
-    ``paths``; ``sizes``: width and height of every row; ``counts``: regions of every row, -1 for a rejected one;
-    ``regions``: class, area fraction and score of every region; ``errors``: the sentence of every rejected row.
+    ``paths``: path of every row. ``sizes``: width and height of every row, alternating. ``counts``: number of regions of every
+    row, -1 if it was rejected. ``regions``: class index, area fraction and score of every region, in turn. ``errors``: reason
+    of every rejected row.
     """
     paths: list[str] = []
     sizes: list[int] = []
@@ -143,7 +144,7 @@ def _columns(rows: Sequence[Mapping[str, Any]], index: Mapping[str, int]) -> dic
 
 
 def _regions(row: Mapping[str, Any], index: Mapping[str, int]) -> list[tuple[int, int, int]]:
-    """Class, area fraction and score of every region, the largest first, as integers in their units."""
+    """Return (class index, area fraction, score) of every region, the largest first, as integers in their units."""
     pixels = (row.get("width") or 0) * (row.get("height") or 0)
     found = []
     for name, area, score in zip(row["classes"], row["areas"], row["scores"], strict=True):
@@ -157,7 +158,7 @@ def _regions(row: Mapping[str, Any], index: Mapping[str, int]) -> list[tuple[int
                 f"the row of {row['path']} has {name!r} with {area} of {pixels} pixels and a score of {score}; "
                 "an area lies within the picture and a score in 0..1, so segment this picture again"
             )
-        # A region that exists is never rounded to nothing.
+        # An existing region is never rounded to zero.
         share = max(1, round(area / pixels * _FRACTION_UNITS))
         found.append((index[name], share, round(score * _SCORE_UNITS)))
     return sorted(found, key=lambda region: -region[1])
@@ -172,7 +173,7 @@ def _utf8(text: str) -> str:
 
 
 def _parts(about: Mapping[str, Any]) -> list[str]:
-    """HTML parts of the page below its heading. "<" is escaped in JSON, since a class name may hold "</script>"."""
+    """Return the HTML of the page below its heading. "<" is escaped in JSON, because a class name may contain "</script>"."""
 
     def own(name: str) -> str:
         return files(__package__).joinpath(name).read_text("utf-8")

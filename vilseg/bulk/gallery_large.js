@@ -1,7 +1,7 @@
-// The large view of one picture: its regions over it, and what is known of each class.
+// The large view of one image: the image with its overlaid regions, and a table of its classes.
 
 const large = $("large");
-let openRow = -1, openWanted = ""; // the row that is shown; the path to show once its row is loaded
+let openRow = -1, openWanted = ""; // index of the row that is shown, or -1; path to show as soon as its row is loaded, or ""
 
 function openLarge(row) {
   openRow = row;
@@ -23,7 +23,7 @@ function openLarge(row) {
 function showPicture(row, path) {
   $("stage").className = indexed ? "waiting" : "";
   $("stage").style.setProperty("--ratio", rows.widths[row] / rows.heights[row]);
-  // What is enlarged several times is shown with its pixels, smoothing would only look out of focus.
+  // Small images are enlarged without smoothing, which would look blurred.
   $("stage").classList.toggle("crisp", Math.max(rows.widths[row], rows.heights[row]) <= 128);
   $("photo").src = $("tinted").src = fileUrl("thumbs", path, ".webp");
   for (const layer of ["mask", "drain"]) $(layer).removeAttribute("src");
@@ -48,8 +48,8 @@ function showLegend(row) {
   $("legend").replaceChildren(...(lines.length ? [element("tr", {}, ...head), ...lines] : []));
 }
 
-// Show the mask of one class alone, or of all (-1). Pixels from a disk may not be read, but they may be filtered: each
-// channel is looked up in a table that has a one at the class's own value, and all three must meet.
+// Show the mask of one class alone, or of all classes (-1). Scripts may not read pixels of local files, but SVG filters may:
+// each channel is mapped by a table that is 1 at the value of the class's colour, and a pixel is shown if all three are 1.
 function spotlight(index) {
   if (index >= 0) {
     const colour = about.colours[index];

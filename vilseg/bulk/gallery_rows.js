@@ -1,26 +1,26 @@
 "use strict";
-// The rows of the gallery in columns, and the choice and order of those to show. Nothing here touches the page.
+// The rows of the gallery, stored in columns, with filtering and sorting. Nothing here accesses the DOM.
 
-const SHARE_UNITS = 10000, SCORE_UNITS = 1000; // as in gallery.py
-const MEAN_UNITS = 10000; // means are finer than what they are taken of
+const SHARE_UNITS = 10000, SCORE_UNITS = 1000; // integers for an area fraction of 1 and a score of 1, as in gallery.py
+const MEAN_UNITS = 10000; // integer for a mean score of 1; finer than SCORE_UNITS
 
 class Rows {
-  // Typed arrays of the final size: a million rows take tens of megabytes and are looked through in milliseconds.
+  // Typed arrays of the final size, so that a million rows take tens of megabytes and are filtered in milliseconds.
   constructor(rows, regions, classes) {
-    this.count = 0; // loaded so far
+    this.count = 0; // number of rows loaded so far
     this.rejectedCount = 0;
     this.paths = [];
     this.widths = new Uint32Array(rows);
     this.heights = new Uint32Array(rows);
     this.rejected = new Uint8Array(rows);
-    this.errors = new Map(); // row -> sentence
-    this.starts = new Uint32Array(rows + 1); // regions of row i: starts[i] up to starts[i + 1]
+    this.errors = new Map(); // index of a rejected row -> reason
+    this.starts = new Uint32Array(rows + 1); // row i has the regions starts[i] to starts[i + 1] - 1
     this.classes = new Uint16Array(regions);
-    this.shares = new Uint16Array(regions); // of SHARE_UNITS; the largest of a row first
-    this.scores = new Uint16Array(regions); // of SCORE_UNITS
-    this.means = new Uint16Array(rows); // score of the picture: mean over its area, of MEAN_UNITS
-    this.classCounts = new Uint32Array(classes); // pictures that have the class
-    this.inOrder = true; // whether rows came ordered by path
+    this.shares = new Uint16Array(regions); // area fractions in SHARE_UNITS; the largest region of a row first
+    this.scores = new Uint16Array(regions); // in SCORE_UNITS
+    this.means = new Uint16Array(rows); // score of the image: mean over the area of its regions, in MEAN_UNITS
+    this.classCounts = new Uint32Array(classes); // number of images that contain the class
+    this.inOrder = true; // true if the rows were loaded in the order of their paths
   }
 
   add({ paths, sizes, counts, regions, errors }) {
@@ -46,7 +46,7 @@ class Rows {
         sum += regions[at + 1] * regions[at + 2];
       }
       this.starts[row + 1] = region;
-      // A picture in which nothing was found has the score 0: it is among those to look at first.
+      // An image without any region gets the score 0, so that it is among the first when the lowest scores come first.
       this.means[row] = weight ? Math.round(sum / weight / SCORE_UNITS * MEAN_UNITS) : 0;
     }
   }
@@ -61,8 +61,8 @@ class Rows {
     return found;
   }
 
-  // Rows that pass, in the order asked for. With classes, the bounds are on each of their regions; without, the share
-  // is that of the largest class and the score that of the picture.
+  // Return the rows that pass the filter, in the requested order. If classes are chosen, the bounds apply to each of their
+  // regions; otherwise to the area fraction of the largest class and to the score of the image.
   select({ text, status, classes, all, share, score, order }) {
     const path = text && new RegExp(text.replace(/[\\^$.*+?()[\]{}|]/g, "\\$&"), "iu");
     const chosen = new Uint8Array(this.classCounts.length);
@@ -93,7 +93,7 @@ class Rows {
     return this.ordered(keys.subarray(0, found), order);
   }
 
-  // A whole number below 2 ** 21; the lowest comes first, rejected pictures last.
+  // Return the sort key of a row, an integer below 2 ** 21; rejected images get the highest.
   rank(row, order, area) {
     if (order === "name") return 0;
     if (this.rejected[row]) return 2 ** 20;
@@ -102,7 +102,7 @@ class Rows {
   }
 
   ordered(keys, order) {
-    keys.sort(); // numbers in a typed array need no comparison function, which would be ten times as slow
+    keys.sort(); // typed arrays sort numerically without a comparison function, which would be ten times as slow
     const rows = new Uint32Array(keys.length);
     for (let i = 0; i < keys.length; i++) rows[i] = keys[i] % 2 ** 32;
     if (order === "name" && !this.inOrder) {
@@ -111,7 +111,7 @@ class Rows {
     return rows;
   }
 
-  // How many scores fall into each of `bins`: of the regions of these classes, or of the pictures where there are none.
+  // Return the histogram of scores in `bins` bins: scores of the regions of `classes`, or of the images if `classes` is empty.
   histogram(bins, classes) {
     const counts = new Uint32Array(bins);
     const put = (value) => counts[Math.min(bins - 1, Math.floor(value * bins))]++;
@@ -128,7 +128,7 @@ class Rows {
   }
 }
 
-// Bounds as typed into two fields; an empty one does not bound. `scale` is what the field calls 1.
+// Lower and upper bound from two text fields; an empty field is no bound. `scale` is the number in the field that means 1.
 class Bounds {
   constructor(min, max, scale) {
     this.min = min === "" ? -Infinity : Number(min) / scale;

@@ -1,17 +1,17 @@
-// What the data is about, and small things that the parts of the page share.
+// Metadata of the gallery, and helper functions of the other scripts.
 
 const $ = (id) => document.getElementById(id);
 const about = JSON.parse(document.getElementById("about").textContent);
 const rows = new Rows(about.rows, about.regions, about.classes.length);
 const addRows = (chunk) => rows.add(chunk); // called by the data files
 
-const indexed = about.classes.length <= 254; // label maps of more classes are 16-bit grey, without colours to show
+const indexed = about.classes.length <= 254; // false for more classes: their label maps are 16-bit grey PNGs without a palette
 
 const number = (value) => value.toLocaleString("en");
 const pictures = (count) => `${number(count)} picture${count === 1 ? "" : "s"}`;
 const shareText = (share) => (share < 0.005 ? "<1 %" : `${Math.round(share * 100)} %`);
 const fileUrl = (folder, path, suffix) => `${folder}/${path.split("/").map(encodeURIComponent).join("/")}${suffix}`;
-// Control characters, a line break among them, as the signs that Unicode has for them.
+// Replace control characters, line breaks included, by Unicode's symbols for them.
 const visible = (text) => text.replace(/[\x00-\x1f]/g, (c) => String.fromCharCode(0x2400 + c.charCodeAt(0)));
 
 function element(tag, properties = {}, ...children) {

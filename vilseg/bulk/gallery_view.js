@@ -1,14 +1,14 @@
-// The page: filters, and the grid with only the cards near the view.
+// The page: filters, and a grid that contains only the cards near the viewport.
 
-const GAP = 14, CARD_WIDTH = 290, TEXT_HEIGHT = 78; // px; the height of the text is fixed, so that places follow by arithmetic
-const PAGE_CARDS = 20000; // in one scroll range: browsers stop laying out at some ten million px
-const MOST_CLASSES = 200; // in the list at once; typing finds the others
+const GAP = 14, CARD_WIDTH = 290, TEXT_HEIGHT = 78; // px; the height of the text is fixed, so that card positions can be computed
+const PAGE_CARDS = 20000; // maximum number of cards per page; browsers limit the height of an element to some ten million px
+const MOST_CLASSES = 200; // maximum number of unchosen classes in the list; the text field finds the others
 const BINS = 25;
 
 const form = $("filters"), grid = $("grid");
 const chosen = new Set(); // indices of the classes to filter by
-const cards = new Map(); // place in the order -> element
-let order = new Uint32Array(0); // rows that pass the filter, in order
+const cards = new Map(); // position in `order` -> element
+let order = new Uint32Array(0); // indices of the rows that pass the filter, sorted
 let laidOutWidth = 0, page = 0, columns = 1, cardWidth = CARD_WIDTH, cardHeight = CARD_WIDTH;
 
 // ---------------------------------------------------------------------------------------------------------- filter
@@ -21,8 +21,8 @@ function query() {
   };
 }
 
-// The filter, the order and the open picture as they stand in the address after "#". Written when there is a pause:
-// browsers refuse a page that changes its address some hundred times in half a minute, as a held arrow key would.
+// The filter, the order and the open image are stored in the address after "#". Writing is delayed until there is a pause,
+// because browsers block a page that changes its address some hundred times in half a minute, as a held arrow key would.
 let addressDue = 0;
 function writeAddress() {
   clearTimeout(addressDue);
@@ -144,7 +144,7 @@ function layOut() {
 
 const firstLine = () => Math.max(0, Math.floor(-grid.getBoundingClientRect().top / (cardHeight + GAP)));
 
-// Make the cards near the view and remove the others.
+// Create the cards near the viewport and remove the others.
 function drawCards() {
   const line = firstLine(), lines = Math.ceil(window.innerHeight / (cardHeight + GAP));
   const start = page * PAGE_CARDS + Math.max(0, line - 1) * columns;
@@ -154,7 +154,7 @@ function drawCards() {
     card.remove();
     cards.delete(place);
   }
-  for (let place = end - 1; place >= start; place--) { // backwards: each goes before the next, so that Tab follows the order
+  for (let place = end - 1; place >= start; place--) { // backwards, so that DOM and Tab order match
     if (cards.has(place)) continue;
     const card = makeCard(order[place]), onPage = place - page * PAGE_CARDS;
     const left = (onPage % columns) * (cardWidth + GAP), top = Math.floor(onPage / columns) * (cardHeight + GAP);
@@ -189,7 +189,7 @@ function makeCard(row) {
   }
   const covered = regions.reduce((sum, { share }) => sum + share, 0);
   if (covered < 0.999) strip.append(Object.assign(element("i", { className: "uncovered" }), { style: `flex:${1 - covered} 0 0` }));
-  regions.sort((a, b) => chosen.has(b.index) - chosen.has(a.index)); // stable: the largest first among each
+  regions.sort((a, b) => chosen.has(b.index) - chosen.has(a.index)); // stable: chosen classes first, larger regions first
   for (const { index, share } of regions.slice(0, 4)) {
     const item = element("span", { className: "item" }, swatch(index), element("bdi", { textContent: about.classes[index] }));
     item.append(element("i", { textContent: shareText(share) }));
@@ -201,7 +201,7 @@ function makeCard(row) {
   return card;
 }
 
-// Scroll as far as needed to see a card, and focus it.
+// Scroll until a card is visible, and focus it.
 function showPlace(place) {
   const target = Math.floor(place / PAGE_CARDS);
   if (target !== page) showPage(target - page);
@@ -279,7 +279,7 @@ async function load() {
       $("problem").hidden = false;
       return;
     }
-    // Each time as many again: showing what has come stays a small part of the work, however many there are.
+    // Update the page each time the number of loaded rows has doubled, so that the total cost of updates stays small.
     if (rows.count < due && chunk + 1 < about.chunks) continue;
     due = 2 * rows.count;
     showClasses();

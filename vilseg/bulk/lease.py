@@ -1,8 +1,8 @@
 """Lease on an output folder: one job at a time writes there, and a dead job does not block it forever.
 
-The folder holds ``lock.json`` with a token and an expiry, which the holder renews while it lives. Object stores have no
-common conditional write, so a new holder writes its token, waits, and reads back which token won; a holder that finds
-another token has lost the lease. A holder that died on the same machine is recognised as dead and not waited for.
+The folder contains ``lock.json`` with a token and an expiry time, which the holder renews while it runs. Not all object
+stores have a conditional write, so a new holder writes its token, waits, and reads back which token won. A holder that finds
+another token has lost the lease. A holder whose process on the same machine has ended counts as dead before the expiry.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ EXPIRY_S = 180.0
 """Seconds without renewal after which another job may take over; longer than a short outage of the store."""
 _RENEW_S = 20.0
 _RELEASE_S = 60.0
-"""Seconds for which the release is retried while the store does not respond; the lock expires by itself."""
+"""Seconds for which the release is retried if the store does not respond; after that the lock expires by itself."""
 _SETTLE_S = 1.0
-"""Seconds between writing a token and reading it back: longer than a competing job needs from check to write."""
+"""Seconds between writing a token and reading it back; longer than a competing job needs between its check and its write."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,11 @@ class _Holder:
     token: str
     host: str
     process: str
-    """Process id and start time, since ids are reused."""
+    """Process id and start time, because ids are reused."""
     since: float
+    """Time of the first write, in seconds since the epoch."""
     expires: float
-    """Seconds since the epoch."""
+    """Expiry time, in seconds since the epoch."""
 
 
 class Lease:
@@ -55,7 +56,7 @@ class Lease:
         self._thread = threading.Thread(target=self._keep, name="vilseg-lease", daemon=True)
 
     def check(self) -> None:
-        """Raise StorageError if another job took over the output."""
+        """Raise StorageError if another job has taken over the folder, or if the lease could not be renewed."""
         if self._lost:
             raise self._lost
 
@@ -101,15 +102,15 @@ class Lease:
 
 @contextmanager
 def lease(uri: str, *, expiry: float = EXPIRY_S, renew: float = _RENEW_S) -> Iterator[Lease]:
-    """Hold the folder ``uri`` for the duration of the ``with`` block.
+    """Hold the lease on an output folder for the duration of the ``with`` block.
 
     Args:
-        uri: of a folder; it need not exist.
-        expiry: seconds without renewal after which a holder counts as dead.
+        uri: URI of the folder, which need not exist.
+        expiry: seconds without renewal after which the holder counts as dead.
         renew: seconds between renewals.
 
     Raises:
-        StorageError: another job holds it.
+        StorageError: another job holds the lease.
     """
     held = Lease(storage.absolute(uri), expiry, renew)
     held._take()
@@ -120,7 +121,7 @@ def lease(uri: str, *, expiry: float = EXPIRY_S, renew: float = _RENEW_S) -> Ite
 
 
 def require_free(uri: str) -> None:
-    """Raise StorageError if a job that is not known to be dead holds the folder ``uri``."""
+    """Raise StorageError if a job that is not known to be dead holds the lease on the folder ``uri``."""
     _require_free(storage.join(storage.absolute(uri), LOCK))
 
 
@@ -148,7 +149,7 @@ def _is_dead(holder: _Holder) -> bool:
 
 
 def _host() -> str:
-    """Identifier of the process id namespace: containers may share a machine's name, but not its processes."""
+    """Return an identifier of the process id namespace, because containers may share a host name but not processes."""
     try:
         return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
@@ -156,9 +157,9 @@ def _host() -> str:
 
 
 def _process(pid: int) -> str:
-    """Identify a process until the next reboot; by its id alone if the system does not report its start time."""
+    """Return process id and start time; the id alone if the system has no /proc, and "<id> gone" if the process has ended."""
     try:
-        # proc(5): the fields after the command, which is in brackets, begin with the third; the start is the 22nd.
+        # proc(5): the fields after the command, which is in parentheses, begin with the third; the start time is the 22nd.
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return f"{pid} {fields[19]}"
     except FileNotFoundError:

@@ -1,7 +1,7 @@
-"""Streaming listing of the inputs of bulk segmentation: folders, prefixes, globs, lists and single files in one call.
+"""Streaming listing of the inputs of bulk segmentation: folders, S3 prefixes, globs, list files and single files.
 
-:func:`scan` yields the first image while the rest is still being listed, so an archive of any size starts at once and no
-list of it is held in memory.
+:func:`scan` yields the first image while the rest is still being listed, so segmentation of an archive of any size starts
+immediately, and the listing is not held in memory.
 """
 
 from __future__ import annotations
@@ -32,25 +32,27 @@ _EXPECTED = (
 
 
 def scan(inputs: Sequence[str], columns: ColumnsConfig | None = None) -> Iterator[Input | Container]:
-    """Yield everything to be segmented at ``inputs``, in the order of the inputs and their listings, while they are listed.
+    """Yield all files to be segmented at ``inputs`` while they are listed, in the order of the inputs and of their listings.
 
-    A folder, prefix or glob yields all files below it except those whose suffix or name is not that of an image; hidden
-    folders are skipped. The lines of a list (``.txt``, ``.lst``) are paths relative to its folder, or URIs; blank lines and
-    those that begin with "#" are skipped. An existing path is never read as a glob. A file reached twice under one name is
-    yielded once. Inside `storage.retrying`, a listing that is interrupted resumes after the last key; a store that does not
-    respond at the start is an error at once.
+    - A folder, prefix or glob yields all files under it except those whose name identifies another type than image, video
+      or container (see `vilseg.bulk.file_types`). Hidden folders are skipped. An existing path is never read as a glob.
+    - A list file (``.txt``, ``.lst``) has one path, relative to its folder, or URI per line. Blank lines and lines that begin
+      with "#" are skipped.
+    - A file that is listed twice with the same name is yielded once.
+    - Inside `storage.retrying`, an interrupted listing resumes after the last file. A store that does not respond at the start
+      is an error without a retry.
 
     Args:
-        inputs: local paths and ``s3://`` URIs.
-        columns: names of the columns of Parquet files.
+        inputs: local paths and ``s3://`` URIs of folders, prefixes, globs, list files and single files.
+        columns: names of the columns of Parquet files; None takes the default names.
 
     Raises:
-        DataError: no input; nothing found at one of them, once its listing has ended; two files with one name.
+        DataError: ``inputs`` is empty; the listing of an input has ended without a file; or two files have the same name.
         StorageError: an input does not exist or cannot be listed.
     """
     if not inputs:
         raise DataError(f"no input is given: name {_EXPECTED}")
-    # All of them before any work, so that a mistake in the last one is reported at once.
+    # Resolve all inputs before any work, so that a mistake in the last one is reported immediately.
     with storage.retrying(seconds=0):
         places = [_Place(given) for given in inputs]
 
@@ -58,7 +60,7 @@ def scan(inputs: Sequence[str], columns: ColumnsConfig | None = None) -> Iterato
         for place in places:
             yield from _at(place, columns or ColumnsConfig())
 
-    # One folder cannot hold two files of one name, so no names need to be remembered.
+    # A single folder cannot contain two files of the same name, so names need not be remembered.
     names = _Names(every) if len(inputs) > 1 or _is_list(inputs[0]) else None
     for found in every():
         if names is None or names.is_new(found):
@@ -66,13 +68,13 @@ def scan(inputs: Sequence[str], columns: ColumnsConfig | None = None) -> Iterato
 
 
 def fixed_part(given: str) -> str:
-    """Return the folder or file that an input refers to: for a glob, the folder before its first wildcard."""
+    """Return the URI of the folder or file that an input refers to; for a glob, the folder before its first wildcard."""
     place = _Place(given)
     return place.glob.folder if place.glob else place.root
 
 
 class _Place:
-    """Resolved location of one of the inputs."""
+    """Resolved location of one of the inputs: a folder, prefix or file at ``root``, or a glob."""
 
     def __init__(self, given: str) -> None:
         self.given = given
@@ -86,7 +88,7 @@ class _Place:
                 raise StorageError(f"nothing matches {given}: {self.glob.folder} does not exist")
 
     def files(self) -> Iterator[storage.FileEntry]:
-        """Yield the files to consider, each once."""
+        """Yield all files under the folder, prefix or glob, each once."""
         folder = self.glob.folder if self.glob else self.root
         beginning = self.glob.beginning if self.glob else ""
         enters = self.glob.enters if self.glob else lambda folder: not is_hidden_folder(folder)
@@ -114,10 +116,10 @@ def _found(name: str, uri: str, size: int | None, columns: ColumnsConfig) -> Inp
 
 
 def _without_tables(files: Iterator[storage.FileEntry]) -> Iterator[storage.FileEntry]:
-    """Skip the Parquet file next to a tar or folder of the same name, in which img2dataset describes it.
+    """Skip every Parquet file next to a tar or folder of the same name, for which it is img2dataset's metadata.
 
-    Names with the same stem followed by a dot or slash are adjacent in every listing order, so a Parquet file
-    waits for few others. Some stores list the folder first.
+    Names with the same stem followed by a dot or slash are adjacent in every listing order, so a Parquet file is held back
+    only until the next few files are known. Some stores list the folder first.
     """
     waiting: list[storage.FileEntry] = []
     before = ""
@@ -142,23 +144,23 @@ def _without_tables(files: Iterator[storage.FileEntry]) -> Iterator[storage.File
 
 
 class _Glob:
-    """Pattern below a folder without wildcards; files below a matching folder match as well.
+    """Glob: a literal folder, and a pattern for paths relative to it; files under a matching folder match as well.
 
-    States are sets of the numbers of pattern parts that a path may have consumed; the path matches if all parts are
-    consumed.
+    Matching simulates a nondeterministic automaton. A state is the number of pattern components that a path has consumed, and
+    a path matches if it can consume all of them.
     """
 
     def __init__(self, pattern: str) -> None:
         scheme = _SCHEME.match(pattern)
         start = scheme.end() if scheme else 0
         parts = pattern[start:].split("/")
-        fixed = 1  # the bucket, or the part before the root's slash
+        fixed = 1  # number of literal components; the first is the bucket, or empty before the slash of the root
         while fixed < len(parts) - 1 and self._is_literal(parts[fixed], pattern[:start] + "/".join(parts[: fixed + 1])):
             fixed += 1
         self.folder = pattern[:start] + "/".join(parts[:fixed]) or "/"
         self.beginning = _WILD.split(parts[fixed], maxsplit=1)[0]
         """Common prefix of every relative path that can match."""
-        # ** is any number of folders.
+        # None stands for "**", any number of folders.
         self._parts = [
             None if part == "**" else re.compile(fnmatch.translate(part)).match for part in parts[fixed:] if part
         ]
@@ -180,7 +182,7 @@ class _Glob:
         return states
 
     def _past_folders(self, states: set[int]) -> set[int]:
-        """Return ``states`` and those after each ``**``, which may match no folder."""
+        """Add to ``states`` those that skip a ``**``, which may match no folder, and return them."""
         for state in sorted(states):
             while state < len(self._parts) and self._parts[state] is None:
                 state += 1
@@ -202,9 +204,9 @@ def _is_list(uri: str) -> bool:
 
 
 def _lines(uri: str, columns: ColumnsConfig) -> Iterator[Input | Container]:
-    """Inputs listed in a text file; a line that is no supported URI becomes an input with a problem."""
+    """Yield the inputs in a list file; a line that is no supported URI becomes an input with a `problem`."""
     folder, number = storage.parent(uri), 0
-    # A copy, because a connection would stay open for as long as the images take.
+    # Read a local copy, because a connection would have to stay open until the last image is scheduled.
     with ExitStack() as stack:
         path = stack.enter_context(storage.local_copy(uri))
         file = stack.enter_context(open(path, encoding="utf-8-sig", newline="\n"))
@@ -238,10 +240,10 @@ def _below_root(uri: str) -> str:
 
 
 class _Names:
-    """Detects files that are reached twice, and refuses different files with one name; holds hashes only.
+    """Detector of files that are listed twice, and of different files with the same name; memory holds only hashes.
 
     Args:
-        again: lists everything anew, to find the first file with a name.
+        again: function that repeats the whole listing, used to find the first file with a name for the error message.
     """
 
     def __init__(self, again: Callable[[], Iterator[Input | Container]]) -> None:
@@ -249,14 +251,14 @@ class _Names:
         self._hashes = Hashes()
 
     def is_new(self, found: Input | Container) -> bool:
-        """Return whether the input was not seen before; raises `DataError` if another one has its name."""
+        """Return True if the input was not listed before; raise `DataError` if a different file has the same name."""
         is_new_name = self._hashes.add(hash(found.name))
         is_new_pair = self._hashes.add(hash((found.name, found.uri)))
         if is_new_name or not is_new_pair:
             return is_new_name
         first = next((other for other in self._again() if other.name == found.name), found)
         if first.uri == found.uri:
-            return True  # equal hashes of two names, once in a thousand archives of a hundred million files
+            return True  # hash collision of two names, expected once in a thousand archives of a hundred million files
         raise DataError(
             f"{first.uri} and {found.uri} would both be written as {found.name}; "
             "segment the folder above them, or one at a time"
