@@ -1,4 +1,4 @@
-"""Choice of the device and the precision to compute in."""
+"""Choice of the device and the floating-point precision for computation."""
 
 from __future__ import annotations
 
@@ -17,16 +17,22 @@ def best_device() -> torch.device:
 
 
 def precision_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """Return the dtype that networks run in on ``device``; ``auto`` is bfloat16 if the device has matrix units for it."""
+    """Return the dtype of network computations on ``device``.
+
+    Args:
+        precision: ``bfloat16``, ``float32``, or ``auto``: bfloat16 if the device has matrix units for it, otherwise float32.
+        device: device of the network.
+    """
     if precision == "auto":
         return torch.bfloat16 if has_bfloat16_units(device) else torch.float32
     return torch.bfloat16 if precision == "bfloat16" else torch.float32
 
 
 def has_bfloat16_units(device: torch.device) -> bool:
-    """Return True if bfloat16 is faster than float32: GPUs from Ampere on, CPUs with AMX or AVX-512 BF16 (without, it is slower).
+    """Return True if bfloat16 is faster than float32 on ``device``: GPUs from Ampere on, CPUs with AMX or AVX-512 BF16.
 
-    A ViT-B/16 takes 0.53 of the time with AVX-512 BF16 (AMD EPYC of 2024), the demo's encoder 0.70.
+    On other CPUs bfloat16 is slower than float32. With AVX-512 BF16 (AMD EPYC of 2024) a ViT-B/16 takes 0.53 times as long in
+    bfloat16 as in float32, and the demo's encoder 0.70 times as long.
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -34,7 +40,7 @@ def has_bfloat16_units(device: torch.device) -> bool:
 
 
 def require_compiler(device: torch.device) -> None:
-    """Raise ConfigError if ``torch.compile`` has no compiler for ``device``."""
+    """Raise ConfigError if a compiler that ``torch.compile`` needs for ``device`` is not installed."""
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
         raise ConfigError(

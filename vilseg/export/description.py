@@ -1,4 +1,4 @@
-"""Content of ``export.json``: sizes, names, temperatures, and the formulas by which regions are classified."""
+"""Content of ``export.json``: sizes, names, temperatures, and the formulas that classify regions."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NAMING = (
     "pixels: scores enlarged bilinearly to the picture's size; label = arg max, its probability by soft-max of "
     "scores / temperature; below threshold it is background or no class",
 )
-"""As in `vilseg.segmentation.class_scores`. The refinement along edges, where the settings have one, is not part of it."""
+"""Steps from ONNX outputs to labels, as in `vilseg.segmentation.class_scores`; the optional refinement is not included."""
 
 
 def describe(model: ViLSeg, name: str, *, difference: float, fixed_size: tuple[int, int] | None) -> dict[str, Any]:
@@ -35,9 +35,9 @@ def describe(model: ViLSeg, name: str, *, difference: float, fixed_size: tuple[i
 
     Args:
         model: the model that is exported.
-        name: of the model.
-        difference: largest difference between the ONNX files and torch.
-        fixed_size: (H, W) if the image tower accepts no other size.
+        name: name of the model.
+        difference: largest absolute difference between the outputs of the ONNX files and of torch.
+        fixed_size: (H, W) in pixels if the image tower accepts only this size; None if it accepts any size.
     """
     encoder, settings = model.text_encoder, model.segmentation
     size = {"height": fixed_size[0], "width": fixed_size[1]} if fixed_size else None

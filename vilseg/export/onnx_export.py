@@ -1,13 +1,14 @@
 """Export of a trained model as ONNX, for programs without torch; needs onnx, onnxruntime and onnxscript (extra ``export``).
 
-    image.onnx       images (B, 3, H, W) float32, RGB in 0..1; normalisation is inside
+    image.onnx       images (B, 3, H, W) float32, RGB in 0..1; the pixel normalisation is part of the graph
                      -> image_embedding (B, D), patch_embeddings (B, D, h, w), assignments (B, K, h, w)
     text.onnx        tokens (B, T) int64 -> text_embedding (B, D)
-    tokenizer/       texts -> tokens; its ``tokenizer.json`` truncates and pads as the text tower needs it
-    statistics.npz   caption_mean (D,), patch_mean (D,), patch_covariance (D, D), for centred and calibrated text embeddings
-    export.json      sizes, names, temperatures, and the formulas by which regions are classified; written last
+    tokenizer/       texts -> tokens; its ``tokenizer.json`` truncates and pads to the input of the text tower
+    statistics.npz   caption_mean (D,), patch_mean (D,), patch_covariance (D, D), to centre text embeddings and calibrate scores
+    export.json      sizes, names, temperatures, and the formulas that classify regions; written last
 
-All embeddings have unit length. Both towers are compared with torch by onnxruntime before the folder appears.
+All embeddings have unit length. The outputs of both files in onnxruntime are compared with torch before the output directory
+is created.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from vilseg.segmentation.dense_features import patch_size
 
 _PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 _ANOTHER_SIZE = 8
-"""Patches by which a side is shortened for the second size that is checked, at least one patch remains."""
+"""Number of patches by which a side is shortened for the second image size that is checked; at least one patch remains."""
 _IMAGE_INPUT = ("batch", 3, "height", "width")
 _WORDS = ("dog", "two cats on a sofa", "")
 
@@ -52,10 +53,11 @@ class ExportResult:
     """Result of an export."""
 
     uri: str
+    """Absolute path or URI of the output directory."""
     difference: float
-    """Largest difference from torch over all outputs."""
+    """Largest absolute difference from torch over all outputs."""
     fixed_size: tuple[int, int] | None
-    """(H, W) if the image tower accepts no other size."""
+    """(H, W) in pixels if the image tower accepts only this size; None if it accepts any size."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a dictionary for JSON."""
@@ -78,18 +80,19 @@ def export_model(
     overwrite: bool = False,
     say: Callable[[str], None] = lambda text: None,
 ) -> ExportResult:
-    """Write ``model`` as a folder of ONNX files and compare them with it; the module's docstring lists the files.
+    """Write ``model`` as a folder of ONNX files and compare their outputs with it; the module's docstring lists the files.
 
     Args:
-        model: moved to the CPU, in float32 and evaluation mode.
-        out: folder or URI; it appears whole or not at all, on an object store ``export.json`` last.
-        name: of the model in ``export.json``.
-        overwrite: replace the export that is there.
-        say: called with a line of text at each stage.
+        model: model to export; it is moved to the CPU, to float32 and to evaluation mode.
+        out: path or URI of the folder. On a local disk it is replaced atomically; on an object store ``export.json`` is
+            uploaded last.
+        name: name of the model in ``export.json``.
+        overwrite: replace an export that exists at ``out``.
+        say: called with a line of progress text at each stage.
 
     Raises:
-        ModelError: the model has operations that ONNX cannot express, or the result differs from torch by more than 1e-4.
-        StorageError: ``out`` exists, or cannot be written.
+        ModelError: the model has operations that ONNX cannot express, or an output differs from torch by more than 1e-4.
+        StorageError: ``out`` exists and may not be replaced (see `check_target`), or cannot be written.
         UserError: a package is missing.
     """
     require_packages()
@@ -127,7 +130,7 @@ def _write_image_tower(model: ViLSeg, path: Path) -> tuple[tuple[int, int] | Non
     generator = torch.Generator().manual_seed(0)
     failure: Exception | None = None
     for fixed_size in (None, (side, side)):
-        # Trace at an unusual size: encoders treat their usual size as a special case.
+        # Trace at a size other than the default, because encoders treat their default size as a special case.
         example = (side + patch, side + 3 * patch) if fixed_size is None else fixed_size
         another = (max(side - _ANOTHER_SIZE * patch, patch), side + patch)
         sizes = [(side, side), another] if fixed_size is None else [fixed_size]

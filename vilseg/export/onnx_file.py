@@ -1,4 +1,4 @@
-"""One ONNX file: written from a torch module, and compared with it by onnxruntime."""
+"""Writing of a torch module as an ONNX file, and comparison of their outputs by onnxruntime."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from vilseg.export.output_directory import WEIGHTS_BESIDE
 from vilseg.model.image_encoder import first_line
 
 OPSET = 18
-"""Opset of torch's exporter, so nothing is converted; runtimes from 2023 on read it."""
+"""ONNX opset version: the one that torch's exporter writes, so no conversion is needed. Runtimes since 2023 support it."""
 TOLERANCE = 1e-4
-"""Largest difference from torch that is accepted; all outputs lie in -1..1."""
+"""Maximum accepted absolute difference between an output and that of torch; all outputs are in -1..1."""
 
 _LARGEST_FILE = 1_900_000_000
-"""Bytes of weights that fit into one ONNX file (protobuf ends at 2 GiB); larger ones go into a file beside it."""
+"""Maximum number of bytes of weights in the ONNX file itself (protobuf is limited to 2 GiB); more go into a second file."""
 
 
 def write_onnx(
@@ -37,12 +37,12 @@ def write_onnx(
     """Write a module as an ONNX file.
 
     Args:
-        tower: a module with one input.
+        tower: module with one input tensor.
         example: input that the module is traced with.
-        axes: axes of the input that may have any length.
-        inputs: name of the input, with a size or a name for each axis.
-        outputs: the same for the outputs.
-        path: of the file; weights that are too large for it go into a second file beside it.
+        axes: numbers of the input's axes that may have any length.
+        inputs: name of the input, mapped to the size or the name of each of its axes.
+        outputs: name of each output, mapped to the sizes or names of its axes.
+        path: path of the file; weights that are too large for it go into a second file in the same directory.
     """
     import onnx
 
@@ -51,7 +51,7 @@ def write_onnx(
             tower,
             (example,),
             dynamic_shapes=(dict.fromkeys(axes, torch.export.Dim.DYNAMIC),),
-            # Guards such as "not the usual size" would fix the size; their effect on the output is checked later.
+            # Guards such as "size differs from the default" would fix the size. `largest_difference` checks other sizes later.
             prefer_deferred_runtime_asserts_over_guards=True,
         )
         program = torch.onnx.export(
@@ -92,7 +92,10 @@ def _quiet_exporter() -> Iterator[None]:
 
 @contextmanager
 def fixed_positions(encoder: nn.Module) -> Iterator[None]:
-    """Let SigLIP 2 interpolate its positions once for the batch: its loop over images would fix the batch size in a trace."""
+    """Make SigLIP 2 interpolate its position embeddings once for the whole batch, within the ``with`` block.
+
+    Its own loop over the images would fix the batch size in a trace. Other encoders are unchanged.
+    """
     embeddings: Any = getattr(getattr(encoder, "model", None), "embeddings", None)
     resize = getattr(embeddings, "resize_positional_embeddings", None)
     if resize is None:
@@ -110,10 +113,15 @@ def fixed_positions(encoder: nn.Module) -> Iterator[None]:
 
 
 def largest_difference(tower: nn.Module, batches: Sequence[Tensor], path: Path) -> float:
-    """Return the largest difference between onnxruntime and torch over ``batches``.
+    """Return the largest absolute difference between the outputs of onnxruntime and torch.
+
+    Args:
+        tower: the torch module.
+        batches: inputs to compare for.
+        path: ONNX file of the module.
 
     Raises:
-        ModelError: it is above `TOLERANCE`, or not a number.
+        ModelError: a difference is above `TOLERANCE` or NaN, or an output has another shape.
     """
     import onnxruntime
 
@@ -138,14 +146,14 @@ def largest_difference(tower: nn.Module, batches: Sequence[Tensor], path: Path) 
 
 
 def reraise_disk_error(error: Exception) -> Exception:
-    """Return ``error``; an error of the file system is raised instead, as it says nothing about the model."""
+    """Return ``error``, or raise it if it is a file system error, because such an error says nothing about the model."""
     if isinstance(error, OSError) and error.errno is not None:
         raise error
     return error
 
 
 def export_error(tower: str, error: BaseException) -> ModelError:
-    """Return the error for a tower that cannot be exported, with the first cause of ``error``."""
+    """Return a ModelError for a tower that cannot be exported, with the message of the innermost cause of ``error``."""
     while error.__cause__ is not None:  # the exporter wraps the cause into advice for its developers
         error = error.__cause__
     return ModelError(f"the {tower} tower cannot be written as ONNX, so nothing was written: {first_line(error)}")

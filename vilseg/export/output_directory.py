@@ -1,4 +1,4 @@
-"""Output directory of an export: names of its files, the check of what it may replace, and its atomic appearance."""
+"""Output directory of an export: names of its files, check that it may be replaced, and atomic replacement."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vilseg.errors import StorageError
 IMAGE_TOWER, TEXT_TOWER, STATISTICS, DESCRIPTION = "image.onnx", "text.onnx", "statistics.npz", "export.json"
 TOKENIZER = "tokenizer"
 WEIGHTS_BESIDE = ".data"
-"""Suffix for the file of the weights of an ONNX file, if they are too large for it."""
+"""Suffix added to the name of an ONNX file for the second file with its weights, if they are too large for the first."""
 _EXPORT_FILES = {
     DESCRIPTION,
     STATISTICS,
@@ -25,10 +25,10 @@ _EXPORT_FILES = {
 
 
 def check_target(out: str, *, overwrite: bool = False) -> None:
-    """Check that an export can be written to ``out``; files that no export wrote are never replaced.
+    """Check that an export may be written to ``out``; files that no export wrote are never replaced.
 
     Raises:
-        StorageError: ``out`` is a file, holds other files, holds an export and ``overwrite`` is False, or cannot be reached.
+        StorageError: ``out`` is a file, has other files, has an export while ``overwrite`` is False, or cannot be reached.
     """
     storage.require_bucket(out)
     if not storage.exists(out):
@@ -46,13 +46,13 @@ def check_target(out: str, *, overwrite: bool = False) -> None:
 
 @contextmanager
 def output_folder(out: str) -> Iterator[Path]:
-    """Yield a local folder to fill; it replaces ``out`` only if the block ends without an exception.
+    """Yield an empty local folder to fill; it replaces ``out`` only if the ``with`` block ends without an exception.
 
-    On a local disk it is renamed, so it appears atomically. On an object store, which has no renaming, the old files are
-    deleted first, and the description is uploaded after all other new files.
+    If ``out`` is on a local disk, the folder is renamed to it, so ``out`` never holds an incomplete export. An object store has
+    no renaming: the old files are deleted, then the new ones are uploaded, with ``export.json`` last.
 
     Raises:
-        StorageError: it cannot be written.
+        StorageError: ``out`` cannot be written.
     """
     try:
         with _renamed_into_place(out) if storage.is_local(out) else _uploaded(out) as folder:

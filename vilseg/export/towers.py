@@ -8,7 +8,10 @@ from vilseg.model import ViLSeg
 
 
 class ImageTower(nn.Module):
-    """Image encoder, projection and clustering head. Shape: (B, 3, H, W) RGB in 0..1 -> (B, D), (B, D, h, w), (B, K, h, w)."""
+    """Image encoder, projection and clustering head as one module with the outputs of ``image.onnx``.
+
+    Shape: (B, 3, H, W) RGB in 0..1 -> global embedding (B, D), patch embeddings (B, D, h, w), assignments (B, K, h, w).
+    """
 
     def __init__(self, model: ViLSeg) -> None:
         super().__init__()
@@ -24,12 +27,12 @@ class ImageTower(nn.Module):
 
 
 class TextTower(nn.Module):
-    """Text encoder with projection. Shape: (B, T) -> (B, D), unit length."""
+    """Text encoder with projection. Shape: (B, T) token ids -> (B, D), unit length."""
 
     def __init__(self, model: ViLSeg) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Embed rows of tokens; padding is recognised by its id."""
+        """Return the embedding of each row of token ids; padding is recognised by its id."""
         return self.model.embed_text(self.model.text_encoder(tokens))

@@ -15,21 +15,23 @@ from vilseg.training.run_setup import model_settings
 
 
 class FrozenEncoders(NamedTuple):
-    """The encoders whose outputs are cached."""
+    """Frozen encoders whose outputs are cached."""
 
     images: nn.Module
     texts: TextEncoder | None
-    """None where the text encoder is trained, or where its weights are created with the run."""
+    """None if the text encoder is trained, or if it starts with random weights because it has no checkpoint."""
     settings: ModelConfig
-    """Settings of both encoders; with an ``init``, those of the model that it names."""
+    """Settings of both encoders; if ``model.init`` is set, those of the model at that path or URI."""
 
 
 def load_frozen_encoders(config: RunConfig) -> FrozenEncoders:
-    """Load the encoders of the model that a run of this configuration starts from (``vilseg.training.run_setup.prepare``).
+    """Load the frozen encoders of the model that a training run with this configuration starts from.
+
+    ``vilseg.training.run_setup.prepare`` builds the same model for training.
 
     Raises:
         ConfigError: ``config.model`` contradicts the model that the run starts from.
-        ModelError: a model cannot be loaded.
+        ModelError: ``model.init`` or an encoder checkpoint cannot be loaded.
     """
     torch.manual_seed(config.trainer.seed)
     model = model_settings(config)

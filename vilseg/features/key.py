@@ -1,4 +1,4 @@
-"""Names of a feature cache: its key and the file names of its shards."""
+"""Key of a feature cache, which names its directory, and file names of its shards."""
 
 from __future__ import annotations
 
@@ -16,13 +16,19 @@ from vilseg.features.encoders import FrozenEncoders
 
 
 def cache_key(config: RunConfig, shards: Sequence[storage.FileEntry], encoders: FrozenEncoders) -> str:
-    """Return the hash of everything that cached features and captions depend on: 16 hexadecimal digits.
+    """Return the hash of everything that cached features and captions depend on, as 16 hexadecimal digits.
 
-    The contents of a shard are represented by its name, size and modification time. Its size alone would not do: tar files are
-    padded, so a rewritten one often has the same size. Reading every shard would cost as much as writing the cache.
+    The hash does not include the contents of a source shard but its name, size and modification time, because reading every
+    shard would cost as much as writing the cache. The size alone is not enough: tar files are padded, so a rewritten one often
+    has the same size.
+
+    Args:
+        config: configuration of the run.
+        shards: shards of the data source.
+        encoders: the encoders whose features are cached.
     """
     data, model = config.data, encoders.settings
-    # Settings that change the output for the same weights. The place that weights were loaded from does not matter.
+    # Only settings that change the output for the same weights; the path that weights were loaded from has no effect on it.
     text = model.text_encoder.model_dump(mode="json", include={"architecture", "sizes", "pooling", "max_tokens"})
     depends_on = [
         storage.absolute(str(data.source)),
@@ -44,10 +50,10 @@ def cache_key(config: RunConfig, shards: Sequence[storage.FileEntry], encoders: 
 
 
 def shard_file_name(relative: str) -> str:
-    """Return the name of the cached shard of the source shard at path ``relative``; different paths have different names.
+    """Return the file name of the cached shard for the source shard at the relative path ``relative``.
 
-    The files of a cache lie side by side, so ``/`` is escaped as in a JSON pointer (RFC 6901): ``~`` becomes ``~0``, then ``/``
-    becomes ``~1``.
+    Different paths give different names. A cache has no subdirectories, so ``/`` is escaped as in a JSON pointer (RFC 6901):
+    ``~`` becomes ``~0``, then ``/`` becomes ``~1``.
 
     Example:
         >>> shard_file_name("00001.tar")

@@ -1,4 +1,4 @@
-"""``manifest.json`` of a feature cache: the sizes of its features, the pairs of every shard, and the pairs left out."""
+"""``manifest.json`` of a feature cache: sizes of the features, number of pairs in every shard, and rejected pairs."""
 
 from __future__ import annotations
 
@@ -13,24 +13,29 @@ from vilseg.errors import DataError
 
 
 class RejectedPair(NamedTuple):
-    """A pair that could not be read, and is not in the cache."""
+    """Image-caption pair that could not be read and is therefore not in the cache."""
 
     shard: str
     """File name of the cached shard."""
     key: str
+    """Key of the pair in the source."""
     reason: str
+    """Error message."""
 
 
 class ShardSummary(TypedDict):
-    """Contents of one cached shard, as its Parquet metadata holds them."""
+    """Summary of one cached shard, stored as JSON in the metadata of its Parquet file."""
 
     target: str
     """URI of the cached shard."""
     pairs: int
+    """Number of image-caption pairs in the shard."""
     patches: int
+    """Number of feature rows per image, as in `CacheManifest`."""
     features: int
+    """Number of values in a feature row."""
     rejected: str
-    """JSON list of the key and the reason of each pair that could not be read. Keys may repeat."""
+    """JSON list of ``[key, reason]`` for each pair that could not be read. A key may occur more than once."""
 
 
 @dataclass(frozen=True)
@@ -38,20 +43,26 @@ class CacheManifest:
     """Contents of a complete feature cache."""
 
     uri: str
-    """Directory of the cache, below ``data.feature_cache``."""
+    """URI of the cache directory, a subdirectory of ``data.feature_cache``."""
     patches: int
-    """Rows of an image: its patches, and one more where the encoder has an embedding of its own for the image as a whole."""
+    """Number of feature rows per image: one for each patch, and one more if the encoder returns a global feature."""
     features: int
+    """Number of values in a feature row."""
     pairs: dict[str, int] = field(default_factory=dict)
-    """Number of pairs by file name."""
+    """Number of pairs in each cached shard, by file name."""
     rejected: tuple[RejectedPair, ...] = ()
 
     @classmethod
     def of_shards(cls, uri: str, shards: Sequence[ShardSummary], *, max_bad_share: float) -> CacheManifest:
-        """Combine the summaries of all shards, at least one.
+        """Combine the summaries of all shards into the manifest of the cache.
+
+        Args:
+            uri: directory of the cache.
+            shards: summaries of all shards; at least one.
+            max_bad_share: maximum accepted fraction, in 0..1, of pairs that could not be read.
 
         Raises:
-            DataError: more than the fraction ``max_bad_share`` of all pairs could not be read.
+            DataError: a larger fraction than ``max_bad_share`` of all pairs could not be read.
         """
         by_name = {storage.name(shard["target"]): shard for shard in shards}
         rejected = tuple(
@@ -71,12 +82,12 @@ class CacheManifest:
 
     @classmethod
     def read(cls, uri: str, source_shards: int) -> CacheManifest | None:
-        """Read the manifest of the cache at ``uri``; None where the cache is not complete.
+        """Read the manifest of the cache at ``uri``; return None if the cache is incomplete.
 
         Args:
             uri: directory of the cache.
-            source_shards: number of shards of the source. Caches of earlier versions wrote ``a/0.tar`` and ``a_0.tar`` to one
-                file; one that has fewer shards than its source is incomplete.
+            source_shards: number of shards of the source. A cache with another number of shards counts as incomplete, because
+                earlier versions wrote the features of ``a/0.tar`` and ``a_0.tar`` to the same file.
         """
         place = storage.join(uri, MANIFEST)
         if not storage.exists(place):
@@ -85,20 +96,20 @@ class CacheManifest:
         if len(values["pairs"]) != source_shards:
             return None
         rejected = values["rejected"]
-        if isinstance(rejected, dict):  # reasons by key, as earlier versions wrote them
+        if isinstance(rejected, dict):  # earlier versions wrote a mapping from key to reason
             rejected = [("", key, reason) for key, reason in rejected.items()]
         return cls(
             uri, values["patches"], values["features"], values["pairs"], tuple(RejectedPair(*r) for r in rejected)
         )
 
     def write(self) -> None:
-        """Write ``index.json`` and, last, ``manifest.json``."""
+        """Write ``index.json``, then ``manifest.json``, which marks the cache as complete."""
         write_index(self.uri, self.pairs.items())
         storage.write_text(storage.join(self.uri, MANIFEST), json.dumps(asdict(self), indent=1, ensure_ascii=False))
 
 
 def delete_other_shards(uri: str, file_names: Sequence[str]) -> None:
-    """Delete shards in an incomplete cache that are none of ``file_names``: training would read them beside the others."""
+    """Delete the shards of an incomplete cache that are not in ``file_names``, because training would read them too."""
     if not storage.exists(uri):
         return
     for entry in storage.list_files(uri, suffixes={PARQUET}):

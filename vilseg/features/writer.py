@@ -34,20 +34,20 @@ _SCHEMA = pa.schema(
         (CAPTION_FEATURES, pa.binary()),
     ]
 )
-"""Columns of images without variants; the columns of further variants come after these."""
+"""Columns of a cached shard without variants; the columns of further variants come after these."""
 
 
 class FeatureWriter:
-    """Writes the features of pair shards.
+    """Writer that encodes the images and captions of one shard at a time and stores the features as a Parquet file.
 
     Args:
-        image_encoder: frozen; moved to a GPU where there is one.
-        text_encoder: where it is frozen too, else None.
-        canvas: side of the square, in pixels, that images are brought to: the middle of the longer side.
-        max_pixels: images with more are rejected.
-        columns: names of the columns of Parquet shards.
-        variants: sets of features for each image; the first is of its middle, the others of random views.
-        views: crops, flips and colors of these views.
+        image_encoder: frozen image encoder; moved to the GPU if there is one.
+        text_encoder: frozen text encoder; None if caption features are not cached.
+        canvas: side, in pixels, of the square that every image is resized and cropped to.
+        max_pixels: maximum width x height of an image; larger images are rejected.
+        columns: names of the columns in the source's Parquet shards.
+        variants: number of feature sets for each image; the first is of the central square, the others are of random views.
+        views: settings of the random views (crops, flips and colours); None takes the defaults.
 
     Example:
         >>> import io, tempfile
@@ -80,11 +80,14 @@ class FeatureWriter:
         self._images = image_encoder.to(self._device).eval().requires_grad_(False)
         self._texts = None if text_encoder is None else text_encoder.to(self._device).eval()
         self._canvas, self._max_pixels, self._columns = canvas, max_pixels, columns
-        # All variants are of one size, so that the number of patches is one.
+        # All variants have the same size in pixels, and therefore the same number of patches.
         self._variants, self._views = variants, (views or ViewsConfig()).replace(global_size=canvas)
 
     def write(self, source: str, target: str) -> ShardSummary:
-        """Write the features of the shard ``source`` to ``target``; a target that exists is kept and its summary returned."""
+        """Write the features of the shard at URI ``source`` to URI ``target``, and return the summary.
+
+        If ``target`` exists, nothing is written and the summary is read from it.
+        """
         if storage.exists(target):
             with storage.open_input(target) as file:
                 return json.loads(pq.read_schema(file).metadata[b"vilseg"])
@@ -122,7 +125,7 @@ class FeatureWriter:
     def _decoded_batches(
         self, source: str, rejected: list[tuple[str, str]]
     ) -> Iterator[tuple[list[Pair], list[np.ndarray]]]:
-        """Yield the readable pairs of a shard with their images, in batches; append key and reason of others to ``rejected``."""
+        """Yield batches of the readable pairs of a shard with their images; append (key, reason) of others to ``rejected``."""
         pairs: list[Pair] = []
         images: list[np.ndarray] = []
         for pair in read_shard(source, self._columns):
@@ -143,7 +146,7 @@ class FeatureWriter:
             yield pairs, images
 
     def _image_features(self, pairs: Sequence[Pair], images: Sequence[np.ndarray]) -> list[list[bytes]]:
-        """Return the float16 rows of each image, for each column."""
+        """Return, for each column of the cache, the float16 features of each image as bytes."""
         columns = [[b""] * len(pairs) for _ in range(self._variants)]
         for variant in range(self._variants):
             rows_BRF = self._encode(self._pixels(pairs, images, variant))
@@ -152,9 +155,9 @@ class FeatureWriter:
         return columns
 
     def _pixels(self, pairs: Sequence[Pair], images: Sequence[np.ndarray], variant: int) -> Tensor:
-        """Return the pixels of each image in a variant. Shape: -> (B, 3, canvas, canvas), float32 in 0..1."""
+        """Return the square crop of each image for one variant. Shape: -> (B, 3, canvas, canvas), float32 in 0..1."""
         seeds = [variant_seed(pair.key, variant) for pair in pairs]
-        # Training without a cache places the canvas, and the view on it, in the same way.
+        # Training without a cache chooses the square, and the random view within it, in the same manner.
         positions = [(seed & 0xFFFF) / 0xFFFF if variant else 0.5 for seed in seeds]
         squares = [crop_to_square(image, self._canvas, at) for image, at in zip(images, positions, strict=True)]
         images_BHW3 = torch.from_numpy(np.stack(squares)).to(self._device)
@@ -165,7 +168,7 @@ class FeatureWriter:
 
     @torch.inference_mode()
     def _encode(self, pixels_B3HW: Tensor) -> np.ndarray:
-        """Return the patches and, where the encoder has one, its embedding of the whole image. Shape: -> (B, R, F), float16."""
+        """Return the patch features, followed by the global feature if the encoder has one. Shape: -> (B, R, F), float16."""
         with torch.autocast(self._device.type, torch.bfloat16, enabled=has_bfloat16_units(self._device)):
             encoded: ImageFeatures = self._images(pixels_B3HW)
         h, w = encoded.grid
@@ -180,7 +183,7 @@ class FeatureWriter:
 
     @torch.inference_mode()
     def _caption_features(self, captions: Sequence[Sequence[str]]) -> list[bytes | None]:
-        """Return the float16 rows of each image's captions; None for each without a frozen text encoder."""
+        """Return the float16 features of each image's captions as bytes; None for each image if there is no text encoder."""
         if self._texts is None:
             return [None] * len(captions)
         texts = [text for group in captions for text in group]

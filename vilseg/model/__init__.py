@@ -1,23 +1,23 @@
 """Image and text encoders, their projections, the clustering head, and loading and saving of models.
 
-Shape legend of the whole project. Tensors carry these letters as suffix of their name (``patches_BND``), and the public
-signatures of model, losses and segmentation as annotation (``Float[Tensor, "B N D"]``). A digit is that size itself.
+Shape legend of the whole project. These letters name the axes of a tensor, in the suffix of its variable name (``patches_BND``)
+and in the annotations of public functions (``Float[Tensor, "B N D"]``). A digit stands for an axis of that size.
 
-    A  candidate classes: those that are best at some pixel
-    B  images of the batch of one worker, or their texts
+    A  candidate classes: those with the highest score at some position
+    B  images in the batch of one worker, or their texts
     C  classes
-    D  numbers of an embedding in the space that images and texts share
+    D  dimensions of an embedding in the space that images and texts share
     E  entries of a vocabulary: classes, synonyms, negative words, background words
-    F  numbers of a feature of an encoder
+    F  dimensions of an encoder's feature vector
     G  global views of an image
     H  rows of pixels
     K  clusters, or prototypes of the DINO head
     L  local views of an image
-    N  patches of an image, h x w of them, row by row
-    O  offsets on a grid: displacements, or neighbours of a pixel
+    N  patches of an image: N = h x w, in row-major order
+    O  offsets on a grid: displacements, or neighbours of a position
     P  noun phrases
-    Q  images of the batches of all workers, or their texts
-    R  rows selected, sampled or flattened from other axes
+    Q  images in the batches of all workers together, or their texts
+    R  elements selected, sampled or flattened from other axes
     S  synonyms
     T  tokens of a transformer, of a text or of an image
     V  views of an image, the global ones first

@@ -1,12 +1,14 @@
 """CLIP, SigLIP and SigLIP 2 checkpoints of Hugging Face as vilseg models, with a new, untrained clustering head.
 
-Embeddings of images and texts equal ``get_image_features`` and ``get_text_features`` of the original, at unit length. Patches
-go through the same layers as the global feature as far as they can; see :class:`HuggingFaceImageEncoder`, ``head``.
+Embeddings of images and texts equal ``get_image_features`` and ``get_text_features`` of the original, scaled to unit length.
+Patches go through the same layers as the global feature as far as possible; see ``head`` of :class:`HuggingFaceImageEncoder`.
+The global features are:
 
     CLIP      image: class token, last norm, linear projection     text: end-of-text token, linear projection
     SigLIP    image: attention pooling                             text: last token of the padded row, linear layer with bias
 
-SigLIP has no image projection; ours starts as the identity. Its learnt bias of the logits becomes ``logit_bias``.
+SigLIP has no image projection; that of the vilseg model is initialised as the identity. SigLIP's learnt bias of the logits
+becomes ``logit_bias``.
 """
 
 from __future__ import annotations
@@ -39,15 +41,18 @@ _MODEL_TYPES = ("clip", "siglip", "siglip2")
 
 
 def is_clip_or_siglip(tree: Any) -> bool:
-    """Return True for the ``config.json`` of a model that this module reads."""
+    """Return True if ``tree`` is the content of ``config.json`` of a CLIP, SigLIP or SigLIP 2 model."""
     return isinstance(tree, dict) and tree.get("model_type") in _MODEL_TYPES
 
 
 def segmentation_config(tree: dict[str, Any]) -> SegmentationConfig:
-    """Return inference settings for the model: patches classified by themselves, at the image size of its training.
+    """Return inference settings for the model: each patch is classified separately, at the image size of the model's training.
 
-    CLIP gets ``attention`` naclip: its own last block was not trained for patches, and the papers measured the gain on CLIP.
-    SigLIP keeps its attention, as neither paper measured it.
+    CLIP gets ``attention`` naclip, because its own last block was not trained for patches and the papers measured a gain on CLIP.
+    SigLIP keeps its own attention, because neither paper measured other variants on it.
+
+    Args:
+        tree: content of the model's ``config.json``.
     """
     size = tree.get("vision_config", {}).get("image_size")
     known: dict[str, Any] = {"input_size": size} if isinstance(size, int) else {}
@@ -57,16 +62,17 @@ def segmentation_config(tree: dict[str, Any]) -> SegmentationConfig:
 
 
 def load(cls: type[Model], folder: Path, source: str, *, clusters: int | None = None) -> Model:
-    """Read a folder.
+    """Load a CLIP, SigLIP or SigLIP 2 model from a local folder.
 
     Args:
-        cls: class to make.
-        folder: local copy.
-        source: name that the user gave, for messages.
-        clusters: outputs of the clustering head, whose weights are random (torch's global seed).
+        cls: class to create.
+        folder: local copy of the model folder.
+        source: path, URI or hub id that the user gave, for error messages.
+        clusters: number of outputs of the clustering head, whose weights are random (torch's global seed); None takes the
+            default of ``ModelConfig``.
 
     Raises:
-        ModelError: weights or tokenizer are missing or of another kind.
+        ModelError: weights or tokenizer are missing or cannot be loaded, or images and texts have no common embedding space.
     """
     original, tokenizer = _read(folder, source)
     clip = original.config.model_type == "clip"

@@ -1,16 +1,16 @@
-"""Correlated self-attention in the last block of a vision transformer, for patch features that stay local.
+"""Correlated self-attention in the last block of a vision transformer, which keeps patch features local.
 
-An encoder trained on global features mixes global information into every patch in its last block. Two other attentions
-avoid that without any training. With the block's input x, the queries, keys and values q, k, v of one head of width d after
-the first norm, and positions p on the patch grid:
+An encoder trained on global features mixes global information into every patch in its last block. Two variants of the
+attention reduce this mixing without any training. With the block's input x, the queries, keys and values q, k, v of one head of
+width d after the first norm, and positions p on the patch grid:
 
     sclip     a = (softmax(q q^T / sqrt d) + softmax(k k^T / sqrt d)) v W_o    y = x + a    out = y + MLP(norm(y))
     naclip    a = softmax(k k^T / sqrt d + G) v W_o                            out = a
               G_ij = exp(-|p_i - p_j|^2 / (2 s^2)) between patches, 0 from and to class and register tokens; s = 5
 
 sclip: correlative self-attention (SCLIP, Wang et al. 2023, arXiv 2312.01597, section on the method; `custom_attn` with
-`csa` in wangf3014/SCLIP, clip/model.py): the two soft-maxes are added, a row then sums to 2, and the residual and the MLP
-stay. naclip: neighbourhood bias on the similarity of keys, and the block without residual and MLP (NACLIP, Hajimiri et al.
+`csa` in wangf3014/SCLIP, clip/model.py): the two soft-maxes are added, so a row sums to 2; the residual and the MLP are
+kept. naclip: neighbourhood bias on the similarity of keys, and the block without residual and MLP (NACLIP, Hajimiri et al.
 2024, arXiv 2404.08181, section on the method; `custom_attn` with `naclip` and `reduced` in sinahmr/NACLIP, clip/model.py).
 Both papers treat CLIP only. If a block scales its branches (DINOv2's layer scale), a and the MLP are scaled likewise.
 """
@@ -29,21 +29,21 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 _DEVIATION = 5.0
-"""s above, in patches (NACLIP, `gaussian_std`; the same for all its data sets)."""
+"""Standard deviation s in the module's docstring, in patches (NACLIP, `gaussian_std`; the same for all its data sets)."""
 
 _captured: ContextVar[list[Tensor] | None] = ContextVar("captured", default=None)
-"""List that receives the block's input during a forward pass of this thread."""
+"""List that the hook `_capture` appends the block's input to, for forward passes in this thread; None captures nothing."""
 
 
 class _Attributes(NamedTuple):
-    """Attribute names of the parts of a block in transformers."""
+    """Names of the attributes that hold the layers of a transformers model and the modules of one layer."""
 
     layers: str
     norm: str
     attention: str
     norm_after: str
     last_norm: str | None
-    """Norm that the model applies to the output of the last block."""
+    """Norm that the model applies to the output of the last layer; None if it applies none."""
 
 
 _CLIP = _Attributes("encoder.layers", "layer_norm1", "self_attn", "layer_norm2", None)
@@ -61,7 +61,7 @@ _BY_MODEL_TYPE = {
 
 @dataclass(frozen=True)
 class LastBlock:
-    """Parts of a transformers model that compute its last hidden state."""
+    """Modules of a transformers model that compute its last hidden state: those of the last block, and the norm after it."""
 
     layer: nn.Module
     norm: Any
@@ -75,7 +75,7 @@ class LastBlock:
 
     @classmethod
     def find(cls, model: nn.Module) -> LastBlock | None:
-        """Return the last block of ``model``; None if it has none of a supported form."""
+        """Return the last block of ``model``, or None if its architecture is not supported."""
         names = _BY_MODEL_TYPE.get(str(getattr(getattr(model, "config", None), "model_type", None)))
         if names is None:
             return None
@@ -101,8 +101,8 @@ class LastBlock:
 
     @contextmanager
     def captured_input(self) -> Iterator[list[Tensor]]:
-        """Yield a list that receives the block's input (B, T, F) when the model runs inside the ``with`` block."""
-        # transformers' own way keeps the inputs of all blocks, and its hooks cannot be pickled.
+        """Yield a list to which the last block's input (B, T, F) is appended when the model runs inside the ``with`` block."""
+        # transformers' own mechanism keeps the inputs of all blocks, and its hooks cannot be pickled.
         if _capture not in self.layer._forward_pre_hooks.values():
             self.layer.register_forward_pre_hook(_capture, with_kwargs=True)
         inputs: list[Tensor] = []
@@ -115,15 +115,15 @@ class LastBlock:
     def __call__(
         self, tokens_BTF: Float[Tensor, "B T F"], grid: tuple[int, int], attention: Literal["sclip", "naclip"]
     ) -> Float[Tensor, "B T F"]:
-        """Compute the model's last hidden state with another attention.
+        """Compute the model's last hidden state with another attention variant.
 
         Args:
-            tokens_BTF: input of the block: T tokens, the last h x w of them patches. Shape: (B, T, F).
-            grid: (h, w).
-            attention: as defined in the module's docstring.
+            tokens_BTF: input of the last block: T tokens, of which the last h x w are patches. Shape: (B, T, F).
+            grid: (h, w), rows and columns of patches.
+            attention: variant, as defined in the module's docstring.
 
         Returns:
-            Shape: (B, T, F).
+            The last hidden state. Shape: (B, T, F).
         """
         normed_BTF = self.norm(tokens_BTF)
         projections = (self.attention.q_proj, self.attention.k_proj, self.attention.v_proj)
@@ -150,7 +150,13 @@ def _capture(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 
 def neighbourhood_bias(tokens: int, grid: tuple[int, int], device: torch.device) -> Float[Tensor, "T T"]:
-    """Compute G of the module's docstring: Gaussian of the patches' distance, 0 for prefix tokens. Shape: -> (T, T), float32."""
+    """Compute G of the module's docstring. Shape: -> (T, T), float32.
+
+    Args:
+        tokens: number of tokens T; those before the h x w patches are class and register tokens.
+        grid: (h, w), rows and columns of patches.
+        device: device of the result.
+    """
     h, w = grid
     near_hh, near_ww = (_gaussian(side, device) for side in grid)
     near_NN = torch.einsum("ik,jl->ijkl", near_hh, near_ww).reshape(h * w, h * w)

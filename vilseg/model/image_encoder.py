@@ -1,9 +1,9 @@
 """Image encoders: patch features from a Hugging Face model, a user's own module, or a small convolutional network.
 
-Every encoder is a module with ``num_features: int`` and ``forward(images_B3HW) -> ImageFeatures``, its input RGB in 0..1;
-the encoder normalises pixels itself. A ``factory`` returns such a module. Optionally the module has a method
-``checkpoint_activations()``, see :meth:`vilseg.model.ViLSeg.checkpoint_activations`, and, with ``can_correlate = True``, a
-method ``correlated()`` like :meth:`HuggingFaceImageEncoder.correlated`.
+Every encoder is a torch module with an attribute ``num_features: int`` and a method ``forward(images_B3HW) -> ImageFeatures``.
+The input is RGB in 0..1; the encoder normalises pixels itself. A user's ``factory`` function must return such a module. Optional
+members: a method ``checkpoint_activations()`` (see :meth:`vilseg.model.ViLSeg.checkpoint_activations`), and an attribute
+``can_correlate = True`` together with a method ``correlated()`` like :meth:`HuggingFaceImageEncoder.correlated`.
 """
 
 from __future__ import annotations
@@ -35,26 +35,26 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class ImageFeatures(NamedTuple):
-    """Features of an encoder for a batch of images."""
+    """Features that an image encoder returns for a batch of images."""
 
     patches: Float[Tensor, "B N F"]
-    """(B, N, F), row by row over the grid."""
+    """(B, N, F), feature of each patch, in row-major order of the grid."""
     pooled: Float[Tensor, "B F"] | None
-    """(B, F) global feature (class token); None if the encoder has none, and the mean of the patches is used instead."""
+    """(B, F), global feature of each image, such as a class token; None if the encoder has none (users take the mean patch)."""
     grid: tuple[int, int]
     """(h, w) with h x w = N."""
 
 
 def build_image_encoder(config: ImageEncoderConfig, *, hf_config: dict[str, Any] | None = None) -> nn.Module:
-    """Build the encoder that ``config`` describes; weights are loaded only for ``checkpoint`` and by a ``factory``.
+    """Build the encoder that ``config`` describes; weights are random unless they come from a ``checkpoint`` or a ``factory``.
 
     Args:
-        config: one of checkpoint, factory, architecture.
-        hf_config: the Hugging Face configuration saved with a vilseg model; builds that architecture without its
-            checkpoint, as the weights will be loaded from the vilseg model.
+        config: settings with a checkpoint, a factory or an architecture.
+        hf_config: Hugging Face configuration that was saved with a vilseg model. If given, the encoder is built from it and no
+            checkpoint is loaded, because the weights will be loaded from the vilseg model.
 
     Raises:
-        ConfigError: unknown architecture, wrong sizes, or a factory that cannot be imported or is no encoder.
+        ConfigError: unknown architecture, wrong sizes, or a factory that cannot be imported or does not return an encoder.
         ModelError: the checkpoint cannot be loaded.
     """
     if config.factory:
@@ -76,17 +76,18 @@ def build_image_encoder(config: ImageEncoderConfig, *, hf_config: dict[str, Any]
 class LocalConvEncoder(nn.Module):
     """Small convolutional network with a small receptive field, the default for training from scratch.
 
-    The small receptive field is deliberate: with caption supervision alone, a network in which every patch depends on the whole
-    scene learns to classify patches by objects that co-occur with the object in the patch.
+    The small receptive field is deliberate. If the feature of a patch depends on the whole scene and captions are the only
+    supervision, the network learns to classify a patch by other objects that co-occur with the object in the patch.
 
     Args:
-        width: channels of the patch features.
-        depth: residual blocks at patch resolution; each widens the receptive field by (kernel - 1) x patch_size pixels.
-        patch_size: side of a patch in pixels, a power of two; reached by 3 x 3 convolutions of stride 2.
-        kernel: side of the blocks' convolutions, odd.
+        width: number of channels of the patch features.
+        depth: number of residual blocks at patch resolution; each widens the receptive field by (kernel - 1) x patch_size pixels.
+        patch_size: side of a patch in pixels, a power of two; log2(patch_size) convolutions (3 x 3, stride 2) reduce the image
+            to one position per patch.
+        kernel: side of the convolution kernels in the residual blocks; must be odd.
 
     Raises:
-        ConfigError: impossible sizes.
+        ConfigError: a size is not allowed.
 
     Example:
         >>> import torch
@@ -120,7 +121,7 @@ class LocalConvEncoder(nn.Module):
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing from torch's annotations
 
     def forward(self, images_B3HW: Float[Tensor, "B 3 H W"]) -> ImageFeatures:
-        """Shape: (B, 3, H, W) in 0..1 -> patches (B, H/patch x W/patch, width)."""
+        """Compute patch features. Shape: (B, 3, H, W) RGB in 0..1 -> patches (B, H/patch x W/patch, width)."""
         x_BFhw = (images_B3HW - 0.5) / 0.25
         for block in (self.stem, *self.blocks):
             recompute = self._checkpointed and torch.is_grad_enabled()
@@ -129,7 +130,7 @@ class LocalConvEncoder(nn.Module):
         return ImageFeatures(x_BFhw.flatten(2).transpose(1, 2), None, (x_BFhw.shape[2], x_BFhw.shape[3]))
 
     def checkpoint_activations(self) -> None:
-        """Keep only the inputs of the stem and the blocks, and recompute the rest in the backward pass."""
+        """Enable activation checkpointing: stem and blocks keep only their inputs and are recomputed in the backward pass."""
         self._checkpointed = True
 
 
@@ -143,28 +144,31 @@ class _ResidualBlock(nn.Sequential):
 
 
 class ChannelNorm(nn.LayerNorm):
-    """Layer norm over the channels of (B, F, h, w); unlike batch norm, a sample does not depend on the rest of its batch."""
+    """Layer norm over the channels of (B, F, h, w); unlike with batch norm, samples of a batch do not affect each other."""
 
     def forward(self, x_BFhw: Float[Tensor, "B F h w"]) -> Float[Tensor, "B F h w"]:
-        """Shape: (B, F, h, w) -> same."""
+        """Normalise the channels at every position. Shape: (B, F, h, w) -> same."""
         return super().forward(x_BFhw.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class HuggingFaceImageEncoder(nn.Module):
-    """Patch features of a transformers vision model: transformer tokens without class and register tokens, or a feature map.
+    """Image encoder with a transformers vision model.
 
-    With ``head`` the tokens of CLIP and SigLIP also go through the layers between the last block and the space of the texts.
-    CLIP: its last norm, which was trained on the class token. SigLIP: its attention pooling gives the global feature; every
-    patch goes through the pooling's value path, the result of pooling that patch alone (as MaskCLIP does, Zhou et al. 2022,
-    section 3.2).
+    Its patches are the tokens of the last layer without class and register tokens, or the positions of the feature map.
+
+    If ``head`` is True, the tokens of CLIP and SigLIP also go through the layers between the last block and the space of the
+    texts. CLIP: the last norm, which was trained on the class token. SigLIP: its attention pooling gives the global feature, and
+    each patch goes through the pooling's value projection, which equals pooling that patch alone (as in MaskCLIP, Zhou et al.
+    2022, section 3.2).
 
     Args:
-        model: a vision model, or a model with a ``vision_model``.
-        mean, std: normalisation of pixels in 0..1.
-        head: see above.
+        model: vision model, or a model with an attribute ``vision_model``.
+        mean: mean of each channel for the normalisation of pixels in 0..1.
+        std: standard deviation of each channel for the normalisation.
+        head: apply these layers of CLIP and SigLIP.
 
     Raises:
-        ConfigError: ``head`` for a model that has none.
+        ConfigError: ``head`` is True for a model without such layers.
     """
 
     model: Any
@@ -207,30 +211,33 @@ class HuggingFaceImageEncoder(nn.Module):
 
     @property
     def hf_config(self) -> dict[str, Any]:
-        """Configuration from which the architecture is rebuilt without its checkpoint."""
+        """Hugging Face configuration, from which the architecture can be rebuilt without its checkpoint."""
         return self.model.config.to_dict()
 
     def forward(self, images_B3HW: Float[Tensor, "B 3 H W"]) -> ImageFeatures:
-        """Shape: (B, 3, H, W) in 0..1 -> patches (B, N, F); position embeddings are interpolated to the image's size."""
+        """Compute patch features and, if the model has one, the global feature. Shape: (B, 3, H, W) in 0..1 -> (B, N, F), (B, F).
+
+        Position embeddings are interpolated to the size of the image.
+        """
         output, grid = self._run(images_B3HW)
         return self._features(output.last_hidden_state, output, grid)
 
     @property
     def can_correlate(self) -> bool:
-        """True if :meth:`correlated` supports the last block."""
+        """True if :meth:`correlated` supports this architecture."""
         return LastBlock.find(self.model) is not None
 
     def correlated(
         self, images_B3HW: Float[Tensor, "B 3 H W"], attention: Literal["sclip", "naclip"]
     ) -> tuple[ImageFeatures, Float[Tensor, "B N F"]]:
-        """Compute the features of `forward`, and in the same pass patches with another attention in the last block.
+        """Compute the features of `forward` and, in the same pass, patch features with another attention in the last block.
 
         Args:
             images_B3HW: RGB in 0..1. Shape: (B, 3, H, W).
-            attention: see ``vilseg.model.correlated_attention``.
+            attention: variant; see ``vilseg.model.correlated_attention``.
 
         Returns:
-            The features, and patches (B, N, F).
+            The features of `forward`, and the patch features with the other attention (B, N, F).
         """
         block = LastBlock.find(self.model)
         assert block is not None, "ask can_correlate first"
@@ -240,14 +247,14 @@ class HuggingFaceImageEncoder(nn.Module):
         return features, self._features(block(inputs[0], grid, attention), output, grid).patches
 
     def _run(self, images_B3HW: Float[Tensor, "B 3 H W"]) -> tuple[Any, tuple[int, int]]:
-        """Run the model on images; return its output and the patch grid."""
+        """Run the model on images; return its output and the patch grid (h, w)."""
         pixels = (images_B3HW - self.mean) / self.std
         grid = (images_B3HW.shape[2] // self.patch_size, images_B3HW.shape[3] // self.patch_size)
         inputs = _as_patches(pixels, grid, self.patch_size) if self._takes_patches else {"pixel_values": pixels}
         return self.model(**inputs, **self._options), grid
 
     def _features(self, tokens: Tensor, output: Any, grid: tuple[int, int]) -> ImageFeatures:
-        """Take features from a last hidden state; the global feature comes from ``output`` if it is not among the tokens."""
+        """Convert a last hidden state to features; the global feature is taken from ``output`` if it is not one of the tokens."""
         if tokens.ndim == 4:
             return ImageFeatures(tokens.flatten(2).transpose(1, 2), None, (tokens.shape[2], tokens.shape[3]))
         if self._pooling:
@@ -258,11 +265,15 @@ class HuggingFaceImageEncoder(nn.Module):
         return ImageFeatures(tokens[:, prefix:], tokens[:, 0] if prefix else None, grid)
 
     def checkpoint_activations(self) -> None:
-        """Keep only the inputs of the layers, and recompute the rest in the backward pass; ConfigError without such layers."""
+        """Enable activation checkpointing: layers keep only their inputs and are recomputed in the backward pass.
+
+        Raises:
+            ConfigError: the model has no layers that support it.
+        """
         checkpoint_layers(self.model, key="model.image_encoder")
 
     def _pool_each(self, tokens_BNF: Float[Tensor, "B N F"]) -> Float[Tensor, "B N F"]:
-        """Pool every token alone: its attention weight is 1 for any query. Shape: (B, N, F) -> same."""
+        """Apply the attention pooling to each token alone, so its attention weight is 1. Shape: (B, N, F) -> same."""
         head = self.model.head
         values = slice(2 * head.attention.embed_dim, None)
         weight, bias = head.attention.in_proj_weight[values], head.attention.in_proj_bias[values]
@@ -271,28 +282,28 @@ class HuggingFaceImageEncoder(nn.Module):
 
 
 def _as_patches(pixels_B3HW: Float[Tensor, "B 3 H W"], grid: tuple[int, int], patch: int) -> dict[str, Tensor]:
-    """Arrange pixels as input of SigLIP 2: patch by patch, with the grid; channels vary fastest. Shape: -> (B, N, patch² 3)."""
+    """Build the input of SigLIP 2: flattened patches (B, N, patch² 3), channels fastest, with the grid and a mask of ones."""
     (h, w), count = grid, pixels_B3HW.shape[0]  # ONNX export traces shapes, but not len()
     cut = pixels_B3HW[:, :, : h * patch, : w * patch].unflatten(3, (w, patch)).unflatten(2, (h, patch))
     patches_BNF = cut.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
     return {
         "pixel_values": patches_BNF,
-        # transformers reads it number by number, which on the CPU needs no synchronisation with the device.
+        # transformers reads single numbers of this tensor; on the CPU that needs no synchronisation with the GPU.
         "spatial_shapes": torch.tensor([grid]).expand(count, 2),
         "pixel_attention_mask": torch.ones(count, h * w, dtype=torch.long, device=pixels_B3HW.device),
     }
 
 
 def checkpoint_layers(model: nn.Module, *, key: str, optional: bool = False) -> None:
-    """Make a transformers model recompute the activations of its layers in the backward pass.
+    """Enable activation checkpointing in a transformers model: layers are recomputed in the backward pass.
 
     Args:
-        model: complete, or one encoder of it, which transformers' own method for this does not support.
-        key: configuration key of the model, for messages.
-        optional: accept a model without such layers.
+        model: complete model, or one encoder of it (which transformers' own method for this does not support).
+        key: configuration key of the model, for error messages.
+        optional: if True, a model without layers that support checkpointing is accepted and left unchanged.
 
     Raises:
-        ConfigError: no layer supports it.
+        ConfigError: no layer supports checkpointing, and ``optional`` is False.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer  # slow to import, and needed only here
 
@@ -309,15 +320,20 @@ def checkpoint_layers(model: nn.Module, *, key: str, optional: bool = False) -> 
 
 
 def _parameters(model: nn.Module) -> set[str]:
-    """Return the argument names of a model's forward, unwrapped from the decorators of transformers."""
+    """Return the argument names of a model's ``forward`` method, without the decorators of transformers."""
     return set(inspect.signature(inspect.unwrap(model.forward)).parameters)
 
 
 def model_from_config(model_type: str, values: dict[str, Any], *, key: str) -> nn.Module:
-    """Build a transformers model with random weights; ``key`` is its configuration key, for messages.
+    """Build a transformers model with random weights.
+
+    Args:
+        model_type: model type of transformers, such as ``vit``.
+        values: settings of its configuration class.
+        key: configuration key of the model, for error messages.
 
     Raises:
-        ConfigError: transformers has no such model, or ``values`` do not fit it.
+        ConfigError: transformers has no such model type, or its configuration does not accept ``values``.
     """
     if model_type not in CONFIG_MAPPING:
         ours = "neither local_conv nor" if key.endswith("image_encoder") else "not"
@@ -337,7 +353,7 @@ def model_from_config(model_type: str, values: dict[str, Any], *, key: str) -> n
 def _from_checkpoint(checkpoint: str, *, head: bool) -> HuggingFaceImageEncoder:
     with checkpoint_folder(checkpoint) as folder:
         try:
-            # Many are published in half precision; training needs float32 weights.
+            # Many checkpoints are published in half precision, but training needs float32 weights.
             model = AutoModel.from_pretrained(folder, dtype=torch.float32)
         except (OSError, ValueError) as error:
             raise ModelError(
@@ -349,7 +365,7 @@ def _from_checkpoint(checkpoint: str, *, head: bool) -> HuggingFaceImageEncoder:
 
 @contextmanager
 def checkpoint_folder(checkpoint: str) -> Iterator[str]:
-    """Yield a name that transformers can load: a temporary copy of a URI, or the folder or hub id unchanged."""
+    """Yield a name that transformers can load: the path of a temporary copy of a URI, or a local path or hub id unchanged."""
     if "://" not in checkpoint:
         yield checkpoint
         return
@@ -360,7 +376,7 @@ def checkpoint_folder(checkpoint: str) -> Iterator[str]:
 def read_normalisation(
     folder: str, mean: tuple[float, ...] = IMAGENET_MEAN, std: tuple[float, ...] = IMAGENET_STD
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Read the mean and standard deviation of pixel normalisation from a folder or hub id; defaults if it has none."""
+    """Read mean and standard deviation of the pixel normalisation from a folder or hub id; return the defaults if it has none."""
     names = ("preprocessor_config.json", "processor_config.json")
     if Path(folder).is_dir() and not any((Path(folder) / name).exists() for name in names):
         return mean, std

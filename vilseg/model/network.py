@@ -1,4 +1,4 @@
-"""Network of ViLSeg: embeddings of images, patches and texts in one space, and the clustering head that gives regions."""
+"""Network of ViLSeg: embeddings of images, patches and texts in one space, and the head that clusters patches into regions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vilseg.model.image_encoder import ImageFeatures
 from vilseg.model.text_encoder import TextEncoder
 
 MAX_LOGIT_SCALE = math.log(100.0)
-"""Cap of the inverse temperature (CLIP, Radford et al. 2021, section 2.5)."""
+"""Maximum of the learnt log of the inverse temperature (CLIP, Radford et al. 2021, section 2.5)."""
 
 
 class ImageEmbeddings(NamedTuple):
@@ -26,23 +26,24 @@ class ImageEmbeddings(NamedTuple):
     pooled: Float[Tensor, "B D"]
     """(B, D), global embedding of each image."""
     patches: Float[Tensor, "B N D"]
-    """(B, N, D), row by row over the grid."""
+    """(B, N, D), embedding of each patch, in row-major order of the grid."""
     grid: tuple[int, int]
+    """(h, w) with h x w = N."""
 
 
 class Network(nn.Module):
-    """Two encoders, their projections and the clustering head, without input or output; users make a :class:`ViLSeg`.
+    """Two encoders, their projections and the clustering head, without loading and saving; users create a :class:`ViLSeg`.
 
     Args:
-        config: sizes of the projections and the clustering head; ``frozen`` of each encoder.
-        image_encoder: a module as ``vilseg.model.image_encoder`` describes.
-        text_encoder: with its tokenizer.
-        segmentation: inference settings that the model carries.
-        temperature: start of the learnt temperature of the contrast.
-        logit_bias: start of the learnt bias of the sigmoid loss; None for a model that has no bias.
+        config: sizes of the projections and the clustering head, and whether each encoder is ``frozen``.
+        image_encoder: module with the interface that ``vilseg.model.image_encoder`` describes.
+        text_encoder: text model with its tokenizer.
+        segmentation: inference settings that are saved with the model; None takes the defaults.
+        temperature: initial value of the learnt temperature of the contrastive loss.
+        logit_bias: initial value of the learnt bias of the sigmoid loss; None for a model without this bias.
 
     Raises:
-        ConfigError: the settings want an attention that the image encoder does not support.
+        ConfigError: the settings request an attention variant that the image encoder does not support.
     """
 
     logit_bias: nn.Parameter | None
@@ -81,9 +82,9 @@ class Network(nn.Module):
         """Mean embedding of the training captions; see ``SegmentationConfig.center_text``."""
         self.register_buffer("patch_mean", torch.zeros(self.embedding_dim))
         self.register_buffer("patch_covariance", torch.eye(self.embedding_dim) / self.embedding_dim)
-        """Mean and covariance of the patch embeddings; those of unit vectors of all directions until training records them."""
+        """Mean and covariance of the patch embeddings; before training records them, those of uniform random unit vectors."""
         self.register_buffer("recorded_steps", torch.zeros((), dtype=torch.long))
-        """Number of steps whose captions and patches entered the three statistics above."""
+        """Number of training steps whose captions and patches are included in the three statistics above."""
         if config.image_encoder.frozen:
             image_encoder.requires_grad_(False)
         if config.text_encoder.frozen:
@@ -100,12 +101,12 @@ class Network(nn.Module):
         return self
 
     def checkpoint_activations(self) -> None:
-        """Keep only the inputs of the encoders' blocks from now on, and recompute the rest in the backward pass.
+        """Enable activation checkpointing of the encoders: blocks keep only their inputs and are recomputed in the backward pass.
 
         Frozen encoders have no backward pass and are left unchanged.
 
         Raises:
-            ConfigError: an encoder has no blocks that support it.
+            ConfigError: an encoder that is not frozen does not support activation checkpointing.
         """
         for key, encoder in (("image_encoder", self.image_encoder), ("text_encoder", self.text_encoder)):
             if getattr(self.config, key).frozen:
@@ -124,7 +125,7 @@ class Network(nn.Module):
 
     @property
     def scale(self) -> Tensor:
-        """Inverse temperature of the contrast. Capped at 100, except with a bias: SigLIP has no cap and often exceeds 100."""
+        """Inverse temperature of the logits, at most 100; without limit if there is a logit bias, as SigLIP often exceeds 100."""
         if self.logit_bias is not None:
             return self.logit_scale.exp()
         return self.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
@@ -135,7 +136,7 @@ class Network(nn.Module):
             return self.image_encoder(images)
 
     def check_attention(self) -> None:
-        """Raise ConfigError if the settings want an attention that the image encoder's last block does not support."""
+        """Raise ConfigError if the settings request an attention variant that the image encoder does not support."""
         attention = self.segmentation.attention
         if attention == "plain" or getattr(self.image_encoder, "can_correlate", False):
             return
@@ -149,15 +150,16 @@ class Network(nn.Module):
     def dense_features(
         self, images: Float[Tensor, "B 3 H W"], attention: Literal["plain", "sclip", "naclip"]
     ) -> tuple[ImageFeatures, Float[Tensor, "B N F"]]:
-        """Compute features of the image encoder as trained, and the patches to be classified, in one pass.
+        """Compute the features of the image encoder and the patch features to be classified, in one pass.
 
         Args:
             images: RGB in 0..1. Shape: (B, 3, H, W).
-            attention: of the last block, for the patches to be classified; with ``plain`` they are those of the features.
-                Others need a model that passes `check_attention`.
+            attention: attention variant of the last block for the patch features to be classified. With ``plain`` they are the
+                patches of the features; the other variants need an encoder that passes `check_attention`.
 
         Returns:
-            The features, whose patches are the input of the clustering head, and the patches to be classified (B, N, F).
+            The features with the plain attention, whose patches are the input of the clustering head, and the patch features to
+            be classified (B, N, F).
         """
         if attention == "plain":
             features = self.image_features(images)
@@ -166,20 +168,20 @@ class Network(nn.Module):
             return self.image_encoder.correlated(images, attention)  # type: ignore[operator]  # checked before
 
     def embed(self, features: ImageFeatures) -> ImageEmbeddings:
-        """Project features into the shared space."""
+        """Project the global and the patch features of images into the space shared with texts."""
         return ImageEmbeddings(self.embed_pooled(features), self.embed_patches(features), features.grid)
 
     def embed_pooled(self, features: ImageFeatures) -> Float[Tensor, "B D"]:
-        """Project the global features into the shared space. Shape: -> (B, D), unit length."""
+        """Project the global features of B images into the space shared with texts. Shape: -> (B, D), unit length."""
         pooled_BF = features.patches.mean(1) if features.pooled is None else features.pooled
         return F.normalize(self.image_projection(pooled_BF), dim=-1)
 
     def embed_patches(self, features: ImageFeatures) -> Float[Tensor, "B N D"]:
-        """Project the patch features into the shared space. Shape: -> (B, N, D), unit length."""
+        """Project the patch features of B images into the space shared with texts. Shape: -> (B, N, D), unit length."""
         return F.normalize(self.image_projection(features.patches), dim=-1)
 
     def cluster_logits(self, features: ImageFeatures) -> Float[Tensor, "B N K"]:
-        """Compute cluster logits per patch. Shape: -> (B, N, K)."""
+        """Compute the cluster logits of every patch of B images. Shape: -> (B, N, K)."""
         return self.clustering_head(features.patches)
 
     def encode_image(self, images: Float[Tensor, "B 3 H W"]) -> ImageEmbeddings:
@@ -193,19 +195,19 @@ class Network(nn.Module):
         return self.cluster_logits(features).softmax(-1).transpose(1, 2).unflatten(2, (h, w))
 
     def text_features(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B F"]:
-        """Compute features of the text encoder. Shape: (B, T) -> (B, F)."""
+        """Compute features of the text encoder. Shape: (B, T) token ids -> (B, F)."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.text_encoder.frozen):
             return self.text_encoder(tokens)
 
     def embed_text(self, features_BF: Float[Tensor, "B F"]) -> Float[Tensor, "B D"]:
-        """Project text features into the shared space. Shape: (B, F) -> (B, D), unit length."""
+        """Project text features into the space shared with images. Shape: (B, F) -> (B, D), unit length."""
         return F.normalize(self.text_projection(features_BF), dim=-1)
 
     def encode_text(self, texts: Sequence[str] | Int[Tensor, "B T"]) -> Float[Tensor, "B D"]:
-        """Embed texts, or rows of tokens. Shape: texts (B) or (B, T) -> (B, D), unit length."""
+        """Compute the embeddings of texts or of rows of token ids. Shape: B texts or (B, T) -> (B, D), unit length."""
         tokens = texts if isinstance(texts, Tensor) else self.text_encoder.tokenize(texts)
         return self.embed_text(self.text_features(tokens.to(self.device)))
 
 
 Model = TypeVar("Model", bound=Network)
-"""Subclass of `Network` that a function makes or returns."""
+"""Type variable: the subclass of `Network` that a function takes as ``cls`` and returns an instance of."""

@@ -1,6 +1,6 @@
 """Loading and saving of models as folders: ``config.json``, ``model.safetensors``, tokenizer files, a model card; no pickle.
 
-Functions that load are given the class to make, a subclass of :class:`~vilseg.model.network.Network`.
+Functions that load a model take the class to create as ``cls``, a subclass of :class:`~vilseg.model.network.Network`.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from vilseg.model.text_encoder import build_text_encoder
 FORMAT = 1
 _CONFIG, _WEIGHTS, _CARD = "config.json", "model.safetensors", "README.md"
 _FILES = ["*.json", "*.safetensors", "*.txt", "*.md", "*.jinja"]
-"""Files to download from a hub; weights in other formats are left out."""
+"""Patterns of the files to download from the Hugging Face hub; weights in other formats are not downloaded."""
 
 
 def save(model: Network, uri: str, *, card: str | None = None, weights: Mapping[str, Tensor] | None = None) -> None:
-    """Write ``model`` as a folder at ``uri``. ``config.json`` comes last: a folder without it is no model.
+    """Write ``model`` as a folder at ``uri``; ``config.json`` is written last, so a folder without it is incomplete.
 
     Args:
-        model: to be written.
-        uri: of the folder.
-        card: text of its README.
-        weights: full tensors by name, for a model that holds only local shards of them.
+        model: model to write.
+        uri: path or URI of the folder.
+        card: text of its ``README.md``; None writes a title only.
+        weights: full tensors by name, written instead of the model's own weights; needed if ``model`` holds only local shards.
     """
     tree: dict[str, Any] = {
         "format": FORMAT,
@@ -63,9 +63,10 @@ def load(cls: type[Model], source: str, *, clusters: int | None = None) -> Model
     """Read a model folder; see :meth:`vilseg.ViLSeg.from_pretrained`.
 
     Args:
-        cls: class to make.
+        cls: class to create.
         source: path, URI or hub id.
-        clusters: outputs of the clustering head of a model that comes without one (CLIP, SigLIP).
+        clusters: number of outputs of the clustering head that is added to a model without one (CLIP, SigLIP); None takes the
+            default of ``ModelConfig``.
     """
     with ExitStack() as stack:
         folder = _local_folder(source, stack)
@@ -93,21 +94,21 @@ def load(cls: type[Model], source: str, *, clusters: int | None = None) -> Model
         try:
             model.load_state_dict(weights)
         except RuntimeError as error:
-            # Torch's first line is a heading; the names are in the next.
+            # The first line of torch's message is a heading; the next one has the names of the tensors.
             names = " ".join(str(error).split("\n")[1].split())[:200]
             raise ModelError(f"the weights in {source} do not fit its {_CONFIG}: {names}") from error
     return model.eval()
 
 
 _RUN_KEYS = ("init", "image_encoder.frozen", "text_encoder.frozen")
-"""Keys of ``ModelConfig`` that a run sets regardless of the model it starts from."""
+"""Keys of ``ModelConfig`` whose values may differ from those of the model that a run starts from."""
 
 
 def load_initial(cls: type[Model], config: ModelConfig, *, segmentation: SegmentationConfig | None = None) -> Model:
     """Load the model at ``config.init`` as the start of a training run; see :meth:`vilseg.ViLSeg.from_config`.
 
     Raises:
-        ConfigError: ``config`` contradicts the model.
+        ConfigError: ``config`` has a value that is neither the default nor that of the model.
         ModelError: the model cannot be loaded.
     """
     assert config.init is not None
@@ -138,10 +139,10 @@ def load_initial(cls: type[Model], config: ModelConfig, *, segmentation: Segment
 
 
 def read_segmentation_config(source: str) -> SegmentationConfig:
-    """Read the inference settings that a model carries, without its weights.
+    """Read the inference settings that are saved with a model, without loading its weights.
 
     Raises:
-        ModelError: no model folder.
+        ModelError: ``source`` is not a model folder.
     """
     with ExitStack() as stack:
         folder = source if storage.exists(source) else str(_local_folder(source, stack))

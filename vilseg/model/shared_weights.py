@@ -1,6 +1,6 @@
-"""Split an object into a pickle without tensors and plain arrays, so that processes of a machine share a model's weights.
+"""Split a model into a pickle without tensors and the arrays of its tensors, so that processes of one machine share the weights.
 
-Arrays in shared memory are mapped, not copied: ten workers hold the weights once.
+Arrays in shared memory are mapped, not copied: ten worker processes on a machine need the memory of one copy of the weights.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 _AS_INTEGERS = {torch.bfloat16: torch.int16}
-"""Integer types of the same size for types that numpy lacks."""
+"""Integer dtype of the same size for each torch dtype that numpy lacks."""
 
 
 @dataclass(frozen=True)
@@ -24,13 +24,14 @@ class SplitObject:
     """An object split into a pickle and the arrays of its tensors; argument of :func:`join_weights`."""
 
     skeleton: bytes
-    """Pickle with numbers in place of tensors; made by this process's program, never read from a file."""
+    """Pickle of the object with numbers in place of tensors; always made by this program, never read from a file."""
     arrays: list[np.ndarray]
+    """Values of the tensors, contiguous, with the dimensions in the order of ``layouts``."""
     layouts: list[tuple[torch.dtype, list[int]]]
-    """Type, and order of dimensions in memory, slowest first (weights may be channels-last)."""
+    """For each tensor its dtype and the order of its dimensions in memory, slowest first (weights may be channels-last)."""
 
     def digest(self) -> str:
-        """Return a hash of the tensors' values, hexadecimal."""
+        """Return a hash of the tensors' values, in hexadecimal."""
         total = hashlib.blake2b(digest_size=16)
         for array in self.arrays:
             total.update(np.ascontiguousarray(array).view(np.uint8).reshape(-1).data)
@@ -38,7 +39,9 @@ class SplitObject:
 
 
 def split_weights(obj: Any) -> SplitObject:
-    """Split a model, or an object that holds one; the arrays are views of its weights if these are on the CPU.
+    """Split a model, or an object that contains one, into a pickle and arrays.
+
+    Arrays of contiguous tensors on the CPU share memory with them.
 
     Example:
         >>> import torch
@@ -68,7 +71,7 @@ def split_weights(obj: Any) -> SplitObject:
 
 
 def join_weights(parts: SplitObject) -> Any:
-    """Rebuild the object, for inference only: its weights are the arrays themselves, which may be read-only."""
+    """Rebuild the object for inference only: its weights share memory with the arrays, which may be read-only."""
 
     class Unpickler(pickle.Unpickler):
         def persistent_load(self, number: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Text encoder: a Hugging Face text model with its tokenizer, giving one feature vector for each text."""
+"""Text encoder: a Hugging Face text model with its tokenizer, which returns one feature vector for each text."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ _SMALL_BERT = {
 
 
 class TextEncoder(nn.Module):
-    """Text model with its tokenizer, which is saved with the model: texts -> features.
+    """Text model with its tokenizer, which is saved with the model.
 
-    SigLIP's pooler takes the last token of a row of fixed length, padding included (Zhai et al. 2023). For it rows are never
-    trimmed, nothing is masked, and every row has the model's maximal length.
+    The pooler of SigLIP takes the last token of a row of fixed length, including padding (Zhai et al. 2023). With this pooler,
+    rows always have the model's maximum length, are never trimmed, and no token is masked.
 
     Args:
-        model: a text model, or a model with a ``text_model``.
-        tokenizer: of the model.
-        pooling: mean of the tokens, ``first`` token, or the model's own ``pooler``.
-        max_tokens: length of the rows, at most the number of the model's positions.
+        model: text model, or a model with an attribute ``text_model``.
+        tokenizer: tokenizer of the model.
+        pooling: ``mean`` of the tokens, ``first`` token, or ``pooler`` for the pooling layer of the model itself.
+        max_tokens: number of tokens of each row; limited to the number of positions of the model.
     """
 
     model: Any
@@ -56,30 +56,30 @@ class TextEncoder(nn.Module):
 
     @property
     def hf_config(self) -> dict[str, Any]:
-        """Configuration from which the architecture is rebuilt without its checkpoint."""
+        """Hugging Face configuration, from which the architecture can be rebuilt without its checkpoint."""
         return self.model.config.to_dict()
 
     @property
     def fixed_length(self) -> bool:
-        """True if rows must be ``max_tokens`` long, because padding takes part in pooling."""
+        """True if rows must be ``max_tokens`` long, because the pooler reads a padding token."""
         return self._pools_padding
 
     def tokenize(self, texts: Sequence[str]) -> Int[Tensor, "B T"]:
-        """Return token ids, padded to ``max_tokens``. Shape: texts (B) -> (B, T) int64."""
+        """Return token ids, padded to ``max_tokens``. Shape: B texts -> (B, T), int64."""
         return torch.from_numpy(self.fixed_tokenizer()(texts)).long()
 
     def fixed_tokenizer(self) -> FixedTokenizer:
-        """Return the tokenizer alone, small enough to be sent to processes that read captions."""
+        """Return the tokenizer without the model, small enough to send to the processes that read captions."""
         return FixedTokenizer(self.tokenizer.backend_tokenizer.to_str(), self.max_tokens, self.tokenizer.pad_token_id)
 
     def trim(self, tokens_BT: Int[Tensor, "B T"]) -> Int[Tensor, "B longest"]:
-        """Cut columns that are padding in every row. Shape: (B, T) -> (B, longest)."""
+        """Remove columns that are padding in every row, unless `fixed_length` is True. Shape: (B, T) -> (B, longest)."""
         if self._pools_padding:
             return tokens_BT
         return tokens_BT[:, : int(self._is_text(tokens_BT).sum(1).max())]
 
     def forward(self, tokens_BT: Int[Tensor, "B T"]) -> Float[Tensor, "B F"]:
-        """Shape: (B, T) -> (B, F)."""
+        """Compute one feature vector per text. Shape: (B, T) token ids -> (B, F)."""
         if self._pools_padding:
             return self.model(input_ids=tokens_BT).pooler_output
         mask_BT = self._is_text(tokens_BT)
@@ -93,16 +93,16 @@ class TextEncoder(nn.Module):
         return (hidden_BTF * weights_BT1).sum(1) / weights_BT1.sum(1)
 
     def checkpoint_activations(self) -> None:
-        """See :meth:`vilseg.ViLSeg.checkpoint_activations`; a model of word embeddings alone has nothing to recompute."""
+        """Enable activation checkpointing in the layers; a model that has only word embeddings is left unchanged."""
         checkpoint_layers(self.model, key="model.text_encoder", optional=True)
 
     def _is_text(self, tokens_BT: Int[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
-        """Return True for tokens that are not padding. Shape: (B, T) -> same, bool."""
+        """Return a mask of the tokens that are not padding. Shape: (B, T) -> same, bool."""
         padding_BT = tokens_BT == self.tokenizer.pad_token_id
         if self.tokenizer.eos_token_id == self.tokenizer.pad_token_id:
-            # CLIP pads with its end-of-text token; the first one belongs to the text, and CLIP takes its embedding there.
+            # CLIP pads with its end-of-text token. The first one belongs to the text: its feature is that of the text.
             padding_BT &= padding_BT.cumsum(1) > 1
-        padding_BT[:, 0] = False  # else the mean of a text without any known character would be over no token
+        padding_BT[:, 0] = False  # otherwise a text without any known character would be a mean over no tokens
         return ~padding_BT
 
 
@@ -115,9 +115,10 @@ def build_text_encoder(
     """Build the text encoder that ``config`` describes.
 
     Args:
-        config: a checkpoint, or an architecture with its sizes.
-        tokenizer: required if the model is built from scratch or from ``hf_config``; a checkpoint has its own.
-        hf_config: as for the image encoder.
+        config: settings with a checkpoint, or with an architecture and its sizes.
+        tokenizer: required if the model is built from an architecture or from ``hf_config``; a checkpoint contains its own.
+        hf_config: Hugging Face configuration that was saved with a vilseg model. If given, the model is built from it and no
+            checkpoint is loaded, because the weights will be loaded from the vilseg model.
 
     Raises:
         ConfigError: unknown architecture, or sizes that do not fit it.

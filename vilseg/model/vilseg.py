@@ -1,4 +1,4 @@
-"""ViLSeg, the public model class: a network with the ways to make, load and save it."""
+"""ViLSeg, the public model class: the network with methods to create, load and save it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vilseg.text.tokenizer import train_tokenizer
 class ViLSeg(Network):
     """The model of ViL-Seg (arXiv 2207.08455, section 3): two encoders, their projections, and the online clustering head.
 
-    Make one with :meth:`from_config` or :meth:`from_pretrained`.
+    Create one with :meth:`from_config` or :meth:`from_pretrained`.
 
     Example:
         >>> import torch
@@ -42,16 +42,17 @@ class ViLSeg(Network):
         segmentation: SegmentationConfig | None = None,
         temperature: float = 0.07,
     ) -> ViLSeg:
-        """Make a new model: checkpoints are loaded, all other weights are random (torch's global seed).
+        """Create a new model: checkpoints that ``config`` names are loaded, all other weights are random (torch's global seed).
 
         Args:
             config: encoders and sizes.
-            captions: sample to train a tokenizer on, used if the text encoder has no checkpoint.
-            segmentation: inference settings that the model carries.
-            temperature: start of the learnt temperature; ignored with ``config.init``, whose model has its own.
+            captions: texts to train a tokenizer on; used only if ``config`` has neither ``init`` nor a text checkpoint.
+            segmentation: inference settings that are saved with the model; None takes the defaults.
+            temperature: initial value of the learnt temperature; ignored with ``config.init``, whose model has its own.
 
         Raises:
-            ConfigError: sizes are impossible, or differ from those of ``config.init``; see also the encoders.
+            ConfigError: sizes are impossible or differ from those of ``config.init``, or an encoder cannot be built from its
+                settings.
             ModelError: a checkpoint cannot be loaded.
         """
         if config.init:
@@ -65,17 +66,17 @@ class ViLSeg(Network):
 
     @classmethod
     def from_pretrained(cls, source: str) -> ViLSeg:
-        """Load a model folder: a path, an ``s3://`` URI or a hub id. Safetensors only; nothing is unpickled.
+        """Load a model folder from a path, an ``s3://`` URI or a Hugging Face hub id; only safetensors, nothing is unpickled.
 
-        Folders of CLIP, SigLIP and SigLIP 2 (Hugging Face) can be loaded too. Their clustering head is untrained, so their
-        settings classify every patch by itself (``region_weight`` 0); CLIP's also replace the attention of the last block
-        (``attention`` naclip). Train with ``model.init`` to get regions.
+        Folders of CLIP, SigLIP and SigLIP 2 (Hugging Face) can be loaded too. They get an untrained clustering head and
+        inference settings that classify each patch separately (``region_weight`` 0). The settings for CLIP also replace the
+        attention of the last block (``attention`` naclip). To get regions, train with ``model.init`` set to the folder.
 
-        A model with a ``factory`` has that function imported and called with options from the folder, so load
-        only folders that you trust.
+        If the folder's configuration names a ``factory``, that function is imported and called with options from the folder,
+        so load only folders that you trust.
 
         Raises:
-            ConfigError: the model's factory cannot be imported, or is none.
+            ConfigError: the model's factory cannot be imported, or is not a valid factory.
             ModelError: there is no model folder, or its weights do not fit its configuration.
             StorageError: the URI cannot be read.
         """
@@ -87,8 +88,9 @@ class ViLSeg(Network):
         """Write the model folder: ``config.json``, ``model.safetensors``, tokenizer files, ``README.md`` (the card).
 
         Args:
-            uri: of the folder.
-            card: text of the model card.
-            weights: full tensors by name, written in place of the model's own if a worker holds only local shards of them.
+            uri: path or URI of the folder.
+            card: text of the model card; None writes a title only.
+            weights: full tensors by name, written instead of the model's own weights; needed if this process holds only local
+                shards of the weights. None writes the model's own.
         """
         serialization.save(self, uri, card=card, weights=weights)
