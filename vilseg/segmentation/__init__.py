@@ -1,4 +1,5 @@
 """Segment images, GeoTIFFs and videos into regions of named classes.
 
-:class:`vilseg.segmentation.segmenter.Segmenter` holds the one way from an image to masks; `geotiff` and `video` build on it.
+:class:`vilseg.segmentation.segmenter.Segmenter` computes the masks of an image; `geotiff` and `video` use it for
+windows and frames.
 """

@@ -1,7 +1,7 @@
-"""Embed the names of a vocabulary once, in the space of a model's patches, and keep the embeddings.
+"""Text embeddings of a vocabulary's names, cached for each model.
 
-A class score is standardized with the statistics that its text has over the patches of the training images (``calibration`` of
-the settings), see :mod:`vilseg.segmentation.class_scores` for the formula.
+Class scores are standardized with the mean and the deviation of the cosine between a text and the patches of the training images
+(``calibration`` of the settings); see :mod:`vilseg.segmentation.class_scores` for the formula.
 """
 
 from collections import OrderedDict
@@ -20,22 +20,22 @@ from vilseg.model import ViLSeg
 from vilseg.text.vocabulary import Vocabulary
 
 _EPS = 1e-6
-"""Lower bound of a standard deviation: a class whose cosine never varies would divide by zero; one that matters is above 1e-3."""
+"""Lower bound of a standard deviation, to avoid a division by zero if a cosine never varies; usual values are above 1e-3."""
 
 _CACHED_ENTRIES = 1 << 16
-"""Entries of all vocabularies that are cached for a model, the least recently used dropped first; 128 MB for embeddings of 512
-values."""
+"""Maximum number of entries (names and words) of all vocabularies cached for a model: 128 MB for embeddings of 512 values. The
+least recently used vocabularies are dropped first."""
 
 _TEXTS_PER_PASS = 256
-"""Texts in one pass of the text encoder."""
+"""Maximum number of texts in one pass of the text encoder."""
 
 _COCO_SUFFIXES = ("-merged", "-other", "-stuff")
-"""Parts of COCO's panoptic class names that say how the classes were made, not what they show."""
+"""Suffixes in COCO's panoptic class names that tell how a class was defined, not what it shows."""
 
 
 @dataclass(frozen=True, eq=False)
 class ClassEmbeddings:
-    """Embeddings that patches are compared with, and the constants that standardize their cosines.
+    """Text embeddings of a vocabulary, and the constants that standardize their cosines with patches.
 
     Example:
         >>> import torch
@@ -45,19 +45,19 @@ class ClassEmbeddings:
     """
 
     embeddings_ED: Float[Tensor, "E D"]
-    """Unit length; rows 0..C-1 are the classes. Shape: (E, D)."""
+    """Unit-length embeddings, in the order classes (rows 0..C-1), synonyms, negative words, background words. Shape: (E, D)."""
     num_classes: int
-    """C."""
+    """Number of classes C."""
     synonym_of_S: Int[Tensor, " S"]
-    """Index of the class that each synonym, rows C..C+S-1, stands for. Shape: (S,)."""
+    """Index of the class of each synonym; the embeddings of the synonyms are rows C..C+S-1. Shape: (S,)."""
     num_negatives: int
     """Number of negative words."""
     background: int | None
-    """Index of the class ``background``, which takes the scores of the background words; None without such a class."""
+    """Index of the class ``background``, whose score is that of the best background word; None if there is no such class."""
     offset_E: Float[Tensor, " E"]
-    """q mu, subtracted from the cosines. Shape: (E,)."""
+    """Value subtracted from the cosine with each text: q mu_c. Shape: (E,)."""
     gain_E: Float[Tensor, " E"]
-    """Factor of the difference. Shape: (E,)."""
+    """Factor that multiplies the difference: (mean(sigma) / sigma_c)^q. Shape: (E,)."""
 
     @classmethod
     def standardized(
@@ -72,16 +72,16 @@ class ClassEmbeddings:
         synonym_of_S: Int[Tensor, " S"] | None = None,
         num_negatives: int = 0,
     ) -> "ClassEmbeddings":
-        """Derive offset and gain from the statistics of patch embeddings; see `vilseg.segmentation.class_scores`.
+        """Compute offset and gain from the statistics of patch embeddings; see `vilseg.segmentation.class_scores`.
 
         Args:
-            embeddings_ED: classes, synonyms, negative words, background words, unit length. Shape: (E, D).
+            embeddings_ED: unit-length embeddings of classes, synonyms, negative words and background words. Shape: (E, D).
             mean_D: mean of unit-length patch embeddings. Shape: (D,).
-            covariance_DD: their covariance. Shape: (D, D).
-            strength: q in 0..1; 0 leaves the cosines as they are.
-            num_classes: number of entries that are classes; all where None.
-            background: index of the class ``background``, or None.
-            synonym_of_S: index of the class of each synonym, where there are any. Shape: (S,).
+            covariance_DD: covariance of these patch embeddings. Shape: (D, D).
+            strength: q in 0..1; 0 leaves the cosines unchanged.
+            num_classes: number of entries that are classes; None counts all entries.
+            background: index of the class ``background``; None if there is no such class.
+            synonym_of_S: index of the class of each synonym; None if there are no synonyms. Shape: (S,).
             num_negatives: number of entries that are negative words.
         """
         deviation_E = score_deviations(embeddings_ED, covariance_DD)
@@ -93,7 +93,7 @@ class ClassEmbeddings:
         return cls(embeddings_ED, count, synonym_of_S, num_negatives, background, offset_E, gain_E)
 
     def to(self, device: torch.device) -> "ClassEmbeddings":
-        """Return the same on another device."""
+        """Return a copy with all tensors on ``device``."""
         return replace(
             self,
             embeddings_ED=self.embeddings_ED.to(device),
@@ -104,7 +104,7 @@ class ClassEmbeddings:
 
 
 def score_deviations(embeddings_ED: Float[Tensor, "E D"], covariance_DD: Float[Tensor, "D D"]) -> Float[Tensor, " E"]:
-    """Compute the standard deviation that the cosine with each text has over the patches (sigma_c), at least 1e-6.
+    """Compute sigma_c, the standard deviation over patches of the cosine with each text; at least 1e-6.
 
     Shape: (E, D), (D, D) -> (E,).
     """
@@ -115,19 +115,21 @@ _cache: WeakKeyDictionary[ViLSeg, OrderedDict[Hashable, ClassEmbeddings]] = Weak
 
 
 class _Entry(NamedTuple):
-    """A name and the prompt templates that it is embedded with."""
+    """A name or word, and the prompt templates that it is embedded with."""
 
     text: str
     prompts: tuple[str, ...]
 
 
 def embed_classes(model: ViLSeg, vocabulary: Vocabulary, config: SegmentationConfig) -> ClassEmbeddings:
-    """Embed a vocabulary on the model's device; cached for as long as the weights stay as they are.
+    """Compute the embeddings of a vocabulary on the model's device, or return them from a cache.
+
+    Cached embeddings are used only while the model's weights are unchanged.
 
     Args:
-        model: in evaluation mode.
-        vocabulary: classes, synonyms, negative and background words.
-        config: prompts, background_words, center_text and calibration.
+        model: model in evaluation mode.
+        vocabulary: classes, synonyms, negative words and background words.
+        config: settings prompts, background_words, center_text and calibration.
     """
     settings = (tuple(config.prompts), tuple(config.background_words), config.center_text, config.calibration)
     key = (vocabulary, settings, _weights_version(model))
@@ -142,7 +144,7 @@ def embed_classes(model: ViLSeg, vocabulary: Vocabulary, config: SegmentationCon
 
 
 def normalize_class_name(name: str) -> str:
-    """Return a class name as a caption has it: ``wall-other-merged`` (COCO) is wall, ``tv_monitor`` is tv monitor.
+    """Return a class name as a caption would write it: ``wall-other-merged`` (COCO) becomes wall, ``tv_monitor`` tv monitor.
 
     Example:
         >>> normalize_class_name("tv_monitor"), normalize_class_name("wall-other-merged")
@@ -154,11 +156,11 @@ def normalize_class_name(name: str) -> str:
 
 
 def _weights_version(model: ViLSeg) -> Hashable:
-    """Key that changes with any weight the embeddings depend on: by an optimizer step, by loading, or by moving."""
+    """Return a key that changes if a weight that the embeddings depend on is changed in place, loaded or moved."""
     parts = (model.text_encoder, model.text_projection)
     tensors = [tensor for part in parts for tensors in (part.parameters(), part.buffers()) for tensor in tensors]
     tensors += [model.caption_mean, model.patch_mean, model.patch_covariance]
-    # Tensors made in inference mode count no versions; they cannot be changed outside it either.
+    # Tensors created in inference mode have no version counter; they cannot be changed outside that mode either.
     return tuple((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors)
 
 
@@ -196,9 +198,9 @@ def _embed(model: ViLSeg, vocabulary: Vocabulary, config: SegmentationConfig) ->
 
 
 def _mean_over_prompts(model: ViLSeg, entries: Sequence[_Entry]) -> Tensor:
-    """Embed every entry in all of its prompts and average. Shape: -> (E, D).
+    """Compute the mean embedding of every entry over its prompts. Shape: -> (E, D).
 
-    At most a pass and the prompts of one entry are held beside the result, however many entries there are.
+    Besides the result, only one pass of the text encoder and the prompts of one entry are in memory.
     """
     passes = _encode_passes(model, [prompt.format(entry.text) for entry in entries for prompt in entry.prompts])
     means: list[Tensor] = []

@@ -8,27 +8,30 @@ their mean, and the unit embeddings t_c of the classes:
     blend w            s_nc = w sum_k a_nk <r'_k, t_c> + (1 - w) <p'_n, t_c>
     standardization q  s'_nc = (s_nc - q mu_c) (mean_c'(sigma_c') / sigma_c)^q
 
-where mu_c = <mean p, t_c> and sigma_c^2 = t_c^T cov(p) t_c are the mean and the variance that the cosine with class c
-has over the patches of the training images, and mean_c' runs over all texts. Some names lie near everything
-("person"), some near nothing; q = 1 judges each relative to its own mean and deviation, q = 0 takes the cosines as they are
-(``calibration`` of the settings). The class ``background`` has the score of the best background word:
+where mu_c = <mean p, t_c> and sigma_c^2 = t_c^T cov(p) t_c are the mean and the variance of the cosine with class c over the
+patches of the training images, and mean_c' averages over all texts of the vocabulary. Some names ("person") are similar to
+almost every patch, others to almost none; q = 1 measures each score relative to its own mean and deviation, q = 0 leaves the
+cosines unchanged (q is ``calibration`` of the settings). The class ``background`` has the score of the best background word:
 
     s'_background = max_b s'_nb + bias + o (1 - 2 sum_k a_nk e_k)
 
-over the background words b, or over the word background where there are none. e_k is the objectness of a region, o its
-weight: the surroundings of objects touch the border of the image, and objects mostly do not. With the boundary connectivity
-of Zhu et al. 2014 (Saliency optimization from robust background detection, sections 3 and 4, sigma 1), of soft regions,
+over the background words b, or over the word background if there are none. e_k is the objectness of a region and o its weight.
+The assumption is that the surroundings of objects touch the border of the image, and objects mostly do not. With the boundary
+connectivity of Zhu et al. 2014 (Saliency optimization from robust background detection, sections 3 and 4, sigma 1), extended to
+soft regions,
 
     e_k = exp(-c_k^2 / 2),   c_k = sum_{n on the border} a_nk / sqrt(sum_n a_nk).
 
-A class with several names s has one of these scores, by ``synonyms`` of the settings (t is their ``temperature``):
+A class with several names s has one of these scores, selected by ``synonyms`` of the settings (t is ``temperature`` of the
+settings):
 
     max         max_s s'_ns
     mean        mean_s s'_ns
-    logsumexp   t log mean_s exp(s'_ns / t), between the two: the number of names by itself raises no score
+    logsumexp   t log mean_s exp(s'_ns / t), between the two; more names alone do not raise the score
 
-A patch that fits a negative word best is ``background`` (without bias and objectness), or no class where there is no such
-class. The gate keeps the k classes of an image that have the highest score at their best position.
+A patch whose best score is that of a negative word is ``background`` (bias and objectness are not added to that score), or "no
+class" if the vocabulary has no class ``background``. The gate keeps only the k classes of an image with the highest score at any
+position.
 """
 
 import torch
@@ -41,7 +44,7 @@ from vilseg.model import ImageEmbeddings
 from vilseg.segmentation.class_embeddings import ClassEmbeddings
 
 _EPS = 1e-6
-"""Smallest size of a region, in patches, that its connectivity is divided by."""
+"""Lower bound of the size of a region, in patches, to avoid a division by zero."""
 
 
 def compute_class_scores(
@@ -51,18 +54,18 @@ def compute_class_scores(
     config: SegmentationConfig,
     background_bias: float | None = None,
 ) -> Float[Tensor, "B R h w"]:
-    """Score every class at every patch, through the regions that the patch belongs to; see the module.
+    """Score every class at every patch by the formulas in the module's docstring.
 
     Args:
-        embeddings: of B images, unit length.
-        assignments_BNK: soft assignments, summing to 1 over K. Shape: (B, N, K).
-        classes: embeddings of the classes and of the words beside them.
-        config: region_weight, image_mix, synonyms, background_bias and objectness.
-        background_bias: overrides the one in ``config``.
+        embeddings: embeddings of B images and their patches, unit length.
+        assignments_BNK: soft cluster assignments of the patches, summing to 1 over K. Shape: (B, N, K).
+        classes: embeddings of the classes, their synonyms, the negative words and the background words.
+        config: settings region_weight, image_mix, synonyms, temperature, background_bias and objectness.
+        background_bias: replaces the value in ``config``; None keeps it.
 
     Returns:
-        Cosine similarities, standardized as ``classes`` say. Shape: (B, C, h, w); (B, C + 1, h, w) where there are negative
-        words and no class ``background``: the last row is that of no class.
+        Cosine similarities, standardized by offset and gain of ``classes``. Shape: (B, C, h, w). If there are negative words but
+        no class ``background``, a last row with the score of "no class" is added: (B, C + 1, h, w).
 
     Example:
         >>> import torch
@@ -89,7 +92,7 @@ def compute_class_scores(
         similarity_BNE = similarity_BNE + (1 - config.region_weight) * own_BNE
     similarity_BNE = (similarity_BNE - classes.offset_E) * classes.gain_E
     num_names = classes.num_classes + len(classes.synonym_of_S)
-    # Parts of the entries: class names with synonyms, negative words, background words.
+    # Order of the entries: class names with synonyms, negative words, background words.
     names_BNE, negatives_BNE, words_BNE = similarity_BNE.tensor_split(
         (num_names, num_names + classes.num_negatives), dim=2
     )
@@ -109,14 +112,14 @@ def compute_class_scores(
 
 
 def objectness(assignments_BNK: Float[Tensor, "B N K"], grid: tuple[int, int]) -> Float[Tensor, "B N"]:
-    """Rate how far the regions that patches belong to keep away from the border of their image; see the module.
+    """Compute the objectness of every patch: sum_k a_nk e_k of the module's docstring.
 
     Args:
-        assignments_BNK: soft assignments, summing to 1 over K. Shape: (B, N, K).
+        assignments_BNK: soft cluster assignments of the patches, summing to 1 over K. Shape: (B, N, K).
         grid: (h, w) with h x w = N.
 
     Returns:
-        In 0..1, small for regions along the border. Shape: (B, N).
+        Objectness in 0..1, small for patches of regions along the border of the image. Shape: (B, N).
 
     Example:
         >>> import torch
@@ -136,16 +139,17 @@ def objectness(assignments_BNK: Float[Tensor, "B N K"], grid: tuple[int, int]) -
 def select_top_classes(
     scores_Rhw: Float[Tensor, "R h w"], most: int | None, background: int | None, num_classes: int
 ) -> Int[Tensor, " kept"]:
-    """Select the ``most`` classes of the highest scores anywhere in an image.
+    """Select the ``most`` classes with the highest score at any position of an image.
 
     Args:
-        scores_Rhw: as from `compute_class_scores`, of one image. Shape: (C, h, w) or (C + 1, h, w).
-        most: number of classes; all where None.
-        background: index of the class ``background``, which is kept and not counted, like the row of no class.
-        num_classes: C.
+        scores_Rhw: scores of one image, as returned by `compute_class_scores`. Shape: (C, h, w) or (C + 1, h, w).
+        most: maximum number of classes; None keeps all.
+        background: index of the class ``background``, or None. This class and the row of "no class" are always kept and do not
+            count.
+        num_classes: C, number of classes including ``background``.
 
     Returns:
-        Indices, ascending, of the rows that are kept.
+        Indices, in ascending order, of the rows of ``scores_Rhw`` that are kept.
 
     Example:
         >>> import torch
@@ -174,7 +178,7 @@ def _join_synonyms(names_BNE: Tensor, classes: ClassEmbeddings, config: Segmenta
     best_BNC = scores_BNC.scatter_reduce(2, owner_BNS, synonyms_BNS, "amax")
     if config.synonyms == "max":
         return best_BNC
-    # Relative to the best one no exponential overflows.
+    # Subtracting the best score first prevents an overflow of the exponentials.
     sums_BNC = ((scores_BNC - best_BNC) / config.temperature).exp()
     others_BNS = ((synonyms_BNS - best_BNC.gather(2, owner_BNS)) / config.temperature).exp()
     sums_BNC = sums_BNC.scatter_add(2, owner_BNS, others_BNS)
@@ -183,7 +187,7 @@ def _join_synonyms(names_BNE: Tensor, classes: ClassEmbeddings, config: Segmenta
 
 
 def _mix(embeddings_BND: Tensor, whole_B1D: Tensor, fraction: float) -> Tensor:
-    """Move the embeddings of patches or regions towards that of the whole image."""
+    """Mix the fraction ``fraction`` of the whole image's embedding into those of patches or regions; unit length."""
     if fraction == 0:
         return embeddings_BND
     return F.normalize(torch.lerp(embeddings_BND, whole_B1D.expand_as(embeddings_BND), fraction), dim=-1)

@@ -1,12 +1,12 @@
-"""Encode images for segmentation: patch embeddings and cluster assignments, before any class is given.
+"""Encode images for segmentation: patch embeddings and cluster assignments, which do not depend on the classes.
 
-An image that is larger, at the size of the model's input, than ``segmentation.window`` is encoded in overlapping windows. With
-the unit embeddings p^w_n and the assignments a^w_nk of a patch n in window w, and the windows' weights w_n, which sum to 1
-(`vilseg.segmentation.sliding_window`, with patches for pixels),
+An image whose longer side, resized to the model's input, exceeds ``segmentation.window`` is encoded in overlapping windows. With
+the unit embeddings p^w_n and the assignments a^w_nk of patch n in window w, and the blending weights b^w_n of the windows, which
+sum to 1 at each patch (`vilseg.segmentation.sliding_window`, with patches instead of pixels), the blended values are
 
-    p_n = norm(sum_w w_n p^w_n),    a_nk = sum_w w_n a^w_nk
+    p_n = norm(sum_w b^w_n p^w_n),    a_nk = sum_w b^w_n a^w_nk.
 
-so that no seam is left, and all that follows, the regions of the whole image too, is computed as after one pass.
+They have no visible seams, and everything after them, including the regions of the whole image, is computed as after one pass.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,42 +23,42 @@ from vilseg.model import ViLSeg
 from vilseg.segmentation.sliding_window import WindowAxis
 
 _PIXELS_PER_PASS = 1 << 23
-"""Pixels of the model's input in one pass of the image encoder: 41 images of 448 x 448. Bounds the memory, however many images
-are given at once; more would be no faster."""
+"""Maximum number of input pixels in one pass of the image encoder: 41 images of 448 x 448. It bounds the memory for any number of
+images; larger passes would not be faster."""
 
 
 class DenseFeatures(NamedTuple):
-    """Outputs of the image encoder and the clustering head for one image: all that segmentation needs, whatever the classes."""
+    """Outputs of the image encoder and the clustering head for one image: the input of segmentation for any set of classes."""
 
     pixels_3HW: Tensor
     """The image at the size of the model's input. Shape: (3, H, W), uint8."""
     patches_ND: Tensor
-    """Patch embeddings, row by row over the grid, unit length. Shape: (N, D), float32."""
+    """Patch embeddings, in row-major order of the grid, unit length. Shape: (N, D), float32."""
     assignments_NK: Tensor
     """Soft assignments to the clusters, summing to 1 over K. Shape: (N, K), float32."""
     grid: tuple[int, int]
     """(h, w) with h x w = N."""
 
     def to(self, device: torch.device) -> "DenseFeatures":
-        """Return the same on another device."""
+        """Return a copy with all tensors on ``device``."""
         return DenseFeatures(
             self.pixels_3HW.to(device), self.patches_ND.to(device), self.assignments_NK.to(device), self.grid
         )
 
 
 def patch_size(model: ViLSeg) -> int:
-    """Side of a patch in pixels; images are resized to multiples of it."""
+    """Return the side of a patch in pixels; images are resized to multiples of it."""
     return int(getattr(model.image_encoder, "patch_size", 32))
 
 
 def passes(sizes: Sequence[tuple[int, int]]) -> Iterator[list[int]]:
-    """Group images of one input size, in passes of at most `_PIXELS_PER_PASS` pixels (or one image).
+    """Yield groups of images to encode in one pass: of equal size, with at most `_PIXELS_PER_PASS` pixels, or a single image.
 
     Args:
-        sizes: (height, width) of the images at the model's input, in pixels.
+        sizes: (height, width) of each image at the model's input, in pixels.
 
     Returns:
-        Indices of the images of each pass; each index once.
+        Indices of the images in each pass; each image is in exactly one pass.
 
     Example:
         >>> list(passes([(64, 64), (64, 96), (64, 64)]))
@@ -77,12 +77,12 @@ def passes(sizes: Sequence[tuple[int, int]]) -> Iterator[list[int]]:
 def encode_images(
     model: ViLSeg, pixels_B3HW: UInt8[Tensor, "B 3 H W"], config: SegmentationConfig
 ) -> list[DenseFeatures]:
-    """Encode images of one size, in one pass or window by window.
+    """Encode images of the same size, in one pass or in overlapping windows.
 
     Args:
-        model: in evaluation mode.
-        pixels_B3HW: RGB on the model's device, sides multiples of the patch. Shape: (B, 3, H, W), uint8.
-        config: attention, window and overlap.
+        model: model in evaluation mode.
+        pixels_B3HW: RGB images on the model's device; H and W are multiples of the patch size. Shape: (B, 3, H, W), uint8.
+        config: settings attention, window and overlap.
     """
     height, width = pixels_B3HW.shape[2:]
     if config.window is None or max(height, width) <= config.window:
@@ -96,7 +96,7 @@ def encode_images(
 def _encode(
     model: ViLSeg, pixels_B3HW: Tensor, config: SegmentationConfig
 ) -> tuple[Float[Tensor, "B N D"], Float[Tensor, "B N K"], tuple[int, int]]:
-    """Encode in one pass. Shape: -> (B, N, D) unit length, (B, N, K), grid."""
+    """Encode images in one pass. Shape: -> patch embeddings (B, N, D), assignments (B, N, K), grid (h, w)."""
     device = pixels_B3HW.device
     images = pixels_B3HW.float().div_(255)
     # Matrix units of recent CPUs and GPUs are several times faster in bfloat16; the comparison with texts stays in float32.
@@ -110,7 +110,7 @@ def _encode(
 def _encode_windows(
     model: ViLSeg, pixels_B3HW: Tensor, config: SegmentationConfig, window: int
 ) -> tuple[Float[Tensor, "B N D"], Float[Tensor, "B N K"], tuple[int, int]]:
-    """Encode in windows that begin at whole patches, so that their grids coincide with that of the image."""
+    """Encode images in windows that begin at patch boundaries, so that their patches are patches of the image's grid."""
     patch = patch_size(model)
     side = max(1, window // patch)
     overlap = side // 4 if config.overlap is None else min(config.overlap // patch, side // 2)

@@ -1,18 +1,18 @@
-"""Guided filter (He, Sun & Tang 2013, section 3): a map that is, window by window, a linear function of the image's colours.
+"""Guided filter (He, Sun & Tang 2013, section 3): aligns a map with the edges of an image by local linear fits of its colours.
 
-In every square window w_k of radius r the map p is fitted by the colours I, and a pixel takes the mean of the fits of all
-windows it lies in:
+In every square window w_k of radius r, the map p is fitted by a linear function of the colours I. The result q at a pixel is the
+mean of the fits of all windows that contain the pixel:
 
     a_k = (Sigma_k + eps U)^-1 (mean_k(I p) - mu_k mean_k(p)),    b_k = mean_k(p) - a_k^T mu_k       (eq. 14, 15)
     q_i = mean_i(a)^T I_i + mean_i(b)                                                               (eq. 16)
 
-with the mean mu_k and the covariance Sigma_k of the colours in w_k and the 3 x 3 identity U. An edge of the image inside a
-window thus becomes an edge of the map. All means are box filters, so the time hardly depends on r. Windows that reach over
-the border hold only what is inside. eps is (tolerance sigma)^2 with the standard deviation sigma of the whole image's
-colours, so that neither range nor contrast of the image matters.
+where mu_k and Sigma_k are the mean and the covariance of the colours in w_k, and U is the 3 x 3 identity matrix. An edge of the
+image inside a window thus becomes an edge of the map. All means are box filters, so the time hardly depends on r. Windows that
+extend over the border of the image contain only the pixels inside. eps is (tolerance sigma)^2, where sigma is the standard
+deviation of the whole image's colours, so the result does not depend on range or contrast of the image.
 
-The fit may use a smaller image than the one whose edges the map shall have (fast guided filter, He & Sun 2015): then
-mean(a) and mean(b) are enlarged, and a map of a few cells gets the edges of a large image for little more than eq. 16.
+The fit may use a smaller version of the image (fast guided filter, He & Sun 2015). Then mean(a) and mean(b) are upsampled, and
+eq. 16 is the only step at the size of the large image.
 """
 
 import torch
@@ -28,17 +28,17 @@ def guided_filter(
     radius: int,
     tolerance: float,
 ) -> Float[Tensor, "C H W"]:
-    """Upsample maps to the size of ``image_3HW``, with its edges.
+    """Upsample maps to the size of ``image_3HW`` and align them with its edges.
 
     Args:
-        maps_Chw: the maps to be filtered. Shape: (C, h, w).
+        maps_Chw: maps to filter, such as class scores. Shape: (C, h, w).
         small_3hw: the image at the size of the maps, floats of any range. Shape: (3, h, w).
         image_3HW: the image, in the same range. Shape: (3, H, W).
-        radius: of the windows, in cells of the maps.
+        radius: radius of the windows, in cells of the maps.
         tolerance: contrast, in standard deviations of the whole image, below which an edge is smoothed away.
 
     Returns:
-        Shape: (C, H, W).
+        The filtered maps. Shape: (C, H, W).
 
     Example:
         >>> import torch
@@ -48,7 +48,7 @@ def guided_filter(
         >>> bool(sharp[0, 3, 3] - sharp[0, 3, 2] > blurred[0, 3, 3] - blurred[0, 3, 2])
         True
     """
-    # Centred first: covariances of large and nearly equal numbers lose precision.
+    # The colours are centred first, because covariances of large and nearly equal numbers lose precision.
     centre_311 = small_3hw.mean((1, 2), keepdim=True)
     small_3hw = small_3hw - centre_311
     size_1hw = _box_sum(torch.ones_like(small_3hw[:1]), radius)
@@ -58,7 +58,7 @@ def guided_filter(
 
     mean_3hw, mean_Chw = mean(small_3hw), mean(maps_Chw)
     pairs_33hw = mean((small_3hw.unsqueeze(1) * small_3hw).flatten(0, 1)).unflatten(0, (3, 3))
-    variance = small_3hw.square().mean().clamp(min=1e-9)  # an image of one colour has no edges, and no nan either
+    variance = small_3hw.square().mean().clamp(min=1e-9)  # prevents NaN for an image of a single colour
     inverse_33hw = _inverse(pairs_33hw - mean_3hw.unsqueeze(1) * mean_3hw, tolerance**2 * variance)
     products_C3hw = mean((maps_Chw.unsqueeze(1) * small_3hw).flatten(0, 1)).unflatten(0, (-1, 3))
     covariance_C3hw = products_C3hw - mean_Chw.unsqueeze(1) * mean_3hw
@@ -74,18 +74,18 @@ def guided_filter(
 
 
 def _box_sum(maps_CHW: Tensor, radius: int) -> Tensor:
-    """Sum over the windows around every pixel, one side after the other. Shape: (C, H, W) -> (C, H, W)."""
+    """Sum the window around every pixel, along one axis after the other. Shape: (C, H, W) -> (C, H, W)."""
     for dim in (1, 2):
-        reach = min(radius, maps_CHW.shape[dim])  # beyond, every window holds everything
+        reach = min(radius, maps_CHW.shape[dim])  # with a larger radius every window contains the whole axis
         padded = F.pad(maps_CHW, (reach, reach) if dim == 2 else (0, 0, reach, reach))
         maps_CHW = _sliding_sum(padded, 2 * reach + 1, dim)
     return maps_CHW
 
 
 def _sliding_sum(maps_CHW: Tensor, count: int, dim: int) -> Tensor:
-    """Sum ``count`` neighbours along one side, from the sums of 1, 2, 4 … of them.
+    """Sum every run of ``count`` neighbours along axis ``dim``, from the sums of runs of 1, 2, 4, … neighbours.
 
-    As fast as a difference of cumulative sums for small windows, and without its loss of precision.
+    For small windows this is as fast as a difference of cumulative sums, without its loss of precision.
     """
     length = maps_CHW.shape[dim] - count + 1
     total: Tensor | None = None
@@ -104,7 +104,10 @@ def _sliding_sum(maps_CHW: Tensor, count: int, dim: int) -> Tensor:
 
 
 def _inverse(symmetric_33HW: Tensor, added: Tensor) -> Tensor:
-    """Invert each matrix with ``added`` on its diagonal, by cofactors: hundreds of times as fast as `torch.linalg.inv`."""
+    """Invert the 3 x 3 matrix of each pixel after adding ``added`` to its diagonal.
+
+    Cofactors are hundreds of times as fast as `torch.linalg.inv`.
+    """
     a, b, c = symmetric_33HW[0, 0] + added, symmetric_33HW[0, 1], symmetric_33HW[0, 2]
     d, e, f = symmetric_33HW[1, 1] + added, symmetric_33HW[1, 2], symmetric_33HW[2, 2] + added
     cofactors = (d * f - e * e, c * e - b * f, b * e - c * d, a * f - c * c, b * c - a * e, a * d - b * b)

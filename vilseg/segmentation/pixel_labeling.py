@@ -1,4 +1,4 @@
-"""Upsample class scores to the image's own size, strip by strip, and label every pixel with its best class."""
+"""Upsample class scores to the original image size, in strips of rows, and label every pixel with its best class."""
 
 import math
 from collections.abc import Sequence
@@ -13,21 +13,21 @@ from torch import Tensor
 from vilseg.segmentation.result import Segmentation, label_dtype, to_labels
 
 _STRIP_VALUES = 1 << 22
-"""Class scores held at full resolution at once; bounds the memory for large images and many classes (16 MB), and stays
-in the cache, which makes it quicker than more would be."""
+"""Maximum number of class scores held at full resolution at once (16 MB). It bounds the memory for large images and many classes;
+a larger strip would be slower because it exceeds the CPU cache."""
 
 
 class ClassLogits(NamedTuple):
-    """Logits that compete at the pixels of one image, on grids coarser than its pixels."""
+    """Class logits of one image, on grids coarser than its pixels; only candidate classes can win a pixel."""
 
     candidates_Ahw: Tensor
     """Logits of the candidate classes. Shape: (A, h, w)."""
     classes_A: Tensor
-    """Indices of the candidate classes; the index after the last class is that of no class. Shape: (A,)."""
+    """Indices of the candidate classes; the index after the last class means "no class". Shape: (A,)."""
     rest_1hw: Tensor | None
-    """Log of the summed exponentials of the other logits, on the patch grid. Shape: (1, h, w); None where there are none."""
+    """Log-sum-exp of the logits of all other classes, on the patch grid. Shape: (1, h, w); None if there are no others."""
     num_rest: int
-    """Number of other logits."""
+    """Number of classes that are no candidates."""
 
 
 def class_logits(
@@ -37,14 +37,14 @@ def class_logits(
     candidate_scores_AHW: Float[Tensor, "A H W"],
     temperature: float,
 ) -> ClassLogits:
-    """Divide scores by the temperature and sum up those that cannot win.
+    """Divide scores by the temperature, and combine the logits of the classes that cannot win by log-sum-exp.
 
     Args:
-        scores_Rhw: of all rows, on the patch grid. Shape: (R, h, w).
-        rows_R: class index of each row. Shape: (R,).
-        candidates_A: positions in ``rows_R`` of the classes that may win. Shape: (A,).
-        candidate_scores_AHW: their scores, on a grid of any size. Shape: (A, H, W).
-        temperature: of the soft-max.
+        scores_Rhw: scores of all classes that are kept, on the patch grid. Shape: (R, h, w).
+        rows_R: class index of each row of ``scores_Rhw``. Shape: (R,).
+        candidates_A: indices into ``rows_R`` of the candidate classes, which may win a pixel. Shape: (A,).
+        candidate_scores_AHW: scores of the candidate classes, on a grid of any size. Shape: (A, H, W).
+        temperature: temperature of the soft-max.
     """
     is_rest_R = torch.ones(len(rows_R), dtype=torch.bool, device=scores_Rhw.device)
     is_rest_R[candidates_A] = False
@@ -61,14 +61,15 @@ def label_pixels(
     threshold: float = 0.0,
     clusters_Khw: Float[Tensor, "K h w"] | None = None,
 ) -> Segmentation:
-    """Upsample logits to the image's own size and label every pixel with the best class and its soft-max.
+    """Upsample logits to the original image size, and assign every pixel its best class and the probability of that class.
 
     Args:
-        image: Shape: (H, W, 3), uint8 RGB.
-        logits: from `class_logits`.
-        classes: names, in index order.
-        threshold: pixels of lower scores are labelled ``background``, or no class where there is no such class.
-        clusters_Khw: soft assignments, labelled alike where given. Shape: (K, h, w).
+        image: the image. Shape: (H, W, 3), uint8 RGB.
+        logits: result of `class_logits`.
+        classes: class names, in index order.
+        threshold: minimum probability in 0..1. Pixels below it are labelled ``background``, or "no class" if there is no such
+            class.
+        clusters_Khw: soft cluster assignments; if given, every pixel also gets its best cluster. Shape: (K, h, w).
     """
     height, width = image.shape[:2]
     labels = np.empty((height, width), label_dtype(len(classes)))
@@ -86,14 +87,14 @@ def label_pixels(
 
 
 def _best_of_strip(logits: ClassLogits, size: tuple[int, int], top: int, bottom: int) -> tuple[np.ndarray, np.ndarray]:
-    """Class index and soft-max of the best class at the pixels of some rows. Shape: -> (rows, W), (rows, W)."""
+    """Return index and probability of the best class at the pixels of a strip of rows. Shape: -> (rows, W), (rows, W)."""
     strip_AHW = _upsample(logits.candidates_Ahw, size, top, bottom)
     best_HW, winner_HW = strip_AHW.max(0)
-    # The soft-max of the best class alone: all of them would be written and read once more for nothing.
+    # Only the soft-max of the best class is computed, which saves writing and reading those of all classes.
     total_HW = (strip_AHW - best_HW).exp_().sum(0)
     if logits.rest_1hw is not None:
         rest_HW = _upsample(logits.rest_1hw, size, top, bottom)[0] - best_HW
-        # None of them is better than the best, though refinement may have lowered it.
+        # Other classes cannot beat the best one, even if refinement has lowered its score: each term of the sum is at most 1.
         total_HW += rest_HW.clamp(max=math.log(logits.num_rest)).exp()
     return logits.classes_A[winner_HW].cpu().numpy(), total_HW.reciprocal().cpu().numpy()
 

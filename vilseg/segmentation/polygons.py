@@ -1,4 +1,4 @@
-"""Outlines of regions as polygons, for programs that draw them or cannot read run-length codes."""
+"""Outlines of regions as polygons, for programs that draw them or cannot read run-length encoding."""
 
 import itertools
 from collections.abc import Mapping
@@ -9,17 +9,17 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 Polygon = list[list[tuple[float, float]]]
-"""Closed rings of (x, y) in pixels, the outline first and then its holes; the last point is the first one again. (0, 0) is the
-upper left corner of the image."""
+"""List of closed rings of (x, y) points in pixels: first the outline, then its holes. The last point of a ring repeats the first.
+(0, 0) is the upper left corner of the image."""
 
 
 def polygons(rle: Mapping[str, Any]) -> list[Polygon]:
-    """Trace the outlines of a mask, each connected part a polygon, as GeoJSON orders rings (RFC 7946, section 3.1.6).
+    """Return one polygon for each connected component of a mask, with rings ordered as in GeoJSON (RFC 7946, section 3.1.6).
 
-    Lines run half-way between the middles of pixels inside and outside, so corners are cut by half a pixel.
+    Lines run half-way between the centres of inner and outer pixels, so corners are cut by half a pixel.
 
     Args:
-        rle: COCO's compressed run-length code, as in `Region.rle`.
+        rle: COCO's compressed run-length encoding, as in `Region.rle`.
 
     Example:
         >>> from pycocotools import mask
@@ -32,14 +32,14 @@ def polygons(rle: Mapping[str, Any]) -> list[Polygon]:
     generator = contourpy.contour_generator(z=mask, fill_type=contourpy.FillType.OuterOffset)
     points, offsets = generator.filled(0.5, np.inf)  # type: ignore[misc]  # two with this fill type
     return [
-        # The padding moved everything by one pixel, and a pixel's middle is half a pixel from its corner.
+        # Padding shifted coordinates by one pixel, and the centre of a pixel is half a pixel from its corner: -1 + 0.5.
         [_ring(part[begin:end] - 0.5) for begin, end in itertools.pairwise(ends)]
         for part, ends in zip(points, offsets, strict=True)
     ]
 
 
 def _ring(points: np.ndarray) -> list[tuple[float, float]]:
-    """Drop the points of a ring that lie on the line between their neighbours."""
+    """Convert a ring to a list, without points on the straight line between their neighbours."""
     opened = points[:-1]
     before, after = np.roll(opened, 1, axis=0), np.roll(opened, -1, axis=0)
     ahead, behind = after - opened, opened - before

@@ -1,15 +1,15 @@
-"""Refine class scores along the edges of the image, by one of two methods.
+"""Align class scores with the edges of the image, by one of two methods.
 
-Patches are coarse and see beyond the outline of what they show. Under pixel-adaptive mask refinement (PAMR, Araslanov & Roth
-2020, section 3.3) each pixel's scores become, several times over, the mean of its neighbours' scores, weighted by the similarity
-of colours:
+Patches are coarse, and the score of a patch near an outline depends on pixels beyond it. Pixel-adaptive mask refinement (PAMR,
+Araslanov & Roth 2020, section 3.3) replaces each pixel's scores, in several iterations, by the mean of its neighbours' scores
+weighted by similarity of colour:
 
     s_x <- sum_n w_xn s_n,    w_xn = softmax_n( -mean_c |I_xc - I_nc| / (tolerance sigma_xc) )
 
-over the eight neighbours n at every dilation, with sigma_xc the standard deviation of colour channel c over x and its
-neighbours. The other method is a guided filter, see :mod:`vilseg.segmentation.guided_filter`. Either runs on an enlarged patch
-grid rather than on the image's own pixels, and for the candidate classes alone, those that are best at some patch: of thousands
-of classes an image holds a few.
+over the eight neighbours n at every dilation, where sigma_xc is the standard deviation of colour channel c over x and its
+neighbours. The other method is a guided filter, see :mod:`vilseg.segmentation.guided_filter`. To save time, both run on an
+enlarged patch grid instead of the image's own pixels, and only for the candidate classes: those with the highest score at some
+patch, which are few even among thousands of classes.
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,16 +27,16 @@ _EPS = 1e-8
 
 
 class RefinedScores(NamedTuple):
-    """Scores of the candidate classes, those that are best at some patch of an image."""
+    """Refined scores of an image's candidate classes, those with the highest score at some patch."""
 
     classes_A: Tensor
-    """Their indices, ascending. Shape: (A,)."""
+    """Indices of the candidate classes, in ascending order. Shape: (A,)."""
     scores_AHW: Tensor
-    """H is upscale x h, or the image's height where that is smaller, and W alike. Shape: (A, H, W)."""
+    """Their scores. Shape: (A, H, W), where H is the smaller of upscale x h and the image's height; likewise W."""
 
 
 def best_classes(scores_Chw: Float[Tensor, "C h w"]) -> Int[Tensor, " A"]:
-    """Return the indices, ascending, of the classes that are best at some position. Shape: (C, h, w) -> (A,).
+    """Return the ascending indices of the classes with the highest score at some position. Shape: (C, h, w) -> (A,).
 
     Example:
         >>> import torch
@@ -50,12 +50,12 @@ def best_classes(scores_Chw: Float[Tensor, "C h w"]) -> Int[Tensor, " A"]:
 def refine(
     scores_Chw: Float[Tensor, "C h w"], image_3HW: Float[Tensor, "3 H W"], config: RefinementConfig
 ) -> RefinedScores:
-    """Upsample the scores of an image's candidate classes to a finer grid, along the image's edges.
+    """Upsample the scores of an image's candidate classes to a finer grid and align them with the image's edges.
 
     Args:
         scores_Chw: one score for each class and patch. Shape: (C, h, w).
         image_3HW: the image, floats of any range. Shape: (3, H, W).
-        config: method, iterations and the settings of the method.
+        config: settings of the refinement: method, number of iterations, upscale factor and parameters of the method.
 
     Example:
         >>> import torch
@@ -72,7 +72,7 @@ def refine(
     patches, pixels = scores_Chw.shape[1:], image_3HW.shape[1:]
     size = tuple(min(config.upscale * p, pixel) for p, pixel in zip(patches, pixels, strict=True))
     candidates_Ahw = scores_Chw[classes_A]
-    if len(classes_A) == 1 or not config.iterations:  # one class alone is best whatever its scores
+    if len(classes_A) == 1 or not config.iterations:  # a single class is best everywhere, whatever its scores
         return RefinedScores(classes_A, _resize(candidates_Ahw, size, "bilinear"))
     image_3hw = _resize(image_3HW, size, "area")
     if config.method == "guided":
@@ -98,14 +98,14 @@ def _resize(map_Chw: Tensor, size: tuple[int, ...], mode: str) -> Tensor:
 
 
 def _weights(image_3hw: Tensor, config: RefinementConfig) -> Tensor:
-    """Compute the weights of the neighbours, summing to 1. Shape: (3, h, w) -> (O, h, w) with O = 8 x dilations."""
+    """Compute the neighbours' weights w_xn, which sum to 1. Shape: (3, h, w) -> (O, h, w) with O = 8 x number of dilations."""
     neighbours_O3hw = torch.stack(list(_neighbours(image_3hw, config.dilations)))
     scale_3hw = -1 / (3 * (config.tolerance * _deviation(neighbours_O3hw, image_3hw) + _EPS))
     return neighbours_O3hw.sub_(image_3hw).abs_().mul_(scale_3hw).sum(1).softmax(0)
 
 
 def _deviation(neighbours_O3hw: Tensor, image_3hw: Tensor) -> Tensor:
-    """Compute the standard deviation over every pixel and its neighbours; by two passes of sums (`std` takes ten times as long).
+    """Compute the standard deviation over every pixel and its neighbours, by sums because `std` takes ten times as long.
 
     Shape: (O, 3, h, w), (3, h, w) -> (3, h, w).
     """
@@ -118,7 +118,7 @@ def _deviation(neighbours_O3hw: Tensor, image_3hw: Tensor) -> Tensor:
 
 
 def _neighbours(map_Chw: Tensor, dilations: Sequence[int]) -> Iterator[Tensor]:
-    """Yield the map shifted to every neighbour, the border repeated. Shape: O times (C, h, w)."""
+    """Yield, for each of the O neighbours, the map with every position's value replaced by the neighbour's. Shape: (C, h, w)."""
     height, width = map_Chw.shape[1:]
     for dilation in dilations:
         padded = F.pad(map_Chw.unsqueeze(0), (dilation,) * 4, mode="replicate")[0]

@@ -1,4 +1,4 @@
-"""Result of segmenting an image: labels, scores, regions, and the formats they are rendered and stored in."""
+"""Result of segmenting an image: labels, scores and regions, with methods to render and save them."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from pycocotools import mask as coco_mask
 from vilseg import storage
 from vilseg.segmentation import visualization
 
-_BLOCK_PIXELS = 1 << 20  # pixels counted at once: bincount widens labels to 8 bytes, a whole aerial image would not fit
+_BLOCK_PIXELS = (
+    1 << 20
+)  # pixels per bincount, which converts labels to 8 bytes; a whole aerial image would not fit into memory
 
 
 def label_dtype(class_count: int) -> np.dtype[Any]:
-    """Return the type of a label map: uint8 for up to 254 classes, else uint16. Its largest value means "no class".
+    """Return the dtype of a label map: uint8 for up to 254 classes, otherwise uint16; its largest value means "no class".
 
     Example:
         >>> label_dtype(254), no_class(label_dtype(255))
@@ -29,7 +31,7 @@ def label_dtype(class_count: int) -> np.dtype[Any]:
 
 
 def no_class(dtype: np.dtype[Any] | type[np.generic]) -> int:
-    """Return the label that means "no class" in a label map of this type: 255 (uint8) or 65535 (uint16)."""
+    """Return the label that means "no class" in a label map of this dtype: 255 (uint8) or 65535 (uint16)."""
     return int(np.iinfo(dtype).max)
 
 
@@ -39,10 +41,10 @@ def to_labels(
     """Turn the best class of each pixel into its label.
 
     Args:
-        best_classes: indices into ``classes``; any index after the last one is no class. Any shape.
-        scores: probability of each of them, in 0..1. The same shape.
-        classes: names, in index order.
-        threshold: pixels of lower scores are labelled ``background``, or no class where there is no such class.
+        best_classes: index of the best class of each pixel; any index above the last class means "no class". Any shape.
+        scores: probability of each best class, in 0..1. Same shape as ``best_classes``.
+        classes: class names, in index order.
+        threshold: minimum probability. Pixels below it are labelled ``background``, or "no class" if there is no such class.
     """
     dtype = label_dtype(len(classes))
     nothing = no_class(dtype)
@@ -71,18 +73,18 @@ class Region:
     class_name: str
     """Name as in the vocabulary."""
     score: float
-    """Mean score of its pixels, in 0..1."""
+    """Mean score of the region's pixels, in 0..1."""
     area: int
-    """Pixels."""
+    """Number of pixels."""
     bbox_xywh: tuple[int, int, int, int]
-    """Left, top, width, height of the smallest box around it, in pixels."""
+    """Left, top, width, height of the bounding box, in pixels."""
     rle: Mapping[str, Any]
     """COCO's compressed run-length code, `{"size": [H, W], "counts": str}`, as pycocotools reads it."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Segmentation:
-    """Labels and scores of one image, at the image's own size of H x W pixels.
+    """Labels and scores of one image, at the original image size of H x W pixels.
 
     Example:
         >>> labels = np.array([[0, 1, 1], [0, 1, 255]], np.uint8)  # 255 is no class
@@ -97,20 +99,20 @@ class Segmentation:
         [[255, 255, 255], [255, 255, 255]]
 
     Raises:
-        ValueError: the type of `labels` does not go with the number of classes, or an array has another height and
-            width than `labels`.
+        ValueError: the dtype of `labels` does not match the number of classes, or another array differs from `labels` in height
+            or width.
     """
 
     labels: np.ndarray
     """(H, W) uint8, or uint16 for more than 254 classes: index into `classes`; 255 (uint16: 65535) = no class."""
     classes: tuple[str, ...]
-    """Names, in index order."""
+    """Class names, in index order."""
     scores: np.ndarray
     """(H, W) float32 in 0..1: probability of each pixel's label, the soft-max over the classes."""
     clusters: np.ndarray | None = None
-    """(H, W) integers: cluster of the clustering head that each pixel belongs to; None where not kept."""
+    """(H, W) integers: cluster of each pixel, by the clustering head; None if not computed."""
     image: np.ndarray | None = None
-    """(H, W, 3) uint8 RGB: the image that was segmented, kept for `overlay`."""
+    """(H, W, 3) uint8 RGB: the image that was segmented, used by `overlay`; None if not kept."""
 
     def __post_init__(self) -> None:
         expected = label_dtype(len(self.classes))
@@ -125,7 +127,7 @@ class Segmentation:
 
     @cached_property
     def regions(self) -> list[Region]:
-        """One region for each class that is present, in the order of `classes`."""
+        """Regions of the image: one for each class that has pixels, in the order of `classes`."""
         areas, score_sums = self.areas_and_score_sums()
         regions = []
         for index in np.flatnonzero(areas):
@@ -143,10 +145,12 @@ class Segmentation:
         return regions
 
     def above(self, threshold: float) -> Segmentation:
-        """Return the same with pixels of lower scores labelled ``background``, or no class where there is no such class.
+        """Return a copy in which pixels with scores below ``threshold`` are labelled ``background`` (or "no class").
+
+        "No class" is used if `classes` has no class ``background``.
 
         Args:
-            threshold: from 0 (changes nothing) to 1.
+            threshold: minimum score, from 0 (changes nothing) to 1.
         """
         if threshold <= 0:
             return self
@@ -158,7 +162,7 @@ class Segmentation:
         areas, score_sums = np.zeros(count, dtype=np.int64), np.zeros(count)
         rows = max(1, _BLOCK_PIXELS // self.labels.shape[1])
         for top in range(0, self.labels.shape[0], rows):
-            # "No class" is counted in one bin after the last class, which is cut off.
+            # "No class" is counted in one more bin after the last class; that bin is dropped.
             labels = np.minimum(self.labels[top : top + rows].ravel(), count)
             scores = self.scores[top : top + rows].ravel()
             areas += np.bincount(labels, minlength=count + 1)[:count]
@@ -166,15 +170,15 @@ class Segmentation:
         return areas, score_sums
 
     def overlay(self, opacity: float = 0.55, legend: bool = True) -> Image.Image:
-        """Render the image with every class tinted in its colour and, below it, a legend of names and fractions of the area.
+        """Render the image tinted with class colours and, below it, a legend of class names and area fractions.
 
-        Without a legend the result has the image's own size. With one, an image whose shorter side is less than
-        256 px is enlarged by a whole factor first, so that the legend is readable. Where no image was kept the plain
-        class map is rendered.
+        Without a legend the result has the size of the image. With a legend, an image whose shorter side is below 256 px is
+        first enlarged by an integer factor, so that the legend is readable. If `image` is None, only the class colours are
+        rendered.
 
         Args:
-            opacity: of the tint, from 0 (the image in grey) to 1 (the class colours alone).
-            legend: False leaves the legend out.
+            opacity: opacity of the tint, from 0 (the image in grey) to 1 (class colours only).
+            legend: add the legend.
         """
         factor = visualization.upscale_factor(*self.labels.shape) if legend else 1
         image = visualization.draw_overlay(self.image, self.labels, self.classes, opacity=opacity, factor=factor)
@@ -185,9 +189,9 @@ class Segmentation:
         )
 
     def to_png_bytes(self) -> bytes:
-        """Encode the label map as PNG, pixel value = label.
+        """Encode the label map as PNG; the value of a pixel is its label.
 
-        8-bit with the class colours as palette for up to 254 classes, else 16-bit grey.
+        The PNG has 8 bits and the class colours as palette for up to 254 classes, otherwise 16-bit grey.
         """
         image = Image.fromarray(self.labels)
         if self.labels.dtype == np.uint8:
@@ -200,7 +204,7 @@ class Segmentation:
         return buffer.getvalue()
 
     def to_png(self, path_or_uri: str) -> None:
-        """Write `to_png_bytes` to a file or an object store.
+        """Write the PNG of `to_png_bytes` to a path or URI.
 
         Raises:
             StorageError: the file cannot be written.
@@ -208,10 +212,10 @@ class Segmentation:
         storage.write_bytes(str(path_or_uri), self.to_png_bytes())
 
     def to_coco(self, image_id: int = 1) -> dict[str, Any]:
-        """Convert to COCO's instance format, one annotation for each class present: a dict that can be written as JSON.
+        """Convert to COCO's instance format: a dictionary for JSON with one annotation for each class that has pixels.
 
-        `category_id` is the index of the class plus 1, because COCO keeps 0 for "no category". `score` is there as in
-        COCO's result files. All `classes` are listed as categories, present or not.
+        `category_id` is the index of the class plus 1, because COCO reserves 0 for "no category". Annotations have a `score`, as
+        in COCO's result files. All `classes` are listed as categories, even those without pixels.
         """
         height, width = self.labels.shape
         category = {name: index + 1 for index, name in enumerate(self.classes)}

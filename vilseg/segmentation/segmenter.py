@@ -1,4 +1,4 @@
-"""Image(s) and class names -> :class:`Segmentation`; the one way from an image to masks.
+"""Segmenter: computes a :class:`Segmentation` from an image and class names.
 
 :meth:`Segmenter.batch` runs the steps in order: load and resize the images, encode them
 (:mod:`vilseg.segmentation.dense_features`), score the classes at every patch (:mod:`vilseg.segmentation.class_scores`), refine
@@ -34,17 +34,17 @@ ImageLike = Image.Image | np.ndarray | str | Path
 
 
 class Segmenter:
-    """Segment images into regions named from a vocabulary.
+    """Model and vocabulary that segment images into regions of named classes.
 
     Args:
-        model: a trained model; moved to ``device`` and put into evaluation mode.
-        classes: names in index order, or a :class:`Vocabulary`.
-        device: where to compute; a GPU where there is one.
-        keep_clusters: fill `Segmentation.clusters`, which takes about as long as the labels.
-        max_pixels: largest width x height, in pixels, that the header of a path or URI may announce; 100 million where None.
+        model: trained model; it is moved to ``device`` and set to evaluation mode.
+        classes: class names in index order, or a :class:`Vocabulary`.
+        device: device to compute on; None takes the GPU if there is one, otherwise the CPU.
+        keep_clusters: also compute `Segmentation.clusters`, which takes about as long as the labels.
+        max_pixels: maximum width x height, in pixels, of images that are loaded from a path or URI; None allows 100 million.
 
     Raises:
-        ConfigError: the model's settings want an attention that its image encoder cannot have.
+        ConfigError: the model's settings request an attention variant that its image encoder does not support.
         DataError: the class list is empty, repeats a name or is too long.
 
     Example:
@@ -79,11 +79,11 @@ class Segmenter:
         self._class_embeddings = embed_classes(model, self.vocabulary, self.config)
 
     def release_text_encoder(self) -> None:
-        """Free the text encoder's memory: the classes are embedded, and cannot be changed afterwards."""
+        """Free the text encoder's memory; afterwards no other classes can be embedded, so `with_classes` must not be called."""
         self.model.text_encoder = None  # type: ignore[assignment]
 
     def to(self, device: str | torch.device) -> "Segmenter":
-        """Move everything to ``device``; returns itself."""
+        """Move the model and the class embeddings to ``device``; return the segmenter itself."""
         self.device = torch.device(device)
         self.model.to(self.device)
         self._class_embeddings = self._class_embeddings.to(self.device)
@@ -95,10 +95,10 @@ class Segmenter:
         return self.vocabulary.classes
 
     def with_classes(self, classes: Vocabulary | Iterable[str]) -> "Segmenter":
-        """Return a segmenter of the same model for other classes; a vocabulary used lately is not embedded again.
+        """Return a segmenter with the same model and other classes; recently used vocabularies are not embedded again.
 
         Raises:
-            DataError: as of the class.
+            DataError: the class list is empty, repeats a name or is too long.
         """
         other = copy(self)
         other.vocabulary = Vocabulary.of(classes)
@@ -109,16 +109,19 @@ class Segmenter:
         """Segment one image: a PIL image, an (H, W, 3) uint8 RGB array, a path or a URI.
 
         Raises:
-            DataError: not an image, or an array of another shape or type.
-            StorageError: the URI cannot be read.
+            DataError: ``image`` is not an image, or an array of another shape or type.
+            StorageError: the path or URI cannot be read.
         """
         return self.batch([image])[0]
 
     def batch(self, images: Sequence[ImageLike]) -> list[Segmentation]:
-        """Segment images of any sizes and number; those of one size at the model's input share passes of bounded memory.
+        """Segment any number of images of any sizes; images whose resized sizes are equal are encoded together in batches.
+
+        The size of these batches is limited, so memory use is bounded.
 
         Raises:
-            DataError, StorageError: as `__call__`.
+            DataError: one is not an image, or is an array of another shape or type.
+            StorageError: a path or URI cannot be read.
         """
         arrays = [to_array(image, self._max_pixels) for image in images]
         results: dict[int, Segmentation] = {}
@@ -129,10 +132,10 @@ class Segmenter:
 
     @torch.inference_mode()
     def encode(self, images: Sequence[np.ndarray]) -> list[DenseFeatures]:
-        """Compute the part of the result that does not depend on the classes; see `batch` for the passes.
+        """Compute the image features, which do not depend on the classes; images are batched as in `batch`.
 
         Args:
-            images: RGB arrays of any sizes. Shape: (H, W, 3), uint8.
+            images: RGB arrays of any sizes. Shape of each: (H, W, 3), uint8.
         """
         features: dict[int, DenseFeatures] = {}
         for indices in self._passes(images):
@@ -148,13 +151,13 @@ class Segmenter:
         background_bias: float | None = None,
         keep_clusters: bool | None = None,
     ) -> Segmentation:
-        """Segment an image that was encoded by this segmenter or one of the same model with other classes.
+        """Segment an image whose features were computed by this segmenter, or by one with the same model and other classes.
 
         Args:
-            features: from `encode`.
+            features: features of the image, as returned by `encode`.
             image: the image. Shape: (H, W, 3), uint8 RGB.
-            background_bias: overrides the one in the model's settings.
-            keep_clusters: overrides the argument of the class.
+            background_bias: replaces the value in the model's settings; None keeps it.
+            keep_clusters: replaces the argument ``keep_clusters`` of the class; None keeps it.
         """
         features = features.to(self.device)
         scores_Rhw, rows_R = self._select_top_classes(self._class_scores(features, background_bias))
@@ -165,21 +168,23 @@ class Segmenter:
 
     @torch.inference_mode()
     def class_scores(self, image: ImageLike, *, use_objectness: bool = True) -> Float[Tensor, "R h w"]:
-        """Score every class at every position of one image; `label_pixels` makes a segmentation of the scores.
+        """Compute the score of every class at every position of one image; `label_pixels` turns scores into a segmentation.
+
+        If the model's settings have a refinement, the result is on the enlarged patch grid. Only candidate classes, which are
+        best at some patch, are refined. Any other class has its upsampled score, limited to the score of the best candidate.
 
         Args:
-            image: as for `__call__`.
-            use_objectness: False for a part of a larger image, whose border says nothing of objects.
-
-        Where the model's scores are refined, these are too, on the enlarged patch grid; there a class that was not
-        refined, as it is best at no patch, has the score of its patch or that of the best class, whichever is lower.
+            image: PIL image, (H, W, 3) uint8 RGB array, path or URI.
+            use_objectness: False for a window of a larger image, because the border of a window does not tell objects from
+                background.
 
         Returns:
-            Shape: (C, h, w), float32, on the segmenter's device; (C + 1, h, w) where the vocabulary has negative words and no
-            class ``background``: the last row is that of no class. The gate is not applied yet.
+            Scores before the gate. Shape: (C, h, w), float32, on the segmenter's device. If the vocabulary has negative words but
+            no class ``background``, a last row with the score of "no class" is added: (C + 1, h, w).
 
         Raises:
-            DataError, StorageError: as `__call__`.
+            DataError: ``image`` is not an image, or an array of another shape or type.
+            StorageError: the path or URI cannot be read.
         """
         array = to_array(image, self._max_pixels)
         [features] = self.encode([array])
@@ -192,11 +197,11 @@ class Segmenter:
 
     @torch.inference_mode()
     def label_pixels(self, image: np.ndarray, scores_Rhw: Float[Tensor, "R h w"]) -> Segmentation:
-        """Upsample class scores to the image's own size and label every pixel with the best class.
+        """Upsample class scores to the original image size and label every pixel with the best class.
 
         Args:
-            image: Shape: (H, W, 3), uint8 RGB.
-            scores_Rhw: as from `class_scores`, on a grid of any size. Shape: (C, h, w), or (C + 1, h, w).
+            image: the image. Shape: (H, W, 3), uint8 RGB.
+            scores_Rhw: scores as returned by `class_scores`, on a grid of any size. Shape: (C, h, w), or (C + 1, h, w).
         """
         scores_Rhw, rows_R = self._select_top_classes(scores_Rhw)
         candidates = self._all_candidates(scores_Rhw)
@@ -210,14 +215,16 @@ class Segmenter:
 
     @torch.inference_mode()
     def _encode_pass(self, images: Sequence[np.ndarray]) -> list[DenseFeatures]:
-        """Encode images of one size at the model's input."""
+        """Encode images whose sizes at the model's input are equal."""
         size = self._input_size(images[0])
         pixels_B3HW = torch.stack([_resize(image, size) for image in images]).to(self.device)
         return encode_images(self.model, pixels_B3HW, self.config)
 
     def _input_size(self, image: np.ndarray) -> tuple[int, int]:
-        """Compute (H, W) of an image at the model's input: shorter side ``input_size``, both multiples of the patch, the
-        longer side bounded.
+        """Return (height, width) in pixels of an image at the model's input.
+
+        The shorter side is about ``input_size``, the longer one at most about ``max_aspect`` times that; both are rounded to
+        multiples of the patch size.
         """
         height, width = image.shape[:2]
         patch = patch_size(self.model)
@@ -229,16 +236,16 @@ class Segmenter:
     def _class_scores(
         self, features: DenseFeatures, background_bias: float | None = None, *, use_objectness: bool = True
     ) -> Tensor:
-        """Score every class at every patch. Shape: -> (C, h, w), or (C + 1, h, w)."""
+        """Compute the score of every class at every patch. Shape: -> (C, h, w), or (C + 1, h, w)."""
         config = self.config if use_objectness else self.config.replace(objectness=0.0)
-        # Of the image as a whole only the mean of its patches is used.
+        # `compute_class_scores` does not use the pooled embedding, so the mean of the patches is passed.
         patches_1ND = features.patches_ND.unsqueeze(0)
         embeddings = ImageEmbeddings(features.patches_ND.mean(0, keepdim=True), patches_1ND, features.grid)
         assignments_1NK = features.assignments_NK.unsqueeze(0)
         return compute_class_scores(embeddings, assignments_1NK, self._class_embeddings, config, background_bias)[0]
 
     def _select_top_classes(self, scores_Rhw: Tensor) -> tuple[Tensor, Tensor]:
-        """Apply the gate. Shape: -> kept scores (R', h, w), indices of these rows (R',)."""
+        """Apply the gate (see `select_top_classes`). Shape: -> kept scores (R', h, w), their rows in ``scores_Rhw`` (R',)."""
         rows_R = select_top_classes(scores_Rhw, self.config.gate, self.vocabulary.background, len(self.classes))
         return (scores_Rhw if len(rows_R) == len(scores_Rhw) else scores_Rhw[rows_R]), rows_R
 
@@ -255,17 +262,22 @@ class Segmenter:
 
 
 def _resize(image: np.ndarray, size: tuple[int, int]) -> Tensor:
-    """Resize to (rows, columns). Shape: (H, W, 3) -> (3, rows, columns), uint8."""
+    """Resize an image to (rows, columns) pixels. Shape: (H, W, 3) -> (3, rows, columns), uint8."""
     if image.shape[:2] != size:
         image = np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BICUBIC, reducing_gap=2.0))
     return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
 
 
 def to_array(image: ImageLike, max_pixels: int | None = None) -> np.ndarray:
-    """Load an image, from memory or elsewhere, as upright RGB. Shape: -> (H, W, 3), uint8.
+    """Convert a PIL image or array, or load the image at a path or URI, to upright RGB. Shape: -> (H, W, 3), uint8.
+
+    Args:
+        image: PIL image, (H, W, 3) uint8 RGB array, path or URI.
+        max_pixels: maximum width x height of an image that is loaded; None allows 100 million.
 
     Raises:
-        DataError, StorageError: as `Segmenter.__call__`.
+        DataError: ``image`` is not an image, or an array of another shape or type.
+        StorageError: the path or URI cannot be read.
     """
     if isinstance(image, (str, Path)):
         return decode_image(storage.read_bytes(str(image)), max_pixels=max_pixels)

@@ -1,18 +1,19 @@
-"""Blend the class scores of overlapping windows, for an image that is too large for one pass, so that no seam is left.
+"""Blend the class scores of overlapping windows without visible seams, for an image that is too large for one pass.
 
-Along each side the windows have one size and overlap by o pixels or more. At x pixels from an end that is not the image's,
-a window has the weight
+Along each side all windows have the same size and overlap by at least o pixels. At x pixels from an end of a window that is not
+an end of the image, the window has the blending weight
 
-    r(x) = sin^2(pi/2 clip(2 x / o - 1/2, 0, 1)),
+    r(x) = sin^2(pi/2 clip(2 x / o - 1/2, 0, 1)).
 
-which complements that of the window beyond that end: r(x) + r(o - x) = 1. The outer quarter of the overlap has no weight:
-it is context, as a network sees a border there that the image does not have. Where the last window, moved back to end with
-the image, overlaps by more, the weights are divided by their sum. Bilinear upsampling is separable, so the blended scores
-are sums of matrix products,
+The weights of two neighbouring windows sum to 1: r(x) + r(o - x) = 1. The outer quarter of the overlap has weight 0: it serves
+as context only, because the network's features are distorted at a border that the image does not have. The last window is moved
+back to end with the image and may overlap by more than o, so the weights are divided by their sum. Bilinear upsampling is
+separable, so the blended scores are sums of matrix products,
 
     S_Cyx = sum_ij A^i_yh M^ij_Chw A^j_xw,
 
-with the scores M^ij of window i, j, and in A its interpolation along one side times the weights.
+where M^ij are the scores of the window in row i and column j, and the matrices A contain bilinear interpolation along one side
+times the weights.
 """
 
 from bisect import bisect_left, bisect_right
@@ -26,15 +27,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 _CACHE_BYTES = 256 << 20
-"""Scores of windows that are kept for the rows still to come; windows of wider images are computed once more instead."""
+"""Maximum size of the cached window scores, in bytes. If a row of windows needs more, windows are computed again when needed."""
 
 _CACHED_WINDOWS = 9
-"""Kept whatever their size, as three windows a side may reach into one block."""
+"""Minimum number of cached windows, whatever their size, because up to 3 x 3 windows may overlap one block."""
 
 
 @dataclass(frozen=True)
 class WindowAxis:
-    """Overlapping windows along one side of an image; all numbers are pixels.
+    """Overlapping windows along one side of an image; all positions and lengths are in pixels (or patches).
 
     Example:
         >>> axis = WindowAxis.cover(length=100, window=40, overlap=20)
@@ -45,34 +46,43 @@ class WindowAxis:
     """
 
     length: int
-    """Of the side."""
+    """Length of the side."""
     window: int
-    """Of each window."""
+    """Length of each window."""
     overlap: int
-    """Smallest overlap of two neighbours."""
+    """Minimum overlap of two neighbouring windows."""
     starts: tuple[int, ...]
     """First pixel of each window."""
 
     @classmethod
     def cover(cls, length: int, window: int, overlap: int) -> "WindowAxis":
-        """Place the fewest windows: each ``window - overlap`` after the one before, the last ends with the side.
+        """Cover a side with the smallest number of windows.
 
-        A side shorter than a window is one window. ``overlap`` is at most half a window.
+        Windows start ``window - overlap`` pixels apart, and the last one ends with the side. A side shorter than ``window`` gets
+        one window of its own length.
+
+        Args:
+            length: length of the side.
+            window: length of a window.
+            overlap: minimum overlap of neighbouring windows; at most half a window.
         """
         last = max(0, length - window)
         return cls(length, min(window, length), overlap, (*range(0, last, window - overlap), last))
 
     def overlapping(self, start: int, stop: int) -> range:
-        """Indices of the windows that hold a pixel of start..stop."""
+        """Return the indices of the windows that contain a pixel of the range from ``start`` to ``stop`` (excluded)."""
         return range(bisect_right(self.starts, start - self.window), bisect_left(self.starts, stop))
 
     def weights(self, index: int, start: int, stop: int) -> Float[np.ndarray, " length"]:
-        """Weights of a window at pixels start..stop; over all windows the sum is 1. Shape: (stop - start,)."""
+        """Return the blending weights of window ``index`` at the pixels from ``start`` to ``stop`` (excluded).
+
+        At each pixel the weights of all windows sum to 1. Shape: (stop - start,).
+        """
         total = sum(self._ramp(other, start, stop) for other in self.overlapping(start, stop))
         return self._ramp(index, start, stop) / total
 
     def _ramp(self, index: int, start: int, stop: int) -> np.ndarray:
-        """r of the module at both ends of a window, before the division by the sum."""
+        """Compute r of the module's docstring at both ends of a window, before the division by the sum."""
         inside = np.arange(start, stop) + 0.5 - self.starts[index]
         # Without an overlap the ramp is a step; at the ends of the image there is none.
         rise = inside / max(self.overlap, 1e-9) if index > 0 else np.inf
@@ -80,9 +90,17 @@ class WindowAxis:
         return np.sin(np.pi / 2 * np.clip(2 * np.minimum(rise, fall) - 0.5, 0, 1)) ** 2 * np.ones(len(inside))
 
     def upsampling_matrix(self, index: int, start: int, stop: int, cells: int) -> Float[Tensor, "length cells"]:
-        """Matrix that interpolates a window's ``cells`` bilinearly at pixels start..stop, times the weights.
+        """Return the matrix that upsamples a window's scores bilinearly to pixels along the side, times the weights.
 
-        Cell centres lie as in ``interpolate(align_corners=False)``. Shape: (stop - start, cells), float32.
+        Args:
+            index: number of the window.
+            start: first pixel.
+            stop: end of the pixels, excluded.
+            cells: number of grid cells of the window's scores along this side; their centres are as in
+                ``torch.nn.functional.interpolate(align_corners=False)``.
+
+        Returns:
+            Shape: (stop - start, cells), float32.
         """
         inside = np.arange(start, stop) + 0.5 - self.starts[index]
         position = np.clip(inside * cells / self.window - 0.5, 0, cells - 1)
@@ -92,13 +110,13 @@ class WindowAxis:
 
 
 class SlidingWindowScores:
-    """Class scores at any pixels of an image, from windows that are computed when they are first needed.
+    """Class scores at any pixels of a large image; the windows they are blended from are computed on demand and cached.
 
     Args:
-        rows: windows from top to bottom.
-        columns: windows from left to right.
-        score_window: function of (top, bottom, left, right) of a window in pixels, which returns its class scores on a coarser
-            grid. Shape: (C, h, w).
+        rows: windows along the vertical side, from top to bottom.
+        columns: windows along the horizontal side, from left to right.
+        score_window: function that takes (top, bottom, left, right) of a window in pixels and returns its class scores on a grid
+            coarser than the pixels. Shape: (C, h, w).
 
     Example:
         >>> import torch
@@ -119,7 +137,7 @@ class SlidingWindowScores:
 
     @torch.inference_mode()
     def __call__(self, top: int, bottom: int, left: int, right: int) -> Float[Tensor, "C H W"]:
-        """Compute the scores of the pixels of a block. Shape: (C, bottom - top, right - left)."""
+        """Compute the class scores of the pixels of a block. Shape: -> (C, bottom - top, right - left)."""
         total_CHW: Tensor | None = None
         for row in self.rows.overlapping(top, bottom):
             for column in self.columns.overlapping(left, right):
@@ -136,7 +154,7 @@ class SlidingWindowScores:
         return total_CHW
 
     def _window_scores(self, row: int, column: int) -> Tensor:
-        """Scores of one window, computed or from the cache of those used last."""
+        """Return the scores of one window, from the cache of recently used windows or computed."""
         key = (row, column)
         if key not in self._cache:
             top, left = self.rows.starts[row], self.columns.starts[column]
@@ -149,5 +167,5 @@ class SlidingWindowScores:
 
 
 def _intersection(axis: WindowAxis, index: int, start: int, stop: int) -> tuple[int, int]:
-    """First and last of the pixels of start..stop that lie in a window."""
+    """Return start and stop (excluded) of those pixels of a range that are in a window."""
     return max(start, axis.starts[index]), min(stop, axis.starts[index] + axis.window)

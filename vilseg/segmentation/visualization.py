@@ -1,7 +1,7 @@
 """Render segmentations: class colours, overlays, legends and cluster maps.
 
-H W are pixels, C classes. A label of C or more, whatever its value, means "no class": it is not tinted in an overlay
-and not named in a legend. Small images are enlarged by whole factors, so that every label stays a sharp square.
+Shapes: H rows and W columns of pixels, C classes. Any label of C or more means "no class": such pixels are not tinted in an
+overlay and not listed in a legend. Small images are enlarged by integer factors, so that each pixel becomes a sharp square.
 """
 
 from collections.abc import Sequence
@@ -18,9 +18,9 @@ BACKGROUND = "background"
 
 _BACKGROUND_COLOUR = (112, 117, 125)
 _NO_CLASS_COLOUR = (214, 217, 222)
-_DISTINCT_COLOURS = 256  # more cannot be told apart: the sequence repeats after these
+_DISTINCT_COLOURS = 256  # more would be hard to distinguish, so the sequence repeats after these
 _MIN_SIDE = 256  # px: images whose shorter side is less are enlarged before anything is drawn on them
-_MAX_SIDE = 2048  # px: enlarging stops here, so that a very long strip does not become a giant image
+_MAX_SIDE = 2048  # px: maximum longer side after enlarging, so that a very long strip does not become a giant image
 
 
 def _oklab(colours: np.ndarray) -> np.ndarray:
@@ -46,16 +46,17 @@ def _oklab(colours: np.ndarray) -> np.ndarray:
 
 @cache
 def _colour_sequence() -> np.ndarray:
-    """Choose the first `_DISTINCT_COLOURS` colours, each as far as possible from all before it; (N, 3) uint8.
+    """Return `_DISTINCT_COLOURS` colours, each as different as possible from all before it. Shape: (N, 3), uint8.
 
-    Greedy farthest-point choice in OKLab among the sRGB colours that are neither near black, near white, grey nor neon.
+    They are chosen by greedy farthest-point selection in OKLab from sRGB colours that are not near black, near white, grey or
+    neon.
     """
     axis = np.arange(0, 256, 15)
     colours = np.stack(np.meshgrid(axis, axis, axis, indexing="ij"), axis=-1).reshape(-1, 3)
     lab = _oklab(colours)
     chroma = np.hypot(lab[:, 1], lab[:, 2])
     usable = (lab[:, 0] >= 0.45) & (lab[:, 0] <= 0.90) & (chroma >= 0.07) & (chroma <= 0.20)
-    # Hue tells areas apart better than lightness does, because an overlay takes on the lightness of the photo below.
+    # Lightness counts less than hue, because the lightness of the photo shows through the overlay.
     colours, lab = colours[usable], lab[usable] * (0.7, 1.0, 1.0)
 
     first = _oklab(np.array([[40, 110, 200]]))[0] * (0.7, 1.0, 1.0)
@@ -70,10 +71,9 @@ def _colour_sequence() -> np.ndarray:
 
 
 def palette(count: int) -> np.ndarray:
-    """Return well distinguishable colours, always the same ones: (count, 3) uint8.
+    """Return the first ``count`` colours of a fixed sequence of distinct colours. Shape: (count, 3), uint8.
 
-    A shorter palette is the beginning of a longer one, so a class keeps its colour when others are appended. From the
-    257th on the colours repeat.
+    Because the sequence is fixed, a class keeps its colour when others are appended. From the 257th on the colours repeat.
 
     Example:
         >>> palette(2).shape, bool((palette(2) == palette(5)[:2]).all())
@@ -83,7 +83,7 @@ def palette(count: int) -> np.ndarray:
 
 
 def class_colours(classes: Sequence[str]) -> np.ndarray:
-    """Return the colour of every class, (C, 3) uint8: the palette, with `BACKGROUND` in grey."""
+    """Return the colour of every class: from the palette, or grey for `BACKGROUND`. Shape: (C, 3), uint8."""
     colours = palette(len(classes))
     for index, name in enumerate(classes):
         if name == BACKGROUND:
@@ -98,13 +98,13 @@ class LegendEntry:
     name: str
     """Class name."""
     colour: tuple[int, int, int]
-    """8-bit sRGB."""
+    """8-bit sRGB colour of the class."""
     fraction: float
-    """Fraction of all pixels of the image, in 0..1."""
+    """Fraction of the image's pixels that belong to the class, in 0..1."""
 
 
 def legend_entries(labels: np.ndarray, classes: Sequence[str]) -> list[LegendEntry]:
-    """List the classes present in labels (H, W), the largest first; pixels without a class count in no entry."""
+    """List the classes that have pixels in labels (H, W), the largest first; pixels of "no class" get no entry."""
     values, counts = np.unique(labels, return_counts=True)
     colours = class_colours(classes)
     present = [(int(value), int(count)) for value, count in zip(values, counts, strict=True) if value < len(classes)]
@@ -115,13 +115,16 @@ def legend_entries(labels: np.ndarray, classes: Sequence[str]) -> list[LegendEnt
 
 
 def rgb(colour: np.ndarray) -> tuple[int, int, int]:
-    """Convert a row of a colour table to the tuple of ints that Pillow and CSS take."""
+    """Convert a row of a colour table to a tuple of three ints, as Pillow and CSS need it."""
     red, green, blue = (int(channel) for channel in colour)
     return red, green, blue
 
 
 def upscale_factor(height: int, width: int, min_side: int = _MIN_SIDE) -> int:
-    """Return the whole factor that makes the shorter side at least min_side px, and the longer one at most 2048 px."""
+    """Return the integer factor, at least 1, that enlarges the shorter side to ``min_side`` px or more.
+
+    It is smaller if the longer side would exceed 2048 px.
+    """
     wanted = -(-min_side // min(height, width))
     return max(1, min(wanted, _MAX_SIDE // max(height, width)))
 
@@ -131,7 +134,7 @@ def _enlarge(array: np.ndarray, factor: int) -> np.ndarray:
 
 
 def _borders(labels: np.ndarray) -> np.ndarray:
-    """Mask of the pixels that differ from their right or lower neighbour: (H, W) bool."""
+    """Return a mask of the pixels that differ from their right or lower neighbour. Shape: (H, W), bool."""
     border = np.zeros(labels.shape, dtype=bool)
     border[:, :-1] |= labels[:, :-1] != labels[:, 1:]
     border[:-1] |= labels[:-1] != labels[1:]
@@ -151,10 +154,17 @@ def draw_overlay(
     opacity: float = 0.55,
     factor: int = 1,
 ) -> Image.Image:
-    """Overlay class colours on the image: labels (H, W), image (H, W, 3) uint8 -> RGB image of factor * (W, H) px.
+    """Render class colours over an image, as an RGB image of factor * (W, H) px.
 
-    Below a class the image is grey, so that a tint means its class and nothing else; where there is no class
-    the image keeps its own colours. Without an image the plain class map is rendered, and `opacity` (0..1) has no effect.
+    The image is converted to grey under each class, so that every tint comes from the class colours alone. Pixels of "no class"
+    keep the image's own colours.
+
+    Args:
+        image: the image; None renders the class colours only. Shape: (H, W, 3), uint8 RGB.
+        labels: class index of every pixel. Shape: (H, W).
+        classes: class names, in index order.
+        opacity: opacity of the class colours, in 0..1; without effect if ``image`` is None.
+        factor: integer factor to enlarge by.
     """
     index = _enlarge(np.minimum(labels, np.uint16(len(classes))), factor)
     table = np.vstack([class_colours(classes), np.array([_NO_CLASS_COLOUR], dtype=np.uint8)])
@@ -171,9 +181,13 @@ def draw_overlay(
 
 
 def draw_clusters(clusters: np.ndarray, *, factor: int = 1) -> Image.Image:
-    """Render clusters in pastel: clusters (H, W) integers >= 0 -> RGB image of factor * (W, H) px.
+    """Render a cluster map as an RGB image of factor * (W, H) px.
 
-    Pastel, so that cluster colours are not mistaken for the class colours beside them: a cluster has no name.
+    The colours are pastel, so that they are not mistaken for class colours; clusters have no names.
+
+    Args:
+        clusters: cluster index of every pixel, 0 or more. Shape: (H, W), integers.
+        factor: integer factor to enlarge by.
     """
     index = _enlarge(clusters, factor)
     colours = palette(int(clusters.max()) + 1).astype(np.uint16)
@@ -183,9 +197,9 @@ def draw_clusters(clusters: np.ndarray, *, factor: int = 1) -> Image.Image:
 
 
 def add_legend(rendered: Image.Image, entries: Sequence[LegendEntry]) -> Image.Image:
-    """Add a legend below the image, on white: a colour patch, the name and the fraction of the area for each entry.
+    """Add a white legend below the image, with a colour patch, the name and the area fraction of each entry.
 
-    The letters grow with the width of the image; names that are too long for it end in an ellipsis.
+    The font size grows with the width of the image. Names that are too long for the image end in an ellipsis.
     """
     if not entries:
         return rendered
@@ -211,7 +225,7 @@ def add_legend(rendered: Image.Image, entries: Sequence[LegendEntry]) -> Image.I
 
 
 def percent_text(fraction: float) -> str:
-    """Return a fraction in 0..1 as whole per cent, "<1 %" for what is present but would round to 0 %.
+    """Return a fraction in 0..1 as text in whole per cent; positive fractions below 0.5 % become "<1 %".
 
     Example:
         >>> percent_text(0.123), percent_text(0.001)
@@ -221,7 +235,7 @@ def percent_text(fraction: float) -> str:
 
 
 def _font(size: int, *, ascii_only: bool) -> ImageFont.FreeTypeFont:
-    """Load Pillow's own font, which has only ASCII, or matplotlib's for Latin, Greek and Cyrillic."""
+    """Load Pillow's built-in font, which has only ASCII, or the font of matplotlib for Latin, Greek and Cyrillic."""
     if ascii_only:
         return cast(ImageFont.FreeTypeFont, ImageFont.load_default(size=size))
     import matplotlib as mpl  # slow to import, and rarely needed
