@@ -1,1 +1,1 @@
-"""Ray jobs: each connects one function of the library, which knows nothing of Ray, to a cluster."""
+"""Ray jobs: each distributes one function of the library, which does not import Ray, over a cluster."""

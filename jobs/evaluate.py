@@ -1,4 +1,4 @@
-"""Evaluate a model on images with masks: mIoU, pixel accuracy, per-class IoU, and a page to look at."""
+"""Evaluation of a model on images with masks: mIoU, pixel accuracy, per-class IoU, and an HTML report."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from vilseg.text.vocabulary import Vocabulary
 _EXAMPLES, _WORST = 24, 12
 _FIGURES, _PAGE = "evaluation.json", "report.html"
 _PART = 4 * BATCH
-"""Images per task; whole batches, so that every image is in the same batch as in a single process."""
+"""Number of images per task. A multiple of the batch size, so that every image is in the same batch as in a single process."""
 
 
 def main(
@@ -45,26 +45,26 @@ def main(
     command: str = "",
     session: Session | None = None,
 ) -> Evaluation:
-    """Measure ``model`` on ``dataset``.
+    """Evaluate ``model`` on ``dataset``.
 
     Args:
         model: URI of a model folder.
         dataset: ``KIND:URI``.
-        classes: other names for the classes of the protocol, in the dataset's order.
+        classes: names to use in place of the dataset's own for the requested classes, in the dataset's order.
         protocol: one of `EvaluationProtocol`; selects the requested and the measured classes.
         boundary_width: width of the band along contours for boundary IoU, as a fraction of the image diagonal.
-        fit: also fit the temperature of the scores to the first 100 masks.
-        out: folder or URI for ``evaluation.json`` and ``report.html``.
+        fit: also fit the temperature of the class scores to the first 100 images and masks.
+        out: folder or URI for ``evaluation.json`` and ``report.html``; nothing is written if None.
         overwrite: replace an earlier result at ``out``.
-        settings: changes the inference settings stored with the model.
-        progress: called with (done, total).
-        command: shown in the report.
-        session: cluster over which the images are distributed; this process alone if None. The metrics are identical.
+        settings: function that changes the inference settings stored with the model.
+        progress: function called with the number of evaluated images and the number of all images.
+        command: command line to show in the report.
+        session: cluster over which the images are distributed. If None, this process evaluates them. The metrics are identical.
 
     Raises:
-        ConfigError: ``protocol`` or ``boundary_width`` is wrong.
-        DataError: the dataset is damaged or does not fit the protocol, or ``classes`` has another number of names.
-        ModelError: no model folder.
+        ConfigError: ``protocol`` is unknown, or ``boundary_width`` is not in (0, 1].
+        DataError: the dataset is damaged or does not fit the protocol, or ``classes`` has a wrong number of names.
+        ModelError: ``model`` is not a model folder.
         StorageError: a URI cannot be reached, or ``out`` exists.
     """
     if protocol not in list(EvaluationProtocol):
@@ -113,7 +113,7 @@ def main(
 
 
 class _Part:
-    """Actor that evaluates parts of the dataset.
+    """Actor that evaluates ranges of `_PART` consecutive images.
 
     Args:
         threads: number of torch threads.
@@ -121,7 +121,7 @@ class _Part:
         segmentation: inference settings.
         vocabulary: requested classes.
         dataset: ``KIND:URI``.
-        options: arguments of :func:`evaluate`.
+        options: further keyword arguments of :func:`evaluate`.
     """
 
     def __init__(
@@ -148,7 +148,7 @@ class _Part:
         found: Evaluation | UserError
         try:
             found = evaluate(self._segmenter, self._dataset.part(start, start + _PART), **options)
-        except UserError as error:  # Ray's wrapper would show only a traceback
+        except UserError as error:  # returned, not raised: Ray's wrapper would show only a traceback
             found = error
         return {"found": np.array([pickle.dumps(found)], dtype=object)}
 
@@ -156,7 +156,7 @@ class _Part:
 def _on_cluster(
     session: Session, images: int, progress: Callable[[int, int], None], arguments: tuple[Any, ...]
 ) -> Iterator[Evaluation]:
-    """Yield the evaluations of the dataset's parts, in their order, by a pool of actors."""
+    """Evaluate ranges of `_PART` images on a pool of actors, and yield the results in the order of the dataset."""
     import ray.data
 
     starts = [{"start": start} for start in range(0, images, _PART)]

@@ -1,4 +1,4 @@
-"""Write a model as ONNX: image tower with clustering head, text tower, tokenizer, and a description."""
+"""Export of a model to ONNX: image tower with clustering head, text tower, tokenizer, and a description."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def main(
         model: URI of a model folder.
         out: folder or URI for the files.
         overwrite: replace an existing export at ``out``.
-        settings: changes the inference settings stored with the model.
-        say: called with progress messages.
+        settings: function that changes the inference settings stored with the model.
+        say: function called with each progress message.
 
     Raises:
-        ModelError: no model folder, or one that ONNX does not reproduce to 1e-4.
+        ModelError: ``model`` is not a model folder, or the outputs of the ONNX files differ from torch's by more than 1e-4.
         StorageError: a URI cannot be reached, or ``out`` exists.
         UserError: a package of the extra ``export`` is missing.
     """

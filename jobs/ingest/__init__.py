@@ -1,1 +1,1 @@
-"""Conversion of captioned images to pair shards on a Ray cluster."""
+"""Conversion of captioned images to shards of image-caption pairs on a Ray cluster."""

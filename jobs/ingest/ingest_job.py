@@ -1,4 +1,8 @@
-"""Ingest job: sources of captioned images are converted to pair shards, each written by a Ray task of its own."""
+"""Ingest job: convert sources of captioned images to shards of image-caption pairs.
+
+Every source is split into parts (`SourcePart`: some records, or one existing shard). One Ray task reads a part and writes its
+pairs as one or more new shards.
+"""
 
 from __future__ import annotations
 
@@ -24,10 +28,11 @@ from vilseg.ingest.sources import SourcePair, SourcePart, find_pairs, read_part
 BAD_PAIRS = "bad.jsonl"
 _SHARD_NAME = re.compile(r"pairs-\d{6,}-\d{3,}\.tar")
 _TASKS_PER_CPU = 2
-"""Tasks submitted per CPU: one runs, one is queued. More would only hold their records in memory."""
+"""Number of submitted tasks per CPU: one runs, one is queued. More would only keep more records in memory."""
 _MIN_READ = 20
+"""Number of pairs read from which on the fraction of bad ones is checked at the end of the job."""
 _MIN_READ_TO_STOP = 5000
-"""Pairs read before the fraction of bad ones is checked during the job."""
+"""Number of pairs read from which on the fraction of bad ones is checked during the job."""
 
 
 @dataclass(frozen=True)
@@ -40,14 +45,15 @@ class IngestResult:
     """Number of rejected pairs; ``bad.jsonl`` at ``uri`` lists them with the reasons."""
     shards: int
     passed_over: tuple[str, ...] = ()
-    """A sentence for each candidate caption file that holds none."""
+    """One sentence for each file that looked like a caption file but holds no captions."""
 
 
 @dataclass
 class _Written:
-    """Pairs written and rejected of one part, or of all parts so far."""
+    """Shards written and pairs rejected, of one source part or of all parts so far."""
 
     shards: list[tuple[str, int]] = field(default_factory=list)
+    """File name and number of pairs of each shard."""
     bad: list[BadPair] = field(default_factory=list)
 
     @property
@@ -72,23 +78,25 @@ def main(
     columns: ColumnsConfig | None = None,
     progress: Callable[[int, int, int], None] = lambda done, total, bad: None,
 ) -> IngestResult:
-    """Write the pairs of all sources as pair shards with an index.
+    """Write the pairs of all sources as shards with an index.
 
     Args:
-        sources: folders or files, see `vilseg.ingest.sources.find_pairs`; with several, keys begin with their names.
-        dest: folder to write; it must be empty or missing.
+        sources: folders or files, see `vilseg.ingest.sources.find_pairs`. If there are several, the name of its source is
+            prefixed to every key.
+        dest: folder to write. It must be empty or missing, unless ``overwrite`` is set.
         session: the cluster.
-        shard_pairs: pairs per shard.
+        shard_pairs: maximum number of pairs per shard.
         overwrite: replace the shards of an earlier ingest at ``dest``.
-        max_bad_share: maximum fraction of bad pairs; beyond it only the list of bad pairs is kept.
+        max_bad_share: maximum fraction of bad pairs. If it is exceeded, all shards are deleted and only the list of bad pairs
+            is kept.
         check: decode every image to verify it.
-        limit: maximum number of pairs; parts are then written one by one.
-        columns: names of columns in tables, tried before common ones.
-        progress: called after every part with finished parts, all parts, and bad pairs so far.
+        limit: maximum number of pairs to write; None writes all. With a limit, parts are written one after another.
+        columns: names of columns in tables, tried before the common names.
+        progress: function called after every part with the numbers of finished parts, of all parts, and of bad pairs so far.
 
     Raises:
-        DataError: no readable pair, or too many bad ones.
-        StorageError: ``dest`` is not empty, lies within a source, or a file cannot be read or written.
+        DataError: no pair is readable, or too many are bad.
+        StorageError: ``dest`` is not empty or overlaps a source, or a file cannot be read or written.
         ConfigError: ``shard_pairs`` or ``limit`` is less than 1.
     """
     for name, value in (("shard_pairs", shard_pairs), ("limit", limit)):
@@ -97,7 +105,7 @@ def main(
     sources, dest = [storage.absolute(source) for source in sources], storage.absolute(dest)
     parts, passed_over = _find(sources, columns, shard_pairs)
     _clear(dest, sources, overwrite)
-    # A broken connection is retried; the task writes the same files again.
+    # A task is retried after a broken connection; it then writes the same files again.
     task: Any = ray.remote(num_cpus=1)(write_part).options(max_retries=3, retry_exceptions=[OSError, StoreUnavailable])
     done = _write_parts(
         parts,
@@ -130,14 +138,15 @@ def _write_parts(
     give_up: Callable[[_Written], bool],
     progress: Callable[[int, int, int], None],
 ) -> _Written:
-    """Run the tasks of all parts, until ``limit`` pairs are written or ``give_up`` returns True.
+    """Run one task per part, until ``limit`` pairs are written or ``give_up`` returns True.
 
     Args:
-        parts: in the order of their shards.
-        write: submits the task for a part, its index, and the most pairs wanted of it.
-        at_once: maximum number of submitted tasks.
-        limit: maximum number of pairs.
-        give_up: called with the total so far.
+        parts: parts in the order of their shards.
+        write: function that submits the task of a part. Its arguments are the part, the part's index, and the maximum number
+            of pairs to write (None writes all).
+        at_once: maximum number of tasks that are submitted and not finished.
+        limit: maximum number of pairs in total; None writes all.
+        give_up: function of the total so far that returns True to stop; called only if ``limit`` is None.
         progress: see `main`.
     """
     waiting = iter(enumerate(parts))
@@ -147,7 +156,7 @@ def _write_parts(
     try:
         while True:
             enough = total.pairs >= limit if limit is not None else give_up(total)
-            # With a limit, the number of pairs of a part is known only when the parts before it are done.
+            # With a limit, the number of pairs to write from a part is known only when the previous parts are done.
             room = 0 if enough else (at_once if limit is None else 1) - len(running)
             for index, part in itertools.islice(waiting, room):
                 running[write(part, index, None if limit is None else limit - total.pairs)] = index
@@ -171,7 +180,7 @@ def _write_parts(
 def write_part(
     dest: str, shard_pairs: int, check: bool, part: SourcePart, index: int, most: int | None = None
 ) -> _Written:
-    """Write the first ``most`` usable pairs of a part as shards named by its index."""
+    """Write the first ``most`` usable pairs of a part (None writes all) as shards whose names start with the part's index."""
     written = _Written()
 
     def readable() -> Iterator[SourcePair]:
@@ -208,7 +217,7 @@ def _find(sources: list[str], columns: ColumnsConfig | None, shard_pairs: int) -
 
 
 def _clear(dest: str, sources: list[str], overwrite: bool) -> None:
-    """Check that ``dest`` can be written, and delete the shards of an earlier ingest."""
+    """Check that ``dest`` can be written to, and delete the shards of an earlier ingest if ``overwrite`` is set."""
     for source in sources:
         if storage.overlap(source, dest):
             raise StorageError(f"cannot write pairs to {dest}: it and the source {source} overlap; name a folder apart")
@@ -224,7 +233,7 @@ def _clear(dest: str, sources: list[str], overwrite: bool) -> None:
     if found and not overwrite:
         state = "it holds pair shards" if INDEX in found else "an earlier ingest there did not end (no index.json)"
         raise StorageError(f"cannot write pairs to {dest}: {state}; give --overwrite or another folder")
-    storage.delete(storage.join(dest, INDEX))  # first: shards without it are known to be incomplete
+    storage.delete(storage.join(dest, INDEX))  # the index first: shards without an index count as incomplete
     storage.delete(storage.join(dest, BAD_PAIRS))
     _delete_shards(dest)
 

@@ -1,4 +1,4 @@
-"""Write synthetic scenes to storage: pair shards to train from, and a masked dataset of other scenes for evaluation."""
+"""Synthetic scenes: shards of image-caption pairs for training, and a dataset of other scenes with masks for evaluation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,16 @@ _SHARD = 500
 
 
 def main(pairs_uri: str, unseen_uri: str, *, pairs: int, unseen: int, size: int, seed: int) -> None:
-    """Draw ``pairs`` training pairs and ``unseen`` evaluation scenes of ``size`` pixels, in parallel on the connected cluster."""
+    """Draw scenes in parallel on the connected cluster and write them to storage.
+
+    Args:
+        pairs_uri: folder for the training shards.
+        unseen_uri: folder for the evaluation images and masks.
+        pairs: number of training pairs.
+        unseen: number of evaluation scenes.
+        size: side of the square images in pixels.
+        seed: random seed.
+    """
     shard: Any = ray.remote(num_cpus=1)(_write_shard)
     dataset: Any = ray.remote(num_cpus=1)(scenes.write_masked_dataset)
     masked = dataset.remote(unseen_uri, unseen, seed, size)

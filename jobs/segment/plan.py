@@ -1,4 +1,4 @@
-"""Plan of a bulk segmentation: the request is checked before anything starts, and its cost estimated."""
+"""Plan of a bulk segmentation: checks of the request before Ray starts, and an estimate of the time it takes."""
 
 from __future__ import annotations
 
@@ -26,19 +26,23 @@ _KEYS = {"inputs", "model", "classes", "segmentation", "formats", "rules", "limi
 FORMATS = ("png", "coco", "parquet", "overlay", "gallery", "geotiff")
 DEFAULT_FORMATS = ("png", "coco")
 _PEEK = 1024
-"""Inputs listed before anything starts, to check that there is one and to choose the number of actors."""
+"""Maximum number of inputs listed before Ray starts, to check that there are any and to choose the number of actors."""
 _ACTOR_INPUTS = 16
-"""Minimum inputs per additional actor."""
+"""Number of inputs per actor below which no further actor is started."""
 _TRIED = 16
-"""Inputs segmented for the time estimate."""
+"""Number of inputs segmented for the time estimate."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """Description of a job; ``job.json`` in the output stores what determines its content: only the same job resumes."""
+    """Description of a bulk segmentation.
+
+    The fields that determine the results are stored in ``job.json`` of the output. An output can be resumed only if they are
+    equal.
+    """
 
     inputs: list[str]
-    """Absolute URIs or patterns, each once, sorted."""
+    """Absolute URIs or glob patterns, without duplicates, sorted."""
     model: str
     """Absolute URI of a model folder, or a hub id."""
     classes: Vocabulary
@@ -48,18 +52,19 @@ class Job:
     """Absolute URI."""
     rules: Rules = field(default_factory=Rules)
     limit: int | None = None
-    """Number of first inputs to segment; all if None."""
+    """Number of inputs to segment, counted from the first one listed; None segments all."""
     sample: int | None = None
-    """Size of a random sample of the inputs, always the same one; all if None."""
+    """Number of inputs in a random sample, which is the same in every call; None segments all inputs."""
     deduplicate: bool = False
-    """Segment equal files once."""
+    """Segment files with identical bytes only once."""
     overwrite: bool = False
+    """Delete an earlier job's output before the job starts."""
     parallelism: int = field(default=1, compare=False)
-    """Maximum useful number of actors for these inputs."""
+    """Maximum number of actors that these inputs keep busy."""
 
     @property
     def outputs(self) -> Outputs:
-        """Outputs that the actors write."""
+        """Output files that the actors write."""
         return Outputs(
             self.out,
             png="png" in self.formats,
@@ -99,29 +104,30 @@ def plan(
     resume: bool = False,
     overwrite: bool = False,
 ) -> Job:
-    """Check everything that can be checked before Ray is started.
+    """Check a bulk segmentation before Ray is started, and return it as a job.
 
     Args:
-        inputs: folders, prefixes, patterns and files as :mod:`vilseg.bulk.listing` takes them.
+        inputs: folders, prefixes, glob patterns and files, see :mod:`vilseg.bulk.listing`.
         model: URI of a model folder, or a hub id.
-        classes: vocabulary to segment by.
-        out: folder or ``s3://`` URI; ``results.parquet`` and ``summary.json`` are always written, other files by ``formats``.
-        formats: of ``png`` (masks), ``coco`` (``annotations.json``), ``overlay``, ``gallery`` (``gallery.html``),
+        classes: vocabulary to segment with.
+        out: folder or ``s3://`` URI. ``results.parquet`` and ``summary.json`` are always written, other files by ``formats``.
+        formats: any of ``png`` (masks), ``coco`` (``annotations.json``), ``overlay``, ``gallery`` (``gallery.html``),
             ``geotiff`` (masks of georeferenced inputs) and ``parquet``, which is always written.
-        settings: replace those that the model carries.
+        settings: inference settings; None uses those stored with the model.
         rules: limits on inputs.
-        limit: number of first inputs; all if None.
-        sample: size of a random sample; all if None.
-        deduplicate: segment equal files once.
-        resume: continue an earlier call's work at ``out``.
-        overwrite: delete an earlier call's output at ``out`` first.
+        limit: number of inputs to segment, counted from the first one listed; None segments all.
+        sample: number of inputs in a random sample; None segments all inputs.
+        deduplicate: segment files with identical bytes only once.
+        resume: continue an earlier job at ``out``.
+        overwrite: delete the output of an earlier job at ``out`` before the job starts.
 
     Raises:
-        DataError: no input.
-        StorageError: ``out`` overlaps an input or the model, exists without ``resume`` or ``overwrite``, or holds
-            files of no such job; a URI cannot be reached.
-        ConfigError: an unknown format, a number that is no count, ``resume`` of another job.
-        ModelError: no model folder.
+        DataError: ``inputs`` is empty, or one of them holds no image.
+        StorageError: ``out`` overlaps an input or the model, exists although neither ``resume`` nor ``overwrite`` is set, or
+            holds files that no bulk segmentation wrote; or a URI cannot be reached.
+        ConfigError: a format is unknown, a number is less than 1, options exclude each other, or ``out`` holds the output of
+            another job and ``resume`` is set.
+        ModelError: ``model`` is not a model folder.
     """
     from vilseg.model.serialization import (
         read_segmentation_config,
@@ -143,14 +149,14 @@ def plan(
         raise DataError("no input is given: name folders, s3:// prefixes, patterns, shards, tables, lists or pictures")
     for uri in (*inputs, model, out):
         storage.require_bucket(uri)
-    carried = read_segmentation_config(model)  # one sentence now instead of a pool of actors that die one by one
+    carried = read_segmentation_config(model)  # fails here, before a pool of actors is started
     job = Job(
         inputs=sorted({storage.absolute(uri) for uri in inputs}),
-        # Actors may have another working directory; what does not exist here is a hub id.
+        # Absolute, because actors may have another working directory. A path that does not exist is taken as a hub id.
         model=storage.absolute(model) if storage.exists(model) else model,
         classes=classes,
         segmentation=settings or carried,
-        formats=sorted({"parquet", *formats}),  # that one always comes
+        formats=sorted({"parquet", *formats}),  # always written
         out=storage.absolute(out),
         rules=rules,
         limit=limit,
@@ -164,7 +170,10 @@ def plan(
 
 
 def list_inputs(job: Job) -> Iterator[Input | Container]:
-    """Inputs of the job as they are listed; containers are opened only for a limit or a sample."""
+    """Return an iterator over the inputs of the job, in the order of the listing.
+
+    Containers (shards, tables, lists) are yielded unopened, unless ``limit`` or ``sample`` requires to count their contents.
+    """
     if not (job.limit or job.sample):
         return scan(job.inputs)
 
@@ -173,14 +182,16 @@ def list_inputs(job: Job) -> Iterator[Input | Container]:
 
     if job.limit:
         return itertools.islice(opened(), job.limit)
-    # The smallest digests: a random sample, the same in every call, found without holding all names.
+    # The inputs whose names have the smallest hashes: a random sample that is the same in every call, in constant memory.
     without_data = (replace(item, data=None) for item in opened())
     picked = {item.name for item in heapq.nsmallest(job.sample or 0, without_data, key=_digest)}
     return (item for item in opened() if item.name in picked)
 
 
 def open_container(found: Input | Container) -> Iterator[Input]:
-    """Contents of a container, or the input itself; damage is returned as an input with a problem under the container's name.
+    """Yield the inputs inside a container, or the given input itself.
+
+    If the container is damaged, the last yielded input has the container's name and the error as its ``problem``.
 
     Raises:
         StoreUnavailable: the store does not respond.
@@ -191,7 +202,7 @@ def open_container(found: Input | Container) -> Iterator[Input]:
     try:
         yield from found.inputs()
     except StoreUnavailable:
-        raise  # or the rest of the container would be lost silently
+        raise  # otherwise the rest of the container would be skipped silently
     except (DataError, StorageError) as error:
         yield Input(found.name, found.uri, problem=str(error))
 
@@ -201,13 +212,13 @@ def _digest(item: Input) -> bytes:
 
 
 def clear_output(out: str) -> None:
-    """Delete the files of an earlier job and nothing else; its ``job.json`` stays until that of this job replaces it."""
+    """Delete the files that an earlier job wrote, except its ``job.json``, which the new job replaces."""
     before = _job_at(out)
     formats = before["formats"] if before else []
     written = {"png": [MASKS], "geotiff": [MASKS], "overlay": [OVERLAYS], "gallery": [THUMBS, PAGE, DATA]}
     written["coco"] = [ANNOTATIONS]
     folders = [name for kind in formats for name in written.get(kind, [])]
-    # Rows first: an image with a row but no mask would count as done.
+    # Result rows first: after an interruption an image with a row but no mask would count as done.
     for name in (RESULTS, PARTS, SUMMARY, *dict.fromkeys(folders)):
         storage.delete(storage.join(out, name))
 
@@ -218,24 +229,26 @@ class Estimate:
 
     images: int
     bytes: int
-    """Bytes of the files; for containers, of their members."""
+    """Total size of the input files in bytes; for containers, of their members."""
     containers: int
     rejected_of_tried: int
+    """Number of inputs rejected among those segmented for the estimate."""
     tried: int
+    """Number of inputs segmented for the estimate."""
     seconds_per_image: float
-    """Seconds on one CPU or GPU: reading, decoding, inference and writing."""
+    """Seconds per input on one CPU or GPU for reading, decoding, inference and writing."""
 
     def seconds(self, workers: int) -> float:
-        """Return the estimated seconds on ``workers`` CPUs or GPUs, without start-up."""
+        """Return the estimated seconds on ``workers`` CPUs or GPUs, without the start of Ray."""
         return self.images * self.seconds_per_image / workers
 
 
 def estimate(job: Job, scratch: str) -> Estimate:
-    """List and count all inputs, segment a random few, and write nothing to the job's output.
+    """Count all inputs and time the segmentation of a random sample of `_TRIED` of them.
 
     Args:
-        job: a plan.
-        scratch: folder for the outputs of these few.
+        job: job returned by `plan`; nothing is written to its output.
+        scratch: folder for the outputs of the sampled inputs.
     """
     import torch
 
@@ -250,7 +263,7 @@ def estimate(job: Job, scratch: str) -> Estimate:
         for item in open_container(found):
             images += 1
             size += item.size or len(item.data or b"")
-            # The largest negated digests are the smallest digests: a random sample, always the same.
+            # The heap keeps the smallest hashes of names, negated: a random sample that is the same in every call.
             entry = (-int.from_bytes(_digest(item)), images, item)
             if len(picked) < _TRIED:
                 heapq.heappush(picked, entry)
@@ -262,7 +275,7 @@ def estimate(job: Job, scratch: str) -> Estimate:
     outputs = replace(job.outputs, out=scratch)
     worker = BlockSegmenter(Segmenter(model, job.classes, keep_clusters=False), outputs, job.rules)
     tried = [item for _, _, item in picked]
-    worker.block(tried[:1])  # the first costs more
+    worker.block(tried[:1])  # warm-up: the first input takes longer
     started = time.perf_counter()
     result = worker.block(tried)
     seconds = (time.perf_counter() - started) / max(1, len(tried))
@@ -277,20 +290,20 @@ def _parallelism(inputs: Sequence[str]) -> int:
 
 
 def begin(job: Job, weights: str) -> None:
-    """Clear or check the output, and write ``job.json``.
+    """Clear the output or check that it can be resumed, and write ``job.json``.
 
     Args:
-        job: a plan.
-        weights: digest of the model's weights, which may have changed at the same URI.
+        job: job returned by `plan`.
+        weights: digest of the model's weights, since the weights at a URI may change between calls.
 
     Raises:
-        ConfigError: the existing output is another job's, or was made with other weights.
+        ConfigError: the existing output belongs to another job or to other weights.
     """
     before = _job_at(job.out)
     if job.overwrite:
         clear_output(job.out)
     elif before:
-        _require_same(job, before)  # once more, now that no other job can write
+        _require_same(job, before)  # checked by `plan` too, but only now no other job can write
         if before.get("weights") not in (None, weights):
             raise ConfigError(
                 f"cannot resume into {job.out}: the model at {job.model} has other weights now; replace it by --overwrite"
@@ -300,7 +313,7 @@ def begin(job: Job, weights: str) -> None:
 
 
 def _check_output(job: Job, *, resume: bool) -> None:
-    """Check that ``job`` may write to its output: a new or empty folder, or an output to replace or resume."""
+    """Raise an error unless the output is new or empty, or holds an earlier output to be resumed or overwritten."""
     out = job.out
     for place in (*map(fixed_part, job.inputs), job.model):
         if storage.overlap(out, place):
@@ -324,12 +337,12 @@ def _check_output(job: Job, *, resume: bool) -> None:
 
 
 def _require_same(job: Job, before: dict[str, Any]) -> None:
-    """Refuse to resume another job's output."""
+    """Raise ConfigError if ``before``, the content of an existing ``job.json``, differs from ``job``."""
     said = {"model": "another model", "segmentation": "other segmentation settings", "rules": "other limits"}
     said |= {"limit": "another --limit", "sample": "another --sample", "deduplicate": "another --deduplicate"}
     said |= {"vocabulary": "other prompts, background or negative words"}
     now = job.to_dict()
-    # Implied by the classes, or unknown to the version that wrote it.
+    # The vocabulary digest is not compared if the classes differ, which implies it, or if an earlier version wrote none.
     if before["classes"] != now["classes"] or "vocabulary" not in before:
         del now["vocabulary"]
     other = [said.get(key, f"other {key}") for key, value in now.items() if before[key] != value]
@@ -341,7 +354,7 @@ def _require_same(job: Job, before: dict[str, Any]) -> None:
 
 
 def _job_at(out: str) -> dict[str, Any] | None:
-    """Read ``job.json`` at ``out``; None if it does not exist or is not of this format."""
+    """Read ``job.json`` at ``out``; return None if it does not exist or has another format."""
     marker = storage.join(out, JOB)
     if not storage.exists(marker):
         return None

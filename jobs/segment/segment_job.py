@@ -1,7 +1,10 @@
-"""Segment an archive in bulk: one task lists it, small tasks open containers, a pool of actors segments blocks of it.
+"""Bulk segmentation: one task lists the inputs, small tasks open containers, and a pool of actors segments blocks of inputs.
 
-Every actor writes the masks of its block and then the block's rows as a part, each whole or not at all. A kill
-loses at most one block per actor; on resume the rows that exist tell what is done, so that each input ends in one row.
+A container is a shard, a table or a list of inputs. A block is a small group of inputs that one actor processes in one call.
+
+Every actor writes the masks of its block and then the block's result rows as one part file of the results table. All files are
+written atomically. A kill loses at most the blocks in progress, up to two per actor. On resume, inputs that have a row are
+skipped, so that the final table has exactly one row per input.
 """
 
 from __future__ import annotations
@@ -35,18 +38,21 @@ from vilseg.bulk.outputs import MASKS, OVERLAYS, BlockResult
 from vilseg.bulk.scheduling import cut, cut_container
 from vilseg.errors import DataError
 
-if TYPE_CHECKING:  # torch would delay every process that computes nothing
+if TYPE_CHECKING:  # importing torch would delay every process that does not compute
     from vilseg.bulk.worker import BlockSegmenter
     from vilseg.model.shared_weights import SplitObject
 
 _LISTING_CPUS, _OPENING_CPUS, _ACTOR_FRACTION = 0.05, 0.1, 0.85
-"""CPUs of listing, opening and actors. Listing and opening mostly wait for storage; the values differ because Ray Data fuses
-stages with equal resources."""
+"""CPUs of the listing task, of tasks that open containers, and fraction of an actor's CPUs requested from Ray.
+
+Listing and opening mostly wait for storage. Their values differ because Ray Data fuses stages that request equal resources.
+"""
 _COPIES_AT_ONCE = 1000
+"""Number of duplicates whose outputs are copied before the next ones are read."""
 _DEATHS_TO_SUSPECT, _DEATHS_TO_REJECT = 2, 2
-"""Actor deaths in a block after which its inputs are processed one by one, and deaths by one input after which it is rejected."""
+"""Actor deaths on a block before its inputs are processed one by one; actor deaths on a single input before it is rejected."""
 _MIN_INPUTS_TO_STOP = 50
-"""Inputs before the fraction of rejected ones is checked."""
+"""Number of processed inputs from which on the fraction of rejected ones is checked."""
 
 
 @dataclass(frozen=True)
@@ -70,12 +76,15 @@ class Progress:
     """Progress of a job."""
 
     done: int
+    """Number of inputs processed, including those of earlier calls."""
     listed: int
-    """Inputs listed so far, including those done earlier."""
+    """Number of inputs listed so far, including those processed in earlier calls."""
     listing_ended: bool
+    """All inputs are listed and all containers opened, so that `listed` is final."""
     rejected: int
+    """Number of inputs rejected in this call."""
     new_rejected: list[tuple[str, str]]
-    """Names and reasons since the last call."""
+    """Names and reasons of the inputs rejected since the last call."""
 
 
 def main(
@@ -85,17 +94,17 @@ def main(
     max_rejected: float = 1.0,
     progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Summary:
-    """Run a job that :func:`jobs.segment.plan.plan` made.
+    """Run a bulk segmentation and return its summary.
 
     Args:
-        job: inputs, model, classes and outputs.
+        job: job returned by :func:`jobs.segment.plan.plan`.
         session: the cluster.
-        max_rejected: end early when more than this fraction of the inputs cannot be used.
-        progress: called when blocks end.
+        max_rejected: maximum fraction of rejected inputs; the job ends early when it is exceeded.
+        progress: function called after every block.
 
     Raises:
         DataError: too many inputs were rejected.
-        StorageError: another job writes to the same place, the output cannot be written, or the store does not respond.
+        StorageError: another job writes to the same output, the output cannot be written, or the store does not respond.
         ModelError: the model cannot be loaded.
     """
     with lease(job.out) as held:
@@ -128,7 +137,7 @@ def estimate_on_cluster(job: Job, session: Session) -> tuple[Estimate, int]:
     """List the inputs of ``job`` and time a few of them in a task on the cluster.
 
     Args:
-        job: a plan.
+        job: job returned by `jobs.segment.plan.plan`.
         session: the cluster.
 
     Returns:
@@ -155,14 +164,14 @@ def _estimate(job: Job) -> Estimate:
 
 
 def _actors(job: Job, session: Session) -> int:
-    """Number of actors that segment blocks: one per GPU, or one per CPU."""
+    """Return the number of actors: one per GPU, or one per CPU if there are no GPUs, but at most `Job.parallelism`."""
     return max(1, min(job.parallelism, session.gpus or session.cpus))
 
 
 def _stream(
     job: Job, session: Session, parts: SplitObject, done: results_table.Names, tally: Any
 ) -> Iterator[dict[str, Any]]:
-    """Yield the results of blocks as they end."""
+    """List, open and segment all inputs; yield the result of each block when it is finished."""
     known = ray.put(done)
     actors = _actors(job, session)
     shared = ray.put(parts)
@@ -173,7 +182,9 @@ def _stream(
     make = partial(_make_segmenter, job, [shared], claims, max(1, int(cpus)))
     actor = (make, tally)
     listing = ray.data.from_items([{"id": 0}], override_num_blocks=1)
-    listing.context.target_max_block_size = 1  # byte: every row is a block of its own and is passed on at once
+    listing.context.target_max_block_size = (
+        1  # in bytes: makes every row a Ray Data block of its own, which is passed on at once
+    )
     blocks = listing.map_batches(
         lambda _: _list_blocks(job, actors, ray.get(known), tally), batch_size=None, num_cpus=_LISTING_CPUS
     ).map_batches(lambda batch: _open_containers(batch, ray.get(known), tally), batch_size=1, num_cpus=_OPENING_CPUS)
@@ -181,7 +192,7 @@ def _stream(
         _Actor,
         fn_constructor_args=actor,
         batch_size=1,
-        # Two blocks at a time, so that an actor computes while it finishes writing the previous block.
+        # Two calls at a time, so that an actor computes one block while it writes the outputs of the previous one.
         compute=ray.data.ActorPoolStrategy(
             size=actors, max_concurrent_calls_per_actor=2, enable_true_multi_threading=True
         ),
@@ -192,7 +203,7 @@ def _stream(
 
 
 def _list_blocks(job: Job, actors: int, done: results_table.Names, tally: Any) -> Iterator[dict[str, np.ndarray]]:
-    """Yield rows that hold one block of inputs, or one container, each."""
+    """Yield rows, each of which holds either one block of inputs or one container."""
     with storage.retrying():
         new = (one for one in list_inputs(job) if isinstance(one, Container) or one.name not in done)
         for found in cut(new, actors):
@@ -208,7 +219,7 @@ def _list_blocks(job: Job, actors: int, done: results_table.Names, tally: Any) -
 def _open_containers(
     batch: dict[str, np.ndarray], done: results_table.Names, tally: Any
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Pass blocks through; split a container into blocks of its members."""
+    """Yield a block unchanged; open a container and yield its members in blocks."""
     items = pickle.loads(batch["items"][0])
     if not isinstance(items[0], Container):
         yield _row(items)
@@ -227,16 +238,17 @@ def _row(items: list[Any]) -> dict[str, np.ndarray]:
 
 
 def _load(job: Job) -> tuple[SplitObject, str]:
-    """Load the segmenter, split for the object store so that the actors of a machine share its weights, and their digest.
+    """Load the model, and return its segmenter split for Ray's object store, and the digest of the weights.
 
-    The classes are embedded here once, and the text encoder, which images do not need, is left out.
+    Split, the weights are in shared memory, and all actors of a machine use one copy. The class embeddings are computed here
+    once; the text encoder is left out, since images do not need it.
     """
     from vilseg.model import ViLSeg
     from vilseg.model.shared_weights import split_weights
     from vilseg.segmentation.segmenter import Segmenter
 
     model = ViLSeg.from_pretrained(job.model)
-    # Digest of the weights in the file: class embeddings are rounded differently by other processors.
+    # Not the digest of the segmenter, since class embeddings differ in rounding between processors.
     weights = split_weights(model.state_dict()).digest()
     model.segmentation = job.segmentation
     segmenter = Segmenter(model, job.classes, device="cpu", keep_clusters=False)
@@ -252,7 +264,7 @@ def _make_segmenter(job: Job, parts: list[Any], claims: Any, threads: int) -> Bl
     from vilseg.model.shared_weights import join_weights
 
     torch.set_num_threads(threads)
-    # The model's thread releases the GIL in every operator; it should not wait 5 ms to get it back.
+    # The model's thread releases the GIL in every operator, and could wait up to 5 ms (the default) to acquire it again.
     sys.setswitchinterval(0.0005)
     segmenter = join_weights(ray.get(parts[0])).to(best_device())
     claim = None if claims is None else lambda digest, name: ray.get(claims.claim.remote(digest, name))
@@ -260,7 +272,7 @@ def _make_segmenter(job: Job, parts: list[Any], claims: Any, threads: int) -> Bl
 
 
 class _Actor:
-    """Callable class that Ray Data constructs once in every actor."""
+    """Segmenter of blocks; Ray Data constructs it once in every actor and calls it for each block."""
 
     def __init__(self, make: Callable[[], BlockSegmenter], tally: Any) -> None:
         from ray.util import metrics
@@ -271,13 +283,13 @@ class _Actor:
         self._count = metrics.Counter("vilseg_segmented_images", "Inputs of bulk segmentation.", tag_keys=("status",))
 
     def _block(self, inputs: list[Input]) -> BlockResult:
-        """Segment a block; isolate inputs that kill their actor, as Ray Data would retry their block without end."""
+        """Segment a block; isolate and reject inputs that kill the actor, because Ray Data would retry their block forever."""
         if ray.get(self._tally.begin.remote(inputs[0].name)) <= _DEATHS_TO_SUSPECT:
             return self._segmenter.block(inputs)
         total = BlockResult()
         for item in inputs:
             alone = f"{item.name} alone"
-            with self._alone:  # or one input would be blamed for another
+            with self._alone:  # one at a time, so that a death is attributed to the right input
                 deaths = ray.get(self._tally.begin.remote(alone)) - 1
                 if deaths >= _DEATHS_TO_REJECT:
                     item = replace(item, problem=f"the process that works on it dies: {deaths} did", data=None)
@@ -304,7 +316,7 @@ _helper = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
 
 @_helper
 class _Tally:
-    """Counters of listed inputs, and of attempts per block."""
+    """Counts listed inputs, containers not yet opened, and attempts per block."""
 
     def __init__(self, done: int) -> None:
         self._listed = done
@@ -337,7 +349,7 @@ class _Tally:
 
 @_helper
 class _Claims:
-    """Registry of the first input with each content hash."""
+    """Registry of the first input with each content hash, for deduplication."""
 
     def __init__(self, claims: dict[str, str]) -> None:
         self._claims = claims
@@ -359,7 +371,7 @@ def _check_rejected(rejected: int, finished: int, max_rejected: float, refusals:
 
 
 def _finish(job: Job, rate: float) -> Summary:
-    """Merge the parts into the output files; the summary is written last."""
+    """Merge the part files of the results table into the final output files; the summary is written last."""
     _copy_for_duplicates(job)
     results_table.merge(job.out)
     if "coco" in job.formats:
@@ -383,7 +395,7 @@ def _summarise(job: Job, rate: float) -> Summary:
 
 
 def _rows_of_images(out: str) -> Iterator[Row]:
-    """Rows with run lengths, which videos and GeoTIFFs do not have."""
+    """Yield the rows of segmented images; videos and GeoTIFFs are left out, since their rows have no run-length encoding."""
     return (row for row in results_table.read_results(out) if row["status"] == "ok" and row["rle"])
 
 
@@ -401,7 +413,7 @@ def _copy_for_duplicates(job: Job) -> None:
         path, first = names
         for folder, (suffix, wanted) in kinds.items():
             source = storage.join(job.out, folder, f"{first}.{suffix}")
-            if wanted and storage.exists(source):  # a rejected one has none
+            if wanted and storage.exists(source):  # a rejected input has no outputs
                 storage.write_bytes(storage.join(job.out, folder, f"{path}.{suffix}"), storage.read_bytes(source))
 
     with storage.ThreadPool(storage.TRANSFERS_AT_ONCE) as pool:

@@ -1,7 +1,7 @@
-"""Choose the number of training workers by the room on the cluster: fewer after a machine is lost, more after one is added.
+"""Elastic number of training workers: fewer after a machine is lost, more after one is added.
 
-The pairs of a step are split evenly, so only numbers that divide the batch are used. The pairs of a step and the loss do not
-depend on the number.
+The pairs of a step are split evenly, so only worker counts that divide the batch size are used. The pairs of a step and the loss
+do not depend on the worker count.
 """
 
 from __future__ import annotations
@@ -19,35 +19,40 @@ from vilseg.errors import ConfigError
 
 _log = logging.getLogger("vilseg.jobs.train")
 _CHECK_INTERVAL_S = 30.0
-"""Seconds between two checks for room for more workers: about what restarting the workers costs a run."""
+"""Seconds between two checks for free resources for more workers; about the time that a restart of the workers takes."""
 _PLACEMENT_TIMEOUT_S = 20.0
-"""Seconds that one placement is tried for: after them a lost worker's resources are free, or a lost machine is known."""
+"""Timeout of one placement attempt in seconds. By then Ray has freed a lost worker's resources or noticed a lost machine."""
 _FULL_SIZE_TIMEOUT_S = 60.0
-"""Seconds to wait for room for the largest number; after them other jobs must hold a part of the cluster, and fewer will do."""
+"""Seconds to wait for resources for the largest worker count. After them other jobs are assumed to hold the resources, and fewer
+workers are accepted."""
 _CAPACITY_TIMEOUT_S = 1800.0
-"""Seconds without room for the smallest number of workers after which the run fails."""
+"""Seconds to wait for resources for the smallest worker count before the run fails."""
 
 
 def most_workers_that_fit(trainer: TrainerConfig, session: Session, on_gpus: bool = False) -> int:
-    """Return the largest number of workers, up to the one configured, that divides a batch and fits on the whole cluster.
+    """Return the largest worker count up to the configured maximum that divides the batch and fits on the whole, idle cluster.
 
-    Each worker takes a GPU if the cluster has any, or if the run is ``on_gpus``: it waits for GPUs that were lost.
+    Args:
+        trainer: settings of the trainer.
+        session: the cluster.
+        on_gpus: count GPUs even if the cluster has none now, because the run has used GPUs and has to wait for lost ones.
+            Otherwise GPUs are counted if there are any, else CPUs.
     """
     return trainer.max_even_workers(session.gpus if on_gpus or session.gpus else session.cpus)
 
 
 def wait_for_workers(trainer: TrainerConfig, *, on_gpus: bool = False) -> tuple[int, Session]:
-    """Return the largest number of workers that there is free room for now, and the cluster as it is.
+    """Wait for free resources, and return the largest number of workers that fits in them, with the current cluster.
 
-    Room for as many as fit on the whole cluster is waited for during `_FULL_SIZE_TIMEOUT_S`, since the resources of a lost worker
-    are not free at once; then fewer will do.
+    For `_FULL_SIZE_TIMEOUT_S` seconds only the number that fits on the whole cluster is accepted, because the resources of a lost
+    worker are not free at once. After that smaller numbers are accepted too.
 
     Args:
         trainer: settings of the trainer.
-        on_gpus: the run has used GPUs, so that it does not go on on CPUs when they are lost.
+        on_gpus: True if the run has used GPUs; if they are lost, it then waits for GPUs and does not continue on CPUs.
 
     Raises:
-        ConfigError: for half an hour there was no room for the smallest number.
+        ConfigError: for `_CAPACITY_TIMEOUT_S` seconds there were no resources for the smallest number of workers.
     """
     started = time.monotonic()
     announced = False
@@ -70,14 +75,14 @@ def wait_for_workers(trainer: TrainerConfig, *, on_gpus: bool = False) -> tuple[
 
 
 class ScaleUpTrigger:
-    """Returns True once there is free room for more workers than a run has now.
+    """Function that returns True once the cluster has free resources for more workers than a run has.
 
-    It may be called often: the cluster is checked every `_CHECK_INTERVAL_S` seconds.
+    It may be called often, because it queries the cluster only every `_CHECK_INTERVAL_S` seconds.
 
     Args:
         trainer: settings of the trainer.
-        workers: number of workers that the run has.
-        session: the cluster when they were placed.
+        workers: current number of workers of the run.
+        session: the cluster at the time when these workers were placed.
     """
 
     def __init__(self, trainer: TrainerConfig, workers: int, session: Session) -> None:
@@ -87,7 +92,7 @@ class ScaleUpTrigger:
         self._next = time.monotonic() + _CHECK_INTERVAL_S
 
     def __call__(self) -> bool:
-        """Check the cluster if a check is due; False between the checks."""
+        """Query the cluster if a check is due; return False otherwise."""
         if time.monotonic() < self._next:
             return False
         self._next = time.monotonic() + _CHECK_INTERVAL_S
@@ -104,7 +109,7 @@ class ScaleUpTrigger:
 
 
 def _worker_counts(trainer: TrainerConfig, session: Session, on_gpus: bool) -> Iterator[int]:
-    """Yield the numbers of workers that fit on the whole cluster, the largest first."""
+    """Yield the worker counts that fit on the whole, idle cluster, largest first."""
     workers = most_workers_that_fit(trainer, session, on_gpus)
     while workers >= trainer.min_workers:
         yield workers
@@ -116,19 +121,19 @@ def _total_resources(session: Session, workers: int) -> dict[str, float]:
 
 
 def _unreserved_resources() -> dict[str, float]:
-    """Return the CPUs and GPUs outside of all placement groups."""
-    # Reader tasks, the run's own too, take idle CPUs for moments only. Placement groups hold theirs for the length of a job.
+    """Return the number of CPUs and GPUs that no placement group has reserved."""
+    # CPUs in use by tasks count as free, since reader tasks (also the run's own) hold them only for moments.
     groups = [group for group in placement_group_table().values() if group["state"] == "CREATED"]
     held = sum(bundle.get("CPU", 0) for group in groups for bundle in group["bundles"].values())
     return {"CPU": ray.cluster_resources().get("CPU", 0) - held, "GPU": ray.available_resources().get("GPU", 0)}
 
 
 def _can_place(session: Session, workers: int) -> bool:
-    """Return True if ``workers`` can be placed, found by placing them: Ray counts a lost machine for up to a minute."""
+    """Try to reserve the resources of ``workers``; Ray's resource counts may include a lost machine for up to a minute."""
     each, places, strategy = session.worker_resources(workers), workers, "PACK"
     if "GPU" not in each:
-        # Workers take fractions of a CPU, so the other machines may have room for those of a lost one too, and would be
-        # overloaded. So every machine is asked for its part.
+        # CPU workers reserve less than they use, so the workers of a lost machine would fit on the others and overload them.
+        # So the resources are reserved on each machine separately.
         places, strategy = min(session.nodes, workers), "STRICT_SPREAD"
         each = {name: amount * session.workers_per_node(workers) for name, amount in each.items()}
     group = placement_group([each] * places, strategy=strategy)

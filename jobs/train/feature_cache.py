@@ -1,4 +1,4 @@
-"""Write a feature cache (``vilseg.features``) by a pool of Ray actors, one shard at a time each."""
+"""Feature cache (``vilseg.features``) written by a pool of Ray actors, each of which processes one shard at a time."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from vilseg.training.run_setup import require_sources
 def main(
     config: RunConfig, session: Session, *, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> CacheManifest:
-    """Write the cache of ``data.source`` below ``data.feature_cache``, unless it is complete already.
+    """Write the features of ``data.source`` under ``data.feature_cache``, unless a complete cache exists; return its manifest.
 
     Args:
-        config: of the run; its image encoder must be frozen.
+        config: configuration of the run; its image encoder must be frozen.
         session: the cluster.
-        progress: called with the number of shards done and the number of all shards.
+        progress: function called with the number of shards done and the number of all shards.
 
     Raises:
-        ConfigError: the image encoder is not frozen, or a key is missing.
+        ConfigError: the image encoder is not frozen, or a required configuration key is missing.
         DataError: more than ``data.max_bad_share`` of the pairs cannot be read.
         ModelError: an encoder cannot be loaded.
     """
@@ -66,7 +66,7 @@ def _write_shards(
     session: Session,
     progress: Callable[[int, int], None],
 ) -> list[ShardSummary]:
-    """Write the shard ``target`` of each row from its ``source``, by a pool of actors: one for each GPU, or CPU without GPUs."""
+    """Write the cache shard ``target`` of each row from its shard ``source``, with one actor per GPU, or per CPU without GPUs."""
     actors = max(1, min(len(rows), session.gpus or session.cpus))
     data = config.data
     settings = {
@@ -90,7 +90,7 @@ def _write_shards(
     progress(0, len(rows))
     try:
         for row in written.iter_rows():
-            summaries.append(row)  # type: ignore[arg-type]  # of the keys that the actor returns
+            summaries.append(row)  # type: ignore[arg-type]  # the columns are the keys of the dict that the actor returns
             progress(len(summaries), len(rows))
     except ray.exceptions.RayError as error:
         raise find_user_error(error) or error from None
@@ -98,7 +98,7 @@ def _write_shards(
 
 
 class _FeatureActor:
-    """Holds a `FeatureWriter` in each actor of the pool, so that encoders are loaded once."""
+    """Actor that holds a `FeatureWriter`, so that the encoders are loaded once per actor."""
 
     def __init__(self, encoders: list[Any], settings: dict[str, Any], threads: int) -> None:
         torch.set_num_threads(threads)

@@ -1,4 +1,7 @@
-"""The actor between driver, workers and readers of a run: metrics, unreadable pairs, user errors, and the request to stop."""
+"""Training monitor: the actor through which the workers and readers of a run communicate with the driver.
+
+It collects metrics, unreadable pairs and user errors for the driver, and holds the driver's request to stop.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import ray
 from vilseg.data.shards import BadPair
 
 _MIN_PAIRS = 500
-"""Smallest denominator of the fraction of bad pairs: a few bad ones among the first do not end a run."""
+"""Minimum denominator of the fraction of bad pairs, so that a few bad pairs at the start do not end a run."""
 
 
 BadPairId = tuple[str, str]
@@ -18,29 +21,35 @@ BadPairId = tuple[str, str]
 
 @dataclass
 class ProgressUpdate:
-    """News since the last poll."""
+    """Metrics and unreadable pairs since the last poll of the training monitor, and the totals."""
 
     metrics: list[dict[str, float]] = field(default_factory=list)
     bad: dict[BadPairId, str] = field(default_factory=dict)
-    """Reasons of pairs that could not be read, each pair once a run."""
+    """Reasons why pairs could not be read, by pair; every pair is reported once per run."""
     read: int = 0
+    """Number of pairs read since the monitor was started."""
     bad_total: int = 0
+    """Number of unreadable pairs among them; a pair counts again in every epoch."""
     failure: Exception | None = None
-    """User error that a worker met; the run is over."""
+    """User error that a worker raised; the run cannot continue."""
 
 
 @dataclass(frozen=True)
 class ReportReply:
-    """Reply to a report of rank 0."""
+    """Reply of the training monitor to a report of rank 0."""
 
     stop: bool
-    """The run is asked to stop."""
+    """The driver requests the run to stop."""
     counts: dict[str, float]
-    """Metrics that the monitor adds to the report."""
+    """Metrics to add to the report: the numbers of bad and of filtered pairs."""
 
 
 class BadPairCounter:
-    """Counts the pairs read and the unreadable ones among them, and says when these are too many."""
+    """Counter of pairs read and of unreadable pairs, which checks the fraction of unreadable ones.
+
+    Args:
+        max_bad_share: maximum fraction of unreadable pairs.
+    """
 
     def __init__(self, max_bad_share: float) -> None:
         self.read = self.bad = 0
@@ -49,7 +58,12 @@ class BadPairCounter:
         self._new: dict[BadPairId, str] = {}
 
     def add(self, read: int, bad: list[BadPair]) -> str | None:
-        """Count pairs read and those among them that could not be used; return a sentence when these are too many."""
+        """Count pairs, and return an error message if too many could not be read, else None.
+
+        Args:
+            read: number of pairs read since the last call, including the bad ones.
+            bad: the pairs among them that could not be read.
+        """
         self.read += read
         self.bad += len(bad)
         for pair in bad:
@@ -65,14 +79,18 @@ class BadPairCounter:
         )
 
     def take_new(self) -> dict[BadPairId, str]:
-        """Return the reasons of bad pairs that the calls before did not return; each pair comes once, not once an epoch."""
+        """Return the reasons of bad pairs that no earlier call returned; a pair is returned once, not once per epoch."""
         new, self._new = self._new, {}
         return new
 
 
 @ray.remote(num_cpus=0, max_restarts=0)
 class TrainingMonitor:
-    """One for each run: workers and readers write to it, the driver polls it."""
+    """Training monitor actor, one per run: workers and readers write to it, and the driver polls it.
+
+    Args:
+        max_bad_share: maximum fraction of unreadable pairs.
+    """
 
     def __init__(self, max_bad_share: float) -> None:
         self._pairs = BadPairCounter(max_bad_share)
@@ -82,26 +100,32 @@ class TrainingMonitor:
         self._failure: Exception | None = None
 
     def add_pairs(self, read: int, bad: list[BadPair], filtered: int = 0) -> str | None:
-        """Count pairs; return a sentence when too many were bad."""
+        """Count pairs, and return an error message if too many could not be read, else None.
+
+        Args:
+            read: number of pairs read since the last call, including the bad ones.
+            bad: the pairs among them that could not be read.
+            filtered: number of pairs that the configured filters left out.
+        """
         self._filtered += filtered
         return self._pairs.add(read, bad)
 
     def report(self, metrics: dict[str, float]) -> ReportReply:
-        """Keep a report of rank 0 for the driver."""
+        """Store a report of rank 0 until the driver polls it."""
         counts = {"bad_pairs": float(self._pairs.bad), "filtered_pairs": float(self._filtered)}
         self._new.metrics.append({**metrics, **counts})
         return ReportReply(self._stop, counts)
 
     def clear_stop(self) -> None:
-        """Withdraw the request to stop; called before each trainer starts."""
+        """Withdraw the request to stop. The supervisor calls this before it starts a trainer."""
         self._stop = False
 
     def request_stop(self) -> None:
-        """Ask the run to stop at its next report."""
+        """Request the run to stop at its next report."""
         self._stop = True
 
     def fail(self, failure: Exception) -> None:
-        """Keep the first user error: a restart cannot correct it."""
+        """Store a user error, which a restart of the workers cannot correct; only the first one is kept."""
         self._failure = self._failure or failure
 
     def has_failed(self) -> bool:
@@ -109,7 +133,7 @@ class TrainingMonitor:
         return self._failure is not None
 
     def poll(self) -> ProgressUpdate:
-        """Return the news since the last call, with the totals."""
+        """Return the metrics and bad pairs since the last call, with the totals."""
         new, self._new = self._new, ProgressUpdate()
         new.bad = self._pairs.take_new()
         new.read, new.bad_total, new.failure = self._pairs.read, self._pairs.bad, self._failure

@@ -1,7 +1,7 @@
 """The process group of training workers on several machines without GPUs.
 
 Gloo listens on the address that the machine's host name resolves to. In many /etc/hosts files that is a loopback address, which
-workers on other machines cannot reach. So Gloo is given the interface of the address by which the machine is known to Ray.
+workers on other machines cannot reach. So Gloo is configured to use the interface that has the machine's address in Ray.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import ray
 from ray.train.torch import TorchConfig
 
 _VARIABLE = "GLOO_SOCKET_IFNAME"
+"""Environment variable from which Gloo reads the name of its network interface."""
 _SIOCGIFADDR = 0x8915
-"""Linux's request for the address of an interface (netdevice(7))."""
+"""Number of the Linux ioctl request for the address of an interface (netdevice(7))."""
 
 
 class MultiNodeTorchConfig(TorchConfig):
@@ -25,11 +26,11 @@ class MultiNodeTorchConfig(TorchConfig):
 
     @property
     def backend_cls(self) -> Any:
-        """Ray's backend, which sets up the process group of the workers."""
+        """Class that sets up the process group of the workers."""
         return _GlooInterfaceBackend
 
 
-class _GlooInterfaceBackend(TorchConfig().backend_cls):  # type: ignore[misc]  # Ray does not say its type
+class _GlooInterfaceBackend(TorchConfig().backend_cls):  # type: ignore[misc]  # Ray does not annotate its type
     def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
         if len(set(worker_group.execute(ray.util.get_node_ip_address))) > 1:
             worker_group.execute(_use_interface_of_node)
@@ -43,14 +44,14 @@ def _use_interface_of_node() -> None:
 
 
 def interface_with_address(address: str) -> str | None:
-    """Return the name of this machine's network interface with the IPv4 ``address``; None where there is none."""
+    """Return the name of this machine's network interface with the IPv4 ``address``; None if none has it."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
             request = struct.pack("256s", name.encode())
             try:
                 answer = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, request)
             except OSError:
-                continue  # without an IPv4 address, or the system does not know the request
+                continue  # the interface has no IPv4 address, or the system does not support the request
             if socket.inet_ntoa(answer[20:24]) == address:
                 return name
     return None

@@ -1,4 +1,4 @@
-"""Reports of rank 0: metrics, example images, checkpoints and the model."""
+"""Output of rank 0 during training: metrics, example images, checkpoints and the model."""
 
 from __future__ import annotations
 
@@ -23,19 +23,22 @@ from vilseg.training.metrics_log import MetricsFile, read_metrics
 from vilseg.training.run_dir import RunDirectory
 
 _HELD_OUT_PAIRS = 500
+"""Maximum number of held-out pairs for the proxy metrics."""
 _EXAMPLES = 6
-"""Number of images whose clusters are shown."""
+"""Number of images whose cluster assignments are shown in TensorBoard."""
 
 
 class TrainingReporter:
-    """Writes what a run leaves while it trains; a context manager, whose exit waits for the checkpoint being written.
+    """Writer of a run's metrics, example images, checkpoints and model.
+
+    A context manager; its exit waits until a checkpoint that is being written is complete.
 
     Args:
-        config: of the run.
-        run_dir: of the run.
-        trainer: in the state that training starts or continues from.
-        monitor: handle of the run's `TrainingMonitor`, which passes reports to the driver.
-        sampler: gives the epoch of a step.
+        config: configuration of the run.
+        run_dir: directory of the run.
+        trainer: trainer in the state from which training starts or continues.
+        monitor: handle of the run's `TrainingMonitor` actor, which passes reports to the driver.
+        sampler: sampler of the run, to compute the epoch of a step.
     """
 
     def __init__(
@@ -63,29 +66,31 @@ class TrainingReporter:
     ) -> None:
         self._writer.__exit__(kind, error, trace)
         if error is None:
-            self._metrics.end()  # everything was synced with the last checkpoint
+            self._metrics.end()  # only after success: the metrics were synced with the last checkpoint
 
     def keep_examples(self, batches: Iterator[WorkerBatch]) -> Iterator[WorkerBatch]:
-        """Yield the batches unchanged, and keep images of the first to show their clusters."""
+        """Yield the batches unchanged, and keep the first images of the first batch to show their clusters later."""
         for batch in batches:
             if self._examples is None and batch.images.dtype == np.uint8:  # not cached features
                 self._examples = np.array(batch.images[:_EXAMPLES])
             yield batch
 
     def report(self, metrics: dict[str, float]) -> bool:
-        """Write a report and pass it to the driver; return True if the run is asked to stop.
+        """Write metrics and pass them to the driver; return True if the driver requests the run to stop.
+
+        Adds the epoch, the proxy metrics of held-out pairs (at checkpoints) and the monitor's counts to ``metrics``.
 
         Raises:
             StorageError: the last checkpoint could not be written.
         """
-        self._writer.check()  # a failed write is reported now: the next one may be hours away
+        self._writer.check()  # raise a write error now, since the next checkpoint may be hours away
         step, before = int(metrics["step"]), int(self._last_metrics.get("step", 0))
         every = self._config.trainer.examples_every
         metrics["epoch"] = metrics["samples"] / self._sampler.pairs
         if self._config.data.mix:
             epochs = self._sampler.epochs(int(metrics["samples"]))
             metrics |= {f"epoch/{name}": epoch for name, epoch in epochs.items()}
-        unsharded = self._config.trainer.sharding == "none"  # sharded weights need all workers to compute
+        unsharded = self._config.trainer.sharding == "none"  # a model sharded by FSDP needs all workers to compute
         if unsharded and self._config.data.held_out and self._is_checkpoint_step(step):
             proxy_metrics = measure(self._trainer.objective.model, self._held_out)
             metrics |= {f"held_out/{name}": value for name, value in proxy_metrics.items()}
@@ -95,16 +100,16 @@ class TrainingReporter:
         metrics |= reply.counts
         self._metrics.add(metrics)
         self._last_metrics = metrics
-        if unsharded and every and step // every > before // every:  # reports do not always come at its multiples
+        if unsharded and every and step // every > before // every:  # a report need not fall on a multiple of it
             self._add_examples(step)
         return reply.stop
 
     def checkpoint(self) -> None:
-        """Start to write a checkpoint, with the metrics so far."""
+        """Start to write a checkpoint with the last metrics, in the background."""
         self._writer.write(self._trainer.state_dict(), self._last_metrics, also=self._metrics.sync)
 
     def save_model(self) -> None:
-        """Write the trained model."""
+        """Write the trained model to the run directory; with FSDP collective, so every rank has to gather the weights."""
         weights = self._trainer.model_weights()
         run_setup.save_trained_model(
             self._trainer.objective.model, self._config, self._run_dir, self._last_metrics, weights
@@ -132,7 +137,15 @@ class TrainingReporter:
 
 
 def _image_grid(images_BHW3: np.ndarray, assignments_BKhw: torch.Tensor) -> np.ndarray:
-    """Return the images in a row, and below each its patches in the colors of their clusters. Shape: -> (2 H, B W, 3) uint8."""
+    """Return an image whose upper row holds the images and whose lower row their patches, colored by cluster.
+
+    Args:
+        images_BHW3: images, uint8.
+        assignments_BKhw: cluster scores per patch.
+
+    Returns:
+        Image of shape (2 H, B W, 3), uint8.
+    """
     height, width = images_BHW3.shape[1:3]
     clusters_Bhw = assignments_BKhw.argmax(1)
     large_BHW = torch.nn.functional.interpolate(clusters_Bhw[:, None].float(), (height, width), mode="nearest")[:, 0]

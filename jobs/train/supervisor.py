@@ -1,4 +1,4 @@
-"""Supervise a training on the driver: Ray's trainer runs in a thread; this one polls the monitor and handles Ctrl-C."""
+"""Supervisor of a training on the driver: runs Ray's trainer in a thread, polls the training monitor and handles Ctrl-C."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from vilseg.training.run_dir import RunDirectory
 _log = logging.getLogger("vilseg.jobs.train")
 _POLL_SECONDS = 0.3
 _END_TIMEOUT_S = 30.0
-"""Seconds that a trainer may take to end after a user error: its restarted workers return at once."""
+"""Seconds to wait for Ray's trainer to end after an error; its restarted workers return at once."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -33,20 +33,20 @@ class TrainingResult:
 
     run_dir: RunDirectory
     metrics: dict[str, float]
-    """The last report."""
+    """Metrics of the last report."""
     stopped: bool
-    """True where the run stopped before its last step, with a checkpoint."""
+    """The run stopped before its last step, with a checkpoint."""
 
 
 class TrainingSupervisor:
-    """Supervises a run, which may consist of several trainers, one after another.
+    """Supervisor of a run, which may consist of several of Ray's trainers, one after another.
 
     Args:
-        monitor: handle of the run's `TrainingMonitor`.
-        run_dir: of the run.
-        steps: of the whole run.
-        progress: called a few times a second with what is new.
-        should_stop: called as often; once it returns True the run stops with a checkpoint.
+        monitor: handle of the run's `TrainingMonitor` actor.
+        run_dir: directory of the run.
+        steps: number of steps of the whole run.
+        progress: function called a few times per second with the updates of the monitor.
+        should_stop: function called equally often; once it returns True, the run stops with a checkpoint.
     """
 
     def __init__(
@@ -61,18 +61,19 @@ class TrainingSupervisor:
         self._progress, self._should_stop = progress, should_stop
         self._last_metrics: dict[str, float] = {}
         self.asked_to_stop = False
-        """The user asked, or ``should_stop``; not set where a run stops to continue with more workers."""
+        """Ctrl-C, SIGTERM or ``should_stop`` requested the run to stop; False if it stops only to continue with more workers."""
 
     def run(self, trainer: TorchTrainer, pause: Callable[[], bool] = lambda: False) -> TrainingResult:
         """Run a trainer to its end.
 
         Args:
-            trainer: not started yet.
-            pause: called a few times a second; once it returns True, the trainer stops with a checkpoint, for another to follow.
+            trainer: trainer that is not started yet.
+            pause: function called a few times per second; once it returns True, the trainer stops with a checkpoint, from which
+                another trainer can continue.
 
         Raises:
             UserError: a worker or reader found an error in the user's input.
-            KeyboardInterrupt: Ctrl-C for the second time.
+            KeyboardInterrupt: Ctrl-C or SIGTERM was received for the second time.
         """
         ray.get(self._monitor.clear_stop.remote())
         failure: list[BaseException] = []
@@ -85,7 +86,7 @@ class TrainingSupervisor:
             finally:
                 ended.set()
 
-        # Not Thread.join: interrupted by Ctrl-C, it may return while the thread still runs (Python 3.11).
+        # Not Thread.join, which may return while the thread still runs if Ctrl-C interrupts it (Python 3.11).
         ended = threading.Event()
         threading.Thread(target=fit, name="vilseg-train", daemon=True).start()
         stopping = announced = False
@@ -100,12 +101,12 @@ class TrainingSupervisor:
                 if signals and not announced:
                     announced = True
                     _log.info("stopping after the next report with a checkpoint; Ctrl-C again stops without one")
-                # Also checked while the run stops for more workers: then no other trainer may follow.
+                # Also checked while the run stops to continue with more workers: then no other trainer may follow.
                 self.asked_to_stop = self.asked_to_stop or bool(signals) or self._should_stop()
                 if not stopping and (self.asked_to_stop or pause()):
                     stopping = True
                     self._monitor.request_stop.remote()
-            self.asked_to_stop = self.asked_to_stop or bool(signals)  # since the last poll
+            self.asked_to_stop = self.asked_to_stop or bool(signals)  # signals received since the last poll
         if failure:
             raise find_user_error(failure[0]) or failure[0]
         finished = self._last_metrics.get("step", 0) >= self._steps
@@ -116,14 +117,14 @@ class TrainingSupervisor:
         self._last_metrics = update.metrics[-1] if update.metrics else self._last_metrics
         self._progress(update)
         if update.failure:
-            raise update.failure  # Ray restarts the workers until its limit; they return at once
+            raise update.failure  # not waiting for Ray, which restarts the workers up to its limit; they return at once
 
 
 @contextmanager
 def _wait_for_end_on_error(ended: threading.Event) -> Iterator[None]:
-    """Hold an error back until the trainer's thread has ended, at most `_END_TIMEOUT_S` seconds.
+    """On an error, wait until the trainer's thread has ended, at most `_END_TIMEOUT_S` seconds, and raise the error again.
 
-    The caller shuts Ray down after an error. A thread inside one of Ray's calls could then crash the process.
+    The caller shuts Ray down after an error; a thread that is inside one of Ray's calls could then crash the process.
     """
     try:
         yield
@@ -134,7 +135,7 @@ def _wait_for_end_on_error(ended: threading.Event) -> Iterator[None]:
 
 @contextmanager
 def collect_signals() -> Iterator[list[int]]:
-    """Collect every Ctrl-C and SIGTERM in a list instead of raising: an exception inside one of Ray's calls may get lost."""
+    """Collect every Ctrl-C and SIGTERM in a list. An exception raised inside one of Ray's calls could get lost."""
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield received  # only the main thread receives signals
@@ -173,7 +174,7 @@ class QuarantineFile:
         self._written = len(self._lines)
 
     def add(self, bad: dict[BadPairId, str]) -> None:
-        """Add pairs with the reasons, and write them unless the store does not answer."""
+        """Add pairs with their reasons, and write the file; if the store does not answer, a later call writes it."""
         for (key, shard), reason in bad.items():
             entry = {"key": key, "reason": reason, "shard": shard}
             self._lines.setdefault((key, shard), json.dumps(entry, ensure_ascii=False))
@@ -183,7 +184,7 @@ class QuarantineFile:
             return  # written by the next call, or by `write` at the end
 
     def write(self) -> None:
-        """Write what is not written yet; retry while the store does not answer."""
+        """Write the pairs that are not written yet; retry while the store does not answer."""
         with storage.retrying():
             self._write()
 

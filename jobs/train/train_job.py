@@ -1,4 +1,4 @@
-"""The driver of a training run: Ray Data streams pairs into Ray Train workers; see ``jobs.train`` for the whole story."""
+"""Driver of a training run: Ray Data streams pairs to Ray Train workers. ``jobs/train/__init__.py`` describes the design."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from vilseg.training.run_dir import PreparedRun, RunDirectory, new_run_name
 _log = logging.getLogger("vilseg.jobs.train")
 
 
-@sigterm_as_ctrl_c()  # also while pairs are counted, features are cached and machines are waited for
+@sigterm_as_ctrl_c()  # for the whole function: SIGTERM must also work before training starts
 def main(
     config: RunConfig,
     session: Session,
@@ -37,18 +37,21 @@ def main(
     progress: Callable[[ProgressUpdate], None] = lambda update: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> TrainingResult:
-    """Train as ``config`` says on the connected cluster.
+    """Train a model on the connected cluster.
+
+    The first Ctrl-C or SIGTERM during training stops the run with a checkpoint; the result then has ``stopped`` set.
 
     Args:
-        config: of the run; a name is made where it has none. On ``resume`` the steps and workers may differ from before.
+        config: configuration of the run. If it has no name, one is generated. On ``resume`` the numbers of steps and of workers
+            may differ from those of the earlier call.
         session: the cluster.
         resume: continue from the last checkpoint of the run of that name.
-        progress: called a few times a second with what is new.
-        should_stop: called as often; once it returns True the run stops with a checkpoint.
+        progress: function called a few times per second with the updates of the training monitor.
+        should_stop: function called equally often; once it returns True, the run stops with a checkpoint.
 
     Raises:
-        UserError: anything in the configuration, the pairs or the storage that is wrong.
-        KeyboardInterrupt: Ctrl-C, after the last checkpoint was written; a second one does not wait for it.
+        UserError: the configuration, the pairs or the storage has an error that the user can correct.
+        KeyboardInterrupt: Ctrl-C or SIGTERM before training started, or a second one during training.
     """
     check_workers(config.trainer.min_workers, session.cpus, session.gpus)
     config.trainer.check_even_split()
@@ -87,7 +90,7 @@ def _train_elastic(
     prepared: PreparedRun,
     monitor: Any,
 ) -> TrainingResult:
-    """Run one trainer after another, each with as many workers as there is room for."""
+    """Run one trainer after another, each with the largest number of workers that fits on the cluster at its start."""
     failures, on_gpus = 0, session.gpus > 0
     while True:
         workers, session = wait_for_workers(config.trainer, on_gpus=on_gpus)
@@ -111,7 +114,7 @@ def _train_elastic(
 def _ray_trainer(
     config: RunConfig, workers: int, session: Session, run_dir: RunDirectory, prepared: PreparedRun, monitor: Any
 ) -> TorchTrainer:
-    """Return Ray's trainer of the run with ``workers`` workers, which starts from the run's last checkpoint."""
+    """Return Ray's trainer of the run with ``workers`` workers. It starts from the run's last checkpoint, if there is one."""
     resources = session.worker_resources(workers)
     elastic = not isinstance(config.trainer.workers, int)
     config = config.replace(**{"trainer.workers": workers})
@@ -123,14 +126,14 @@ def _ray_trainer(
             num_workers=workers,
             use_gpu="GPU" in resources,
             resources_per_worker=resources,
-            # Workers with a GPU each fill whole machines, and communicate faster on the same one.
+            # PACK fills one machine after another, because GPU workers communicate faster on the same machine.
             placement_strategy="PACK" if "GPU" in resources else "SPREAD",
         ),
         datasets={"pairs": partial(batches_from_last_checkpoint, config, run_dir, prepared, monitor)},
         dataset_config=DataConfig(execution_options=execution_options()),
-        # Checkpoints are written by vilseg.training.checkpoints, not by Ray: beside the training, with retries.
+        # Checkpoints are written by vilseg.training.checkpoints and not by Ray: in the background and with retries.
         run_config=ray.train.RunConfig(
-            name=storage.name(run_dir.uri),  # as the dashboard shows it
+            name=storage.name(run_dir.uri),  # shown in Ray's dashboard
             storage_path=path,
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=0 if elastic else config.trainer.max_failures),
@@ -139,5 +142,5 @@ def _ray_trainer(
 
 
 def log_cache_progress(done: int, total: int) -> None:
-    """Log how many shards of the feature cache are written."""
+    """Log the number of shards of the feature cache that are written."""
     _log.info(f"features of {done} of {total} shards cached")

@@ -1,4 +1,4 @@
-"""The function that every Ray Train worker runs."""
+"""Training function that every Ray Train worker runs."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from vilseg.training.run_dir import PreparedRun, RunDirectory
 
 
 def train_worker(config: RunConfig, run_dir: RunDirectory, prepared: PreparedRun, monitor: Any) -> None:
-    """Train from the last checkpoint to the last step, or until the driver asks to stop.
+    """Train from the last checkpoint to the last step, or until the driver requests to stop.
 
-    A user error is passed to the monitor: Ray restarts the workers after any exception, and they return at once where the
-    monitor has an error.
+    A user error is passed to the training monitor. Ray restarts the workers after any exception, and restarted workers return at
+    once if the monitor holds an error.
     """
     if ray.get(monitor.has_failed.remote()):
         return
@@ -42,22 +42,24 @@ def train_worker(config: RunConfig, run_dir: RunDirectory, prepared: PreparedRun
 
 def _train(config: RunConfig, run_dir: RunDirectory, prepared: PreparedRun, monitor: Any) -> None:
     trainer = make_trainer(config, run_dir, prepared)
-    last_step = run_dir.last_step  # the batches begin after the same step: see batches_from_last_checkpoint
+    last_step = run_dir.last_step  # batches_from_last_checkpoint starts the batches after the same step
     if last_step:
         trainer.load_state_dict(read_checkpoint(run_dir, last_step))
     batches = worker_batches(ray.train.get_dataset_shard("pairs"))
     stop = False
 
     def agree_to_stop(wanted: bool) -> None:
-        nonlocal stop  # all workers stop at the same step; otherwise some would wait for the others
+        nonlocal stop  # all workers have to stop at the same step, otherwise collective operations would hang
         stop = bool(distributed.mean_over_workers(torch.tensor(float(wanted), device=trainer.device)) > 0)
 
     if ray.train.get_context().get_world_rank():
-        with suppress(NonFiniteLossError):  # rank 0 raises it, after it has written what every worker saw
+        with suppress(
+            NonFiniteLossError
+        ):  # rank 0 raises the same error, after it has written the details of all workers
             trainer.train(
                 batches,
                 on_report=lambda _: agree_to_stop(False),
-                # Collective: sharded weights are gathered on rank 0 only if every rank asks for them.
+                # Collective: sharded weights are gathered on rank 0 only if every rank makes the same call.
                 on_checkpoint=trainer.state_dict,
                 should_stop=lambda: stop,
             )
@@ -80,7 +82,7 @@ def _train(config: RunConfig, run_dir: RunDirectory, prepared: PreparedRun, moni
 
 
 def make_trainer(config: RunConfig, run_dir: RunDirectory, prepared: PreparedRun) -> Trainer:
-    """Return the trainer of a Ray Train worker: the run's initial model, wrapped by DDP or FSDP over all workers."""
+    """Return the trainer of a Ray Train worker, with the run's initial model wrapped by DDP or FSDP over all workers."""
     device = ray.train.torch.get_device()
     _limit_threads(device)
     wrap = apply_fsdp if config.trainer.sharding == "fsdp" else _data_parallel
@@ -88,14 +90,14 @@ def make_trainer(config: RunConfig, run_dir: RunDirectory, prepared: PreparedRun
 
 
 def _limit_threads(device: torch.device) -> None:
-    """Give each worker on a machine without GPUs its part of the CPUs: more threads compete with other workers and readers."""
+    """Without GPUs, set torch's threads to the machine's CPUs divided by its workers; more would compete with the readers."""
     if device.type == "cpu":
         workers_here = ray.train.get_context().get_local_world_size()
         torch.set_num_threads(max(1, node_cpu_count() // workers_here))
 
 
 def _data_parallel(module: torch.nn.Module) -> torch.nn.Module:
-    """Wrap a module so that its gradients are averaged over the workers."""
-    # Pretrained encoders may hold weights that no loss reaches, for example the last layer's class token.
+    """Wrap a module in DDP, which averages its gradients over the workers."""
+    # Pretrained encoders may hold weights without a gradient, for example the last layer's class token.
     options = {"find_unused_parameters": True, "broadcast_buffers": False}
     return ray.train.torch.prepare_model(module, parallel_strategy_kwargs=options)
