@@ -1,1 +1,1 @@
-"""Embedded object store, local Ray clusters, the connection to Ray, and manifests for real clusters."""
+"""Connection to Ray, local Ray clusters, the embedded object store, and manifests for clusters on Kubernetes and AWS."""

@@ -1,4 +1,4 @@
-"""Processes that outlive the command that starts them: the nodes of a local cluster and the object store."""
+"""Background processes that outlive the command that starts them: nodes of a local cluster and the object store."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from pathlib import Path
 def start_daemon(
     command: Sequence[str], directory: Path, environment: Mapping[str, str], log: Path, *, append: bool
 ) -> subprocess.Popen:
-    """Start ``command`` in a session of its own, so that neither Ctrl-C nor the end of the terminal reaches it.
+    """Start ``command`` in a new session, so that neither Ctrl-C nor closing the terminal ends it.
 
     Args:
         command: program and arguments.
         directory: working directory.
-        environment: its whole environment.
+        environment: all environment variables of the process.
         log: file for stdout and stderr.
-        append: keep what the log holds.
+        append: append to the log instead of replacing it.
     """
     with log.open("ab" if append else "wb") as file:
         return subprocess.Popen(
@@ -35,7 +35,7 @@ def start_daemon(
 
 
 def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
-    """Wait until ``condition`` holds; False if it does not within ``seconds``."""
+    """Wait until ``condition`` returns True; return False if it does not within ``seconds``."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() >= deadline:
@@ -51,23 +51,23 @@ def process_start(pid: int) -> int | None:
 
 
 def session_processes(pid: int, start: int) -> set[int]:
-    """Return the processes of the session that process ``pid`` began, and their descendants.
+    """Return the ids of the processes in the session that process ``pid`` started, and of their descendants.
 
     Args:
-        pid: leader of the session.
-        start: its start time, which tells it from a later process of the same number.
+        pid: process id of the session leader.
+        start: start time of the leader in clock ticks since boot, to distinguish it from a later process with the same id.
     """
     if process_start(pid) not in (None, start):
-        return set()  # the number belongs to another process, which cannot be while anything of the session is left
+        return set()  # another process has this id; the system reuses it only after the whole session has ended
     known = {int(place.name): fields for place in Path("/proc").glob("[0-9]*") if (fields := _stat(int(place.name)))}
     family = {other for other, fields in known.items() if int(fields[3]) == pid and int(fields[19]) >= start}
     while more := {other for other, fields in known.items() if int(fields[1]) in family} - family:
-        family |= more  # drivers of submitted jobs begin sessions of their own
+        family |= more  # drivers of submitted jobs start their own sessions
     return family
 
 
 def send_signal(pids: set[int], number: signal.Signals) -> None:
-    """Send a signal to processes, some of which may have ended."""
+    """Send a signal to all processes that still exist."""
     for pid in pids:
         try:
             os.kill(pid, number)
@@ -76,7 +76,7 @@ def send_signal(pids: set[int], number: signal.Signals) -> None:
 
 
 def _stat(pid: int) -> list[str] | None:
-    """Return the fields of proc(5) from the state on; None if the process has ended."""
+    """Return the fields of ``/proc/PID/stat`` (proc(5)) from the state on; None if the process has ended."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):

@@ -1,16 +1,16 @@
-"""Several real Ray nodes on this machine: for trying what a cluster does before there is one.
+"""Local Ray cluster of several nodes on this machine, to try a cluster without several machines.
 
-It is for one user on one machine. All that is kept lies in one folder:
+It is for one user on one machine. All its files are in one folder:
 
-    token             made once; whoever has it may run anything on the nodes (mode 0600)
+    token             secret, made once; it allows to run any code on the nodes (mode 0600)
     cluster.json      nodes, addresses and resources of the running or last cluster
     node-0.log …      output of each node's command; node 0 is the head
-    ray               link to what Ray writes, its own logs among it; `stop` removes that
+    ray               symbolic link to Ray's own files, including its logs; `stop` deletes them
 
-A node is a `ray start --block` with its own raylet, object store and workers, as on a machine of its own. The dashboard
-with the job server listens on the loopback address alone. Ray's other ports are open to the network, where they refuse
-whoever does not know the token (except for metrics of the nodes' load). A node's processes are those of the session that its
-command began, and their children, so that nothing else is ever ended.
+A node is a `ray start --block` with its own raylet, object store and workers, as on a separate machine. The dashboard with the
+job server listens only on the loopback address. Ray's other ports are open to the network, but they reject requests without the
+token (except for metrics of the nodes' load). Only the processes in the session of a node's command, and their descendants, count
+as the node's, so that no other process is ever ended.
 """
 
 from __future__ import annotations
@@ -42,18 +42,23 @@ LOOPBACK = "127.0.0.1"
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 10.0
 _TRIES = 5
-"""A port that was free may be taken when Ray comes to it; and on a busy machine Ray's own patience may end: a node's agents have
-15 s to start, whatever else goes on."""
+"""Number of attempts to start a node. An attempt may fail because another program takes a port before Ray opens it, or because
+the node's agents do not start within Ray's limit of 15 s on a busy machine."""
 _LAST_LINES = 30
+"""Number of lines of each of Ray's logs that are kept after a failed start."""
 _PORTS = range(20_000, 32_000)
-"""Below those that systems give to outgoing connections, which come and go."""
+"""Range of ports to choose from; below the range from which systems assign ports to outgoing connections."""
 _STORE_FRACTION, _STORE_LEAST, _STORE_MOST = 0.1, 100 << 20, 1 << 30
-"""Fraction of the machine's memory for the object stores of all nodes together; least and most bytes for each."""
+"""Fraction of the machine's memory for the object stores of all nodes together; minimum and maximum bytes per node."""
 
 
 @dataclass(frozen=True)
 class Host:
-    """Place of a node: the address that it listens on, and the prefix of its command that runs it there."""
+    """Host of a node.
+
+    Attributes are the address on which the node listens, and the prefix of its command that runs it there, for example
+    ``ip netns exec NAME``.
+    """
 
     address: str = LOOPBACK
     prefix: tuple[str, ...] = ()
@@ -61,38 +66,39 @@ class Host:
 
 @dataclass(frozen=True)
 class Node:
-    """The command of a node; ``began`` (proc(5), in clock ticks) tells it from a process that has its number later."""
+    """Process of a node's command."""
 
     pid: int
     began: int
+    """Start time in clock ticks since boot (proc(5)), to distinguish the process from a later one with the same id."""
     name: str
-    """In Ray; another one each time, since Ray takes a while to see that a node has died."""
+    """Name of the node in Ray. It is new at every start, because Ray lists a dead node for a while."""
 
 
 class LocalCluster:
-    """A running cluster; made by `start` or `attach`."""
+    """Running local cluster; use `start` or `attach` to create an instance."""
 
     def __init__(self, directory: Path, state: dict[str, Any]):
         self.directory = directory
         self._state = state
-        self._commands: list[subprocess.Popen] = []  # only in the process that started them, which has to reap them
+        self._commands: list[subprocess.Popen] = []  # commands started by this process, which has to reap them
 
     @classmethod
     def start(
         cls, directory: Path, nodes: int = 1, cpus: int | None = None, hosts: Sequence[Host] = ()
     ) -> LocalCluster:
-        """Start the cluster of ``directory`` and wait until all nodes are in it; nodes that run already are left alone.
+        """Start the cluster of ``directory`` and wait until all nodes have joined it.
 
-        The nodes outlive the process that started them. Of a cluster that runs, nodes that have died are started again.
+        The nodes outlive the process that started them. If the cluster is running, only nodes that have died are started again.
 
         Args:
-            directory: for token, state and logs.
-            nodes: how many, the head included.
-            cpus: that each node says it has; those of the machine divided among the nodes where None.
-            hosts: where the nodes run; all on the loopback address where it is empty.
+            directory: folder for token, state and logs.
+            nodes: number of nodes, including the head.
+            cpus: number of CPUs that each node reports to Ray. If None, the machine's CPUs are divided among the nodes.
+            hosts: host of each node; if empty, all nodes listen on the loopback address.
 
         Raises:
-            ClusterError: it cannot start, or another number of nodes runs in ``directory``.
+            ClusterError: the cluster cannot start, or one with other numbers of nodes or CPUs runs in ``directory``.
         """
         directory = directory.expanduser().resolve()
         if not Path("/proc/self/stat").exists():
@@ -102,7 +108,7 @@ class LocalCluster:
         with _exclusive(directory):
             running = cls.attach(directory)
             if running is not None and not running.is_alive(0):
-                running._end()  # without its head the rest is good for nothing
+                running._end()  # without the head node the other nodes are useless
             elif running is not None:
                 if len(running._state["nodes"]) != nodes or cpus not in (None, running._state["cpus"]):
                     raise ClusterError(
@@ -119,7 +125,7 @@ class LocalCluster:
                     cluster._start_head()
                     cluster._start_missing()
                     break
-                except BaseException as error:  # an interrupt as well: nobody would know of the processes
+                except BaseException as error:  # also on Ctrl-C, since the processes would keep running unnoticed
                     cluster._end()
                     if not left or not isinstance(error, ClusterError):
                         raise
@@ -127,7 +133,11 @@ class LocalCluster:
 
     @classmethod
     def attach(cls, directory: Path) -> LocalCluster | None:
-        """Return the cluster of ``directory`` if any of its processes runs, else None."""
+        """Return the cluster of ``directory`` if any of its processes runs, else None.
+
+        Raises:
+            ClusterError: ``cluster.json`` is damaged.
+        """
         directory = directory.expanduser().resolve()
         path = directory / "cluster.json"
         try:
@@ -141,7 +151,7 @@ class LocalCluster:
 
     @property
     def address(self) -> str:
-        """Address for ``--address`` and ``RAY_ADDRESS``."""
+        """Address of the head node, for ``--address`` and ``RAY_ADDRESS``."""
         return f"{self._host(0).address}:{self._state['ports']['head']}"
 
     @property
@@ -151,16 +161,16 @@ class LocalCluster:
 
     @property
     def token(self) -> str:
-        """Secret that every request needs."""
+        """Secret token that Ray requires with every request."""
         return (self.directory / "token").read_text().strip()
 
     @property
     def size(self) -> int:
-        """Number of nodes, lost ones included."""
+        """Number of nodes, including those that have died."""
         return len(self._state["nodes"])
 
     def environment(self) -> dict[str, str]:
-        """Return the variables by which Ray, its commands and `vilseg --address auto` find this cluster."""
+        """Return the environment variables with which Ray, its commands and `vilseg --address auto` connect to this cluster."""
         return {
             "RAY_ADDRESS": self.address,
             "RAY_DASHBOARD_ADDRESS": self.dashboard,
@@ -169,7 +179,11 @@ class LocalCluster:
         }
 
     def nodes(self) -> list[dict[str, Any]]:
-        """Return the nodes, head first: ``index``, ``alive``, ``pid``, ``id`` (Ray's) and ``resources`` of each."""
+        """Return a description of every node, head first.
+
+        Returns:
+            For each node a dict of its ``index``, ``alive``, ``pid``, ``id`` (Ray's node id) and ``resources``.
+        """
         known = {entry["node_name"]: entry for entry in self._ray_nodes() if entry["state"] == "ALIVE"}
         found = []
         for index, node in enumerate(self._state["nodes"]):
@@ -190,17 +204,17 @@ class LocalCluster:
         return found
 
     def is_alive(self, index: int) -> bool:
-        """Return True if the command of a node still runs."""
+        """Return True if the command of node ``index`` is running."""
         node = self._state["nodes"][index]
         return node is not None and process_start(node.pid) == node.began
 
     def processes(self, index: int) -> set[int]:
-        """Return the process ids of a node: its command's session and its descendants."""
+        """Return the process ids of node ``index``: the session of its command, and all descendants."""
         node = self._state["nodes"][index]
         return set() if node is None else session_processes(node.pid, node.began)
 
     def kill_node(self, index: int) -> None:
-        """End all processes of a node at once, as a machine that loses its power does."""
+        """Kill all processes of node ``index`` by SIGKILL, which resembles a power failure of a machine."""
         deadline = time.monotonic() + STOP_TIMEOUT_S
         while pids := self.processes(index):
             send_signal(pids, signal.SIGKILL)
@@ -211,7 +225,7 @@ class LocalCluster:
             command.poll()
 
     def stop(self) -> None:
-        """End all nodes of this cluster and nothing else; the token stays."""
+        """Kill all nodes of this cluster, and delete ``cluster.json`` and Ray's files; the token and the nodes' logs are kept."""
         with _exclusive(self.directory):
             self._end()
 
@@ -229,15 +243,15 @@ class LocalCluster:
             f"--ray-client-server-port={ports['client']}",
         ]
         self._launch(0, arguments)
-        # Ray writes this last; before the head is known to itself, no other node can join.
+        # Ray writes this file last; other nodes cannot join before it exists.
         self._wait(0, (Path(self._state["folder"]) / "0" / "ray_current_cluster").exists, "the head node")
 
     def _start_missing(self) -> None:
-        """Start the nodes that do not run, all at once, the head excepted."""
+        """Start all nodes that do not run, except the head, at the same time, and wait until all are listed by Ray."""
         for left in range(_TRIES - 1, -1, -1):
             missing = [index for index in range(1, self.size) if not self.is_alive(index)]
             for index in missing:
-                self.kill_node(index)  # what its command may have left
+                self.kill_node(index)  # processes that the ended command may have left
                 self._launch(index, [f"--address={self.address}"])
             try:
                 for index in range(self.size):
@@ -262,7 +276,7 @@ class LocalCluster:
             *(sys.executable, "-c", "from ray.scripts.scripts import main; main()", "start", "--block"),
             *(f"--node-ip-address={host.address}", f"--node-name={name}", f"--temp-dir={folder}"),
             *(f"--num-cpus={state['cpus']}", f"--object-store-memory={state['object_store']}"),
-            # Those of workers are left to the system, and so is whatever else Ray can be told to choose by itself.
+            # 0: the operating system chooses the ports of workers.
             *("--min-worker-port=0", "--max-worker-port=0"),
             f"--dashboard-agent-listen-port={state['ports'][f'agent_{index}']}",
             *arguments,
@@ -287,7 +301,7 @@ class LocalCluster:
         return found
 
     def _append_ray_logs(self, index: int, log: Path) -> None:
-        """Append the last lines of Ray's own logs to the node's log, since their files are removed with the cluster."""
+        """Append the last lines of Ray's own logs to the node's log, because Ray's files are deleted with the cluster."""
         logs = sorted((Path(self._state["folder"]) / str(index)).glob("session_2*/logs"))
         names = ("ray_process_exit.log", "raylet.out", "raylet.err", "dashboard_agent.log")
         with log.open("a") as file:
@@ -302,9 +316,9 @@ class LocalCluster:
         return answer["data"]["result"]["result"] if answer else []
 
     def _request(self, path: str) -> Any:
-        """Return the job server's answer; None if it does not answer."""
+        """Return the dashboard's JSON answer; None if it does not answer."""
         request = urllib.request.Request(self.dashboard + path, headers={"Authorization": f"Bearer {self.token}"})
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # loopback is not a proxy's business
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy: the address is loopback
         try:
             with opener.open(request, timeout=10) as response:
                 return json.load(response)
@@ -312,7 +326,7 @@ class LocalCluster:
             return None
 
     def _end(self) -> None:
-        # Ray's own way of ending asks every process and waits; nothing of a cluster for trying out is worth that.
+        # Killed at once: a local cluster holds nothing that Ray's slower, graceful shutdown would save.
         for index in reversed(range(self.size)):
             self.kill_node(index)
         shutil.rmtree(self._state["folder"], ignore_errors=True)
@@ -335,13 +349,13 @@ def _new_state(nodes: int, cpus: int | None, hosts: Sequence[Host]) -> dict[str,
         "hosts": [asdict(host) for host in hosts],
         "nodes": [None] * nodes,
         "ports": _free_ports(["head", "dashboard", "client", *(f"agent_{index}" for index in range(nodes))]),
-        # Ray makes sockets in it, whose paths must be short.
+        # A short path, because Ray makes sockets in it, whose paths have a maximum length.
         "folder": tempfile.mkdtemp(prefix="vilseg-ray-", dir="/tmp"),
     }
 
 
 def _free_ports(names: Sequence[str]) -> dict[str, int]:
-    """Return a free port for every name, chosen at random since other programs may search at the same time."""
+    """Return a free port for every name, chosen at random, because other programs may search at the same time."""
     ports: dict[str, int] = {}
     with ExitStack() as held:  # all are held until all are chosen, so that none is chosen twice
         for name in names:

@@ -1,15 +1,15 @@
-"""The embedded object store: one SeaweedFS process that speaks S3 on this machine's loopback address.
+"""Embedded object store: one SeaweedFS process that serves S3 on this machine's loopback address.
 
-It is for one user on one machine: laptops, tests, the demo. All that is kept lies in one folder:
+It is for one user on one machine, such as a laptop, for tests and the demo. All its files are in one folder:
 
-    data/             what is stored (mode 0700)
-    identities.json   the access key, made once (mode 0600)
-    security.toml     the keys with which the parts of the store sign what they tell each other (mode 0600)
-    store.json        process id, endpoint and ports of the running or last run
-    weed.log          what the process says
+    data/             stored objects (mode 0700)
+    identities.json   access key, made once (mode 0600)
+    security.toml     keys that sign the requests between SeaweedFS's components (mode 0600)
+    store.json        process id, endpoint and ports of the running or last process
+    weed.log          output of the process
 
-S3 requests must be signed, and the internal HTTP ports refuse unsigned requests too; the internal gRPC ports trust
-every process of this machine. On a machine shared with people one does not trust, use a store of one's own.
+S3 requests must be signed, and the internal HTTP ports reject unsigned requests too. The internal gRPC ports trust every process
+of this machine, so do not use this store on a machine shared with users that you do not trust.
 """
 
 import json
@@ -33,35 +33,42 @@ from cluster.private_files import exclusive_lock, write_private
 from vilseg.errors import StorageError
 
 HOST = "127.0.0.1"
-REGION = "us-east-1"  # signatures name a region; the store ignores which
+REGION = "us-east-1"  # signatures contain a region; the store accepts any
 BUCKET = "vilseg"
 START_TIMEOUT_S = 60.0
-# SeaweedFS gives its open connections 15 s to end before it closes its files.
+# Longer than the 15 s that SeaweedFS waits for open connections before it closes its files.
 STOP_TIMEOUT_S = 30.0
-# Go returns memory to the system when it nears this, instead of doubling its heap between collections.
+# Soft memory limit of the Go runtime (GOMEMLIMIT): it collects garbage more often near this limit.
 MEMORY_LIMIT = "512MiB"
-# Volumes are files made when needed, so this bounds the store's size (1 TB) and costs nothing; the default 8 would be
-# used up by the second bucket. The process stops writing when 1 % of the disk is left.
+# Volumes are files created on demand, so this limit costs nothing and bounds the store's size to 1 TB. The default of 8 would
+# be exhausted by the second bucket. The process stops writing when only 1 % of the disk is free.
 VOLUMES = 1000
 VOLUME_MB = 1024
 PORTS = ("s3", "s3_grpc", "master", "master_grpc", "volume", "volume_grpc", "filer", "filer_grpc")
 
 
 class ObjectStore:
-    """A running store; made by `start` or `attach`."""
+    """Running object store; use `start` or `attach` to create an instance."""
 
     def __init__(self, directory: Path, pid: int, ports: dict[str, int], process: subprocess.Popen | None = None):
         self.directory = directory
         self.pid = pid
         self.ports = ports
-        self._process = process  # only in the process that started it, which has to reap it
+        self._process = process  # set only if this process started it and has to reap it
 
     @classmethod
     def start(cls, directory: Path, port: int | None = None) -> "ObjectStore":
-        """Start the store of ``directory`` and wait until it serves; the one that already runs there is returned.
+        """Start the store of ``directory`` and wait until it serves requests; return the running one if there is one.
 
-        The process outlives the one that started it. Data, keys and ports are those of the last run, unless ``port``
-        (the S3 endpoint's) names another or a port has been taken meanwhile. It holds the bucket "vilseg".
+        The store outlives the process that started it. It keeps its data and keys, and also its ports unless another program uses
+        one of them. The bucket "vilseg" exists.
+
+        Args:
+            directory: folder of the store.
+            port: port of the S3 endpoint; if None, that of the last run, or a free one.
+
+        Raises:
+            StorageError: the store cannot start, or it already runs at another port.
         """
         directory = directory.expanduser().resolve()
         if "," in str(directory):
@@ -82,14 +89,14 @@ class ObjectStore:
             try:
                 store._write_state(process.pid)
                 store._wait_until_ready()
-            except BaseException:  # an interrupt as well: nobody would know of the process
+            except BaseException:  # also on Ctrl-C, since the process would keep running unnoticed
                 store.stop(timeout=0)
                 raise
             return store
 
     @classmethod
     def attach(cls, directory: Path) -> "ObjectStore | None":
-        """Return the store that runs on ``directory``, or None."""
+        """Return the running store of ``directory``, or None if it does not run."""
         directory = directory.expanduser().resolve()
         state = _read_state(directory)
         pid = state.get("pid")
@@ -99,11 +106,11 @@ class ObjectStore:
 
     @property
     def endpoint(self) -> str:
-        """The address of the S3 interface, ``http://127.0.0.1:PORT``."""
+        """URL of the S3 interface, ``http://127.0.0.1:PORT``."""
         return f"http://{HOST}:{self.ports['s3']}"
 
     def environment(self) -> dict[str, str]:
-        """Return the variables by which `vilseg.storage`, boto3 and the AWS command line find this store."""
+        """Return the environment variables with which `vilseg.storage`, boto3 and the AWS command line connect to this store."""
         access_key, secret_key = _read_keys(self.directory)
         return {
             "AWS_ENDPOINT_URL": self.endpoint,
@@ -114,7 +121,7 @@ class ObjectStore:
         }
 
     def stop(self, timeout: float = STOP_TIMEOUT_S) -> None:
-        """End the process, by force after ``timeout`` seconds. Acknowledged writes are on disk either way."""
+        """End the process; kill it if it has not ended after ``timeout`` seconds. Acknowledged writes are on disk either way."""
         for number, seconds in ((signal.SIGTERM, timeout), (signal.SIGKILL, STOP_TIMEOUT_S)):
             if not self._is_running():
                 break
@@ -126,13 +133,13 @@ class ObjectStore:
         if self._is_running():
             raise StorageError(f"the object store in {self.directory} (process {self.pid}) does not end")
         self._write_state(None)
-        for port in self.ports.values():  # sockets that the process leaves behind if killed
+        for port in self.ports.values():  # delete sockets that a killed process leaves
             for leftover in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
                 if leftover.stat().st_uid == os.getuid():
                     leftover.unlink(missing_ok=True)
 
     def _is_running(self) -> bool:
-        if self._process is not None:  # of a process just begun the command line may be empty for a moment
+        if self._process is not None:  # a process that has just started may have an empty command line
             return self._process.poll() is None
         return _is_ours(self.pid, self.directory)
 
@@ -141,7 +148,7 @@ class ObjectStore:
         write_private(self.directory / "store.json", json.dumps(state, indent=2) + "\n")
 
     def _wait_until_ready(self) -> None:
-        """Wait until an object can be written and read back: the port opens seconds earlier."""
+        """Wait until an object can be written and read back, because the port opens seconds before the store is ready."""
         log = self.directory / "weed.log"
         client = self._client()
 
@@ -201,20 +208,20 @@ def _launch(directory: Path, ports: dict[str, int]) -> subprocess.Popen:
         *(f"-ip={HOST}", f"-ip.bind={HOST}", "-filer", "-s3", "-master.telemetry=false"),
         *(f"-{name.replace('_', '.port.') if '_' in name else name + '.port'}={port}" for name, port in ports.items()),
         *("-s3.port.iceberg=0", "-s3.port.lance=0", f"-s3.config={directory / 'identities.json'}"),
-        # A mistyped bucket is to be an error, as it is on Amazon.
+        # A request to a bucket that does not exist fails, as on Amazon S3.
         "-s3.autoCreateBucket=false",
-        # There is one master, and nobody to wait for: 2 s to a restart instead of 14.
+        # There is only one master, so a short election timeout is enough; a restart takes 2 s instead of 14 s.
         "-master.electionTimeout=1s",
         *(f"-master.volumeSizeLimitMB={VOLUME_MB}", f"-volume.max={VOLUMES}", "-volume.preStopSeconds=1"),
     ]
-    # Keys of the user's own would become an administrator of this store, and a ~/.seaweedfs another configuration.
+    # SeaweedFS would accept the user's AWS keys as an administrator's, and read a configuration from ~/.seaweedfs.
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("AWS_", "WEED_", "S3_"))}
     environment |= {"HOME": str(directory), "GOMEMLIMIT": MEMORY_LIMIT}
     return start_daemon(command, directory, environment, directory / "weed.log", append=True)
 
 
 def _is_ours(pid: int, directory: Path) -> bool:
-    """Return True if ``pid`` is the store of ``directory``, not a zombie or a process that got the number later."""
+    """Return True if process ``pid`` is the store of ``directory``, and not a zombie or a later process with the same id."""
     if Path("/proc/self").exists():
         try:
             arguments = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
@@ -226,7 +233,7 @@ def _is_ours(pid: int, directory: Path) -> bool:
 
 
 def _choose_ports(last: dict[str, int], port: int | None) -> dict[str, int]:
-    """Return a free loopback port for every listener: that of the last run if it is still free."""
+    """Return a free loopback port for every listener, if possible the one of the last run."""
     if port is not None and not 0 < port < 65536:
         raise StorageError(f"port {port} does not exist: give one from 1 to 65535")
     ports: dict[str, int] = {}
@@ -234,7 +241,7 @@ def _choose_ports(last: dict[str, int], port: int | None) -> dict[str, int]:
         for name in PORTS:
             wanted = port if name == "s3" and port is not None else last.get(name, 0)
             listener = held.enter_context(socket.socket())
-            # As a server would: a port whose old connections are still being forgotten counts as free.
+            # As servers do: a port whose old connections are in the state TIME_WAIT counts as free.
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 listener.bind((HOST, wanted))
@@ -258,7 +265,9 @@ def _exclusive(directory: Path) -> AbstractContextManager[None]:
 
 
 def _prepare_secrets(directory: Path) -> None:
-    (directory / "data").mkdir(mode=0o700, exist_ok=True)  # its own, since the folder may be open to others
+    (directory / "data").mkdir(
+        mode=0o700, exist_ok=True
+    )  # mode of its own, since the parent folder may be readable by others
     identities = directory / "identities.json"
     if not identities.exists():
         keys = {"accessKey": secrets.token_hex(10).upper(), "secretKey": secrets.token_urlsafe(30)}

@@ -1,4 +1,4 @@
-"""Files of what runs on this machine: state and keys that one user has, and that one command at a time changes."""
+"""Private files of local services: state and keys that only one user can read, and that one command at a time changes."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from vilseg.errors import UserError
 
 @contextmanager
 def exclusive_lock(folder: Path, lock: str, error: type[UserError], what: str) -> Iterator[None]:
-    """Make ``folder`` and keep other commands that ask for the same lock in it waiting.
+    """Hold an exclusive lock in ``folder``; other processes that request the same lock wait.
 
     Args:
-        folder: may exist.
-        lock: name of a file in it.
-        error: raised where it cannot be made.
-        what: who keeps what there, for the sentence: "the cluster cannot keep its state".
+        folder: folder of the lock file; created if it does not exist.
+        lock: name of the lock file.
+        error: type of the error raised if the folder or the file cannot be created.
+        what: start of the error message, for example "the cluster cannot keep its state".
     """
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -32,7 +32,7 @@ def exclusive_lock(folder: Path, lock: str, error: type[UserError], what: str) -
 
 
 def write_private(path: Path, text: str) -> None:
-    """Replace a file as a whole; only this user can read it."""
+    """Write ``text`` to a file atomically; only this user can read the file (mode 0600)."""
     partial = path.with_name(path.name + ".partial")
     partial.unlink(missing_ok=True)
     with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:

@@ -1,4 +1,4 @@
-"""Connection to Ray: one cluster for all stages of a command, and its resources."""
+"""Connection to a Ray cluster, and its resources."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from typing import Any
 from vilseg.errors import ConfigError, UserError
 
 _CARRIED = ("AWS_", "VILSEG_", "HF_")
-"""Environment variables that workers on other machines need as well."""
+"""Prefixes of environment variables that are passed to workers, which may run on other machines."""
 _IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
-"""Variable that Ray's job server sets for the process of a job; it holds the job's runtime environment."""
+"""Environment variable that Ray's job server sets for the process of a job; it holds the job's runtime environment."""
 
 
 def forwarded_environment() -> dict[str, str]:
-    """Return the variables of this process that workers on other machines need as well."""
+    """Return the environment variables of this process that are passed to workers: ``AWS_*``, ``VILSEG_*`` and ``HF_*``."""
     return {name: value for name, value in os.environ.items() if name.startswith(_CARRIED)}
 
 
@@ -38,15 +38,15 @@ class Session:
     cpus: int
     gpus: int
     node_cpus: int | None = None
-    """CPUs of the smallest machine (of the smallest with a GPU, if there are any); None for `cpus`."""
+    """CPUs of the smallest machine, or of the smallest machine with a GPU if there are GPUs; `cpus` if None."""
     nodes: int = 1
-    """Number of machines that work is given to."""
+    """Number of machines that run workers: those with GPUs if there are any, else those with CPUs."""
 
     def worker_resources(self, workers: int) -> dict[str, float]:
-        """Return the resources of each training worker; some CPU is always left for reading, or training would hang.
+        """Return the resources of each training worker. CPUs are left over for the readers, otherwise training would hang.
 
         Raises:
-            ConfigError: fewer than one worker, or more workers than CPUs or, on a cluster with GPUs, than GPUs.
+            ConfigError: ``workers`` is less than 1 or more than the CPUs, or, if there are GPUs, more than the GPUs.
         """
         check_workers(workers, self.cpus, self.gpus)
         here, cpus = self.workers_per_node(workers), self.node_cpus or self.cpus
@@ -54,31 +54,31 @@ class Session:
         return {"CPU": self.reserved_cpus(share), **({"GPU": 1.0} if self.gpus else {})}
 
     def workers_per_node(self, workers: int) -> int:
-        """Return the largest number of workers on one machine when ``workers`` are spread evenly."""
+        """Return the maximum number of workers per machine if ``workers`` are spread evenly over the machines."""
         return math.ceil(workers / self.nodes)
 
     def cpus_per_actor(self, actors: int) -> float:
-        """Return the CPUs of each of ``actors``, at most those of one machine: Ray would wait forever for more."""
+        """Return the CPUs per actor for ``actors`` actors; at most those of one machine, since an actor has one machine."""
         return min(self.cpus / actors, self.node_cpus or self.cpus)
 
     def reserved_cpus(self, cpus: float) -> float:
-        """Return the CPUs to request from Ray for a process that uses ``cpus``.
+        """Return the number of CPUs to request from Ray for a process that uses ``cpus`` CPUs.
 
-        On several machines half is requested, so that the others have room for the processes of a machine that is lost.
+        On several machines only half is requested, so that the processes of a lost machine fit on the remaining ones.
         """
         return cpus / 2 if self.nodes > 1 else cpus
 
 
 def check_workers(workers: int, cpus: int, gpus: int = 0) -> None:
-    """Refuse a number of training workers that the cluster has no room for.
+    """Check that the cluster has enough CPUs and GPUs for a number of training workers.
 
     Args:
         workers: number of workers.
-        cpus: CPUs of the cluster.
-        gpus: GPUs of the cluster; each worker takes one if there are any, as training on CPUs beside them is never meant.
+        cpus: number of CPUs of the cluster.
+        gpus: number of GPUs of the cluster. If there are any, each worker takes one; workers on CPUs are then not supported.
 
     Raises:
-        ConfigError: no worker, more workers than CPUs, or more workers than GPUs.
+        ConfigError: ``workers`` is less than 1 or more than ``cpus``, or, if there are GPUs, more than ``gpus``.
     """
     if workers < 1:
         raise ConfigError(f"trainer.workers is {workers}, but training needs at least 1")
@@ -94,11 +94,14 @@ def check_workers(workers: int, cpus: int, gpus: int = 0) -> None:
 
 @contextmanager
 def ray_session(address: str | None = None, variables: Mapping[str, str] | None = None) -> Iterator[Session]:
-    """Use the cluster at ``address``, the one this process is connected to already, or a local one for as long as this lasts.
+    """Connect to a Ray cluster for the duration of the ``with`` block.
+
+    If this process is connected already, that connection is used and kept.
 
     Args:
-        address: ``auto`` or ``ray://…``; a Ray job without one uses the cluster that it runs on.
-        variables: what workers need in their environment beside what this process was started with.
+        address: ``auto`` or ``ray://…``. If None, a process that runs as a Ray job uses the cluster of the job, and any other
+            process starts a local Ray node, which ends with the block.
+        variables: environment variables of the workers, in addition to those of `forwarded_environment`.
 
     Raises:
         UserError: no cluster answers at ``address``.
@@ -116,7 +119,7 @@ def ray_session(address: str | None = None, variables: Mapping[str, str] | None 
             _start_local(options)
         else:
             if in_a_job:
-                # Ray gives the job's own variables to its workers; they are not to be said twice, nor to win.
+                # Ray passes the job's own variables to its workers, so they are not repeated here; `variables` override them.
                 os.environ["RAY_OVERRIDE_JOB_RUNTIME_ENV"] = "1"
             needed = {**({} if in_a_job else forwarded_environment()), **(variables or {})}
             ray.init(address=address or "auto", runtime_env={"env_vars": needed}, **options)
@@ -128,9 +131,9 @@ def ray_session(address: str | None = None, variables: Mapping[str, str] | None 
         from ray.data import DataContext
 
         DataContext.get_current().enable_progress_bars = False
-        # Otherwise every task has a thread that measures its memory for metrics that are not used.
+        # Otherwise every task has a thread that measures its memory, for metrics that are not used.
         DataContext.get_current().memory_usage_poll_interval_s = None
-        # What Ray tells of its plans is in its log folder; ours is told by the jobs.
+        # Ray's messages are in its log folder; on the terminal the jobs report their own progress.
         for name in ("ray.data", "ray.train"):
             logging.getLogger(name).setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", "The minimum number of concurrent actors", UserWarning)
@@ -144,11 +147,11 @@ def _start_local(options: dict) -> None:
 
     for attempts_left in (2, 1, 0):
         try:
-            # Said outright, or Ray would look for a cluster in RAY_ADDRESS and in what an earlier one left in /tmp.
+            # Explicitly local, otherwise Ray would connect to a cluster from RAY_ADDRESS or from files in /tmp.
             ray.init(address="local", num_cpus=os.cpu_count(), include_dashboard=False, **options)
             return
         except Exception as error:
-            # All that Ray says of a machine too busy to bring its node up within 30 s.
+            # Part of Ray's message if the machine is too busy to start the node within 30 s; then try again.
             if "timed out during startup" not in str(error) or not attempts_left:
                 raise
             ray.shutdown()
@@ -167,7 +170,7 @@ def current_session() -> Session:
 
 
 def node_cpu_count() -> int:
-    """Return the CPUs that Ray counts on the machine of this task or actor; in a container not all that the machine has."""
+    """Return the number of CPUs of this task's or actor's machine as Ray counts them, in a container only the container's."""
     import ray
 
     here = ray.get_runtime_context().get_node_id()
@@ -176,20 +179,28 @@ def node_cpu_count() -> int:
 
 
 def driver_node_affinity() -> Any:
-    """Return a ``scheduling_strategy`` for the driver's machine; if that is lost the job ends anyway."""
+    """Return a ``scheduling_strategy`` that places an actor on the driver's machine.
+
+    An actor there adds no point of failure, since the job ends anyway if that machine is lost.
+    """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    # Soft ones end up elsewhere where a process is to be had sooner.
+    # Not soft: Ray would place the actor elsewhere if a process is available there sooner.
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 def find_user_error(error: BaseException | None, depth: int = 8) -> UserError | None:
-    """Return the UserError inside an error that Ray wrapped, or None."""
+    """Return the UserError inside an error that Ray wrapped; None if there is none.
+
+    Args:
+        error: error to search, with its causes, contexts and the failures of workers.
+        depth: maximum depth of nested errors to search.
+    """
     if error is None or depth == 0:
         return None
     cause = getattr(error, "cause", None)
-    # Ray's wrapper of a task's error passes for an instance of it, but its text is a traceback.
+    # Ray's wrapper is an instance of the wrapped error's class too, but its text is a traceback.
     if isinstance(error, UserError) and cause is None:
         return error
     inner = [cause, error.__cause__, error.__context__]

@@ -1,4 +1,4 @@
-"""Callbacks of Ray Tune: write what happens to each trial into its record."""
+"""Callback of Ray Tune that writes the state and the evaluations of each trial to its record."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from tune.trial_records import TrialRecord, TrialRecords
 
 
 class TrialCallback(Callback):
-    """Writes the record of every trial.
+    """Writer of the record of every trial.
 
     Args:
-        records: of the sweep.
-        steps: that a trial makes.
-        on_change: called when a record has changed.
+        records: records of the sweep.
+        steps: number of training steps of a full trial.
+        on_change: function called after a record has changed.
     """
 
     def __init__(self, records: TrialRecords, steps: int, on_change: Callable[[], None]) -> None:
         self.interrupts: list[int] = []
-        """Every Ctrl-C; after the first, trials end with the state ``running``, for ``--resume``."""
+        """Signals received. After the first one trials end with the status ``running``, so that ``--resume`` continues them."""
         self._records = records
         self._steps = steps
         self._on_change = on_change
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return nothing: Tune pickles its callbacks for its own way of resuming, which is not used."""
+        """Return an empty state: Tune pickles its callbacks for its own resume feature, which is not used."""
         return {}
 
     def stopper(self) -> Stopper:
-        """Return the stopper that ends all trials after Ctrl-C."""
+        """Return a Tune stopper that ends all trials after Ctrl-C or SIGTERM."""
         return _StopOnInterrupt(self)
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Mark a trial as running: it starts, or goes on with the weights of another."""
+        """Mark a trial as running; it starts, or continues with the weights of another trial."""
         record = self._record(trial)
         record.status = "running"
         self._save(record)
@@ -43,7 +43,7 @@ class TrialCallback(Callback):
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        """Add an evaluation."""
+        """Add an evaluation to the record of its trial."""
         record = self._record(trial)
         metrics = {name: float(value) for name, value in result.items() if _is_metric(name, value)}
         # A trial resumed after a kill may repeat an evaluation.
@@ -51,7 +51,11 @@ class TrialCallback(Callback):
         self._save(record)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Record the end of a trial: its last step, a stop by the scheduler or the time budget, or Ctrl-C."""
+        """Record the end of a trial.
+
+        Its status is ``done`` after its last step, or ``stopped`` by the scheduler or the time budget. It stays ``running`` after
+        Ctrl-C.
+        """
         record = self._record(trial)
         if record.step >= self._steps:
             record.status = "done"
@@ -60,7 +64,7 @@ class TrialCallback(Callback):
         self._save(record)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Record the error of a trial; the others go on."""
+        """Record the error of a trial; the other trials continue."""
         record = self._record(trial)
         record.error = self._records.read_error(record.number)
         record.status = "failed"
@@ -78,7 +82,7 @@ class TrialCallback(Callback):
 
 
 class _StopOnInterrupt(Stopper):
-    """Stops all trials after the first Ctrl-C; raises KeyboardInterrupt after the second."""
+    """Stopper that ends all trials after the first Ctrl-C or SIGTERM and raises KeyboardInterrupt after the second."""
 
     def __init__(self, callback: TrialCallback) -> None:
         self._callback = callback

@@ -1,4 +1,4 @@
-"""Charts of a sweep, in the colors of its page (see `vilseg.evaluation.charts`)."""
+"""Charts of a sweep as SVG, in the colors of the HTML report (see `vilseg.evaluation.charts`)."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from tune.trial_records import TrialRecord
 from vilseg.evaluation.charts import COLOURS, STYLE, WIDTH, to_svg
 
 _BINS = 5
-"""Number of bins of a continuous parameter in the heat map."""
+"""Number of bins into which the heat map divides a continuous parameter."""
 _MAX_VALUES = 12
-"""Largest number of listed values; a parameter with more is binned like a continuous one."""
+"""Maximum number of values that the heat map shows one by one; a parameter with more is binned like a continuous one."""
 
 
 def parallel_coordinates(
     parameters: Mapping[str, Parameter], lines: Sequence[tuple[Point, float]], *, objective: str
 ) -> str:
-    """Return a chart with one line for each trial, through its values and its score, stronger for better scores; SVG.
+    """Return a parallel coordinates chart as SVG: one line per trial, through its parameter values and its score.
 
-    The best trial is in the accent color.
+    Better scores have more opaque lines. The best trial has the accent color.
 
     Args:
-        parameters: one axis each, in order.
-        lines: point and score of each trial, at least one.
-        objective: name of the last axis.
+        parameters: parameters by configuration key, one axis each, in this order.
+        lines: point and score of each trial; at least one.
+        objective: name of the objective, for the last axis.
     """
     parallel_axes = [_Axis(key, parameter) for key, parameter in parameters.items()]
     scores = np.array([score for _, score in lines])
@@ -64,7 +64,16 @@ def parallel_coordinates(
 def heat_map(
     rows: tuple[str, Parameter], columns: tuple[str, Parameter], lines: Sequence[tuple[Point, float]], *, objective: str
 ) -> str:
-    """Return a heat map of the mean score by the values of two parameters, with spread and count where several share a cell."""
+    """Return a heat map as SVG: the mean score of the trials by the values of two parameters.
+
+    A cell with several trials also shows their standard deviation and number.
+
+    Args:
+        rows: configuration key and parameter of the rows.
+        columns: configuration key and parameter of the columns.
+        lines: point and score of each trial.
+        objective: name of the objective.
+    """
     row_cells = _Cells(rows[1])
     column_cells = _Cells(columns[1])
     scores: dict[tuple[int, int], list[float]] = {}
@@ -111,7 +120,13 @@ def heat_map(
 
 
 def learning_curves(records: Sequence[TrialRecord], best: Sequence[int], *, objective: str) -> str:
-    """Return the objective over the steps of every trial, those numbered in ``best`` in the accent color; SVG."""
+    """Return a chart of the objective over the training steps of every trial, as SVG.
+
+    Args:
+        records: trials to show.
+        best: numbers of the trials to show in the accent color.
+        objective: name of the objective.
+    """
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 2.6), layout="constrained")
         axes = figure.add_subplot()
@@ -135,7 +150,7 @@ def learning_curves(records: Sequence[TrialRecord], best: Sequence[int], *, obje
 
 
 def importance_bars(importance: Mapping[str, float]) -> str:
-    """Return bars of the fraction of the scores' variance that each parameter explains, largest first; SVG."""
+    """Return a bar chart, as SVG, of the fraction of the scores' variance that each parameter explains, largest first."""
     names = sorted(importance, key=lambda name: -importance[name])
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 0.6 + 0.32 * len(names)), layout="constrained")
@@ -159,7 +174,7 @@ def importance_bars(importance: Mapping[str, float]) -> str:
 
 
 class _Axis:
-    """Vertical axis of a parameter: numbers by size, listed values in order."""
+    """Vertical axis of a parameter: numbers on a linear or logarithmic scale, listed values equally spaced in their order."""
 
     def __init__(self, name: str, parameter: Parameter) -> None:
         self.name = name
@@ -172,7 +187,7 @@ class _Axis:
         return math.log(value) if self._log else float(value)
 
     def height(self, point: Point) -> float:
-        """Return the height of a point in 0..1; nan, which leaves a gap, where the parameter did not vary."""
+        """Return the height of a point on the axis in 0..1; nan, which leaves a gap, if the point lacks the parameter."""
         value = point.get(self.name)
         if value is None:
             return math.nan
@@ -207,7 +222,7 @@ def _draw_axis(axes: Axes, position: int, name: str, ticks: Sequence[tuple[float
 
 
 class _Cells:
-    """Rows or columns of the heat map: the values of a parameter, or bins of its range."""
+    """Rows or columns of the heat map: one per value of a parameter, or one per bin of its range."""
 
     def __init__(self, parameter: Parameter) -> None:
         self._listed = parameter.values
@@ -224,7 +239,7 @@ class _Cells:
         ]
 
     def index_of(self, value: Any) -> int | None:
-        """Return the index of the cell of a value; None where the parameter did not vary."""
+        """Return the index of the row or column of a value; None for None, the value of a point without the parameter."""
         if value is None:
             return None
         if self._listed is not None:

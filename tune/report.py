@@ -1,4 +1,4 @@
-"""Render the HTML report of a sweep, with the importance of its parameters and the rank correlations of its metrics."""
+"""HTML report of a sweep, with the importance of its parameters and the rank correlations of its metrics."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from vilseg.evaluation import html_page
 from vilseg.evaluation.proxy_metrics import MEASURES
 
 _MIN_TRIALS = 6
-"""Smallest number of trials for which importance and rank correlation are computed."""
+"""Minimum number of trials for which importance and rank correlation are computed."""
 _HEAT_MAP_AXES = ("loss.cross_modal.temperature", "model.clusters")
-"""Rows and columns of the heat map, where these vary."""
+"""Preferred parameters for the rows and columns of the heat map, used if they vary."""
 
 
 def render(
@@ -30,7 +30,16 @@ def render(
     best: PointResult | None,
     commands: Sequence[str],
 ) -> str:
-    """Return the report of a sweep as an HTML document."""
+    """Return the report of a sweep as an HTML document.
+
+    Args:
+        name: name of the sweep.
+        config: configuration that the trials vary.
+        space: search space.
+        records: records of all trials.
+        best: best point; None if no trial has a score.
+        commands: command lines to show.
+    """
     objective = space.objective_name
     ended = (("done", "trials to the end"), ("stopped", "stopped"), ("failed", "failed"))
     headline = [(f"best {objective}", f"{best.score:.4f}" if best else "–", "")]
@@ -102,8 +111,11 @@ def _axes(parameters: dict[str, Parameter]) -> tuple[str, str]:
 def parameter_importance(space: SearchSpace, records: Sequence[TrialRecord]) -> dict[str, float]:
     """Return the fraction of the scores' variance that each parameter explains (fANOVA, Hutter et al. 2014).
 
-    Only the trials with the most steps count, since a score depends on the steps as much as on the values. Empty where these are
-    fewer than `_MIN_TRIALS`.
+    Only the trials with the largest number of steps are used, since a score depends on the steps as much as on the parameters.
+
+    Returns:
+        Fraction by configuration key. Empty if fewer than `_MIN_TRIALS` trials are usable, if fewer than two parameters vary,
+        or if all scores are equal.
     """
     objective = space.objective_name
     longest = max((record.step for record in records), default=0)
@@ -113,7 +125,10 @@ def parameter_importance(space: SearchSpace, records: Sequence[TrialRecord]) -> 
     if len(trained) < _MIN_TRIALS or len(keys) < 2 or len({record.score(objective) for record in trained}) < 2:
         return {}
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    from optuna.importance import FanovaImportanceEvaluator, get_param_importances  # takes seconds to import
+    from optuna.importance import (
+        FanovaImportanceEvaluator,
+        get_param_importances,
+    )  # imported here because it takes seconds
 
     study = optuna.create_study(direction="maximize")
     for record in trained:
@@ -131,11 +146,11 @@ def parameter_importance(space: SearchSpace, records: Sequence[TrialRecord]) -> 
 
 
 def rank_correlations(records: Sequence[TrialRecord]) -> tuple[int, int, dict[str, float]]:
-    """Return Spearman's rank correlation with mIoU of each proxy metric, over evaluations at the same step.
+    """Compute Spearman's rank correlation with mIoU for each proxy metric, over evaluations of trials at the same step.
 
     Returns:
-        The last step at which enough trials were evaluated, the number of these trials, and the correlations by metric;
-        (0, 0, {}) where there is no such step.
+        The last step at which at least `_MIN_TRIALS` trials were evaluated, the number of these trials, and the correlations by
+        metric; (0, 0, {}) if there is no such step.
     """
     from scipy.stats import spearmanr
 

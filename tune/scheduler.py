@@ -1,4 +1,4 @@
-"""Choose which trials go on: Ray Tune's ASHA, population based training, or none."""
+"""Scheduler of trials: Ray Tune's ASHA, population based training, or none (all trials run to their end)."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def make_scheduler(space: SearchSpace, steps: int) -> TrialScheduler:
     """Return Ray Tune's scheduler of the space.
 
     Args:
-        space: names the scheduler and its settings.
-        steps: that a trial makes.
+        space: search space with the name of the scheduler and its settings.
+        steps: number of training steps of a full trial.
     """
     if space.scheduler == "asha":
         return ASHAScheduler(
@@ -38,7 +38,7 @@ def make_scheduler(space: SearchSpace, steps: int) -> TrialScheduler:
 
 
 def _mutation_domain(parameter: Parameter) -> Any:
-    """Return the values that population based training may give a parameter."""
+    """Return the Tune domain, or the list of values, from which population based training draws a new value of a parameter."""
     if parameter.uniform:
         return tune.uniform(*parameter.uniform)
     if parameter.loguniform:
@@ -47,7 +47,7 @@ def _mutation_domain(parameter: Parameter) -> Any:
 
 
 def _clip_to_bounds(space: SearchSpace, config: dict[str, Any]) -> dict[str, Any]:
-    """Return the configuration with values clipped to their bounds: PBT multiplies them by a factor."""
+    """Clip the values of a trial to the bounds of their parameters, because PBT multiplies values by a factor."""
     values = config["trial"]["values"]
     for key, parameter in space.parameters.items():
         bounds = parameter.uniform or parameter.loguniform

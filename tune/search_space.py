@@ -1,4 +1,4 @@
-"""Search spaces: a YAML file of the configuration keys that vary, how they are searched, and the objective.
+"""Search space: a YAML file with the configuration keys that vary, the search method, the scheduler and the objective.
 
     parameters:
       loss.cross_modal.temperature: {loguniform: [0.02, 0.3]}
@@ -8,8 +8,9 @@
     search: random
     scheduler: asha
 
-A point of the space is a value for each parameter whose condition holds; the others keep what the configuration says.
-Repeats are a parameter too, ``trainer.seed: {choice: [0, 1, 2]}``: points that differ in it alone count as one.
+A point of the space has a value for each parameter whose condition (``when``) holds; the other keys keep their values in the
+configuration. Repetitions with different seeds are written as a parameter, ``trainer.seed: {choice: [0, 1, 2]}``. Points that
+differ only in the seed are treated as repetitions of one point, and their scores are averaged.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ from vilseg.errors import ConfigError, UserError
 from vilseg.evaluation.proxy_metrics import MEASURES
 
 SEED = "trainer.seed"
-"""Points that differ in this key alone are repeats of each other."""
+"""Configuration key of the seed. Points that differ only in it are repetitions of one point."""
 
 Point = dict[str, Any]
-"""Values by configuration key."""
+"""A point of a search space: values by configuration key."""
 
 _SHARED_KEYS = (
     "name",
@@ -45,21 +46,21 @@ _SHARED_KEYS = (
     "trainer.workers",
     "trainer.steps",
 )
-"""Keys that all trials share."""
+"""Keys that must not vary, because all trials share them."""
 _CACHED_KEYS = ("init", "data.", "model.init", "model.image_encoder.", "model.text_encoder.")
-"""Keys, or prefixes of keys, that cached features depend on."""
+"""Keys, or prefixes of keys, on which the features of a feature cache depend."""
 _CACHED_VIEW_KEYS = tuple(f"views.{key}" for key in VIEW_KEYS)
-"""Further keys that they depend on where images have variants."""
+"""Further keys on which they depend if the cache holds augmented variants of every image."""
 _TRIES = 1000
-"""Smallest number of draws after which a random search gives up on finding another point."""
+"""Minimum number of random draws before a random search stops to look for further distinct points."""
 
 
 _Bounds = tuple[int, int]
-"""Outside of `Parameter`, where ``int`` is a field."""
+"""Defined outside of `Parameter`, because inside that class ``int`` is a field and hides the type."""
 
 
 class Parameter(ConfigPart):
-    """A configuration key that varies: one of ``choice``, ``uniform``, ``loguniform`` and ``int``.
+    """Values of a configuration key that varies: exactly one of ``choice``, ``uniform``, ``loguniform`` and ``int`` is set.
 
     Example:
         >>> Parameter(int=(2, 4)).values
@@ -69,15 +70,16 @@ class Parameter(ConfigPart):
     """
 
     choice: Annotated[list[Any], Field(min_length=1)] | None = None
-    """Values, as the configuration would have them."""
+    """Values of the configuration key."""
     uniform: tuple[float, float] | None = None
-    """Lowest and highest value."""
+    """Lowest and highest value of a uniform distribution."""
     loguniform: tuple[float, float] | None = None
-    """Lowest and highest value; the logarithm is uniform."""
+    """Lowest and highest value of a distribution whose logarithm is uniform."""
     int: _Bounds | None = None
-    """Lowest and highest value, both included."""
+    """Lowest and highest integer, both included."""
     when: dict[str, list[Any]] = {}
-    """Vary only where each of these parameters, named before, has one of these values."""
+    """Condition, as lists of values by configuration key: the parameter varies only if each of these parameters, which must
+    precede it in the space, has one of the listed values."""
 
     @model_validator(mode="after")
     def _require_one_kind(self) -> Self:
@@ -94,7 +96,7 @@ class Parameter(ConfigPart):
 
     @property
     def values(self) -> list[Any] | None:
-        """All values in order; None for a continuous range."""
+        """All values in order; None if the range is continuous."""
         if self.int is not None:
             return list(range(self.int[0], self.int[1] + 1))
         return self.choice
@@ -118,30 +120,33 @@ class Parameter(ConfigPart):
         if self.int:
             return trial.suggest_int(name, *self.int)
         assert self.choice is not None
-        # By position: a choice may be a list, which Optuna cannot store.
+        # Optuna chooses the index, because a value may be a list, which it cannot store.
         return self.choice[trial.suggest_categorical(name, list(range(len(self.choice))))]
 
 
 class AshaConfig(ConfigPart):
-    """Settings of asynchronous successive halving (Li et al. 2020): at every rung only the best fraction goes on."""
+    """Settings of asynchronous successive halving (ASHA, Li et al. 2020).
+
+    At certain numbers of steps, the rungs, trials are compared, and only the best fraction of them continues.
+    """
 
     grace: Annotated[float, Field(gt=0, lt=1)] = 0.125
-    """Fraction of the steps that every trial makes."""
+    """First rung: fraction of the steps that every trial makes."""
     reduction: Annotated[float, Field(gt=1)] = 3.0
-    """One in ``reduction`` trials goes on from a rung; each rung has ``reduction`` times the steps of the one before."""
+    """At a rung the best 1 / ``reduction`` of the trials continue. A rung has ``reduction`` times the steps of the one before."""
 
 
 class PbtConfig(ConfigPart):
-    """Settings of population based training (Jaderberg et al. 2017): the worst copy the weights of the best."""
+    """Settings of population based training (PBT, Jaderberg et al. 2017): the worst trials copy the weights of the best ones."""
 
     interval: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    """Fraction of the steps between two comparisons."""
+    """Distance of two comparisons of the trials, as a fraction of the steps."""
     quantile: Annotated[float, Field(gt=0, le=0.5)] = 0.25
-    """Fraction of the population that counts as the best, and as the worst."""
+    """Fraction of the trials that count as the best, and likewise as the worst."""
 
 
 class SearchSpace(ConfigTree):
-    """The keys that vary, how they are searched, and the objective.
+    """Search space of a sweep: the configuration keys that vary, the search method, the scheduler and the objective.
 
     Example:
         >>> space = SearchSpace(parameters={"model.clusters": Parameter(choice=[5, 15])}, search="grid")
@@ -150,23 +155,24 @@ class SearchSpace(ConfigTree):
     """
 
     parameters: Annotated[dict[str, Parameter], Field(min_length=1)]
-    """By configuration key."""
+    """Parameters by configuration key."""
     search: Literal["random", "grid", "optuna"] = "random"
-    """``optuna`` is its tree-structured Parzen estimator (Bergstra et al. 2011); ``grid`` tries all combinations."""
+    """Search method: ``random`` draws points, ``grid`` tries all combinations, ``optuna`` uses Optuna's tree-structured Parzen
+    estimator (Bergstra et al. 2011)."""
     scheduler: Literal["none", "asha", "pbt"] = "none"
-    """Rule by which trials are stopped early; ``none`` lets all of them end."""
+    """Rule by which trials are stopped early; with ``none`` all trials run to their end."""
     asha: AshaConfig = AshaConfig()
     pbt: PbtConfig = PbtConfig()
     trials: PositiveInt = 16
-    """Largest number of points; ``--trials`` takes precedence."""
+    """Maximum number of points; ``--trials`` takes precedence."""
     objective: Literal["miou", "retrieval", "nouns", "mutual_information", "agreement"] | None = None
-    """Metric to maximize. mIoU where there is a ``dataset``, else ``nouns``; see docs/tuning.md."""
+    """Metric to maximize, see docs/tuning.md. If None, ``miou`` if there is a ``dataset``, else ``nouns``."""
     dataset: DatasetUri | None = None
-    """Images with masks, ``KIND:URI``; ``--dataset`` takes precedence."""
+    """Dataset of images with masks, ``KIND:URI``, for mIoU; ``--dataset`` takes precedence."""
     images: PositiveInt = 200
-    """Largest number of images of the dataset, and of the held-out pairs, at each evaluation."""
+    """Maximum number of images of the dataset, and of held-out pairs, per evaluation."""
     evaluations: PositiveInt = 6
-    """Number of evaluations of each trial, evenly over its steps, the last one at the end."""
+    """Number of evaluations of each trial, evenly spaced over its steps; the last one is at the last step."""
     seed: int = 0
     """Random seed of the search."""
 
@@ -190,10 +196,11 @@ class SearchSpace(ConfigTree):
         return self
 
     def check(self, config: RunConfig) -> None:
-        """Raise an error where the space does not fit a configuration.
+        """Check that the space fits a configuration.
 
         Raises:
-            ConfigError: a parameter is no key of the configuration, or may not vary; the objective lacks what it needs.
+            ConfigError: a parameter is not a key of the configuration, a value is invalid, a key must not vary, or the dataset or
+                held-out pairs that the objective needs are missing.
         """
         cached: tuple[str, ...] = ()
         if config.data.feature_cache:
@@ -222,7 +229,7 @@ class SearchSpace(ConfigTree):
             )
 
     def _check_pbt(self, config: RunConfig) -> None:
-        """Refuse parameters that the weights of a trial are made for: PBT hands weights from trial to trial."""
+        """Raise ConfigError if a parameter must not vary under PBT, which copies weights from trial to trial."""
         fixed = (
             "model.",
             "data.",
@@ -234,7 +241,7 @@ class SearchSpace(ConfigTree):
         parameters = self.parameters.items()
         baked = next((key for key, _ in parameters if key.startswith(fixed)), None)
         if baked is None and 0 in (self.parameters.get("loss.vision.weight", Parameter(choice=[1])).values or ()):
-            baked = "loss.vision.weight from 0"  # without it there is no teacher to hand over
+            baked = "loss.vision.weight from 0"  # with weight 0 there is no EMA teacher whose weights could be copied
         if baked is not None:
             raise ConfigError(
                 f"the space varies {baked}, but pbt hands weights from trial to trial, and they are made for one value "
@@ -252,7 +259,7 @@ class SearchSpace(ConfigTree):
         return self.objective or ("miou" if self.dataset else "nouns")
 
     def build_point(self, suggest: Callable[[str, Parameter], Any]) -> Point:
-        """Build a point: a value of ``suggest`` for each parameter whose condition holds, in order."""
+        """Build a point with the value that ``suggest`` returns for each parameter whose condition holds, in order."""
         point: Point = {}
         for key, parameter in self.parameters.items():
             if all(point.get(other) in values for other, values in parameter.when.items()):
@@ -260,7 +267,7 @@ class SearchSpace(ConfigTree):
         return point
 
     def points(self) -> list[Point]:
-        """Return the points of a random or grid search: each once, the same ones every time, at most ``trials``."""
+        """Return the distinct points of a random or grid search, at most ``trials``; deterministic."""
         found: dict[str, Point] = {}
         candidates = self._grid_points() if self.search == "grid" else self._random_points()
         for point in candidates:
@@ -282,12 +289,12 @@ class SearchSpace(ConfigTree):
 
 
 def point_key(point: Point) -> str:
-    """Return a string that equal points share."""
+    """Return a string that is the same for equal points, and different for others."""
     return json.dumps(point, sort_keys=True)
 
 
 def format_value(value: Any) -> str:
-    """Return a value of a point as text for people: four significant digits of a float.
+    """Return a value of a point as text; floats have four significant digits.
 
     Example:
         >>> format_value(0.123456), format_value(25)
@@ -300,7 +307,7 @@ def config_at_point(config: RunConfig, point: Point) -> RunConfig:
     """Return the configuration at a point of the space.
 
     Raises:
-        ConfigError: the configuration does not accept a value.
+        ConfigError: a key of the point is unknown, or its value is invalid.
     """
     try:
         return config.with_overrides(f"{key}={json.dumps(value)}" for key, value in point.items())

@@ -1,4 +1,4 @@
-"""Choose the points of trials: those of a random or grid search that have not ended, or Optuna's searcher."""
+"""Points of the trials to run: the unfinished points of a random or grid search, or Optuna's search algorithm."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ _STUDY = "vilseg"
 
 
 def unfinished_points(space: SearchSpace, records: Sequence[TrialRecord]) -> list[dict[str, Any]]:
-    """Return ``number`` and ``values`` of each point of a random or grid search whose trial has not ended."""
+    """Return the points of a random or grid search whose trials have not ended; empty for Optuna.
+
+    Returns:
+        For each point, a dict of the trial's ``number`` and its ``values`` by configuration key.
+    """
     if space.search == "optuna":
         return []
     points = dict(enumerate(space.points())) | {record.number: record.point for record in records}
@@ -24,7 +28,10 @@ def unfinished_points(space: SearchSpace, records: Sequence[TrialRecord]) -> lis
 
 
 def make_optuna_search(space: SearchSpace, records: Sequence[TrialRecord]) -> OptunaSearch:
-    """Return a tree-structured Parzen estimator (Bergstra et al. 2011) that knows the ended trials and starts with the others."""
+    """Return Optuna's tree-structured Parzen estimator (Bergstra et al. 2011) for Ray Tune.
+
+    It is fitted to the ended trials of ``records``, and suggests the points of the unfinished ones first.
+    """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     storage = optuna.storages.InMemoryStorage()
     study = optuna.create_study(storage=storage, study_name=_STUDY, direction="maximize")
@@ -35,7 +42,7 @@ def make_optuna_search(space: SearchSpace, records: Sequence[TrialRecord]) -> Op
         space=_NumberedPoints(space, records),
         metric=space.objective_name,
         mode="max",
-        # Another seed for each resume: the same one would draw the same points again.
+        # The seed differs after each resume; with the same one it would draw the same points again.
         sampler=optuna.samplers.TPESampler(seed=space.seed + len(ended), constant_liar=True),
         storage=storage,
         study_name=_STUDY,
@@ -44,7 +51,7 @@ def make_optuna_search(space: SearchSpace, records: Sequence[TrialRecord]) -> Op
 
 
 class _NumberedPoints:
-    """Turns the suggestions of an Optuna trial into a numbered point. A class, because Tune pickles it."""
+    """Function from an Optuna trial to a numbered point; a class and not a closure, because Tune pickles it."""
 
     def __init__(self, space: SearchSpace, records: Sequence[TrialRecord]) -> None:
         self._space = space
@@ -70,7 +77,7 @@ def _optuna_trial(space: SearchSpace, record: TrialRecord) -> optuna.trial.Froze
 
 
 def to_optuna_params(space: SearchSpace, point: Point) -> Point:
-    """Return a point as Optuna stores it: choices by position."""
+    """Return a point as Optuna stores it, with a value of ``choice`` replaced by its index."""
     return {
         key: value if space.parameters[key].choice is None else (space.parameters[key].choice or []).index(value)
         for key, value in point.items()
@@ -78,7 +85,7 @@ def to_optuna_params(space: SearchSpace, point: Point) -> Point:
 
 
 def optuna_distribution(parameter: Parameter) -> optuna.distributions.BaseDistribution:
-    """Return Optuna's distribution of a parameter; see `Parameter.suggest`."""
+    """Return Optuna's distribution of a parameter, which matches `Parameter.suggest`."""
     if parameter.uniform:
         return optuna.distributions.FloatDistribution(*parameter.uniform)
     if parameter.loguniform:

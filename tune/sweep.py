@@ -1,15 +1,15 @@
-"""A sweep: run trials under Ray Tune, keep their records, and write the best configuration and a report.
+"""Sweep: runs trials under Ray Tune, keeps their records, and writes the best configuration and a report.
 
 The directory of a sweep:
 
-    config.yaml, space.yaml   configuration and search space that it was started with
-    records/NNNN.json         a trial: its point, its status, every evaluation
-    trials/NNNN/              the trial's run directory, as of `vilseg train`
+    config.yaml, space.yaml   configuration and search space that the sweep was started with
+    records/NNNN.json         record of a trial: its point, its status, every evaluation
+    trials/NNNN/              run directory of the trial, as `vilseg train` writes it
     best.yaml                 configuration of the best point, for `vilseg train --config`
     sweep.json, report.html   metrics of all trials, and the report
 
-Tune schedules, stops and searches. The state of a trial is kept in its record and not in Tune's own pickled state, so a killed
-sweep is resumed from the records: ended trials are not repeated, running ones continue from their last checkpoint.
+Tune schedules, stops and searches. The state of a trial is kept in its record and not in Tune's own pickled state. A killed sweep
+is resumed from the records: ended trials are not repeated, and running ones continue from their last checkpoint.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ from vilseg.training.run_dir import new_run_name
 from vilseg.training.run_setup import preflight
 
 _TUNE_ENVIRONMENT = {
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # collect_signals handles Ctrl-C without losing results that Tune has not written yet
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # no result files of its own
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # collect_signals handles Ctrl-C, and no results get lost
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # Tune writes no result files of its own
     "RAY_AIR_NEW_OUTPUT": "0",  # the new output prints a banner at any verbosity
 }
 _WAITING_TRIAL_CPUS = 0.01
-"""CPUs held by a trial's process where workers of Ray Train do its work: it mostly waits, and the readers need the CPUs."""
+"""CPUs reserved by the process of a trial that Ray Train workers train; it mostly waits, and the readers need the CPUs."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,10 @@ class SweepResult:
     uri: str
     """Directory of the sweep."""
     best: PointResult | None
-    """None where no trial has a score."""
+    """Best point; None if no trial has a score."""
     records: tuple[TrialRecord, ...]
     interrupted: bool
+    """Ctrl-C or SIGTERM ended the sweep."""
 
     @property
     def best_config(self) -> str:
@@ -72,12 +73,12 @@ class SweepResult:
 
 
 def check(config: RunConfig, space: SearchSpace, *, resume: bool) -> None:
-    """Check a sweep before anything is started.
+    """Check a sweep before Ray is started.
 
     Raises:
-        ConfigError: the space does not fit the configuration, or the sweep to resume is another one.
-        DataError: the dataset, or the pairs, cannot be read.
-        StorageError: a bucket is missing, or the sweep's directory exists.
+        ConfigError: the space does not fit the configuration, or the sweep to resume has another configuration or space.
+        DataError: the dataset or the pairs cannot be read.
+        StorageError: a bucket is missing, or the sweep's directory exists and ``resume`` is not set.
     """
     config = absolute_locations(config)
     space = absolute_choices(config, space)
@@ -101,19 +102,20 @@ def main(
     show: Callable[[list[TrialRecord], str], None] = lambda records, objective: None,
     command: str = "",
 ) -> SweepResult:
-    """Run the trials, and write the best configuration and the report to ``{trainer.storage}/{name}``.
+    """Run a sweep, and write the best configuration and the report to ``{trainer.storage}/{name}``.
 
     Args:
-        config: of every trial, except for the values of its point; a name is made where it has none.
-        space: the search space.
+        config: configuration of every trial, except for the values of its point. If it has no name, one is generated.
+        space: search space.
         session: the cluster.
         resume: continue the sweep of that name.
-        time_budget: seconds after which all trials are stopped.
-        show: called with all trials so far and the name of the objective, whenever a trial changes.
-        command: command line, for the report.
+        time_budget: seconds after which all trials are stopped; None sets no limit.
+        show: function called with the records of all trials so far and the name of the objective, whenever a trial changes.
+        command: command line to show in the report.
 
     Raises:
-        UserError: an error in the configuration, the space, the pairs or the storage, or no trial has a score.
+        UserError: the configuration, the space, the pairs or the storage has an error that the user can correct, or no trial has
+            a score.
     """
     config = config if config.name else config.replace(name=new_run_name())
     config = absolute_locations(config)
@@ -140,7 +142,7 @@ def main(
 
 
 def absolute_choices(config: RunConfig, space: SearchSpace) -> SearchSpace:
-    """Return ``space`` with the locations among its choices made absolute, as those of the configuration are."""
+    """Return ``space`` with all paths, in its choices and its other fields, made absolute, as in the configuration."""
     parameters = dict(space.parameters)
     for key, parameter in parameters.items():
         if parameter.choice is None or not all(isinstance(value, str) for value in parameter.choice):
@@ -153,21 +155,21 @@ def absolute_choices(config: RunConfig, space: SearchSpace) -> SearchSpace:
 
 
 def plan_trials(config: RunConfig, session: Session) -> TrialResources:
-    """Return the number of trials that run at a time, and the resources of each.
+    """Return the number of trials that run at the same time, and the resources of each.
 
-    A trial with one worker holds a CPU (and a GPU, where there are any) and reads its own pairs. A trial with several is a
-    process that mostly waits, beside workers of Ray Train and their readers. These share an equal part of the cluster, so that
-    no trial waits for a CPU that another one holds until its end.
+    A trial with one worker uses one CPU (and one GPU, if there are any) and reads its own pairs. A trial with several workers is
+    a process that mostly waits, plus Ray Train workers and their readers. These get an equal fraction of the cluster, so that no
+    trial waits for a CPU that another one holds until its end.
 
     Raises:
-        ConfigError: more workers than CPUs, or a range of workers.
+        ConfigError: there are more workers than CPUs or GPUs, or ``trainer.workers`` is a range.
     """
     workers = config.trainer.workers
     if not isinstance(workers, int):
         raise ConfigError(
             f"trainer.workers is {list(workers)}, but a sweep lays its trials out before they begin; give one number"
         )
-    session.worker_resources(workers)  # raises where there are too few CPUs
+    session.worker_resources(workers)  # raises ConfigError if there are too few CPUs or GPUs
     if workers == 1:
         concurrent = min(session.cpus, session.gpus or session.cpus)
         return TrialResources(concurrent, 1, 1 if session.gpus else 0, on_ray_workers=False)
@@ -181,7 +183,7 @@ def _sweep_uri(config: RunConfig) -> str:
 
 
 def _check_directory(config: RunConfig, space: SearchSpace, *, resume: bool) -> None:
-    """Refuse the directory of another sweep; on ``resume``, refuse a directory without a sweep."""
+    """Raise an error if the directory exists, or, on ``resume``, if it holds no sweep or one with other settings."""
     uri = _sweep_uri(config)
     written = storage.join(uri, "space.yaml")
     if not resume:
@@ -199,14 +201,14 @@ def _check_directory(config: RunConfig, space: SearchSpace, *, resume: bool) -> 
 
 
 def _fixed_settings(tree: RunConfig | SearchSpace) -> dict[str, Any]:
-    """Return the values that must not change on ``--resume``: all but the number of trials."""
+    """Return the values that must be unchanged on ``--resume``: all except the number of trials."""
     values = tree.model_dump(mode="json")
     values.pop("trials", None)
     return values
 
 
 def _run_tuner(runner: TrialRunner, callback: TrialCallback, records: TrialRecords, time_budget: float | None) -> None:
-    """Run the trials that have not ended, by Ray Tune."""
+    """Run the trials that have not ended under Ray Tune."""
     space = runner.space
     sweep_uri = storage.parent(runner.runs_uri)
     storage.write_text(storage.join(sweep_uri, "config.yaml"), runner.config.to_yaml())
@@ -225,14 +227,14 @@ def _run_tuner(runner: TrialRunner, callback: TrialCallback, records: TrialRecor
 def _make_tuner(
     runner: TrialRunner, callback: TrialCallback, records: list[TrialRecord], time_budget: float | None, tune_uri: str
 ) -> tune.Tuner | None:
-    """Return Ray Tune's tuner of the trials that have not ended; None where all have.
+    """Return Ray Tune's tuner of the trials that have not ended; None if all have ended.
 
     Args:
-        runner: trains the trials.
-        callback: writes their records.
-        records: of the trials so far.
-        time_budget: seconds after which all trials are stopped.
-        tune_uri: directory of Tune's own state.
+        runner: runner of the trials.
+        callback: writer of their records.
+        records: records of the trials so far.
+        time_budget: seconds after which all trials are stopped; None sets no limit.
+        tune_uri: URI of the directory for Tune's own state.
     """
     space, resources = runner.space, runner.resources
     search = make_optuna_search(space, records) if space.search == "optuna" else None
@@ -252,12 +254,12 @@ def _make_tuner(
             scheduler=make_scheduler(space, runner.config.trainer.steps),
             search_alg=search,
             num_samples=count if search else 1,
-            # The trials of a population take turns on the resources; other trials start when there is room.
+            # PBT needs its whole population: its trials take turns on the resources. Other trials start when resources are free.
             max_concurrent_trials=None if space.scheduler == "pbt" else resources.concurrent,
             time_budget_s=time_budget,
-            # A process with workers of Ray Train ends together with them; others run one trial after another.
+            # A process that trains by Ray Train workers ends with its trial; others run one trial after another.
             reuse_actors=not on_workers,
-            # Population based training copies configurations from trial to trial; the names stay.
+            # PBT copies configurations from trial to trial, but a trial keeps the name made at its start.
             trial_name_creator=lambda made: trial_name(made.config["trial"]["number"]),
             trial_dirname_creator=lambda made: trial_name(made.config["trial"]["number"]),
         ),
@@ -276,7 +278,7 @@ def _make_tuner(
 def _write_results(result: SweepResult, config: RunConfig, space: SearchSpace, command: str) -> None:
     """Write ``best.yaml``, ``sweep.json`` and the report."""
     if result.best:
-        # The name is that of the sweep; a run is given its own.
+        # Without the name, which is that of the sweep.
         best = config_at_point(config, result.best.point).replace(name=None)
         storage.write_text(result.best_config, best.to_yaml())
     tree = {

@@ -1,7 +1,7 @@
-"""One trial: the training of `vilseg train` at a point of the space, evaluated on its way, reporting to Ray Tune.
+"""Trial: the training of `vilseg train` at a point of the search space, with evaluations that are reported to Ray Tune.
 
-With one worker a trial trains in its own process: starting Ray Train for it would take longer than many a trial. The pairs,
-their order, the steps and the loop are the same. With more workers it is `jobs.train`, inside the trial.
+With one worker a trial trains in its own process, because starting Ray Train would take longer than many trials. The pairs, their
+order, the steps and the training loop are the same as in `vilseg train`. With several workers the trial runs `jobs.train`.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ from vilseg.training.metrics_log import MetricsFile
 from vilseg.training.run_dir import PreparedRun, RunDirectory
 
 Report = Callable[..., None]
-"""Function of a dictionary of metrics, and of further keyword arguments of `ray.tune.report`."""
+"""Type of functions that report an evaluation: a dict of metrics, and further keyword arguments of `ray.tune.report`."""
 _SHUTDOWN_TIMEOUT_S = 120.0
-"""Seconds that workers have to write a checkpoint and end."""
+"""Seconds to wait until the workers have written a checkpoint and ended."""
 _STATE_POINTER = "state.json"
-"""File of Tune's checkpoint that holds the URI of the trial's own checkpoint."""
+"""Name of the only file in a Tune checkpoint; it holds the URI of the state in the run directory."""
 
 
 @dataclass(frozen=True)
@@ -57,33 +57,30 @@ class TrialResources:
     """Resources of every trial of a sweep."""
 
     concurrent: int
-    """Number of trials that run at a time."""
+    """Number of trials that run at the same time."""
     cpus: float
     gpus: float
     """CPUs and GPUs of each trial, including its workers and readers."""
     on_ray_workers: bool
-    """The trial is trained by workers of Ray Train, which hold the CPUs and GPUs in place of the trial's process."""
+    """Ray Train workers train the trial, and they hold the CPUs and GPUs instead of the trial's process."""
 
 
 @dataclass(frozen=True)
 class TrialRunner:
-    """Trains the trials of a sweep; pickled and sent to each.
-
-    Attributes hold what all trials share.
-    """
+    """Runner of the trials of a sweep; it holds the settings that all trials share, and is pickled and sent to each."""
 
     config: RunConfig
     space: SearchSpace
     runs_uri: str
-    """Directory of the trials' run directories."""
+    """URI of the folder of the trials' run directories."""
     records_uri: str
-    """Directory of their records."""
+    """URI of the folder of the trial records."""
     resources: TrialResources
     feature_cache: str | None = None
     """URI of the cached features that all trials train on."""
 
     def trial_config(self, number: int, point: Point) -> RunConfig:
-        """Return the configuration of the run of trial ``number``."""
+        """Return the configuration of trial ``number`` at ``point``."""
         config = config_at_point(self.config, point)
         trainer = config.trainer.replace(
             storage=self.runs_uri,
@@ -96,10 +93,10 @@ class TrialRunner:
         """Train trial ``number``.
 
         Args:
-            number: of the trial.
-            point: its values.
-            report: called with every evaluation.
-            should_stop: called a few times a second where Ray Train has workers; True stops the trial.
+            number: number of the trial.
+            point: values of the trial by configuration key.
+            report: function called with the metrics of every evaluation.
+            should_stop: function called a few times per second if Ray Train workers train; once it returns True, the trial stops.
         """
         started = time.time()
 
@@ -120,7 +117,7 @@ class TrialRunner:
 
 
 def function_trainable(runner: TrialRunner) -> Callable[[dict[str, Any]], None]:
-    """Return the function that Tune runs for each trial, in a process of its own."""
+    """Return the function that Tune runs for each trial with one worker, in a Tune process."""
 
     def vilseg(config: dict[str, Any]) -> None:
         runner.train(int(tune.get_context().get_trial_name() or 0), config["trial"]["values"], tune.report)
@@ -129,16 +126,16 @@ def function_trainable(runner: TrialRunner) -> Callable[[dict[str, Any]], None]:
 
 
 class RayTrainTrainable(tune.Trainable):
-    """Class that Tune runs for each trial trained by workers of Ray Train.
+    """Tune trainable of a trial that Ray Train workers train.
 
-    The workers have to end before the trial does: otherwise they would keep their resources of the cluster.
+    The workers have to end before the trial does, otherwise they would keep their resources of the cluster.
     """
 
     runner: TrialRunner
-    """Set by the subclass that `ray_train_trainable` makes."""
+    """Runner of the sweep, a class attribute set by `ray_train_trainable`."""
 
     def setup(self, config: dict[str, Any]) -> None:
-        """Start to train, in a thread."""
+        """Start the training in a thread."""
         self._evaluations: queue.Queue[dict[str, float] | BaseException] = queue.Queue()
         self._ended = threading.Event()
 
@@ -154,17 +151,17 @@ class RayTrainTrainable(tune.Trainable):
         self._thread.start()
 
     def step(self) -> dict[str, float]:
-        """Return the next evaluation."""
+        """Wait for the next evaluation and return its metrics; raise the error of the training if it failed."""
         evaluation = self._evaluations.get()
         if isinstance(evaluation, BaseException):
             raise evaluation
         return {**evaluation, DONE: evaluation["step"] >= self.runner.config.trainer.steps}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """Write nothing: the run has checkpoints of its own."""
+        """Write nothing, because the run writes its own checkpoints."""
 
     def cleanup(self) -> None:
-        """Stop the training; its last checkpoint stays."""
+        """Stop the training and wait until it has ended; its last checkpoint is kept."""
         self._ended.set()
         self._thread.join(_SHUTDOWN_TIMEOUT_S)
 
@@ -175,9 +172,9 @@ def ray_train_trainable(runner: TrialRunner) -> type[RayTrainTrainable]:
 
 
 def _train_in_process(config: RunConfig, runner: TrialRunner, report_metrics: Report) -> None:
-    """Train with one worker, in this process."""
+    """Train with one worker in this process, without Ray Train."""
     run_dir = RunDirectory(storage.join(config.trainer.storage, str(config.name)))
-    exploited = tune.get_checkpoint()  # of another trial, whose weights this one continues from: see PBT
+    exploited = tune.get_checkpoint()  # with PBT, the checkpoint of another trial from whose weights this one continues
     prepared = _prepare(config, runner, run_dir, exploits=exploited is not None)
     device = torch.device("cuda" if runner.resources.gpus else "cpu")
     if device.type == "cpu":
@@ -198,7 +195,7 @@ def _train_in_process(config: RunConfig, runner: TrialRunner, report_metrics: Re
 
     def on_checkpoint() -> None:
         writer.write(trainer.state_dict(), last, also=metrics_file.sync)
-        writer.wait()  # after its report the trial may be stopped, or its checkpoint copied by another
+        writer.wait()  # complete before the report, after which Tune may stop the trial or give its checkpoint to another
         with tempfile.TemporaryDirectory() as local:
             (Path(local) / _STATE_POINTER).write_text(json.dumps({"uri": run_dir.state(trainer.step)}))
             if trainer.step == config.trainer.steps:
@@ -211,12 +208,19 @@ def _train_in_process(config: RunConfig, runner: TrialRunner, report_metrics: Re
         CheckpointWriter(run_dir, config.trainer.keep_checkpoints, config.trainer.best_by) as writer,
     ):
         trainer.train(_batches(config, prepared, trainer.step), on_report=on_report, on_checkpoint=on_checkpoint)
-    if not last:  # it was killed after its last step, before the report
+    if not last:  # an earlier process was killed after the last step, before the report
         report_metrics({"step": trainer.step}, trainer.objective.model)
 
 
 def _prepare(config: RunConfig, runner: TrialRunner, run_dir: RunDirectory, *, exploits: bool) -> PreparedRun:
-    """Prepare the run directory of a trial: new, of a killed trial, or with new values and the weights of another trial."""
+    """Prepare the run directory of a trial.
+
+    Args:
+        config: configuration of the trial.
+        runner: runner of the sweep.
+        run_dir: run directory, which is new or left by a killed process.
+        exploits: the trial continues with the weights of another trial and new values (PBT).
+    """
     if exploits:
         prepared = PreparedRun.from_json(storage.read_text(run_dir.prepared))
         storage.write_text(run_dir.config, config.to_yaml())
@@ -227,7 +231,7 @@ def _prepare(config: RunConfig, runner: TrialRunner, run_dir: RunDirectory, *, e
 
 
 def _batches(config: RunConfig, prepared: PreparedRun, first_step: int) -> Iterator[WorkerBatch]:
-    """Yield the batches from ``first_step`` on; raise DataError when too many pairs are bad."""
+    """Return an iterator over the batches from ``first_step`` on, which raises DataError if too many pairs are bad."""
     count = BadPairCounter(config.data.max_bad_share)
 
     def report(read: int, bad: list[BadPair]) -> None:
@@ -241,14 +245,14 @@ def _batches(config: RunConfig, prepared: PreparedRun, first_step: int) -> Itera
 def _train_on_ray_workers(
     config: RunConfig, resources: TrialResources, report_metrics: Report, should_stop: Callable[[], bool]
 ) -> None:
-    """Train by workers of Ray Train; evaluate each checkpoint as it appears."""
+    """Train with Ray Train workers, and evaluate each checkpoint when it is complete."""
     run_dir = RunDirectory(storage.join(config.trainer.storage, str(config.name)))
     due: list[dict[str, float]] = []
 
     def progress(update: ProgressUpdate) -> None:
         due.extend(metrics for metrics in update.metrics if metrics["step"] % config.trainer.checkpoint_every == 0)
-        # A checkpoint is complete a moment after its report, and may be deleted again during a slow evaluation. The model of the
-        # last step is evaluated once the workers have ended.
+        # A checkpoint is complete some time after its report, and newer ones may replace it during a slow evaluation. The model
+        # of the last step is evaluated after the workers have ended.
         while due and due[0]["step"] < config.trainer.steps:
             kept = run_dir.checkpoint_steps()
             if due[0]["step"] > max(kept, default=0):
@@ -268,7 +272,7 @@ def _train_on_ray_workers(
 
 
 def _evaluate(config: RunConfig, space: SearchSpace, model: ViLSeg) -> dict[str, float]:
-    """Return mIoU where there are masks, and the proxy metrics where there are held-out pairs."""
+    """Return mIoU if there is a dataset with masks, and the proxy metrics if there are held-out pairs."""
     metrics: dict[str, float] = {}
     training = model.training
     if space.dataset:
@@ -289,7 +293,7 @@ def _evaluate(config: RunConfig, space: SearchSpace, model: ViLSeg) -> dict[str,
 
 @functools.lru_cache(maxsize=2)
 def _first_images(dataset: str, count: int) -> FirstImages:
-    """Return the first images of a dataset; read once by each process, which runs one trial after another."""
+    """Return the first ``count`` images of a dataset, cached because one process runs several trials."""
     return FirstImages(open_dataset(dataset), count)
 
 

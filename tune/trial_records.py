@@ -1,4 +1,4 @@
-"""Records of a sweep: one JSON file for each trial, by which a killed sweep is resumed."""
+"""Records of a sweep: one JSON file per trial, from which a killed sweep is resumed."""
 
 from __future__ import annotations
 
@@ -17,34 +17,35 @@ Status = Literal["running", "done", "stopped", "failed"]
 
 @dataclass
 class TrialRecord:
-    """A trial, its state and its evaluations."""
+    """Record of a trial: its point, state and evaluations."""
 
     number: int
     point: Point
-    """Values of the trial; the last ones where population based training changed them."""
+    """Values of the trial by configuration key; population based training may change them, then the last ones."""
     status: Status = "running"
-    """``stopped``: by the scheduler or the time budget; ``failed``: see `error`."""
+    """``done`` after the last step, ``stopped`` by the scheduler or the time budget, ``failed`` by `error`."""
     error: str = ""
+    """Reason in one sentence if the trial failed."""
     curve: list[dict[str, float]] = field(default_factory=list)
-    """Every evaluation: ``step``, ``seconds`` since the trial's start, metrics and losses."""
+    """Values of every evaluation: ``step``, ``seconds`` since the trial's start, metrics and losses."""
 
     @property
     def ended(self) -> bool:
-        """True unless the trial is running."""
+        """True if the trial is done, stopped or failed."""
         return self.status != "running"
 
     @property
     def step(self) -> int:
-        """Step of the last evaluation; 0 where there was none."""
+        """Step of the last evaluation; 0 if there was none."""
         return int(self.curve[-1]["step"]) if self.curve else 0
 
     def score(self, objective: str) -> float:
-        """Return the objective at the last evaluation; nan where there was none."""
+        """Return the objective at the last evaluation; nan if there was none."""
         return float(self.curve[-1].get(objective, math.nan)) if self.curve else math.nan
 
 
 class TrialRecords:
-    """The records of a sweep, on storage below ``uri``; iterating yields them by number."""
+    """Records of a sweep, stored in the folder ``uri``; iteration yields them in the order of their numbers."""
 
     def __init__(self, uri: str) -> None:
         self._uri = uri
@@ -58,12 +59,12 @@ class TrialRecords:
         return iter(sorted(self.trials.values(), key=lambda record: record.number))
 
     def read_error(self, number: int) -> str:
-        """Return the reason that a failed trial left."""
+        """Return the error of a failed trial in one sentence."""
         uri = error_uri(self._uri, number)
         return storage.read_text(uri).partition("\n")[0] if storage.exists(uri) else "its process died"
 
     def save(self, record: TrialRecord) -> None:
-        """Write the record of a trial."""
+        """Write the record of a trial to storage."""
         self.trials[record.number] = record
         storage.write_text(
             storage.join(self._uri, f"{trial_name(record.number)}.json"), json.dumps(asdict(record), indent=1)
@@ -71,7 +72,7 @@ class TrialRecords:
 
 
 def trial_name(number: int) -> str:
-    """Return the name of a trial, its run and its record.
+    """Return the name of a trial, which is also that of its run and its record.
 
     Example:
         >>> trial_name(7)
@@ -81,13 +82,13 @@ def trial_name(number: int) -> str:
 
 
 def error_uri(records: str, number: int) -> str:
-    """Return the URI of the file in which a failing trial leaves its error: a sentence, and below it the traceback."""
+    """Return the URI of the file to which a failing trial writes its error: one sentence, then the traceback."""
     return storage.join(records, f"{trial_name(number)}-error.txt")
 
 
 @dataclass(frozen=True)
 class PointResult:
-    """Trials that differ in their seed alone, with their mean score."""
+    """Result of a point: its trials, which differ only in their seed, and their mean score."""
 
     point: Point
     """Values without the seed."""
@@ -97,10 +98,10 @@ class PointResult:
 
 
 def rank_points(records: Sequence[TrialRecord], objective: str) -> list[PointResult]:
-    """Return the points with their trials, the best first.
+    """Group trials that differ only in their seed, and return the points with their mean scores, best first.
 
-    Points trained for more steps come before the others, since scores at different steps are not comparable. The steps of a
-    point are those of its shortest trial. Failed trials and trials without a score are left out.
+    Points trained for more steps come before points trained for fewer, since scores at different steps are not comparable. The
+    number of steps of a point is that of its shortest trial. Failed trials and trials without a score are left out.
     """
     by_point: dict[str, list[TrialRecord]] = {}
     for record in records:
