@@ -1,13 +1,13 @@
-"""Exceptions for mistakes of a user and failures of the surroundings; each carries one sentence.
+"""Exceptions for mistakes of a user and failures of the environment; each carries one sentence as its message.
 
     UserError            the input is wrong: the `vilseg` command prints the sentence and exits with 2
     |- ConfigError       a key or value of a configuration
-    |- StorageError      a URI: missing, refused, unreachable
-    |  |- DiskFullError      no space is left, for a result or a temporary copy
-    |  `- StoreUnavailable   the object store does not answer, or says that it cannot now
-    |- DataError         pairs, images, masks, class lists
+    |- StorageError      a URI that is missing, refused or unreachable
+    |  |- DiskFullError      no disk space is left for a result or a temporary copy
+    |  `- StoreUnavailable   the object store does not answer, or reports that it is temporarily unavailable
+    |- DataError         image-caption pairs, images, masks or class lists
     |  |- TooLargeError      more pixels than the caller allows
-    |  `- FilteredError      a pair that the filters leave out
+    |  `- FilteredError      a pair that the configured filters leave out
     |- ModelError        a model folder or checkpoint
     `- ClusterError      Ray nodes of this machine
 
@@ -17,40 +17,40 @@ assertions; any other exception is a failed run (exit code 1).
 
 
 class UserError(Exception):
-    """The user's input is wrong; ``str(error)`` is one sentence fit to be shown as it is."""
+    """Error in the user's input; ``str(error)`` is one sentence that can be shown to the user unchanged."""
 
 
 class ConfigError(UserError):
-    """A configuration key or value is wrong."""
+    """Error for a wrong configuration key or value."""
 
 
 class StorageError(UserError):
-    """A URI cannot be read or written."""
+    """Error for a URI that cannot be read or written."""
 
 
 class DiskFullError(StorageError):
-    """No space is left on a disk; no fault of what was read or written."""
+    """Error for a full disk; the data that was read or written is not at fault."""
 
 
 class StoreUnavailable(StorageError):  # noqa: N818  (a temporary state, see `vilseg.storage.retry`)
-    """The object store does not answer, or says that it cannot now; the same request may succeed later."""
+    """Error for an object store that does not answer or is temporarily unavailable; the same request may succeed later."""
 
 
 class DataError(UserError):
-    """Pairs, images, masks or class lists are wrong."""
+    """Error for invalid image-caption pairs, images, masks or class lists."""
 
 
 class TooLargeError(DataError):
-    """An image or video has more pixels than the caller allows."""
+    """Error for an image or video with more pixels than the caller allows."""
 
 
 class FilteredError(DataError):
-    """A pair is not wanted, though nothing is wrong with it."""
+    """Error for a valid pair that the configured filters leave out."""
 
 
 class ModelError(UserError):
-    """A model folder or checkpoint is wrong."""
+    """Error for an invalid model folder or checkpoint."""
 
 
 class ClusterError(UserError):
-    """A Ray cluster of this machine cannot be started or ended."""
+    """Error for a Ray cluster on this machine that cannot be started or stopped."""

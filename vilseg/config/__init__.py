@@ -1,4 +1,4 @@
-"""Run configuration: one pydantic tree of small parts, each passed alone to the component that it configures."""
+"""Run configuration: a pydantic model with nested sections, each of which is passed on its own to the component it configures."""
 
 from vilseg.config.base import ConfigPart, ConfigTree, flatten
 from vilseg.config.data import ColumnsConfig, DataConfig, FiltersConfig, TextConfig, WeightedSource

@@ -1,4 +1,4 @@
-"""Base classes of configurations: YAML and ``key.sub=value`` overrides are read into validated parts; errors are one sentence."""
+"""Base classes of configurations, which validate YAML and ``key.sub=value`` overrides and report each error in one sentence."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ def _in_order(ends: tuple[float, float]) -> tuple[float, float]:
 
 
 FractionRange = Annotated[tuple[PositiveFraction, PositiveFraction], AfterValidator(_in_order)]
-"""Smallest and largest fraction, both above 0."""
+"""Pair of the smallest and the largest fraction, both above 0 and at most 1."""
 
 
 class ConfigPart(BaseModel):
-    """Base class of every part of a configuration: immutable, unknown keys are errors, docstrings become descriptions."""
+    """Base class of every configuration section: immutable, unknown keys are errors, docstrings become field descriptions."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     def replace(self, **values: Any) -> Self:
-        """Return a validated copy with other values; keys may be dotted.
+        """Return a validated copy with some values replaced; keys may be dotted.
 
         Args:
-            values: value by key, as ``replace(**{"trainer.workers": 2})``; whole parts are taken too.
+            values: new values by key, for example ``replace(**{"trainer.workers": 2})``; a value may also be a whole section.
 
         Raises:
-            ConfigError: an unknown key (the nearest right one is named) or a value that is not allowed.
+            ConfigError: a key is unknown (the message suggests the closest valid one) or a value is not allowed.
 
         Example:
             >>> from vilseg.config import RunConfig, TrainerConfig
@@ -59,7 +59,7 @@ class ConfigPart(BaseModel):
         """Return a validated copy with ``key.sub=value`` overrides applied in order; values are YAML.
 
         Raises:
-            ConfigError: as :meth:`replace`, or an override that cannot be parsed.
+            ConfigError: as for :meth:`replace`, or because an override cannot be parsed.
         """
         return self._replace(map(_parse_override, overrides))
 
@@ -78,14 +78,15 @@ class ConfigPart(BaseModel):
 
 
 class ConfigTree(ConfigPart):
-    """Base class of a whole configuration, as a file holds it."""
+    """Base class of a complete configuration, which is stored in one YAML file."""
 
     @classmethod
     def load(cls, uri: str | None = None, overrides: Iterable[str] = ()) -> Self:
-        """Read YAML at ``uri`` (defaults alone if None) and apply ``key.sub=value`` overrides; values are YAML.
+        """Read the YAML file at ``uri`` (if None, use the defaults) and apply ``key.sub=value`` overrides, whose values are YAML.
 
         Raises:
-            ConfigError: file missing, not a mapping, unknown key (the nearest right one is named) or bad value.
+            ConfigError: the file is missing or no mapping, a key is unknown (the message suggests the closest valid one), or a
+                value is not allowed.
         """
         tree: dict[str, Any] = {}
         if uri is not None:
@@ -107,7 +108,7 @@ class ConfigTree(ConfigPart):
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the values of a nested mapping by their dotted keys; an empty mapping counts as a value.
+    """Return the values of a nested mapping by dotted key; an empty mapping counts as a value.
 
     Example:
         >>> flatten({"trainer": {"steps": 5, "workers": 1}, "sizes": {}})
@@ -130,7 +131,7 @@ def _parse_override(override: str) -> tuple[str, Any]:
 
 
 def _set(tree: dict[str, Any], key: str, value: Any) -> None:
-    """Set the value at a dotted key of nested mappings; missing mappings on the way are made."""
+    """Set the value at a dotted key of nested mappings, creating the mappings that are missing."""
     *parents, last = key.split(".")
     node = tree
     for parent in parents:
@@ -144,8 +145,8 @@ def _set(tree: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _sentence(root: type[ConfigPart], error: ValidationError, uri: str | None) -> str:
-    """Return the most helpful of pydantic's errors as one sentence."""
-    # A misspelt key often leaves a required one missing as well: report the misspelling.
+    """Describe the most helpful of pydantic's errors in one sentence."""
+    # A misspelt key often leaves a required key missing as well; the misspelling is the error to report.
     first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
     path = [str(step) for step in first["loc"]]
     where = f" in {uri}" if uri else ""

@@ -1,4 +1,4 @@
-"""Sources of pairs, filters and decoding: a part of the run configuration."""
+"""Configuration of the image-text pairs: sources, selection of texts, filters and decoding."""
 
 from __future__ import annotations
 
@@ -15,50 +15,54 @@ class ColumnsConfig(ConfigPart):
     """Names of the columns in Parquet pair shards."""
 
     key: str = "key"
-    """Unique name of a pair; the row number stands in where the column is absent."""
+    """Column with the unique name of a pair; the row number is used if there is no such column."""
     image: str = "image"
-    """Encoded image bytes (or a struct with ``bytes``, as Hugging Face datasets write it)."""
+    """Column with the encoded image bytes, or with a struct that has the field ``bytes``, as Hugging Face datasets write it."""
     path: str = "path"
-    """URI of an image, absolute or beside the shard; used where there is no ``image`` column."""
+    """Column with the URI of an image, absolute or relative to the shard's folder; used if there is no ``image`` column."""
     caption: str = "caption"
     captions: str = "captions"
 
 
 class TextConfig(ConfigPart):
-    """Weights of the kinds of text from which a pair's text of an epoch is drawn. Kinds that a pair lacks are left out; kinds
-    of weight 0 are used only if there is nothing else, alt-text before tags."""
+    """Relative probabilities with which the text of a pair is drawn from its captions, alt-text and tags in each epoch.
+
+    Kinds of text that a pair lacks are ignored. A kind of weight 0 is used only if the pair has no kind of positive weight; then
+    captions come before alt-text, and alt-text before tags.
+    """
 
     caption: NonNegative = 1.0
-    """All captions of a pair together; which of them, is chosen anew each epoch."""
+    """Weight of all captions of a pair together; one of them is drawn in each epoch."""
     alt: NonNegative = 0.0
     tags: NonNegative = 0.0
-    """Hashtags and keywords, cleaned and joined by commas."""
+    """Weight of the hashtags and keywords, which are cleaned and joined by commas."""
 
 
 class FiltersConfig(ConfigPart):
-    """Pairs to leave out; they are counted by themselves and are not bad pairs. Defaults leave none out."""
+    """Criteria for leaving out pairs, which are counted separately from bad pairs. The defaults leave none out."""
 
     min_words: NonNegativeInt = 0
-    """Texts with fewer are left out, and pairs without any other."""
+    """Minimum number of words of a text; a pair is left out if none of its texts passes."""
     max_words: PositiveInt | None = None
     min_characters: NonNegativeInt = 0
-    """Like ``min_words``, for languages that do not part words by spaces, where a sentence is one word."""
+    """Minimum number of characters of a text, for languages without spaces between words, in which a sentence counts as one
+    word."""
     max_characters: PositiveInt | None = None
     junk: bool = False
-    """Leave out texts that say nothing in any language: codes, numbers, file names, one letter over and over."""
+    """If true, leave out texts without meaning in any language: codes, numbers, file names, repetitions of one letter."""
     min_side: PositiveInt = 1
-    """Pixels of the shorter side, from the image header."""
+    """Minimum length of the image's shorter side in pixels, read from the image header."""
     max_aspect: Annotated[float, Field(ge=1)] | None = None
-    """Longer side over the shorter."""
+    """Maximum ratio of the image's longer side to its shorter side."""
 
 
 class WeightedSource(ConfigPart):
-    """One of several sources of pairs."""
+    """One of several sources of pairs, with its weight."""
 
     source: Uri
-    """URI of pair shards, as ``data.source``."""
+    """URI of pair shards, as for ``data.source``."""
     weight: Positive = 1.0
-    """Relative number of pairs drawn from it; each source goes through its own epochs."""
+    """Relative number of pairs drawn from this source; each source has its own epochs."""
 
 
 class DataConfig(ConfigPart):
@@ -70,34 +74,40 @@ class DataConfig(ConfigPart):
     """
 
     source: Uri | None = None
-    """URI of pair shards (tar or Parquet), a folder or a single file. This or ``mix`` is needed for training."""
+    """URI of a folder of pair shards (tar or Parquet), or of a single shard. Training needs either this key or ``mix``."""
     mix: list[WeightedSource] = []
-    """Several sources in the place of one."""
+    """Several weighted sources, instead of ``source``."""
     shuffle_shards: PositiveInt = 1
-    """Shards whose pairs are mixed with each other. One of 1,000 to 10,000 pairs is as much as others shuffle in (5,000 pairs,
-    OpenCLIP); shards sorted by topic need more, 8 say. Memory stays that of one shard."""
+    """Number of shards whose pairs are shuffled together. One shard of 1,000 to 10,000 pairs is comparable to other shuffle
+    buffers (5,000 pairs in OpenCLIP). Shards sorted by topic need more, for example 8. The memory is that of one shard in any
+    case."""
     held_out: Uri | None = None
-    """URI of pair shards that are never trained on: `vilseg tune` measures by them. May be a file or folder of ``source``."""
+    """URI of pair shards that are excluded from training and on which metrics are measured, for example by `vilseg tune`. It may
+    be a file or folder within ``source``."""
     columns: ColumnsConfig = ColumnsConfig()
     canvas: PositiveInt = 224
-    """Side in pixels of the square that images are decoded to: shorter side resized, longer side cropped at random."""
+    """Side in pixels of the square image (canvas) that a photo is decoded to: its shorter side is resized to this length and its
+    longer side is cropped at a random position."""
     max_pixels: PositiveInt = 100_000_000
-    """Images whose header announces more pixels are rejected before decoding."""
+    """Maximum number of pixels of an image; an image whose header states more is rejected before decoding."""
     max_bad_share: Fraction = 0.05
-    """The run stops when more than this fraction of the pairs read so far could not be read."""
+    """Maximum fraction of bad pairs among the pairs read so far; the run stops above it."""
     text: TextConfig = TextConfig()
     filters: FiltersConfig = FiltersConfig()
     feature_cache: Uri | None = None
-    """URI of patch features written once for a frozen image encoder; training then reads features, not images."""
+    """URI of a feature cache, the precomputed patch features of a frozen image encoder, which training reads instead of
+    images."""
     cache_variants: PositiveInt = 1
-    """Feature sets of each image in the feature cache, of which an epoch takes one: that of the image center, and those of
-    random views by ``global_scale``, ``flip`` and the colours of ``views``, as large as the canvas. The encoding and the storage
-    are so many times as much; an epoch reads as much as with one."""
+    """Number of feature sets of each image in the feature cache, of which an epoch reads one. The first is computed from the
+    image center, the others from random views of canvas size, by ``global_scale``, ``flip`` and the colour settings of ``views``.
+    Encoding time and storage grow with this number; the amount read per epoch does not."""
 
     @property
     def sources(self) -> dict[str, WeightedSource]:
-        """The sources by name: the last part of the URI, numbered where two have the same; "" where there is no mix. Empty
-        where no source is set."""
+        """The sources by name; empty if no source is set.
+
+        A source of ``mix`` is named by the last component of its URI, with a number in front if names repeat; ``source`` is "".
+        """
         if not self.mix:
             return {"": WeightedSource(source=self.source)} if self.source else {}
         last = [storage.name(part.source) for part in self.mix]

@@ -1,7 +1,7 @@
-"""Types of configuration keys that name locations (URIs, models, datasets), and one walk over all of them.
+"""Types of configuration keys whose value is a location (URI, model or dataset), and functions that visit all such keys.
 
-A key that is typed :data:`Uri`, :data:`ModelRef` or :data:`DatasetUri` is found by :func:`map_locations` wherever it stands in a
-tree of parts, so that whoever has to list locations or make them absolute needs no list of keys.
+:func:`map_locations` finds every key of type :data:`Uri`, :data:`ModelRef` or :data:`DatasetUri` at any depth of a configuration.
+Code that lists locations or makes them absolute therefore needs no list of keys.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from vilseg.config.base import ConfigPart
 
 
 class LocationKind(enum.Enum):
-    """Syntax of a key that names a location."""
+    """Syntax of the value of a location key."""
 
     URI = "uri"
-    """Path or ``s3://`` URI."""
+    """Local path or ``s3://`` URI."""
     MODEL = "model"
     """Path or URI of a model or run directory, or the id of a model on the Hugging Face hub."""
     DATASET = "dataset"
-    """``KIND:URI``."""
+    """``KIND:URI``, for example ``folder:s3://bucket/val``."""
 
 
 Uri = Annotated[str, LocationKind.URI]
@@ -35,21 +35,21 @@ Change = Callable[[str, str, LocationKind], str]
 
 
 class Location(NamedTuple):
-    """A configuration key that names a location."""
+    """Configuration key whose value is a location."""
 
     key: str
-    """Dotted, with positions in lists: ``data.mix.0.source``."""
+    """Dotted key, with the indices of list items: ``data.mix.0.source``."""
     value: str
     kind: LocationKind
 
     @property
     def uri(self) -> str:
-        """The value without the ``KIND:`` of a dataset."""
+        """Value without the prefix ``KIND:`` of a dataset."""
         return self.value.partition(":")[2] if self.kind is LocationKind.DATASET else self.value
 
 
 def map_locations(config: Config, change: Change) -> Config:
-    """Return ``config`` with every location replaced by ``change(key, value, kind)``; keys that are not set are skipped."""
+    """Return ``config`` with every location replaced by ``change(key, value, kind)``; keys without a value are skipped."""
     return _map_part(config, "", change)
 
 
@@ -73,7 +73,7 @@ def list_locations(config: ConfigPart) -> list[Location]:
 
 
 def absolute_locations(config: Config) -> Config:
-    """Return ``config`` so that it means the same in a process with another working directory; hub ids stay as they are."""
+    """Return ``config`` with all paths made absolute, so that it is valid in any working directory; hub ids are unchanged."""
 
     def absolute(key: str, value: str, kind: LocationKind) -> str:
         if kind is LocationKind.DATASET:
@@ -85,9 +85,9 @@ def absolute_locations(config: Config) -> Config:
 
 
 def is_hub_id(reference: str) -> bool:
-    """Tell a model id of the Hugging Face hub (``gpt2``, ``openai/clip-vit-base-patch16``) from a path or URI.
+    """Return True for a Hugging Face hub id (``gpt2``, ``openai/clip-vit-base-patch16``) and False for a path or URI.
 
-    A relative path that exists is a path, even if it reads like an id.
+    A relative path that exists counts as a path, even if it has the form of an id.
     """
     return (
         reference.count("/") <= 1
@@ -108,7 +108,7 @@ def _map_part(part: Config, prefix: str, change: Change) -> Config:
 
 
 def _map_value(value: Any, annotation: Any, metadata: Sequence[Any], key: str, change: Change) -> Any:
-    """Map one value; ``metadata`` is what ``Annotated`` adds to ``annotation``."""
+    """Map one value of type ``annotation``; ``metadata`` are the arguments that ``Annotated`` adds to the type."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if isinstance(value, ConfigPart):
         return _map_part(value, f"{key}.", change)

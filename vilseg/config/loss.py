@@ -1,4 +1,4 @@
-"""Weights and settings of the training losses: a part of the run configuration."""
+"""Configuration of the training losses and their weights."""
 
 from __future__ import annotations
 
@@ -10,20 +10,22 @@ from vilseg.config.base import ConfigPart, Fraction, NonNegative, NonNegativeInt
 
 
 class CrossModalConfig(ConfigPart):
-    """Image-caption contrast (InfoNCE; CLIP, Radford et al. 2021)."""
+    """Contrastive loss between images and captions (InfoNCE; CLIP, Radford et al. 2021)."""
 
     weight: NonNegative = 1.0
     form: Literal["infonce", "sigmoid"] = "infonce"
-    """Soft-max over the batch, or every pair judged by itself with a learnt bias that starts at -10 (SigLIP, Zhai et al. 2023,
-    section 3.2); for the global and the pooled patch embeddings alike."""
+    """``infonce`` is a soft-max over the batch. ``sigmoid`` is a binary classification of every image-caption combination with a
+    learnt bias that starts at -10 (SigLIP, Zhai et al. 2023, section 3.2). Both apply to global and pooled patch embeddings."""
     temperature: Positive = 0.07
-    """Start of the learnt temperature; its inverse is capped at 100 (CLIP, section 2.5). 0.1 where ``form`` is sigmoid and
-    nothing is set (t' = log 10, SigLIP, section 3.2)."""
+    """Initial value of the learnt temperature, whose inverse is limited to 100 (CLIP, section 2.5). The default is 0.1 if
+    ``form`` is sigmoid (t' = log 10, SigLIP, section 3.2)."""
     patch_share: Fraction = 0.5
-    """Fraction of the loss that is taken on pooled patch embeddings, the rest on the global embedding; DESIGN: half and half."""
+    """Weight, 0 to 1, of the loss on pooled patch embeddings; the loss on the global embedding has the remaining weight."""
     patch_pooling: Literal["mean", "softmax"] = "softmax"
-    """Pooling of patches against a caption: their mean, or weighted by a soft-max of their similarity with it."""
+    """Pooling of an image's patches for a caption: their mean, or a mean weighted by a soft-max of their similarities to the
+    caption."""
     pooling_temperature: Positive = 0.1
+    """Temperature of the soft-max of ``patch_pooling``."""
 
     @model_validator(mode="before")
     @classmethod
@@ -34,51 +36,55 @@ class CrossModalConfig(ConfigPart):
 
 
 class NounsConfig(ConfigPart):
-    """Multi-label contrast with the noun phrases of the captions."""
+    """Multi-label loss between images and the noun phrases of their captions."""
 
     weight: NonNegative = 1.0
     top_patches: PositiveInt = 8
-    """An image's score for a phrase is the mean over its best patches."""
+    """Number of best patches over whose scores the mean is taken as an image's score for a phrase."""
     finder: Literal["tagger", "statistics"] = "tagger"
-    """A part-of-speech tagger (English), or statistics of the captions alone for any language that parts words by spaces: they
-    find topical words, verbs and adjectives among them, and take every inflection for a word of its own; see
-    ``vilseg.text.phrase_statistics``."""
+    """Method of finding phrases. ``tagger`` is a part-of-speech tagger for English. ``statistics`` uses the captions alone, for
+    any language with spaces between words; it finds topical words, including verbs and adjectives, and treats every inflected
+    form as a separate word. See ``vilseg.text.phrase_statistics``."""
     max_phrases: PositiveInt = 2000
+    """Maximum number of phrases; the most frequent are kept."""
     min_count: PositiveInt = 10
-    """Phrases rarer than this in the captions sampled are left out."""
+    """Minimum number of sampled captions that contain a phrase; rarer phrases are left out."""
 
 
 class VisionConfig(ConfigPart):
-    """Local against global crops with an EMA teacher (DINO, Caron et al. 2021; defaults of its section 3.2 and appendix)."""
+    """Self-supervised loss between local and global crops with an EMA teacher (DINO, Caron et al. 2021).
+
+    The defaults are those of its section 3.2 and appendix, unless stated otherwise.
+    """
 
     weight: NonNegative = 0.1
     form: Literal["dino", "infonce"] = "dino"
-    """Agreement over prototypes, or a soft-max over the images of the batch: a student's view must find the teacher's view of
-    the same image (InfoNCE, van den Oord et al. 2018, with a momentum encoder as in MoCo, He et al. 2020, section 3.2).
-    ``infonce`` takes ``student_temperature`` and has neither prototypes, centre nor teacher temperature."""
+    """``dino`` compares the distributions of student and teacher over prototypes. ``infonce`` is a soft-max over the images of
+    the batch that identifies the teacher's view of the same image (InfoNCE, van den Oord et al. 2018, with a momentum encoder as
+    in MoCo, He et al. 2020, section 3.2); it uses ``student_temperature`` and no prototypes, centre or teacher temperature."""
     student_temperature: Positive = 0.1
     teacher_temperature: Positive = 0.04
     center_momentum: Fraction = 0.9
     teacher_momentum: Fraction = 0.996
-    """Rises to 1 by a cosine over the run."""
+    """Initial decay rate of the teacher's moving average; it rises to 1 on a cosine schedule over the run."""
     prototypes: PositiveInt = 256
-    """Outputs of the projection head (65,536 in DINO; fewer for small data)."""
+    """Number of outputs of the projection head (65,536 in DINO; fewer for small data)."""
     hidden_dim: PositiveInt = 256
 
 
 class MutualInformationConfig(ConfigPart):
-    """Mutual information between cluster assignments of two views (IIC, Ji et al. 2019, equations 3 and 5)."""
+    """IIC loss: mutual information between the cluster assignments of two views (Ji et al. 2019, equations 3 and 5)."""
 
     weight: NonNegative = 0.1
     entropy_weight: Annotated[float, Field(ge=1)] = 1.5
-    """Weight of the marginal entropies, 1 as in IIC up to 1.5 against collapse."""
+    """Weight of the marginal entropies: 1 as in IIC, larger values (up to 1.5) prevent collapse to few clusters."""
     radius: NonNegativeInt = 1
-    """Displacements of up to this many patches in each direction are averaged (IIC, section 3.3)."""
+    """Maximum displacement in patches, in each direction; the loss is averaged over all displacements (IIC, section 3.3)."""
     train_encoder: bool = True
-    """Let the gradient go on into the image encoder; otherwise the head alone learns from it."""
+    """If true, the gradient also trains the image encoder; otherwise it trains the clustering head alone."""
     overclusters: Annotated[int, Field(ge=0, le=4096)] = 0
-    """Outputs of a second head that learns by the same loss beside the first and is dropped from the model; 0 for none
-    ("auxiliary overclustering", IIC)."""
+    """Number of outputs of a second clustering head, trained with the same loss and not saved in the model ("auxiliary
+    overclustering", IIC); 0 for none."""
 
     @field_validator("overclusters")
     @classmethod
@@ -89,16 +95,18 @@ class MutualInformationConfig(ConfigPart):
 
 
 class SelfTrainingConfig(ConfigPart):
-    """Cross-entropy with labels that the model itself gave to patches; of ``stage: self-train`` alone. See
-    ``vilseg.training.pseudo_labels``."""
+    """Cross-entropy with pseudo-labels of patches from the initial model; used only with ``stage: self-train``.
+
+    See ``vilseg.training.pseudo_labels``.
+    """
 
     weight: NonNegative = 0.3
     confidence: float = 2.0
-    """A patch has a label where its score is so many standard deviations above what is usual for the phrase."""
+    """Minimum score for a label, in standard deviations above the phrase's mean score; other patches have no label."""
 
 
 class LossConfig(ConfigPart):
-    """The four losses, and that of self-training; weight 0 switches one off and saves its work."""
+    """The four losses of training, and the loss of self-training; weight 0 switches a loss off and skips its computation."""
 
     cross_modal: CrossModalConfig = CrossModalConfig()
     nouns: NounsConfig = NounsConfig()

@@ -1,7 +1,8 @@
-"""Whole configuration of a training run: a tree of parts, each of which is passed alone to the component that it configures.
+"""Complete configuration of a training run, in sections that are each passed on their own to the component they configure.
 
-A configuration is a YAML file plus ``key.sub=value`` overrides. A default's docstring names its source; where it names none
-the value is ours. An unknown key is an error that names the nearest right one. The resolved tree is saved beside every run.
+A configuration is a YAML file plus ``key.sub=value`` overrides. The docstring of a key names the source of its default; without
+one, we chose the value. An unknown key is an error whose message suggests the closest valid key. The resolved configuration is
+saved with every run.
 """
 
 from __future__ import annotations
@@ -31,11 +32,12 @@ class RunConfig(ConfigTree):
     """
 
     name: str | None = None
-    """Name of the run's folder; made from the date where absent."""
+    """Name of the run directory; if None, a name is made from the date."""
     stage: Literal["contrast", "self-train"] = "contrast"
-    """``self-train`` goes on from the model of ``init`` with its own sure labels beside the other losses."""
+    """``self-train`` continues training the model of ``init`` and adds a loss on the model's own confident labels to the
+    others."""
     init: ModelRef | None = None
-    """A run's folder or a model folder of vilseg that this run begins with, under the same keys of ``model``."""
+    """Run directory or model folder of vilseg whose weights this run starts from; the keys of ``model`` must be the same."""
     data: DataConfig = DataConfig()
     views: ViewsConfig = ViewsConfig()
     model: ModelConfig = ModelConfig()

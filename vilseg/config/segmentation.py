@@ -1,4 +1,4 @@
-"""Inference settings: a part of the run configuration that travels with a model."""
+"""Configuration of inference, which is saved with the model."""
 
 from __future__ import annotations
 
@@ -11,75 +11,87 @@ from vilseg.text.prompt_templates import resolve_templates
 
 
 class RefinementConfig(ConfigPart):
-    """Scores brought along the image's edges; see ``vilseg.segmentation.refinement``."""
+    """Refinement of class scores along the edges of the image; see ``vilseg.segmentation.refinement``."""
 
     method: Literal["pamr", "guided"] = "pamr"
-    """Means of like neighbours (PAMR, Araslanov & Roth 2020, section 3.3), or a guided filter (He, Sun & Tang 2013)."""
+    """Weighted means over neighbours of similar colour (PAMR, Araslanov & Roth 2020, section 3.3), or a guided filter (He, Sun &
+    Tang 2013)."""
     iterations: NonNegativeInt = 0
-    """0 switches it off, as ViL-Seg has none; the authors of PAMR use 10, those of the guided filter 1."""
+    """Number of iterations; 0 switches refinement off, as in ViL-Seg. The authors of PAMR use 10, those of the guided filter
+    1."""
     dilations: Annotated[list[PositiveInt], Field(min_length=1)] = [1, 2, 4, 8]
-    """Distances of the neighbours in pixels of the enlarged patch grid (PAMR, six up to 24, on pixels of the image)."""
+    """Distances of the neighbours for ``pamr``, in pixels of the upscaled patch grid. (The PAMR authors use six distances up to
+    24 pixels of the image.)"""
     radius: PositiveInt = 2
-    """Radius of the guided filter's windows, in patches."""
+    """Radius of the windows of the guided filter, in patches."""
     upscale: PositiveInt = 4
-    """Pixels a side that every patch becomes, as long as the image has as many; more cost more and gain little."""
+    """Side in pixels to which each patch is upscaled; the result is never larger than the image. Larger values cost more and
+    improve little."""
     tolerance: Positive = 0.1
-    """Colour difference, in local standard deviations, that weakens a neighbour by a factor e (0.1 in the implementation of
-    PAMR's authors); of the guided filter, contrast in standard deviations of the whole image that is no edge. Larger values
-    forgive noise and leave fewer specks."""
+    """Tolerated colour difference. For ``pamr``, the difference in local standard deviations that reduces a neighbour's weight by
+    a factor e (0.1 in the implementation of PAMR's authors). For ``guided``, the contrast, in standard deviations of the whole
+    image, up to which there is no edge. Larger values tolerate more noise and leave fewer specks."""
 
 
 class SegmentationConfig(ConfigPart):
-    """Inference settings of a trained model; they are saved in the model folder.
+    """Inference settings of a trained model, saved in the model folder.
 
-    The defaults are the paper's: regions of the clustering head, named by the nearest class name. See
-    ``vilseg.segmentation.class_scores`` for the formulas.
+    The defaults follow the ViL-Seg paper: regions come from the clustering head, and each gets the class whose name is most
+    similar. See ``vilseg.segmentation.class_scores`` for the formulas.
     """
 
     input_size: PositiveInt = 224
-    """Shorter side in pixels that images are resized to before encoding."""
+    """Length in pixels to which the shorter side of an image is resized before encoding."""
     window: PositiveInt | None = None
-    """Side in pixels of the sliding window for images that are larger after resizing, where the encoder was trained on images of
-    that size or memory is short; null encodes the image in one pass. See ``vilseg.segmentation.dense_features``."""
+    """Side in pixels of the sliding window for images that are larger than it after resizing; null encodes an image in one pass.
+    Use a window if the encoder was trained on images of that size, or to save memory. See
+    ``vilseg.segmentation.dense_features``."""
     overlap: NonNegativeInt | None = None
-    """Pixels that neighbouring windows share, at most half a window; null is a quarter."""
+    """Overlap of neighbouring windows in pixels, at most half of ``window``; null means a quarter of it."""
     attention: Literal["plain", "sclip", "naclip"] = "plain"
-    """Attention of the image encoder's last block where patches are classified: its own, or one of two under which a patch
-    attends to those like itself (SCLIP, Wang et al. 2023; NACLIP, Hajimiri et al. 2024; ``vilseg.model.correlated_attention``).
-    Clusters, the embedding of the whole image and recorded statistics always use the plain one."""
+    """Attention in the image encoder's last block for the patch embeddings that are compared with classes. ``plain`` is the
+    encoder's own; with ``sclip`` and ``naclip`` a patch attends to similar patches (SCLIP, Wang et al. 2023; NACLIP, Hajimiri et
+    al. 2024; ``vilseg.model.correlated_attention``). Clusters, the embedding of the whole image and the recorded statistics
+    always use ``plain``."""
     max_aspect: Positive = 4.0
-    """Longer images are squeezed to this ratio of sides, so that one strip cannot exhaust the memory."""
+    """Maximum ratio of the longer to the shorter side. Longer images are squeezed to it, because they could exhaust the
+    memory."""
     region_weight: Fraction = 1.0
-    """1 names regions only, as in the paper; 0 names every patch by itself; between blends the two scores."""
+    """Weight of region scores against patch scores: 1 classifies regions only, as in the paper, 0 classifies every patch
+    separately, and values between blend the two scores."""
     image_mix: Fraction = 0.0
-    """Fraction of the image's mean embedding mixed into every region's and patch's."""
+    """Weight of the image's mean embedding when it is mixed into the embedding of every region and patch."""
     calibration: Fraction = 0.0
-    """Strength, 0 to 1, of standardizing each class's cosines by their mean and spread over patches of training images."""
+    """Strength, 0 to 1, with which each class's cosines are standardized by their mean and standard deviation over patches of
+    training images."""
     refinement: RefinementConfig = RefinementConfig()
     temperature: Positive = 0.05
-    """Soft-max over classes that turns cosines into scores."""
+    """Temperature of the soft-max over classes that turns cosine similarities into scores."""
     prompts: Annotated[list[str], Field(min_length=1)] = ["a photo of a {}."]
-    """``{}`` is the class name; the embeddings of all prompts are averaged (CLIP, section 3.1.4). ``clip`` stands for CLIP's 80
-    templates, ``short`` for the 7 that its authors selected from them. A vocabulary that has prompts takes its own."""
+    """Templates in which ``{}`` is replaced by the class name; the embeddings of all prompts are averaged (CLIP, section 3.1.4).
+    ``clip`` is the set of CLIP's 80 templates, ``short`` the 7 that its authors selected from them. Prompts of the vocabulary
+    replace these."""
     synonyms: Literal["max", "mean", "logsumexp"] = "max"
-    """The score of a class with several names: that of the one that fits best, their mean, or in between
-    temperature log mean_s exp(s / temperature), which leans to the best the more it stands out."""
+    """Score of a class with several names: the maximum or the mean of the scores s of its names, or temperature log mean_s exp(s
+    / temperature), which lies between them and is close to the maximum if one name scores far higher."""
     center_text: bool = False
-    """Subtract the mean caption embedding that training recorded from the texts' embeddings before comparing."""
+    """If true, subtract the mean caption embedding, recorded in training, from the class embeddings before they are compared."""
     background_words: list[str] = []
-    """Other things that an image may hold besides the classes asked for: ``background`` takes the best of their scores. If empty,
-    the word background itself is compared. Words that are class names are left out. Used only if there is such a class."""
+    """Names of other things that an image may contain besides the requested classes; the class ``background`` gets the highest of
+    their scores. If empty, the word background itself is used. Words that are class names are left out. Used only if there is a
+    class ``background``."""
     background_bias: float = 0.0
-    """Added to the cosine of the class ``background``."""
+    """Constant added to the cosine similarity of the class ``background``."""
     objectness: NonNegative = 0.0
-    """Added to it where a region runs along the image's border, and subtracted where it keeps away from it, as objects do. Not
-    of GeoTIFFs, which are never seen as a whole."""
+    """Value added to the cosine similarity of the class ``background`` in regions along the image's border, and subtracted from
+    it in regions away from the border, which are more likely objects. Not applied to GeoTIFFs, because they are processed in
+    windows."""
     gate: PositiveInt | None = None
-    """Only so many classes are kept in an image, ``background`` not counted: those with the highest scores at their best place.
-    Hundreds of classes then do not appear in an image that shows five. Each frame of a video is an image of its own; GeoTIFFs,
-    which are never seen as a whole, are not gated."""
+    """Maximum number of classes in the result of one image, not counting ``background``; null is no limit. The classes with the
+    highest score at any position are kept, which removes spurious classes if the vocabulary is large. Each frame of a video
+    counts as one image. Not applied to GeoTIFFs, because they are processed in windows."""
     threshold: Fraction = 0.0
-    """Pixels of lower scores are no class, or ``background`` where there is such a class: the answer "unknown"."""
+    """Minimum score of a pixel; a pixel below it gets the class ``background``, or no class if there is no such class."""
 
     @model_validator(mode="after")
     def _overlap_fits(self) -> Self:

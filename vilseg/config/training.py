@@ -1,4 +1,4 @@
-"""Optimizer, workers, steps and checkpoints: parts of the run configuration."""
+"""Configuration of the optimizer, the workers, the steps and the checkpoints."""
 
 from __future__ import annotations
 
@@ -17,51 +17,52 @@ class OptimizerConfig(ConfigPart):
     learning_rate: Positive = 5e-4
     weight_decay: NonNegative = 0.05
     betas: tuple[FractionBelowOne, FractionBelowOne] = (0.9, 0.98)
-    """Same as CLIP for vision transformers (Radford et al. 2021, table 20)."""
+    """Decay rates of the two moment estimates, as CLIP's for vision transformers (Radford et al. 2021, table 20)."""
     warmup_steps: NonNegativeInt = 100
     gradient_clip: NonNegative = 1.0
-    """Largest norm of the gradient; 0 leaves it alone."""
+    """Maximum norm of the gradient; 0 switches clipping off."""
 
 
 class TrainerConfig(ConfigPart):
-    """Workers, steps and what is kept."""
+    """Workers, batch size, steps, memory options, checkpoints and reports."""
 
     workers: int | tuple[int, int] = 1
-    """Processes that share every step; ``[1, 4]`` takes as many as the cluster has room for, and goes on with fewer where a
-    machine is lost and with more where one comes."""
+    """Number of processes that divide the batch of every step. A range such as ``[1, 4]`` uses as many as the cluster has room
+    for, continues with fewer after the loss of a machine, and with more after one joins."""
     batch_size: PositiveInt = 256
-    """Pairs a step over all workers."""
+    """Number of pairs in a step, over all workers."""
     steps: PositiveInt = 10_000
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """bfloat16 autocasts the networks; losses are always float32. ``auto`` takes it where there are matrix units for it."""
+    """Precision of the networks; losses are always float32. ``bfloat16`` uses autocast; ``auto`` selects it if the hardware has
+    matrix units for it."""
     sharding: Literal["none", "fsdp"] = "none"
-    """``fsdp`` cuts weights, gradients and optimiser states among the workers (FSDP, Zhao et al. 2023) where ``none`` gives
-    each a whole copy: the same losses, less memory, more traffic. A run may change it when it is resumed. With ``fsdp`` there
-    are neither metrics on held-out pairs nor images of clusters on the way."""
+    """``fsdp`` shards weights, gradients and optimizer states over the workers (FSDP, Zhao et al. 2023); ``none`` gives each
+    worker a full copy. The losses are the same; ``fsdp`` needs less memory and more network traffic. A resumed run may change
+    this key. With ``fsdp``, training reports neither metrics on held-out pairs nor images of the clusters."""
     chunk_size: PositiveInt | None = None
-    """Pairs a forward pass of a worker; null takes all of its pairs at once. The gradient is that of the whole batch in either
-    case, in the memory of one chunk and at the price of a second forward pass (GradCache, Gao et al. 2021)."""
+    """Number of pairs in one forward pass of a worker; null takes all of its pairs at once. Chunks need the memory of one chunk
+    and a second forward pass, and give the same gradient of the whole batch (GradCache, Gao et al. 2021)."""
     checkpoint_activations: bool = False
-    """Keep only what goes into the blocks of the encoders and compute the rest again in the backward pass (Chen et al. 2016):
-    less memory, about a third more work."""
+    """If true, store only the inputs of the encoders' blocks and recompute other activations in the backward pass (Chen et al.
+    2016). This needs less memory and about a third more computation."""
     compile: bool = False
-    """Compile the encoders by ``torch.compile``; needs a C++ compiler on every worker."""
+    """If true, compile the encoders with ``torch.compile``, which needs a C++ compiler on every worker."""
     checkpoint_every: PositiveInt = 500
     keep_checkpoints: PositiveInt | None = 2
-    """The newest so many, and the best one beside them; null keeps all."""
+    """Number of newest checkpoints to keep, in addition to the best one; null keeps all."""
     best_by: str = "loss"
-    """Metric of the reports by which the best checkpoint is known: of names that begin with ``loss`` the lowest, of others the
-    highest. With ``data.held_out`` there are ``held_out/retrieval``, ``held_out/nouns`` and more (docs/tuning.md)."""
+    """Reported metric that selects the best checkpoint: the lowest value if its name begins with ``loss``, otherwise the highest.
+    ``data.held_out`` adds the metrics ``held_out/retrieval``, ``held_out/nouns`` and others (docs/tuning.md)."""
     log_every: PositiveInt = 20
     max_failures: NonNegativeInt = 2
-    """A worker that dies is replaced this often before the run fails."""
+    """Maximum number of restarts after the death of a worker, before the run fails."""
     seed: NonNegativeInt = 0
     storage: Uri = "runs"
-    """URI under which the run's folder is made."""
+    """URI of the folder in which the run directory is created."""
     examples_every: NonNegativeInt = 500
-    """Steps between images of the clusters in TensorBoard; 0 for none."""
+    """Number of steps between images of the clusters in TensorBoard; 0 writes none."""
     tracking: Literal["none", "mlflow"] = "none"
-    """``mlflow`` tells the server at ``MLFLOW_TRACKING_URI`` of every report too."""
+    """``mlflow`` also sends every report to the server at ``MLFLOW_TRACKING_URI``."""
     mlflow_experiment: str = "vilseg"
 
     @field_validator("workers")
@@ -91,9 +92,9 @@ class TrainerConfig(ConfigPart):
         return self.workers if isinstance(self.workers, int) else self.workers[1]
 
     def check_even_split(self) -> None:
-        """Raise ConfigError where a step's pairs cannot be shared evenly.
+        """Raise ConfigError if the batch cannot be divided evenly among the workers.
 
-        Not a part of validation: that there are too few CPUs for so many workers is the better thing to say first.
+        This is not checked in validation because an error about too few CPUs should be reported first.
         """
         fewest = self.min_workers
         if self.batch_size % fewest and self.max_even_workers(self.max_workers) < fewest:
@@ -103,7 +104,7 @@ class TrainerConfig(ConfigPart):
             )
 
     def max_even_workers(self, possible: int) -> int:
-        """Return the largest number of workers up to ``min(possible, max_workers)`` that divides `batch_size`; 0 if none.
+        """Return the largest divisor of `batch_size` that is at most ``min(possible, max_workers)``; 0 if that is less than 1.
 
         Example:
             >>> TrainerConfig(workers=(1, 8), batch_size=12).max_even_workers(5)

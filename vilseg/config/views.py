@@ -1,4 +1,4 @@
-"""Augmented views of images: a part of the run configuration."""
+"""Configuration of the augmented views of images."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vilseg.config.base import ConfigPart, Fraction, FractionBelowOne, FractionR
 
 
 class ViewsConfig(ConfigPart):
-    """Augmented views of an image. Crop scales are fractions of the area (DINO, Caron et al. 2021, section 3.2)."""
+    """Augmented views of an image; crop scales are fractions of the image area (DINO, Caron et al. 2021, section 3.2)."""
 
     global_size: PositiveInt = 224
     global_scale: FractionRange = (0.4, 1.0)
@@ -22,6 +22,7 @@ class ViewsConfig(ConfigPart):
     contrast: Fraction = 0.3
     saturation: Fraction = 0.2
     hue: Annotated[float, Field(ge=0, le=0.5)] = 0.03
-    """Largest photometric change, as a factor around 1 (hue: fraction of the circle)."""
+    """Maximum change of the hue, as a fraction of the colour circle; the other three are maximum changes of a factor around 1."""
     feature_dropout: FractionBelowOne = 0.0
-    """Fraction of a frozen encoder's channels dropped for a whole view; with a feature cache it is what makes two views."""
+    """Fraction of a frozen encoder's feature channels that are dropped, the same ones at all patches of a view. With a feature
+    cache, this is the only difference between the two views of an image."""

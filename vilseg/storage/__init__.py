@@ -1,4 +1,4 @@
-"""Files on local disks and in S3 buckets behind one set of functions: list, read, write, copy; `retrying` waits for a store."""
+"""Functions that list, read, write and copy files on local disks and in S3 buckets; `retrying` repeats failed requests."""
 
 from vilseg.storage.files import (
     TRANSFERS_AT_ONCE,

@@ -1,12 +1,12 @@
-"""Files on local disks and in S3 buckets behind one set of functions: list, read, write, copy.
+"""Functions that list, read, write and copy files on local disks and in S3 buckets.
 
-S3 is taken from the environment: ``AWS_ACCESS_KEY_ID``, ``AWS_SECRET_ACCESS_KEY``, ``AWS_SESSION_TOKEN``, ``AWS_REGION`` (or
-``AWS_DEFAULT_REGION``), ``AWS_ENDPOINT_URL_S3`` or ``AWS_ENDPOINT_URL`` (http or https), ``AWS_CA_BUNDLE``; without keys, from
-the default credential chain (profiles, instance roles).
+S3 is configured by the environment variables ``AWS_ACCESS_KEY_ID``, ``AWS_SECRET_ACCESS_KEY``, ``AWS_SESSION_TOKEN``,
+``AWS_REGION`` (or ``AWS_DEFAULT_REGION``), ``AWS_ENDPOINT_URL_S3`` or ``AWS_ENDPOINT_URL`` (http or https), and
+``AWS_CA_BUNDLE``. If no access key is set, credentials come from the default chain (profiles, instance roles).
 
-On S3 there are no folders, only keys: a "folder" is a prefix under which at least one object lies. A function that fails raises
-`StorageError` with one sentence. A request to a store that does not answer raises `StoreUnavailable`; inside
-`vilseg.storage.retrying` it is repeated first.
+S3 has keys and no folders: here, a "folder" on S3 is a prefix with at least one object under it. A function that fails raises
+`StorageError` with one sentence as its message. A request to a store that does not answer raises `StoreUnavailable`; inside
+`vilseg.storage.retrying`, the request is repeated before that.
 """
 
 import errno
@@ -29,7 +29,7 @@ from vilseg.storage.remote_file import RemoteFile
 from vilseg.storage.uri import absolute, is_local, join, name, split
 
 TRANSFERS_AT_ONCE = 8
-"""Files copied at the same time: small ones are bound by latency."""
+"""Number of files copied in parallel, because copies of small files are bound by latency."""
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -38,20 +38,20 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class FileEntry:
-    """One file of `list_files`: its URI, its path below the listed folder ("/" between parts), its size in bytes."""
+    """File in a listing: its URI, its path relative to the listed folder (separated by "/"), and its size in bytes."""
 
     uri: str
     relative: str
     size: int
     modified_ns: int | None = None
-    """When it was last written, in nanoseconds since 1970; None where the store does not say, and of `stream_files`."""
+    """Time of the last change in nanoseconds since 1970; None if the store does not report it, and always for `stream_files`."""
 
 
 def filesystem(uri: str) -> tuple[FileSystem, str]:
-    """Return the filesystem of ``uri`` and the path on it, fit for pyarrow, Parquet and Ray.
+    """Return the pyarrow filesystem of ``uri`` and the path on it, as pyarrow, Parquet and Ray expect them.
 
-    Upload to S3 through `open_atomic` or `upload_folder` rather than `pyarrow.fs.copy_files`: that one does not report
-    an error that appears while the upload is completed.
+    Upload to S3 with `open_atomic` or `upload_folder`, not with `pyarrow.fs.copy_files`, because that function does not report an
+    error that occurs when the upload is completed.
     """
     scheme, path = split(uri)
     return (s3.connect(s3.read_settings()), path) if scheme == "s3" else (LocalFileSystem(), absolute(path))
@@ -61,7 +61,7 @@ def filesystem(uri: str) -> tuple[FileSystem, str]:
 
 
 def _failure(uri: str, action: str, error: Exception) -> StorageError:
-    """Return ``error`` as one sentence; ``action`` is the verb for what was tried on ``uri``: "read", "write", ..."""
+    """Convert ``error`` to a `StorageError` of one sentence; ``action`` ("read", "write", ...) failed on ``uri``."""
     if isinstance(error, OSError) and error.errno in _DISK_FULL:
         where = "" if is_local(uri) else " for its temporary copy (TMPDIR chooses another folder)"
         return DiskFullError(f"cannot {action} {uri}: no space is left on the disk{where}")
@@ -79,8 +79,7 @@ def _errors(uri: str, action: str) -> Iterator[None]:
 
 
 def _attempt(uri: str, action: str, request: Callable[[], T]) -> T:
-    """Return the result of ``request``, with its ``OSError`` as a `StorageError`; inside `retrying`, repeat it while the store is
-    away."""
+    """Return the result of ``request``; raise its ``OSError`` as a `StorageError`, and inside `retrying` repeat it first."""
 
     def once() -> T:
         with _errors(uri, action):
@@ -90,7 +89,7 @@ def _attempt(uri: str, action: str, request: Callable[[], T]) -> T:
 
 
 def _ask_boto(uri: str, request: Callable[[Any], Any]) -> Any:
-    from botocore.exceptions import BotoCoreError, ClientError  # as slow as boto3, and needed by few
+    from botocore.exceptions import BotoCoreError, ClientError  # here, because the import is slow and seldom needed
 
     def once() -> Any:
         try:
@@ -102,7 +101,10 @@ def _ask_boto(uri: str, request: Callable[[Any], Any]) -> Any:
 
 
 def require_bucket(uri: str) -> None:
-    """Raise `StorageError` now, not hours into a job, if the bucket of ``uri`` is missing, refused or unreachable."""
+    """Raise `StorageError` if the bucket of ``uri`` is missing, refused or unreachable.
+
+    Long jobs call this at the start, so that the error does not appear hours later.
+    """
     scheme, path = split(uri)
     if scheme == "s3":
         _ask_boto(uri, lambda client: client.head_bucket(Bucket=path.partition("/")[0]))
@@ -117,24 +119,24 @@ def _info(uri: str) -> FileInfo:
 
 
 def _kind(uri: str) -> FileType:
-    """Return the kind of what is there; an S3 prefix under which no object lies counts as nothing."""
+    """Return the file type at ``uri``; an S3 prefix without objects under it counts as not found."""
     kind = _info(uri).type
     bucket, _, key = split(uri)[1].partition("/")
     if kind != FileType.Directory or is_local(uri) or not key:
         return kind
-    # Keys that end in "/" mark folders; pyarrow leaves them where it deletes, and SeaweedFS shows its own.
+    # Keys that end in "/" mark folders: pyarrow leaves them behind when it deletes, and SeaweedFS lists its own.
     page = _ask_boto(uri, lambda client: client.list_objects_v2(Bucket=bucket, Prefix=f"{key}/", MaxKeys=50))
     holds_something = any(not found["Key"].endswith("/") for found in page.get("Contents", []))
     return FileType.Directory if holds_something else FileType.NotFound
 
 
 def exists(uri: str) -> bool:
-    """Return True if a file or folder is there."""
+    """Return True if there is a file or folder at ``uri``."""
     return _kind(uri) != FileType.NotFound
 
 
 def is_folder(uri: str) -> bool:
-    """Return True if ``uri`` is a folder; on S3 a bucket, or a prefix under which at least one object lies."""
+    """Return True if ``uri`` is a folder; on S3, a bucket or a prefix with at least one object under it."""
     return _kind(uri) == FileType.Directory
 
 
@@ -159,10 +161,16 @@ def _walk(uri: str) -> list[FileEntry]:
 
 
 def list_files(uri: str, suffixes: Collection[str] | None = None) -> list[FileEntry]:
-    """Return every file under the folder ``uri``, sorted by relative path; for a file, that file alone whatever its suffix.
+    """Return every file under the folder ``uri``, sorted by relative path; if ``uri`` is a file, return it whatever its suffix.
 
-    Hidden files are skipped: a part of the relative path starts with "." or "_temporary". ``suffixes`` (``{".jpg"}``)
-    match the end of the name, upper or lower case. A folder that is not there is a `StorageError`.
+    Hidden files are skipped, that is, those with "." or "_temporary" at the start of a component of the relative path.
+
+    Args:
+        uri: URI of a folder or a file.
+        suffixes: endings of the file names to return, for example ``{".jpg"}``, ignoring case; None returns all files.
+
+    Raises:
+        StorageError: there is no such folder or file, or it cannot be listed.
     """
     files = _walk(uri)
     if len(files) == 1 and files[0].uri == absolute(uri):
@@ -179,16 +187,16 @@ def list_files(uri: str, suffixes: Collection[str] | None = None) -> list[FileEn
 def stream_files(
     uri: str, *, after: str = "", prefix: str = "", enter: Callable[[str], bool] = lambda folder: True
 ) -> Iterator[FileEntry]:
-    """Yield every file under the folder ``uri``, hidden ones too, while it is being listed; for a file, that file alone.
+    """Yield every file under the folder ``uri``, also hidden ones, while the listing is in progress; if it is a file, yield it.
 
-    The order is the store's own and the same each time. A listing that breaks because the store does not answer goes on after the
-    last file given, inside `retrying`.
+    The order is that of the store and the same each time. Inside `retrying`, a listing that fails because the store does not
+    answer continues after the last file that was yielded.
 
     Args:
-        uri: of a folder, which may be empty, or of a file. The URI of a local name that is not UTF-8 is a ``file://`` URI.
-        after: only files that come after this relative path.
-        prefix: only files whose relative path begins so.
-        enter: called with the relative path of each local folder; False skips it.
+        uri: URI of a folder, which may be empty, or of a file. Local files whose names are not UTF-8 get ``file://`` URIs.
+        after: relative path after which the listing starts; "" lists all files.
+        prefix: prefix of the relative paths to list; "" lists all files.
+        enter: function called with the relative path of each local folder; the folder is skipped if it returns False.
 
     Raises:
         StorageError: a folder cannot be listed.
@@ -214,8 +222,8 @@ def stream_files(
 def open_input(uri: str) -> pa.NativeFile:
     """Open a file for reading; close it, or use it in a ``with`` statement.
 
-    What fails while an object on S3 is read is a `StorageError`; inside `retrying` its connection is renewed where it broke. For
-    a local file it is an ``OSError``, see `reading`.
+    An error while an object on S3 is read is a `StorageError`; inside `retrying`, a broken connection is first renewed at the
+    same position. An error while a local file is read is an ``OSError``; see `reading`.
     """
     fs, path = filesystem(uri)
     if is_local(uri):
@@ -232,22 +240,22 @@ def _open_remote(uri: str) -> RemoteFile:
 
 @contextmanager
 def reading(uri: str) -> Iterator[pa.NativeFile]:
-    """Open a file as `open_input` does; whatever fails while it is read or decoded in the block is a `StorageError`."""
+    """Open a file as `open_input` does; raise an ``OSError`` inside the block as a `StorageError`."""
     with _errors(uri, "read"), open_input(uri) as file:
         yield file
 
 
 def read_bytes(uri: str) -> bytes:
-    """Return the whole file."""
-    if is_local(uri):  # of a small file pyarrow's streams would take several times as long
+    """Return the content of the file at ``uri``."""
+    if is_local(uri):  # for a small file, pyarrow's streams take several times as long
         with _errors(uri, "read"), open(os.fsencode(absolute(uri)), "rb") as file:
             return file.read()
-    with _open_remote(uri) as remote:  # not through pyarrow, which would copy what may be gigabytes
+    with _open_remote(uri) as remote:  # not through pyarrow, which would copy the data, possibly gigabytes
         return remote.read()
 
 
 def read_text(uri: str) -> str:
-    """Return the whole file as UTF-8 text, without the byte order mark that some editors put at its start."""
+    """Return the content of the file at ``uri``, decoded as UTF-8, without a byte order mark at its start."""
     try:
         return read_bytes(uri).decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -258,10 +266,10 @@ def read_text(uri: str) -> str:
 
 
 def _upload(uri: str, content: bytes | memoryview | pa.Buffer) -> None:
-    """Put an object at ``uri``; it appears whole or not at all.
+    """Upload an object to ``uri``; it appears complete or not at all.
 
-    pyarrow's streams cannot be aborted: closed or forgotten, they publish what was written so far. So the bytes go over in a
-    single call, which fails as a whole.
+    pyarrow's streams cannot be aborted, because closing or dropping one publishes the bytes written so far. Therefore all bytes
+    are sent in a single call, which succeeds or fails as a whole.
     """
     path = split(uri)[1]
 
@@ -284,15 +292,15 @@ def _require_key(uri: str, path: str) -> None:
 
 @contextmanager
 def open_atomic(uri: str) -> Iterator[IO[bytes]]:
-    """Open a binary file to write that appears under its name, whole, only if the block ends without an exception.
+    """Open a binary file for writing; it appears at ``uri`` only when the block ends without an exception, and then complete.
 
-    Parent folders are made. An object for S3 is collected in a temporary file and sent when the block ends.
+    Parent folders are created. An object for S3 is written to a temporary file and uploaded when the block ends.
     """
     scheme, path = split(uri)
     if scheme == "s3":
         _require_key(uri, path)
     with tempfile.TemporaryDirectory(prefix="vilseg-") if scheme == "s3" else _folder_of(uri) as folder:
-        # The name starts with a dot, so that a listing does not show a file half written.
+        # The name starts with a dot, so that listings skip the incomplete file.
         partial = Path(folder) / f".{secrets.token_hex(8)}.partial"
         try:
             with _errors(uri, "write"):
@@ -326,9 +334,9 @@ def _folder_of(uri: str) -> Iterator[str]:
 
 
 def write_bytes(uri: str, data: bytes | memoryview) -> None:
-    """Write the whole file, atomically as `open_atomic` does."""
+    """Write ``data`` to the file at ``uri``, atomically as `open_atomic` does."""
     scheme, path = split(uri)
-    if scheme == "s3":  # no temporary file: of a small object it would take as long as sending it
+    if scheme == "s3":  # no temporary file, because writing it would take as long as the upload
         _require_key(uri, path)
         _upload(uri, data)
         return
@@ -337,12 +345,16 @@ def write_bytes(uri: str, data: bytes | memoryview) -> None:
 
 
 def write_text(uri: str, text: str) -> None:
-    """Write the whole file as UTF-8, atomically as `open_atomic` does."""
+    """Write ``text`` as UTF-8 to the file at ``uri``, atomically as `open_atomic` does."""
     write_bytes(uri, text.encode())
 
 
 def delete(uri: str) -> None:
-    """Delete a file, or a folder with all it holds; what is missing is fine. A bucket is never deleted."""
+    """Delete a file, or a folder with its content; do nothing if it does not exist.
+
+    Raises:
+        StorageError: ``uri`` is a whole bucket, or cannot be deleted.
+    """
     fs, path = filesystem(uri)
     if not is_local(uri) and "/" not in path:
         raise StorageError(f"cannot delete {uri}: it is a whole bucket; name a key in it")
@@ -359,7 +371,7 @@ def delete(uri: str) -> None:
     try:
         _attempt(uri, "delete", remove)
     except StorageError as error:
-        if not isinstance(error.__cause__, FileNotFoundError):  # another process was faster
+        if not isinstance(error.__cause__, FileNotFoundError):  # another process deleted it first
             raise
 
 
@@ -367,7 +379,7 @@ def delete(uri: str) -> None:
 
 
 def upload_folder(local: Path, uri: str) -> None:
-    """Copy every file under the folder ``local`` to the same place below ``uri``; each appears whole or not at all."""
+    """Copy every file under the folder ``local`` to the same relative path under ``uri``; each appears complete or not at all."""
     if not local.is_dir():
         raise StorageError(f"cannot upload {local}: it is not a folder")
 
@@ -384,7 +396,7 @@ def upload_folder(local: Path, uri: str) -> None:
 
 @contextmanager
 def local_copy(uri: str) -> Iterator[Path]:
-    """Give a path with the content of the file or folder ``uri``: itself if local, else a copy that ends with the block."""
+    """Yield a local path with the content of the file or folder ``uri``; a temporary copy is deleted when the block ends."""
     if is_local(uri):
         if not exists(uri):
             raise StorageError(f"{uri} does not exist")
@@ -414,6 +426,6 @@ def _for_each(work: Callable[[FileEntry], None], files: list[FileEntry]) -> None
         try:
             for transfer in transfers:
                 transfer.result()
-        except BaseException:  # an interrupt as well: what has not begun would fail as slowly, file by file
+        except BaseException:  # interrupts too: cancel transfers that have not begun
             pool.shutdown(cancel_futures=True)
             raise

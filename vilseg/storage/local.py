@@ -1,4 +1,4 @@
-"""Files of this machine: listing, portable paths, and sentences for their errors; used by `vilseg.storage` alone."""
+"""Listing, portable paths and error messages for local files; used only inside `vilseg.storage`."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -6,18 +6,18 @@ from urllib.parse import quote
 
 
 def walk(root: str, after: str, enter: Callable[[str], bool]) -> Iterator[tuple[str, int]]:
-    """Yield (path below ``root``, size) of the files that come after the path ``after``, in the order in which S3 lists keys.
+    """Yield (path relative to ``root``, size in bytes) of the files after the path ``after``, in the order of S3 keys.
 
-    Only the names of the folders on the way to the present file are in memory. Links are followed, but not to a folder
-    that holds them. A file that is gone by now, or a link to nothing, has size 0. What is no regular file is skipped.
+    Only the listings of the current folder and its parents are in memory. Symbolic links are followed, except to a folder that
+    contains the link. A file that was deleted meanwhile and a broken link have size 0. Other irregular files are skipped.
 
     Args:
         root: absolute path of the folder.
-        after: "" for all.
-        enter: called with the path below ``root`` of each folder; False skips it.
+        after: relative path after which the listing starts; "" lists all files.
+        enter: function called with the path of each folder relative to ``root``; the folder is skipped if it returns False.
 
     Raises:
-        OSError: a folder cannot be listed; its ``filename`` says which.
+        OSError: a folder cannot be listed; the attribute ``filename`` is its path.
     """
     stack = [("", iter(_names(root)), _identity(root))]
     while stack:
@@ -27,7 +27,7 @@ def walk(root: str, after: str, enter: Callable[[str], bool]) -> Iterator[tuple[
             stack.pop()
         elif name.endswith("/"):
             below = folder + name
-            # Of a folder that `after` lies in, a part is still to come.
+            # A folder that contains `after` still has later files.
             if (below > after or after.startswith(below)) and enter(below[:-1]):
                 identity = _identity(os.path.join(root, below))
                 if all(identity != above for *_, above in stack):
@@ -37,7 +37,7 @@ def walk(root: str, after: str, enter: Callable[[str], bool]) -> Iterator[tuple[
 
 
 def _names(folder: str) -> list[str]:
-    """Return the sorted names in ``folder``; those of folders end in "/", so that the order is that of S3 keys."""
+    """Return the sorted names in ``folder``, with "/" at the end of folder names, because S3 keys are sorted like that."""
     with os.scandir(folder) as entries:
         kinds = ((e.name, e.is_dir(), e.is_file() or _leads_nowhere(e)) for e in entries)
         return sorted(f"{name}/" if is_dir else name for name, is_dir, is_file in kinds if is_dir or is_file)
@@ -56,11 +56,11 @@ def _size(path: str) -> int:
     try:
         return os.stat(path).st_size
     except OSError:
-        return 0  # reading it will raise the error
+        return 0  # reading the file will raise the error
 
 
 def portable(path: str) -> str:
-    """Return ``path``, or a ``file://`` URI of it if it is not UTF-8, which neither Parquet nor JSON could hold."""
+    """Return ``path``, or a ``file://`` URI of it if it is not valid UTF-8 and so could not be stored in Parquet or JSON."""
     try:
         path.encode()
     except UnicodeEncodeError:
@@ -69,7 +69,7 @@ def portable(path: str) -> str:
 
 
 def sentence(uri: str, path: str, action: str, error: Exception) -> str:
-    """Return ``error``, met while ``uri`` (absolute: ``path``) was read, written, ..., as a sentence."""
+    """Describe ``error`` in a sentence; ``action`` ("read", "write", ...) failed on ``uri``, whose absolute path is ``path``."""
     if isinstance(error, FileNotFoundError):
         return f"{uri} does not exist"
     if isinstance(error, PermissionError):

@@ -1,4 +1,4 @@
-"""A file on S3 open for reading, whose connection is renewed where it broke; used by `vilseg.storage` alone."""
+"""File on S3 open for reading, which renews a broken connection; used only inside `vilseg.storage`."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ T = TypeVar("T")
 
 
 class RemoteFile(io.RawIOBase):
-    """A seekable binary file that waits for its store as the `retrying` says that encloses its opening.
+    """Seekable binary file on S3 whose requests are repeated as set by the `retrying` block in which the file was opened.
 
-    A failed request raises `StorageError` here, while ``OSError`` is left to whoever decodes the bytes: a store that is away is
-    not taken for a damaged file.
+    A failed request raises `StorageError` and not ``OSError``, so that callers who treat an ``OSError`` of a decoder as a damaged
+    file do not take an unavailable store for one.
 
     Args:
-        connect: opens the file at its start.
-        failure: turns an ``OSError`` of the connection into the error to raise.
+        connect: function that opens a connection to the file.
+        failure: function that converts an ``OSError`` of the connection to the error to raise.
 
     Raises:
-        StorageError: it cannot be opened.
+        StorageError: the file cannot be opened.
     """
 
     def __init__(self, connect: Callable[[], pa.NativeFile], failure: Callable[[OSError], StorageError]) -> None:
         self._connect, self._failure = connect, failure
-        self._seconds = retry.retry_seconds()  # decoders read in threads of their own
+        self._seconds = retry.retry_seconds()  # stored here, because decoders read in other threads
         self._connection: pa.NativeFile | None = None
         self._position = 0
         self._size = self._request(lambda connection: connection.size())
@@ -49,7 +49,7 @@ class RemoteFile(io.RawIOBase):
         return retry.call(once, self._seconds)
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """Return up to ``size`` bytes from the present position on; all that follow where it is negative or None."""
+        """Return up to ``size`` bytes from the current position on; all remaining bytes if ``size`` is negative or None."""
         left = max(0, self._size - self._position)
         wanted = left if size is None or size < 0 else min(size, left)
         data = self._request(lambda connection: connection.read_at(wanted, self._position)) if wanted else b""
@@ -57,20 +57,20 @@ class RemoteFile(io.RawIOBase):
         return data
 
     def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
-        """Move to ``offset`` from the start, the present position or the end; return the new position."""
+        """Move to ``offset``, counted from the start, the current position or the end (``whence``); return the new position."""
         self._position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
         return self._position
 
     def tell(self) -> int:
-        """Return the present position."""
+        """Return the current position in bytes."""
         return self._position
 
     def readable(self) -> bool:
-        """Return True."""
+        """Return True, because the file can be read."""
         return True
 
     def seekable(self) -> bool:
-        """Return True."""
+        """Return True, because the position can be changed."""
         return True
 
     def close(self) -> None:

@@ -1,11 +1,11 @@
-"""Waiting for an object store that does not answer.
+"""Retries of requests to an object store that does not answer.
 
-Work that has not begun (checks of a configuration, the command line) fails at once, so that a mistake shows at once. Work that
-has begun waits, so that a job of a week survives a restart of the store: it runs inside ``with storage.retrying():``, and every
-function of `vilseg.storage` then repeats a request while the store is away. Only `StoreUnavailable` is retried.
+By default a failed request raises its error at once, so that checks on the command line report a mistake immediately. Long jobs
+run inside ``with storage.retrying():``, where every function of `vilseg.storage` repeats a request as long as the store does not
+answer, so that the job survives a restart of the store. Only `StoreUnavailable` is retried.
 
-The setting belongs to the thread (it is a context variable). Threads of a `ThreadPool` take it over from the thread that submits;
-Ray tasks and actors run in other processes and enter `retrying` themselves.
+The setting is a context variable and holds for the current thread. Threads of a `ThreadPool` inherit it from the thread that
+submits the task. Ray tasks and actors run in other processes and must enter `retrying` themselves.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ import tenacity
 from vilseg.errors import StoreUnavailable
 
 RETRY_S = 600.0
-"""Seconds without an answer after which work is given up."""
+"""Default time in seconds after the first failure until a request is given up."""
 _PAUSES_S = (1.0, 10.0)
-"""Longest first pause and longest pause of all, in seconds; the actual ones are random, so that many processes that wait for the
-same store do not come back all at once."""
+"""Maximum of the first pause and maximum of any pause between attempts, in seconds. Pauses are random, so that many processes do
+not repeat their requests at the same moment."""
 
 _seconds: contextvars.ContextVar[float] = contextvars.ContextVar("vilseg_storage_retry_seconds", default=0.0)
 
@@ -34,10 +34,10 @@ T = TypeVar("T")
 
 @contextmanager
 def retrying(seconds: float = RETRY_S) -> Iterator[None]:
-    """Make storage functions wait for a store that does not answer, in this thread, for as long as the block lasts.
+    """Make storage functions of this thread repeat requests to a store that does not answer, until the block ends.
 
     Args:
-        seconds: time after a first failure in which a request is repeated; 0 fails at once, also inside another such block.
+        seconds: time after the first failure during which a request is repeated; 0 disables retries, also in a nested block.
 
     Example:
         >>> from vilseg import storage
@@ -50,23 +50,23 @@ def retrying(seconds: float = RETRY_S) -> Iterator[None]:
     try:
         yield
     finally:
-        _seconds.set(before)  # not reset by a token: a generator may be closed in another thread than it was begun in
+        _seconds.set(before)  # no token, because a generator may be closed in another thread
 
 
 def retry_seconds() -> float:
-    """Return the seconds that the enclosing `retrying` allows; 0 outside of one."""
+    """Return the retry time in seconds of the enclosing `retrying` block; 0 outside of one."""
     return _seconds.get()
 
 
 def call(action: Callable[[], T], seconds: float | None = None) -> T:
-    """Return the result of ``action``, repeated while the store does not answer.
+    """Return the result of ``action``, which is repeated while it raises `StoreUnavailable`.
 
     Args:
-        action: one request.
-        seconds: as for `retrying`; those of the enclosing `retrying` where None.
+        action: function that makes one request.
+        seconds: retry time as for `retrying`; None takes that of the enclosing `retrying` block.
 
     Raises:
-        StoreUnavailable: the store does not answer ``seconds`` after the first failure.
+        StoreUnavailable: the store still does not answer ``seconds`` after the first failure.
     """
     try:
         return action()
@@ -74,7 +74,7 @@ def call(action: Callable[[], T], seconds: float | None = None) -> T:
         seconds = _seconds.get() if seconds is None else seconds
         if not seconds:
             raise
-    # Time counts from the first failure: a request that fails after an hour has as much of it as one that fails at once.
+    # The time counts from the first failure, not from the start of the request, which may have run for an hour.
     first, longest = _PAUSES_S
     again = tenacity.Retrying(
         retry=tenacity.retry_if_exception_type(StoreUnavailable),
@@ -86,15 +86,15 @@ def call(action: Callable[[], T], seconds: float | None = None) -> T:
 
 
 def resume(begin: Callable[[T | None], Iterator[T]]) -> Iterator[T]:
-    """Yield the items of a stream that is begun again after its last item when the store did not answer.
+    """Yield the items of a stream, which is restarted after the last yielded item when it raises `StoreUnavailable`.
 
-    The enclosing `retrying` of the first item counts for all. Each item has the whole time.
+    The retry time is that of the `retrying` block around the request for the first item; it applies to each item separately.
 
     Args:
-        begin: makes the stream of what follows an item; called with the last item given, None at the start.
+        begin: function that returns an iterator over the items after a given item; called with None for the start.
 
     Raises:
-        StoreUnavailable: the store stays away.
+        StoreUnavailable: the store still does not answer after the retry time.
     """
     seconds = _seconds.get()
     stream: Iterator[T] | None = None
@@ -119,8 +119,8 @@ def resume(begin: Callable[[T | None], Iterator[T]]) -> Iterator[T]:
 
 
 class ThreadPool(ThreadPoolExecutor):
-    """A thread pool whose tasks wait for the store as the thread does that submits them."""
+    """Thread pool whose tasks inherit the `retrying` setting of the thread that submits them."""
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        """Run ``fn`` in a thread, inside the `retrying` that encloses this call."""
+        """Run ``fn`` in a thread of the pool, with the `retrying` setting of the calling thread."""
         return super().submit(contextvars.copy_context().run, fn, *args, **kwargs)

@@ -1,4 +1,4 @@
-"""S3 connections from the environment, and sentences for their errors; used by `vilseg.storage` alone."""
+"""S3 connections configured by the environment, and messages for their errors; used only inside `vilseg.storage`."""
 
 import functools
 import os
@@ -12,18 +12,18 @@ from pyarrow.fs import AwsStandardS3RetryStrategy, FileType, S3FileSystem
 
 from vilseg.errors import StorageError, StoreUnavailable
 
-# An address that answers nothing fails after ATTEMPTS * CONNECT_TIMEOUT_S and the pauses between, 8 s in all.
+# A connection to an address that does not answer fails after ATTEMPTS * CONNECT_TIMEOUT_S and the pauses between, 8 s in total.
 ATTEMPTS = 3
 CONNECT_TIMEOUT_S = 2.0
-# Silence on an open connection; a busy store may need seconds to assemble a large object.
+# Maximum time without data on an open connection; a busy store may need seconds to assemble a large object.
 REQUEST_TIMEOUT_S = 20.0
-# The same for the small questions of boto3, which start a job and should not keep a user waiting.
+# The same for the small requests through boto3 at the start of a job, for which a user waits.
 ANSWER_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Settings of a connection; equal settings share one connection."""
+    """Settings of an S3 connection; equal settings share one connection."""
 
     access_key: str | None
     secret_key: str | None = field(repr=False)
@@ -34,7 +34,11 @@ class Settings:
 
 
 def read_settings() -> Settings:
-    """Read the settings from the environment as it is now; an empty variable counts as unset."""
+    """Read the settings from the current environment; an empty variable counts as not set.
+
+    Raises:
+        StorageError: only one of the two keys is set, or the endpoint is not an http(s) URL without path and password.
+    """
 
     def first(*names: str) -> str | None:
         return next((os.environ[key] for key in names if os.environ.get(key)), None)
@@ -60,13 +64,15 @@ def read_settings() -> Settings:
     return settings
 
 
-@functools.lru_cache(maxsize=8)  # by the values of the environment, so that a changed environment is seen
+@functools.lru_cache(maxsize=8)  # keyed by the settings, so that a change of the environment takes effect
 def connect(settings: Settings, *, for_upload: bool = False) -> S3FileSystem:
-    """Return the filesystem for ``settings``.
+    """Return the pyarrow filesystem for ``settings``.
 
-    ``for_upload`` suits streams that get a whole file at once and are closed by hand. A small object is one request
-    instead of three (a missing bucket then shows only when the stream is closed, which `pyarrow.fs.copy_files` does
-    not look at), and a large one is not copied to memory to be sent in the background.
+    Args:
+        settings: settings of the connection.
+        for_upload: optimize for output streams that get a whole file in one write and are closed explicitly. A small object then
+            takes one request instead of three, and a large one is not copied to memory for sending in the background. A missing
+            bucket is only reported when the stream is closed, which `pyarrow.fs.copy_files` does not check.
     """
     options: dict[str, Any] = {}
     if settings.access_key is not None:
@@ -76,7 +82,7 @@ def connect(settings: Settings, *, for_upload: bool = False) -> S3FileSystem:
     if settings.endpoint is not None:
         parts = urlsplit(settings.endpoint)
         options.update(scheme=parts.scheme, endpoint_override=parts.netloc)
-    # A store of one's own has no region, but signatures name one; for Amazon the profile may know it.
+    # A self-hosted store has no region, but signatures must name one; for Amazon, the profile may define it.
     region = settings.region or ("us-east-1" if settings.endpoint else None)
     if region is not None:
         options.update(region=region)
@@ -94,8 +100,8 @@ def connect(settings: Settings, *, for_upload: bool = False) -> S3FileSystem:
 
 @functools.lru_cache(maxsize=8)
 def boto_client(settings: Settings, *, timeout_s: float = ANSWER_TIMEOUT_S) -> Any:
-    """Return a boto3 client, for what pyarrow cannot do: say why a bucket is refused, or list keys by the page."""
-    import boto3  # here, since it takes a third of a second that local runs and most workers need not spend
+    """Return a boto3 client, for requests that pyarrow does not offer: the reason why a bucket is refused, and paged listings."""
+    import boto3  # here, because the import takes a third of a second, which local runs and most workers can save
     from botocore.config import Config
 
     return boto3.client(
@@ -110,44 +116,45 @@ def boto_client(settings: Settings, *, timeout_s: float = ANSWER_TIMEOUT_S) -> A
             connect_timeout=CONNECT_TIMEOUT_S,
             read_timeout=timeout_s,
             retries={"total_max_attempts": 2, "mode": "standard"},
-            proxies={},  # pyarrow takes no proxy from the environment, and a check has to travel the same way
+            proxies={},  # as pyarrow, which ignores proxies of the environment, so that checks use the same route
             s3={"addressing_style": "path" if settings.endpoint else "auto"},
         ),
     )
 
 
 def list_keys(uri: str, path: str, after: str, prefix: str) -> Iterator[tuple[str, int]]:
-    """Yield (key below the folder ``path``, size) for every object, by pages of 1,000, in the order of the store.
+    """Yield (key relative to the folder ``path``, size in bytes) of every object, in the order of the store, by pages of 1,000.
 
     Args:
-        uri: for messages.
-        path: "bucket" or "bucket/folder".
-        after: go on after this key below the folder; "" for all.
-        prefix: only keys that begin so below the folder.
+        uri: URI of the folder, for error messages.
+        path: the folder as "bucket" or "bucket/folder".
+        after: relative key after which the listing starts; "" lists all.
+        prefix: prefix of the relative keys to list; "" lists all.
 
     Raises:
         StorageError: the store does not answer or refuses.
     """
-    from botocore.exceptions import BotoCoreError, ClientError  # as slow as boto3, and needed by few
+    from botocore.exceptions import BotoCoreError, ClientError  # here, because the import is slow and seldom needed
 
     bucket, _, folder = path.partition("/")
     base = f"{folder}/" if folder else ""
     request = {"Bucket": bucket, "Prefix": base + prefix, **({"StartAfter": base + after} if after else {})}
     while True:
         try:
-            # boto3 has the keys percent-encoded on the way, since XML cannot hold every character.
+            # boto3 requests percent-encoded keys and decodes them, because XML cannot represent every character.
             page = boto_client(read_settings(), timeout_s=REQUEST_TIMEOUT_S).list_objects_v2(**request)
         except (BotoCoreError, ClientError) as error:
             raise failure(uri, path, "list", error) from error
         for found in page.get("Contents", ()):
-            if not found["Key"].endswith("/"):  # the mark of a folder
+            if not found["Key"].endswith("/"):  # not the marker of a folder
                 yield found["Key"][len(base) :], found["Size"]
         if not page["IsTruncated"]:
             return
         request = {"Bucket": bucket, "Prefix": request["Prefix"], "ContinuationToken": page["NextContinuationToken"]}
 
 
-# Names of pyarrow ("AWS Error NAME"), of the S3 protocol, HTTP states where an answer has no body, and boto3's classes.
+# Error codes: pyarrow's names ("AWS Error NAME"), the S3 protocol's, HTTP status codes of answers without a body, and boto3's
+# exception classes.
 _UNREACHABLE = {
     *("NETWORK_CONNECTION", "REQUEST_TIMEOUT"),
     *("EndpointConnectionError", "ConnectTimeoutError", "ReadTimeoutError", "ConnectionClosedError", "SSLError"),
@@ -156,7 +163,7 @@ _BUSY = {
     *("INTERNAL_FAILURE", "SERVICE_UNAVAILABLE", "SLOW_DOWN", "THROTTLING", "UNKNOWN", "500", "502", "503", "504"),
     *("InternalError", "ServiceUnavailable", "SlowDown", "RequestTimeout"),
 }
-"""A store that starts up or is overloaded."""
+"""Error codes of a store that is starting up or overloaded."""
 _NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "ProfileNotFound"}
 _REFUSED = {
     *("ACCESS_DENIED", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH", "INVALID_SIGNATURE", "EXPIRED_TOKEN"),
@@ -168,7 +175,7 @@ _BUCKET_MISSING = {"NO_SUCH_BUCKET", "NoSuchBucket", "404"}
 
 
 def _code(error: Exception) -> str:
-    """Return the code of a failure: pyarrow has it in its text only, boto3 in the answer or by the class."""
+    """Return the error code: for pyarrow from the message, for boto3 from the response or the class name."""
     response = getattr(error, "response", None)
     if response is not None:
         return str(response["Error"]["Code"])
@@ -177,7 +184,14 @@ def _code(error: Exception) -> str:
 
 
 def failure(uri: str, path: str, action: str, error: Exception) -> StorageError:
-    """Return our error for an ``error`` of pyarrow or boto3, met while ``uri`` (``path``: "bucket/key") was read, written, ..."""
+    """Convert an error of pyarrow or boto3 to a `StorageError`.
+
+    Args:
+        uri: URI on which the request failed.
+        path: the same as "bucket/key".
+        action: verb for the request: "read", "write", ...
+        error: error of pyarrow or boto3.
+    """
     code = _code(error)
     kind = StoreUnavailable if code in _UNREACHABLE | _BUSY else StorageError
     return kind(_sentence(uri, path, action, error, code))
@@ -215,4 +229,4 @@ def _lacks_bucket(bucket: str) -> bool:
     try:
         return connect(read_settings()).get_file_info(bucket).type == FileType.NotFound
     except OSError:
-        return False  # keys that may read objects but not look at the bucket: then the object is what is missing
+        return False  # credentials that may read objects but not query the bucket: then the object is missing

@@ -1,6 +1,6 @@
-"""Places as text: a plain path, ``file:///path`` or ``s3://bucket/key``; taken apart and put together without a look at storage.
+"""Functions on URIs, which are a plain path, ``file:///path`` or ``s3://bucket/key``, without access to storage.
 
-Results are plain paths or ``s3://`` URIs.
+The functions return plain paths or ``s3://`` URIs.
 """
 
 import os
@@ -13,10 +13,10 @@ _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.\-]*)://")
 
 
 def split(uri: str) -> tuple[str, str]:
-    """Return ``("file", path as given)`` or ``("s3", "bucket/key")``.
+    """Split a URI into ``("file", path)``, with the path unchanged, or ``("s3", "bucket/key")``.
 
     Raises:
-        StorageError: it is neither.
+        StorageError: ``uri`` is neither a path nor a valid ``file://`` or ``s3://`` URI.
 
     Example:
         >>> split("s3://pairs/2024/"), split("file:///data/a%20b")
@@ -48,13 +48,13 @@ def is_local(uri: str) -> bool:
 
 
 def absolute(uri: str) -> str:
-    """Return ``uri`` so that it means the same in another process: local paths absolute and with ``~`` expanded."""
+    """Return ``uri`` as an ``s3://`` URI or an absolute local path with ``~`` expanded, which is valid in every process."""
     scheme, path = split(uri)
     return f"s3://{path}" if scheme == "s3" else os.path.abspath(os.path.expanduser(path))
 
 
 def join(uri: str, *parts: str) -> str:
-    """Return the URI of ``parts`` below ``uri``; a leading slash of a part does not lead out of it.
+    """Return ``uri`` with path components appended; their leading and trailing slashes are ignored.
 
     Example:
         >>> join("s3://runs/demo/", "model", "config.json")
@@ -66,17 +66,17 @@ def join(uri: str, *parts: str) -> str:
 
 
 def name(uri: str) -> str:
-    """Return the last part of ``uri``: ``"demo"`` for ``runs/demo/``."""
+    """Return the last component of ``uri``: ``"demo"`` for ``runs/demo/``."""
     return os.path.basename(absolute(uri))
 
 
 def parent(uri: str) -> str:
-    """Return ``uri`` without its last part; a bucket and the root are their own parents."""
+    """Return ``uri`` without its last component; a bucket and the root folder are their own parents."""
     full = absolute(uri)
     return full if full.startswith("s3://") and full.count("/") == 2 else os.path.dirname(full)
 
 
 def overlap(one: str, other: str) -> bool:
-    """Return True if two URIs are the same or one lies below the other; links are not followed."""
+    """Return True if two URIs are equal or one is under the other; symbolic links are not followed."""
     one, other = (f"{absolute(uri).rstrip('/')}/" for uri in (one, other))
     return one.startswith(other) or other.startswith(one)
