@@ -1,4 +1,4 @@
-"""Decoding of image files to RGB arrays, with the checks that keep one bad image from stopping a job."""
+"""Decoding of image files to RGB arrays; a bad image raises `DataError`, which callers can skip."""
 
 from __future__ import annotations
 
@@ -21,24 +21,25 @@ _JPEG_FAST = {"Gray", "YCbCr", "RGB"}
 _ICON_STARTS = (b"\x00\x00\x01\x00", b"icns")
 _PNG_SIZE = re.compile(rb"\x89PNG\r\n\x1a\n.{4}IHDR(.{8})", re.DOTALL)
 
-# The header is checked against the caller's own limit before anything is decoded.
+# Pillow's own limit is off, because the header is checked against the caller's limit before decoding.
 Image.MAX_IMAGE_PIXELS = None
 
 
 def decode_image(data: bytes, *, max_pixels: int | None = None, min_side: int | None = None) -> np.ndarray:
-    """Decode an image upright, as RGB, first frame only, transparency over white.
+    """Decode the first frame of an image to RGB, turned upright by its EXIF orientation, with transparency over white.
 
     Args:
-        data: an encoded image of any format that Pillow knows.
-        max_pixels: largest width x height that the header may announce; 100 million where None.
-        min_side: a JPEG may come out smaller, by whole eighths, as long as both sides stay at least this long.
+        data: encoded image of any format that Pillow supports.
+        max_pixels: maximum width x height in the header; None means 100 million.
+        min_side: minimum length in pixels of both sides when a JPEG is decoded at a reduced size (a multiple of 1/8); None
+            decodes it at full size.
 
     Returns:
-        Shape: (H, W, 3), uint8.
+        RGB image. Shape: (H, W, 3), uint8.
 
     Raises:
-        DataError: not an image, or damaged.
-        TooLargeError: too many pixels.
+        DataError: the data is not an image, or is damaged.
+        TooLargeError: the image has more than ``max_pixels`` pixels.
 
     Example:
         >>> import io
@@ -56,7 +57,7 @@ def decode_image(data: bytes, *, max_pixels: int | None = None, min_side: int | 
         if array is not None:
             return array
     if data.startswith(_ICON_STARTS):
-        # Pillow decodes the images in an icon to learn its size, whatever sizes the icon's own header gives.
+        # Pillow decodes the images in an icon to find its size, so their own headers are checked first.
         for size in _PNG_SIZE.findall(data):
             width, height = struct.unpack(">II", size)
             _check_size(width, height, limit)
@@ -66,16 +67,16 @@ def decode_image(data: bytes, *, max_pixels: int | None = None, min_side: int | 
 
 
 def image_size(data: bytes) -> tuple[int, int]:
-    """Return width and height by an image's header, as it is stored (not turned upright).
+    """Return the width and height in an image's header, before it is turned upright.
 
     Raises:
-        DataError: not an image, or its header is damaged.
+        DataError: the data is not an image, or its header is damaged.
     """
     if data[:2] == b"\xff\xd8":
         try:
             height, width, _, _ = simplejpeg.decode_jpeg_header(data)
         except ValueError:
-            pass  # Pillow knows more kinds
+            pass  # Pillow supports more kinds of JPEG
         else:
             return width, height
     with _opened(data) as image:
@@ -84,7 +85,7 @@ def image_size(data: bytes) -> tuple[int, int]:
 
 @contextmanager
 def _opened(data: bytes) -> Iterator[Image.Image]:
-    """Open an image with Pillow, not decoded yet; whatever fails in the block is a DataError."""
+    """Open an image with Pillow without decoding it; raise any error inside the block as a DataError."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of metadata it skips
@@ -98,7 +99,7 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
 
 
 def crop_to_square(image: np.ndarray, side: int, position: float = 0.5) -> np.ndarray:
-    """Resize the shorter side to ``side`` and crop the longer one at ``position``, 0 (start) to 1 (end).
+    """Resize the shorter side to ``side`` pixels and crop the longer side to it at ``position``, 0 (start) to 1 (end).
 
     Shape: (H, W, 3) -> (side, side, 3).
     """
@@ -112,7 +113,7 @@ def crop_to_square(image: np.ndarray, side: int, position: float = 0.5) -> np.nd
 
 
 def _decode_jpeg(data: bytes, limit: int, min_side: int | None) -> np.ndarray | None:
-    """Decode a JPEG by the fast path; return None where Pillow is needed (CMYK, rotated, damaged)."""
+    """Decode a JPEG with simplejpeg; return None if it needs Pillow (CMYK, rotated or damaged)."""
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:
@@ -121,7 +122,7 @@ def _decode_jpeg(data: bytes, limit: int, min_side: int | None) -> np.ndarray | 
     if colorspace not in _JPEG_FAST or _is_rotated(data):
         return None
     try:
-        # min_factor: libjpeg scales while decoding, so a large photo costs what its small version costs.
+        # libjpeg reduces the size while decoding, which makes large photos much faster.
         return simplejpeg.decode_jpeg(data, "RGB", min_height=min_side or 0, min_width=min_side or 0, min_factor=1)
     except ValueError:
         return None
@@ -134,7 +135,7 @@ def _is_rotated(data: bytes) -> bool:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return Image.open(io.BytesIO(data)).getexif().get(_ORIENTATION, 1) not in (0, 1)
-    except Exception:  # noqa: BLE001  (as above; decoding it will raise the error)
+    except Exception:  # noqa: BLE001  (Pillow raises many types; decoding the image will raise the error)
         return False
 
 
@@ -146,13 +147,16 @@ def _check_size(width: int, height: int, limit: int) -> None:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Return an upright RGB version of any Pillow image: 16 bits and floats in 0..1 scaled to 8 bits, transparency over white."""
+    """Convert any Pillow image to RGB and turn it upright.
+
+    16-bit values, and floats in 0..1, are scaled to 8 bits. Transparency is drawn over white.
+    """
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
         values = np.nan_to_num(np.asarray(image, dtype=np.float64))
         if image.mode == "F" and values.min(initial=0) >= 0 and values.max(initial=0) <= 1:
-            values = values * 255  # as programs that compute with images write them
-        # 16-bit files hold 0..65535; what fits in 8 bits already is left as it is.
+            values = values * 255  # a common convention of numerical programs
+        # 16-bit files have values 0..65535; values that fit in 8 bits are not scaled.
         values = values / 257.0 if values.max(initial=0) > 255 else values
         return Image.fromarray(values.clip(0, 255).astype(np.uint8)).convert("RGB")
     if "A" in image.getbands() or "transparency" in image.info:

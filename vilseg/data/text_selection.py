@@ -1,4 +1,4 @@
-"""Selection of the texts of a pair (captions, alt-text, hashtags): cleaned, filtered, and one drawn for each epoch."""
+"""Selection of a pair's text (caption, alt-text or hashtags), which is cleaned, filtered and drawn at random for each epoch."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ KINDS = ("caption", "alt", "tags")
 
 @dataclass(frozen=True)
 class TextSelector:
-    """Cleans and filters the texts of a pair and gives each the probability to be the text of an epoch.
+    """Selector that cleans and filters the texts of a pair and computes the probability of drawing each text in an epoch.
 
     Args:
         weights: relative probability of each kind of text.
-        filters: those on texts are applied.
+        filters: filters, of which those for texts are applied.
 
     Example:
         >>> TextSelector().probabilities({"caption": ["A dog", "Two   dogs"]})
@@ -28,10 +28,10 @@ class TextSelector:
     filters: FiltersConfig = field(default_factory=FiltersConfig)
 
     def probabilities(self, texts: Mapping[str, Sequence[str]]) -> dict[str, float]:
-        """Return the usable texts with their probabilities, which sum to 1; empty if none is usable.
+        """Return the usable texts, cleaned, with their probabilities, which sum to 1; empty if no text is usable.
 
         Args:
-            texts: as stored, by kind (`KINDS`).
+            texts: stored texts by kind (`KINDS`).
         """
         found = {kind: self._cleaned(kind, texts.get(kind, ())) for kind in KINDS}
         weights = {kind: getattr(self.weights, kind) for kind in KINDS if found[kind]}
@@ -64,10 +64,10 @@ class TextSelector:
 
 
 def choose_text(probabilities: Sequence[float], seed: int) -> int:
-    """Return the index of the text that ``seed`` draws."""
+    """Draw the index of a text with ``probabilities``; the draw depends only on ``seed``."""
     point = (seed >> 8 & 0xFFFFFFFF) / 2**32
     for index, probability in enumerate(probabilities):
         point -= probability
         if point < 0:
             return index
-    return len(probabilities) - 1  # the sum fell short of 1 by rounding
+    return len(probabilities) - 1  # reached if the sum is less than 1 by rounding

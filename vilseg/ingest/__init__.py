@@ -1,1 +1,1 @@
-"""Pairs as users have them (caption files, sidecars, img2dataset output, Parquet), read for conversion to pair shards."""
+"""Readers of pairs in users' formats (caption files, sidecars, img2dataset output, Parquet); pair shards are written from them."""

@@ -1,6 +1,6 @@
-"""Caption files (CSV, JSONL, JSON records, COCO captions) read into uniform rows.
+"""Reader of caption files (CSV, JSONL, JSON records, COCO captions), which returns uniform rows.
 
-Columns are found by name, ignoring case: the names of the configuration first, then common ones.
+Columns are found by name, ignoring case; configured names take precedence over common ones.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _IMAGE_NAMES = (
     *("image_path", "path", "file", "filename", "file_name", "filepath", "image_name"),
 )
 _CAPTION_NAMES = ("text", "sentences", "sentence", "description", "comment")
-"""Used in this order without ``caption`` and ``captions``."""
+"""Columns tried in this order if there is neither ``caption`` nor ``captions``."""
 _ALT_NAMES = ("alt", "alt_text", "alttext", "alt-text")
 _TAG_NAMES = ("tags", "hashtags", "keywords")
 _DELIMITERS = (",", "\t", ";", "|")
@@ -37,22 +37,22 @@ _DELIMITERS = (",", "\t", ";", "|")
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Entry of a caption file for one image."""
+    """Row of a caption file, for one image."""
 
     where: str
-    """Location of the row for messages: ``captions.csv:12``."""
+    """Position of the row for error messages: ``captions.csv:12``."""
     image: str
-    """Image as written in the file: a path relative to some folder, or a URI."""
+    """Image as written in the file: a URI, or a path that may be relative to different folders (see `ImageFinder`)."""
     metadata: dict[str, Any]
-    """``captions``, ``alt`` and ``tags`` as :func:`normalise` returns them, and all other fields of the row."""
+    """Fields ``captions``, ``alt`` and ``tags`` as :func:`normalise` returns them, and all other fields of the row."""
 
 
 def read_rows(uri: str, columns: ColumnsConfig) -> Iterator[Row | BadPair]:
-    """Yield the rows of a caption file; an invalid row becomes a :class:`BadPair` in its position.
+    """Yield the rows of a caption file in order; yield a :class:`BadPair` for an invalid row.
 
     Raises:
-        DataError: this is not a caption file.
-        StorageError: it cannot be read.
+        DataError: the file is not a caption file.
+        StorageError: the file cannot be read.
     """
     lower = uri.lower()
     text = storage.read_text(uri)
@@ -64,7 +64,7 @@ def read_rows(uri: str, columns: ColumnsConfig) -> Iterator[Row | BadPair]:
 
 
 def split_image(values: Mapping[str, Any], columns: ColumnsConfig) -> tuple[Any, dict[str, Any]]:
-    """Split a record into its image (a path, bytes, another value, or None) and its other fields."""
+    """Split a record into the value of its image field (a path, bytes, another value, or None) and its other fields."""
     rest = dict(values)
     found = _take(rest, columns.image, columns.path, *_IMAGE_NAMES)
     return found, rest
@@ -73,8 +73,8 @@ def split_image(values: Mapping[str, Any], columns: ColumnsConfig) -> tuple[Any,
 def normalise(values: Mapping[str, Any], columns: ColumnsConfig) -> dict[str, Any]:
     """Convert the fields of a record to the metadata of a pair.
 
-    ``captions`` (list), ``alt`` (text) and ``tags`` (list, without "#") are there if the record has them under any of
-    their names; other fields are kept as far as JSON can hold them.
+    The metadata have the keys ``captions`` (list), ``alt`` (text) and ``tags`` (list, without "#") if the record has such fields
+    under any of their names. Other fields are kept; of values that JSON cannot represent, bytes become null and others text.
     """
     rest = dict(values)
     captions = [*_texts(_take(rest, columns.captions, "captions")), *_texts(_take(rest, columns.caption, "caption"))]
@@ -96,7 +96,7 @@ def normalise(values: Mapping[str, Any], columns: ColumnsConfig) -> dict[str, An
 
 
 def merge(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
-    """Merge the metadata of one image from two rows: all captions and tags, other fields from the first row with them."""
+    """Merge the metadata of one image from two rows: all captions and tags of both; other fields of ``first`` take precedence."""
     merged = {**second, **first}
     for name in ("captions", "tags"):
         if name in merged:
@@ -127,7 +127,7 @@ def _csv_records(uri: str, text: str, columns: ColumnsConfig) -> Iterator[tuple[
         next(reader)
         for values in reader:
             if len(values) > len(header):
-                # Truncation would silently leave half a caption.
+                # An error, because truncating the row would silently cut the caption.
                 problem = f"it has {len(values)} fields where the header has {len(header)}"
                 yield reader.line_num, f"{problem}; put quotes around captions that hold '{delimiter}'"
             elif values:
@@ -137,7 +137,7 @@ def _csv_records(uri: str, text: str, columns: ColumnsConfig) -> Iterator[tuple[
 
 
 def _header(uri: str, text: str, columns: ColumnsConfig) -> tuple[str, list[str]]:
-    """Find the delimiter by which a column of the first line names the image; return it and the columns."""
+    """Return the first delimiter that splits the first line into columns one of which is an image column, and the columns."""
     line = text.partition("\n")[0].strip("\r")
     names = _image_names(columns)
     for delimiter in _DELIMITERS:
@@ -149,7 +149,7 @@ def _header(uri: str, text: str, columns: ColumnsConfig) -> tuple[str, list[str]
 
 def _json_lines(uri: str, text: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
     seen_object = False
-    # Not splitlines: JSON may hold other line separators inside its strings.
+    # Not splitlines, because JSON strings may contain other line separators.
     for line, content in enumerate(text.split("\n"), start=1):
         if not content.strip():
             continue
@@ -171,13 +171,13 @@ def _json_lines(uri: str, text: str) -> Iterator[tuple[int, dict[str, Any] | str
 
 
 def _json_rows(uri: str, text: str, columns: ColumnsConfig) -> Iterator[Row | BadPair]:
-    # COCO annotations of other kinds are large, and parsing them takes far longer than this check.
+    # Checked before parsing, because other COCO annotations are large and slow to parse.
     if '"annotations"' in text and '"caption"' not in text:
         raise DataError(f"{uri} holds no captions")
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        if text.lstrip().startswith("{") and "\n{" in text:  # JSONL under the name of JSON
+        if text.lstrip().startswith("{") and "\n{" in text:  # JSONL in a file named .json
             return _rows_of(uri, _json_lines(uri, text), columns)
         raise DataError(f"{uri} is not JSON: {error}") from error
     if isinstance(content, dict) and all(isinstance(content.get(part), list) for part in ("images", "annotations")):
@@ -209,7 +209,7 @@ def _image_names(columns: ColumnsConfig) -> tuple[str, ...]:
 
 
 def _take(values: dict[str, Any], *wanted: str) -> Any:
-    """Remove and return the first of the wanted fields with a value, ignoring case."""
+    """Remove the first of the ``wanted`` fields that has a value, ignoring case, and return the value; None if there is none."""
     names = {str(name).strip().lower(): name for name, value in values.items() if not _is_missing(value)}
     name = next((names[one.lower()] for one in wanted if one.lower() in names), None)
     return None if name is None else values.pop(name)
@@ -220,7 +220,7 @@ def _is_missing(value: Any) -> bool:
 
 
 def _texts(value: Any) -> list[str]:
-    """Return the texts of a field: itself, its items, or the items of a list written in a table cell."""
+    """Return the texts of a field, which may be a text, a list, or a text that contains a list in Python syntax."""
     if isinstance(value, str) and value.startswith("[") and value.endswith("]"):
         try:
             value = ast.literal_eval(value)

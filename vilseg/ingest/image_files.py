@@ -1,4 +1,4 @@
-"""Image files of a source: resolution of the paths in caption files, and keys of the pairs."""
+"""Resolution of the image paths in caption files, and construction of the keys of pairs."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".ti
 
 
 class ImageFinder:
-    """Resolver of the image paths in a caption file.
+    """Resolver of the image paths in caption files.
 
     Args:
         root: folder of the source.
-        files: every file below it, if listed already; otherwise they are listed only when an image is not at the path
-            that its caption file states.
+        files: all files under ``root``. If None, they are listed only when the first image is not at the path in its caption
+            file.
     """
 
     def __init__(self, root: str, files: list[storage.FileEntry] | None = None):
@@ -30,7 +30,7 @@ class ImageFinder:
 
     @cached_property
     def uris(self) -> dict[str, None]:
-        """URIs of all image files below the root, sorted by path."""
+        """URIs of all image files under the root folder, sorted by path (the keys of a dictionary, for fast lookup)."""
         files = storage.list_files(self.root) if self._files is None else self._files
         return dict.fromkeys(with_suffix(files, IMAGE_SUFFIXES))
 
@@ -42,19 +42,20 @@ class ImageFinder:
         return found
 
     def find(self, folder: str, path: str) -> str:
-        """Return the URI of ``path`` as written in a caption file in ``folder``.
+        """Return the URI of an image from its ``path`` in a caption file in ``folder``.
 
-        It may be absolute, relative to that folder or to the root, or the end of the path of just one file, the one
-        nearest to the root. If no file matches, returns the URI at which the file is expected.
+        The path may be absolute, or relative to ``folder`` or to the root folder. Otherwise it may be the end of a file's path;
+        of several such files, the one with the fewest parent folders is returned. If no file matches, the URI relative to
+        ``folder`` is returned.
 
         Raises:
-            DataError: several files match.
+            DataError: several files at the same depth match.
         """
         if "://" in path:
             return path
         if path.startswith(("/", "~")):
             return storage.absolute(path)
-        if "\\" in path and resolve(folder, path) not in self.uris:  # written on Windows, not part of a file name
+        if "\\" in path and resolve(folder, path) not in self.uris:  # a Windows path, not a backslash in a file name
             path = path.replace("\\", "/")
         direct = resolve(folder, path)
         if self._as_written is None:
@@ -73,25 +74,28 @@ class ImageFinder:
 
 
 def key_of(uri: str, root: str) -> str:
-    """Return the path of an image below ``root`` without its suffix; the whole path if the image is elsewhere."""
+    """Return the path of an image relative to ``root``, without its suffix; the full path if it is not under ``root``."""
     return posixpath.splitext(relative(uri, root))[0]
 
 
 def relative(uri: str, root: str) -> str:
-    """Return ``uri`` relative to ``root``; without its scheme if it is elsewhere."""
+    """Return ``uri`` relative to ``root``; if it is not under ``root``, return it without its scheme."""
     below = uri.removeprefix(root.rstrip("/") + "/")
     return below.partition("://")[2] or below
 
 
 def clean_key(text: str) -> str:
-    """Return ``text`` as the key of a pair, without parts "." or ".." and without dots in its name, where tar readers split."""
+    """Convert ``text`` to a valid key of a pair, without the path components "." and "..", and without dots in the name.
+
+    Readers of tar shards split a member's name at the first dot.
+    """
     printable = re.sub(r"[\x00-\x1f\x7f]", "_", text.encode("utf-8", "replace").decode())
     parts = [part for part in printable.split("/") if part not in ("", ".", "..")]
     return "/".join([*parts[:-1], parts[-1].replace(".", "_")]) if parts else "image"
 
 
 def unique_key(key: str, taken: set[str]) -> str:
-    """Return ``key``, or the first free one of ``key-2``, ``key-3``, …, and add it to ``taken``."""
+    """Return ``key`` if it is not in ``taken``, otherwise the first unused of ``key-2``, ``key-3``, …; add it to ``taken``."""
     numbered = (f"{key}-{number}" for number in itertools.count(2))
     free = next(candidate for candidate in itertools.chain([key], numbered) if candidate not in taken)
     taken.add(free)
@@ -99,11 +103,11 @@ def unique_key(key: str, taken: set[str]) -> str:
 
 
 def resolve(folder: str, path: str) -> str:
-    """Return the URI of a path relative to ``folder``, with ".." resolved."""
+    """Return the URI of ``path`` relative to ``folder``, with ".." components resolved."""
     scheme, mark, rest = storage.join(folder, path).rpartition("://")
     return scheme + mark + posixpath.normpath(rest)
 
 
 def with_suffix(files: Iterable[storage.FileEntry], suffixes: tuple[str, ...]) -> list[str]:
-    """URIs of the files with one of these suffixes, ignoring case."""
+    """Return the URIs of the files with one of ``suffixes``, ignoring case."""
     return [file.uri for file in files if file.relative.lower().endswith(suffixes)]

@@ -1,7 +1,8 @@
 """Sources of image-caption pairs: folders of images with caption files or sidecars, img2dataset output, pair shards.
 
-:func:`find_pairs` lists a source and splits it into parts without reading images; :func:`read_part` reads a part
-in any process. Images keep their bytes; formats that pair shards do not hold are converted to PNG.
+:func:`find_pairs` lists a source, without reading images, and splits it into :class:`SourcePart` s, each the work of one task.
+:func:`read_part` reads one of them in any process. The bytes of images are kept; formats that pair shards do not support are
+converted to PNG.
 """
 
 from __future__ import annotations
@@ -47,46 +48,47 @@ from vilseg.ingest.image_files import (
 
 PART_PAIRS = 1000
 _CHECK_SIDE = 32
-"""JPEGs are checked by decoding at a reduced size: all bytes are read, so damage is found, in a third of the time."""
+"""Minimum side in pixels at which JPEGs are decoded to check them. All bytes are still read, so that damage is found, but it
+takes a third of the time."""
 _CAPTION_SUFFIXES = (*CSV_SUFFIXES, *JSON_LINES_SUFFIXES, JSON_SUFFIX)
 _SIDECAR_SUFFIXES = (".txt", ".json")
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """Image file with its captions and metadata."""
+    """Image file with its key and metadata (captions and other fields)."""
 
     key: str
     image: str
     metadata: dict[str, Any]
     sidecars: tuple[str, ...] = ()
-    """URIs of ``.txt`` and ``.json`` files to be read for the metadata."""
+    """URIs of ``.txt`` and ``.json`` files from which the metadata are read; if empty, ``metadata`` is complete."""
 
 
 @dataclass(frozen=True)
 class SourcePart:
-    """Pairs read by one task: some records, or one shard."""
+    """Pairs that one task reads: either some records, or one shard."""
 
     records: tuple[Record | BadPair, ...] = ()
     shard: str | None = None
-    """URI of a tar or Parquet file."""
+    """URI of a tar or Parquet file; None if the pairs are in ``records``."""
     prefix: str = ""
-    """Prefix of the keys of the shard."""
+    """Prefix of the keys of the shard's pairs."""
     columns: ColumnsConfig = field(default_factory=ColumnsConfig)
 
 
 @dataclass(frozen=True)
 class Listing:
-    """Contents of a source."""
+    """Content of a source."""
 
     parts: list[SourcePart]
     passed_over: list[str]
-    """A sentence for each candidate caption file that holds none."""
+    """Reason, in a sentence, for each possible caption file that was skipped because it has no captions."""
 
 
 @dataclass(frozen=True, slots=True)
 class SourcePair:
-    """Pair with its metadata; its fields are the arguments of `vilseg.data.shards.write_tar`."""
+    """Pair with its metadata; the fields are those of the pairs that `vilseg.data.shards.write_tar` takes."""
 
     key: str
     image: bytes
@@ -97,17 +99,17 @@ class SourcePair:
 def find_pairs(
     source: str, columns: ColumnsConfig | None = None, *, part_pairs: int = PART_PAIRS, prefix: str = ""
 ) -> Listing:
-    """List the pairs at ``source``; deterministic in the content.
+    """List the pairs at ``source``; the result depends only on its content.
 
     Args:
-        source: a folder, or a CSV, JSONL, JSON, Parquet or tar file. Caption files name images relative to themselves,
-            to the folder, or by the unique end of a path.
-        columns: names of columns, tried before common ones.
-        part_pairs: records per part; a shard is one part, whatever its size.
+        source: a folder, or a CSV, JSONL, JSON, Parquet or tar file. Paths of images in a caption file may be relative to it or
+            to the folder, or be the unique end of a file's path.
+        columns: names of columns, which take precedence over common names.
+        part_pairs: maximum number of records in a `SourcePart`; a shard is one `SourcePart` of any size.
         prefix: prefix of every key, to distinguish sources.
 
     Raises:
-        DataError: the source holds no pairs.
+        DataError: there are no pairs in the source.
         StorageError: the URI cannot be read.
     """
     columns = columns or ColumnsConfig()
@@ -142,15 +144,15 @@ def find_pairs(
 
 
 def read_part(part: SourcePart, *, check: bool = True, max_pixels: int | None = None) -> Iterator[SourcePair | BadPair]:
-    """Read the pairs of a part in order; an unusable one becomes a :class:`BadPair` in its position.
+    """Yield the pairs of a `SourcePart` in order; yield a :class:`BadPair` for an unusable one.
 
     Args:
-        part: of :func:`find_pairs`.
-        check: decode every image to verify it; otherwise only those that must be converted.
-        max_pixels: images whose header declares more are bad; 100 million if None.
+        part: result of :func:`find_pairs`.
+        check: decode every image to verify it; if False, decode only images that must be converted.
+        max_pixels: maximum number of pixels in an image's header; None means 100 million.
 
     Raises:
-        DataError: a Parquet file has no column of images.
+        DataError: a Parquet file has no image column.
         StorageError: the shard cannot be read.
     """
     taken: set[str] = set()
@@ -168,13 +170,13 @@ def read_part(part: SourcePart, *, check: bool = True, max_pixels: int | None = 
 
 
 def _caption_files(files: list[storage.FileEntry], images: ImageFinder) -> list[str]:
-    """Files of a folder that may hold the captions of many images."""
+    """Return the URIs of the files of a folder that may contain the captions of many images."""
     stems = {posixpath.splitext(uri)[0] for uri in images.uris}
     return [
         uri
         for uri in with_suffix(files, _CAPTION_SUFFIXES)
         if not (uri.endswith(_SIDECAR_SUFFIXES) and posixpath.splitext(uri)[0] in stems)
-        and not uri.endswith((f"/{INDEX}", "_stats.json", "/bad.jsonl"))  # of pair shards and of img2dataset
+        and not uri.endswith((f"/{INDEX}", "_stats.json", "/bad.jsonl"))  # written with pair shards and by img2dataset
         and (not uri.lower().endswith(".txt") or storage.name(uri).lower().startswith("captions"))
     ]
 
@@ -182,7 +184,7 @@ def _caption_files(files: list[storage.FileEntry], images: ImageFinder) -> list[
 def _add_caption_file(
     uri: str, columns: ColumnsConfig, images: ImageFinder, records: dict[str, Record | BadPair]
 ) -> None:
-    """Add the rows of a caption file by image; several rows of one image become one record."""
+    """Add the rows of a caption file to ``records``, whose keys are image URIs; merge several rows of one image."""
     rows = list(read_rows(uri, columns))
     unusable = [row for row in rows if isinstance(row, BadPair)]
     if unusable and len(unusable) == len(rows):
@@ -205,7 +207,10 @@ def _add_caption_file(
 
 
 def _add_sidecars(files: list[storage.FileEntry], images: ImageFinder, records: dict[str, Record | BadPair]) -> None:
-    """Add images with a ``.txt`` or ``.json`` sidecar; without a caption file all others are bad."""
+    """Add the images that have a ``.txt`` or ``.json`` sidecar to ``records``.
+
+    If there is no caption file, all other images are added as bad pairs.
+    """
     beside = set(with_suffix(files, _SIDECAR_SUFFIXES))
     caption_file_seen = bool(records)
     silent: dict[str, BadPair] = {}
@@ -223,7 +228,7 @@ def _add_sidecars(files: list[storage.FileEntry], images: ImageFinder, records: 
 
 
 def _shards(files: list[storage.FileEntry]) -> list[str]:
-    """Tar and Parquet files, without the Parquet files by which img2dataset describes a tar or folder."""
+    """Return the URIs of tar and Parquet files, without the Parquet metadata that img2dataset writes for a tar or folder."""
     tars = with_suffix(files, (TAR,))
     described = {uri[: -len(TAR)] for uri in tars} | {storage.parent(file.uri) for file in files}
     tables = with_suffix(files, (PARQUET,))
@@ -249,12 +254,12 @@ def _batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
 # -------------------------------------------------------------------------------------------------------- reading
 
 _Raw = tuple[str, bytes, dict[str, Any]]
-"""Key, image bytes, metadata."""
+"""Key, image bytes and metadata of a pair before its image is checked."""
 
 
 def _read_records(records: Iterable[Record | BadPair]) -> Iterator[_Raw | BadPair]:
     waiting: deque[Future[_Raw | BadPair]] = deque()
-    # Small files are bound by latency, so some are fetched ahead.
+    # Some files are fetched in advance, because reads of small files are bound by latency.
     with ThreadPoolExecutor(storage.TRANSFERS_AT_ONCE) as pool:
         try:
             for record in records:
@@ -300,7 +305,7 @@ def _read_tar(uri: str) -> Iterator[_Raw | BadPair]:
 
 
 def _metadata_of(members: dict[str, bytes]) -> dict[str, Any]:
-    """Read metadata from the ``json`` and ``txt`` members of an image; the caption of the latter comes first."""
+    """Read metadata from the ``json`` and ``txt`` members of an image; the caption in ``txt`` comes first."""
     try:
         metadata = json.loads(members.get("json", b"{}"))
         text = members.get("txt", b"").decode("utf-8-sig").strip()
@@ -333,7 +338,7 @@ def _read_parquet(uri: str, columns: ColumnsConfig) -> Iterator[_Raw | BadPair]:
 
 
 def _pair_of_row(folder: str, key: str, values: dict[str, Any], columns: ColumnsConfig) -> Iterator[_Raw | BadPair]:
-    """Return the pair of a row; None if img2dataset recorded a failed download."""
+    """Yield the pair of a row; yield nothing if img2dataset recorded a failed download in it."""
     image, rest = split_image(values, columns)
     path = image.get("path") if isinstance(image, dict) else image
     data = image.get("bytes") if isinstance(image, dict) else image
@@ -375,7 +380,7 @@ def _finish(
 
 
 def _suffix_of(image: bytes) -> str | None:
-    """File suffix of an image by its content, as names may be wrong; one of the formats that pair shards hold."""
+    """Return "jpg", "png" or "webp" by the content of an image, because names may be wrong; None for any other format."""
     if image.startswith(b"\xff\xd8\xff"):
         return "jpg"
     if image.startswith(b"\x89PNG\r\n\x1a\n"):

@@ -1,7 +1,7 @@
-"""Cleaning of the texts that come with images: captions, alt-text and hashtags, in any language.
+"""Cleaning of captions, alt-text and hashtags of images, in any language.
 
-Parts that say nothing about the image are removed: markup, addresses, mentions, file names, emoji, and the openings of alt-text
-("image of"). Cleaning is idempotent; a text of which nothing is left is empty.
+The functions remove content that does not describe the image: markup, URLs and e-mail addresses, mentions, file names, emoji, and
+the openings of alt-text ("image of"). Cleaning is idempotent. If nothing is left of a text, the result is the empty string.
 """
 
 from __future__ import annotations
@@ -28,27 +28,29 @@ _NUMBERS = re.compile(r"\d+")
 _SPACE = re.compile(r"\s+")
 _REPEATED = re.compile(r"(.)\1{4,}")
 _LONGEST_WORD = 40
-"""Letters of a word; longer ones are hashes, codes, or sentences of languages without spaces."""
+"""Maximum number of letters of a word; longer ones are hashes, codes, or sentences of languages without spaces."""
 _LETTERS = 0.5
-"""Smallest fraction of letters among the characters that are not spaces."""
+"""Minimum fraction of letters among the characters that are not spaces."""
 
 
 def clean_caption(text: str) -> str:
-    """Return a caption without markup, addresses, mentions and emoji; hashtags in it become words.
+    """Return a caption without markup, addresses, mentions and emoji, and with its hashtags split into words.
 
     >>> clean_caption("My #goldenRetriever &amp; me <b>at home</b> 😀 https://x.y/z @anna")
     'My golden retriever & me at home'
     """
-    if text.isascii() and not _SPECIAL.search(text):  # most are: this is done for every caption of every epoch
+    if text.isascii() and not _SPECIAL.search(text):  # fast path, used for most captions
         return " ".join(text.split())
-    text = _MARKUP.sub(" ", html.unescape(html.unescape(text)))  # archives escape twice, and so do feeds
+    text = _MARKUP.sub(" ", html.unescape(html.unescape(text)))  # twice, because archives and feeds often escape twice
     text = _MENTION.sub(" ", _ADDRESS.sub(" ", text))
     text = _HASHTAG.sub(lambda found: _words_of(found[1]), text)
     return _SPACE.sub(" ", "".join(" " if _is_symbol(letter) else letter for letter in text)).strip()
 
 
 def clean_alt(text: str) -> str:
-    """Return alt-text cleaned as a caption, without openings like "image of" and with file names turned into words or dropped.
+    """Return alt-text cleaned like a caption, without openings like "image of", and with file names turned into words.
+
+    File names without words are removed.
 
     >>> clean_alt("Image of a red-brick house")
     'a red-brick house'
@@ -62,10 +64,11 @@ def clean_alt(text: str) -> str:
 
 
 def clean_tags(tags: str | Iterable[str]) -> str:
-    """Return hashtags and keywords, joined by commas, each once.
+    """Return cleaned hashtags and keywords joined by commas, without duplicates.
 
     Args:
-        tags: a list, or one text with tags between commas, semicolons, or, where every word begins with "#", spaces.
+        tags: a list of tags, or a text with tags separated by commas or semicolons, or by spaces if every word begins with "#" or
+            "@".
 
     >>> clean_tags(["#goldenRetriever", "#golden_retriever", "#cat2023", "@anna", "beach"])
     'golden retriever, cat, beach'
@@ -79,20 +82,20 @@ def clean_tags(tags: str | Iterable[str]) -> str:
 
 
 def is_junk(text: str) -> bool:
-    """Return True if a cleaned text says nothing in any language: few letters, a file name, a code, or one letter repeated."""
+    """Return True if a cleaned text has no meaning in any language: few letters, a file name, a code, or one letter repeated."""
     solid = [letter for letter in text if not letter.isspace()]
     letters = sum(unicodedata.category(letter)[0] in "LM" for letter in solid)
     if not solid or letters < _LETTERS * len(solid) or letters < 2:
         return True
     if _REPEATED.search(text.lower()) or _FILE_NAME.fullmatch(text):
         return True
-    # Chinese, Japanese and Thai have no spaces: there, a long run is a sentence.
+    # Long words that are not ASCII are accepted, because Chinese, Japanese and Thai sentences have no spaces.
     return any(len(word) > _LONGEST_WORD and word.isascii() for word in text.split())
 
 
 def _clean_tag(tag: str) -> str:
     before = None
-    while tag != before:  # a removed number may uncover a mark, an opening or an address: "0#cat"
+    while tag != before:  # repeated, because a removed number may expose a "#", an opening or an address: "0#cat"
         before = tag
         tag = tag.strip().lstrip("#＃")
         tag = "" if tag.startswith("@") else _words_of(clean_alt(tag))
@@ -100,8 +103,8 @@ def _clean_tag(tag: str) -> str:
 
 
 def _words_of(tag: str) -> str:
-    """Split a tag into words: ``goldenRetriever``, ``golden_retriever`` and ``goldenRetriever2023`` are "golden retriever"."""
-    # A hyphen belongs to its word as often as not: "t-shirt", "black-and-white".
+    """Split a tag into words: ``goldenRetriever``, ``golden_retriever`` and ``goldenRetriever2023`` give "golden retriever"."""
+    # Hyphens are kept, because they are often part of a word: "t-shirt", "black-and-white".
     apart = _NUMBERS.sub(" ", _HUMPS.sub(" ", tag.replace("_", " "))).lower()
     return " ".join(word for word in apart.split() if len(word) > 1 or not word.isascii())
 
@@ -117,5 +120,6 @@ def _name_as_words(name: str) -> str:
 
 
 def _is_symbol(letter: str) -> bool:
-    # "So" are emoji and dingbats, "Cn" and "Co" unassigned, "Sk" and U+FE0F colour them, U+200D joins them.
+    # Categories: "So" emoji and dingbats, "Sk" their modifiers, "Cn", "Co" and "Cs" unassigned, private and surrogate codes.
+    # U+FE0F selects the emoji form of a character and U+200D joins emoji.
     return unicodedata.category(letter) in ("So", "Sk", "Cn", "Co", "Cs") or letter in "\ufe0f\u200d"

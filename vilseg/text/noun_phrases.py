@@ -1,9 +1,9 @@
-"""Noun phrases of captions: collected from a corpus, then found in every caption.
+"""Noun phrases, which are collected from a sample of captions and then found in every caption.
 
-A part-of-speech tagger (HanTa, Wartena 2019) reads a sample of the captions once. The result is a small table from surface forms
-("dogs", "traffic lights") to phrases ("dog", "traffic light"), which is applied to every caption without the tagger, fast enough
-for reading. For other languages statistics of the captions replace the tagger, see ``vilseg.text.phrase_statistics``; then every
-form is its own phrase.
+A part-of-speech tagger (HanTa, Wartena 2019) processes the sample once. The result is a table from surface forms ("dogs",
+"traffic lights") to phrases ("dog", "traffic light"). Looking up captions in the table needs no tagger and is fast enough to be
+done while batches are read. For languages other than English, statistics of the captions replace the tagger, and every surface
+form is a separate phrase; see ``vilseg.text.phrase_statistics``.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from vilseg.text.phrase_statistics import count_phrases
 _WORD = re.compile(r"[^\W\d_]+(?:['-][^\W\d_]+)*")
 _MAX_WORDS = 3
 _MIN_NOUN_FRACTION = 0.5
-"""A form counts as a noun if the tagger says so in at least this fraction of its occurrences ("runs" mostly is not)."""
+"""Minimum fraction of a form's occurrences that the tagger must label as a noun ("runs" mostly is a verb)."""
 
 
 @dataclass(frozen=True)
 class NounPhrases:
-    """Noun phrases of a corpus, most frequent first, with the surface forms that stand for them.
+    """Noun phrases of a corpus, the most frequent first, with the index of the phrase for each surface form.
 
     Example:
         >>> phrases = NounPhrases(("dog", "traffic light"), {"dog": 0, "dogs": 0, "traffic light": 1})
@@ -46,15 +46,19 @@ class NounPhrases:
         min_count: int,
         finder: Literal["tagger", "statistics"] = "tagger",
     ) -> NounPhrases:
-        """Collect nouns and compounds of up to three nouns that ``min_count`` captions hold, at most ``max_phrases``.
+        """Collect the most frequent nouns, and compounds of up to three nouns, of a sample of captions.
 
-        ``finder`` is the way in which nouns are recognized; see ``NounsConfig.finder``.
+        Args:
+            captions: sample of captions.
+            max_phrases: maximum number of phrases.
+            min_count: minimum number of captions that contain a phrase.
+            finder: method of recognizing nouns; see ``NounsConfig.finder``.
         """
         if finder == "statistics":
             found_in = count_phrases([words(caption) for caption in captions], min_count)
             phrases = _most_frequent(found_in, min_count)[:max_phrases]
             return cls(phrases, {phrase: number for number, phrase in enumerate(phrases)})
-        from HanTa.HanoverTagger import HanoverTagger  # loads its model; only this needs it
+        from HanTa.HanoverTagger import HanoverTagger  # here, because the import loads a model and is seldom needed
 
         tagger = HanoverTagger("morphmodel_en.pgz")
         as_noun: Counter[str] = Counter()
@@ -84,16 +88,16 @@ class NounPhrases:
         return cls(tuple(index), forms)
 
     def find(self, captions: Iterable[str]) -> list[int]:
-        """Return the indices of the phrases that any of the captions holds, ascending.
+        """Return the indices, ascending, of the phrases that occur in any of the captions.
 
-        The head of a compound counts too, its other parts do not: "tennis ball" is a ball, not a tennis.
+        The head of a compound counts as an occurrence, its other words do not: "tennis ball" contains "ball", but not "tennis".
         """
         found: set[int] = set()
         for caption in captions:
             tokens = words(caption)
-            covered = len(tokens)  # everything from here on belongs to a compound found
+            covered = len(tokens)  # tokens from this position on belong to a compound already found
             for end in range(len(tokens), 0, -1):
-                # Most words end no phrase, and this check runs for every word of every caption.
+                # A fast check, because it runs for every word of every caption and most words end no phrase.
                 if end > covered or tokens[end - 1] not in self._last_words:
                     continue
                 heads = [
@@ -115,12 +119,12 @@ class NounPhrases:
         return max((form.count(" ") + 1 for form in self.forms), default=0)
 
     def to_json(self) -> str:
-        """Return the table as text that :meth:`from_json` reads."""
+        """Return the phrases and forms as JSON, for :meth:`from_json`."""
         return json.dumps({"phrases": self.phrases, "forms": self.forms}, ensure_ascii=False)
 
     @classmethod
     def from_json(cls, text: str) -> NounPhrases:
-        """Read the table that :meth:`to_json` wrote."""
+        """Return the phrases and forms in the JSON that :meth:`to_json` returned."""
         tree = json.loads(text)
         return cls(tuple(tree["phrases"]), tree["forms"])
 
@@ -135,7 +139,7 @@ def _most_frequent(counts: Counter[str], min_count: int) -> tuple[str, ...]:
 
 
 def _runs(run: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Return every noun of a run of nouns and every compound that ends in one: (surface form, phrase with its head's lemma)."""
+    """Return (surface form, phrase with the lemma of its head) of every noun and every compound in a run of (form, lemma)."""
     found = []
     for end in range(len(run)):
         for start in range(max(0, end - _MAX_WORDS + 1), end + 1):

@@ -1,20 +1,23 @@
-"""Phrases of a corpus by its statistics alone, for languages without a tagger or a list of words.
+"""Phrases found by corpus statistics alone, for languages without a tagger or a word list.
 
-The aim is to find words that name things in images. The statistics used are:
+The aim is to find words that name things in images. A word must pass three criteria, and words are joined by a fourth:
 
-- *frequency band*: a word must be in enough captions to be learnt, and in at most half of them, or it parts nothing;
-- *topicality*: the words beside which a word occurs in captions differ from those of the whole corpus, by the Kullback-Leibler
-  divergence with its bias for few samples taken off (Miller 1955); function words, and attributes that anything can have
-  (colours), go with everything (stop words by divergence: Lo et al. 2005, "Automatically building a stopword list");
-- *contextual diversity*: entropy of the word directly before; names of things follow few (articles, numbers, attributes),
-  while prepositions, conjunctions and many verbs follow anything. The quarter of the words with the most is left out;
-- *compounds*: two or three such words in a row that keep together, by normalised pointwise mutual information (Bouma 2009).
+- *Frequency*: a word must occur in enough captions to be learnt, and in at most half of them, because a more frequent word does
+  not discriminate.
+- *Topicality*: the words that occur in captions together with it must be distributed differently from the whole corpus, by the
+  Kullback-Leibler divergence, corrected for its bias with few samples (Miller 1955). Function words, and attributes that anything
+  can have (colours), occur with everything (Lo et al. 2005, "Automatically building a stopword list", find stop words so).
+- *Contextual diversity*: the entropy of the word directly before it must not be in the top quarter. Names of things follow few
+  words (articles, numbers, attributes), while prepositions, conjunctions and many verbs follow any word.
+- *Compounds*: two or three consecutive words that pass are joined if their normalised pointwise mutual information is high (Bouma
+  2009).
 
-So verbs and adjectives that belong to a topic ("surfing", "snowy") are found too, and singular and plural are two phrases. On
-10,000 captions of Flickr8k (English, where a tagger can be asked) 69 % of the words chosen are nouns, of all words 33 %, each
-counted as often as it occurs, and 79 % of the nouns are chosen; "man", beside whom anything occurs, is not. The thresholds were
-set there and tried on no other language. Captions without topics, as those of the synthetic scenes, lose nouns and keep
-attributes. Languages that do not part words by spaces (Chinese, Thai) give whole clauses for words, and nothing useful.
+Verbs and adjectives that belong to a topic ("surfing", "snowy") pass as well, and singular and plural are two phrases. On 10,000
+English captions of Flickr8k, judged by a tagger and counting every occurrence, 69 % of the chosen words are nouns (33 % of all
+words are) and 79 % of the nouns are chosen. The noun "man" is not chosen, because it occurs with everything. The thresholds were
+set on this corpus and were not tested on another language. In captions without topics, such as those of the synthetic scenes,
+nouns are lost and attributes are kept. In languages without spaces between words (Chinese, Thai), whole clauses count as words
+and the result is useless.
 """
 
 from __future__ import annotations
@@ -26,33 +29,33 @@ from itertools import pairwise
 import numpy as np
 
 _MAX_FRACTION = 0.5
-"""Largest fraction of the captions that may hold a word."""
+"""Maximum fraction of the captions that contain a word."""
 _TOPICALITY = 0.2
-"""Nats by which the words beside a word must differ from the corpus."""
+"""Minimum divergence, in nats, of the words that occur together with a word from the whole corpus."""
 _DIVERSITY_QUANTILE = 0.75
-"""Words with a more diverse left neighbourhood than this fraction of all are left out."""
+"""Quantile of contextual diversity above which words are left out."""
 _COHESION = 0.5
-"""Normalised pointwise mutual information of a compound's neighbours, 1 for words that never part."""
+"""Minimum normalised pointwise mutual information of neighbouring words in a compound; 1 for words that only occur together."""
 _MAX_WORDS = 3
 
 
 def count_phrases(captions: Sequence[Sequence[str]], min_count: int) -> Counter[str]:
-    """Count the captions that hold each word or compound that is taken for the name of a thing.
+    """Return the phrases (words and compounds that pass the criteria), with the number of captions that contain each.
 
     Args:
-        captions: each a list of words.
-        min_count: number of captions that must hold a phrase.
+        captions: captions, each as a list of words.
+        min_count: minimum number of captions that contain a phrase.
     """
     in_captions = Counter(word for caption in captions for word in set(caption))
     frequent = [word for word, count in in_captions.items() if count >= min_count]
     if not frequent:
         return Counter()
     index = {word: number for number, word in enumerate(frequent)}
-    # One number more stands for every rare word and for the beginning of a caption.
+    # The last index stands for all rare words, and for the start of a caption.
     numbered = [[index.get(word, len(frequent)) for word in caption] for caption in captions]
     diversity = _left_diversity(numbered, len(frequent))
     topicality = _topicality(numbered, len(frequent))
-    # If hardly a word is topical (captions made from few words at random), half of the median is the threshold.
+    # If hardly any word is topical (random captions from few words), the threshold is half of the median.
     topical = topicality >= min(_TOPICALITY, np.median(topicality) / 2)
     named = topical & (diversity <= np.quantile(diversity, _DIVERSITY_QUANTILE))
     names = {word for word, good in zip(frequent, named, strict=True) if good}
@@ -62,7 +65,7 @@ def count_phrases(captions: Sequence[Sequence[str]], min_count: int) -> Counter[
 
 
 def _topicality(captions: list[list[int]], words: int) -> np.ndarray:
-    """Return the divergence of the words beside each word from the corpus, in nats. Shape: -> (words,)."""
+    """Return each word's divergence, in nats, between the words that occur with it and the corpus. Shape: -> (words,)."""
     together = np.zeros((words, words))
     for caption in captions:
         present = np.array(sorted({word for word in caption if word < words}), dtype=int)
@@ -91,7 +94,7 @@ def _left_diversity(captions: list[list[int]], words: int) -> np.ndarray:
 
 
 def _compounds(captions: Sequence[Sequence[str]], names: set[str], min_count: int) -> Counter[str]:
-    """Count the captions that hold each run of two or three names of which every two neighbours keep together."""
+    """Return the compounds of two or three ``names``, with the number of captions that contain each."""
     words: Counter[str] = Counter()
     pairs: Counter[tuple[str, str]] = Counter()
     for caption in captions:

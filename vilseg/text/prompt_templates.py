@@ -1,4 +1,4 @@
-"""Prompt templates: sentences with ``{}`` in the place of a class name, and the sets of them that come with the package."""
+"""Prompt templates, which are sentences with ``{}`` in the position of the class name, and the sets included in the package."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ _SETS = Path(__file__).parent / "prompts"
 
 @cache
 def prompt_sets() -> tuple[str, ...]:
-    """Return the names of the sets in ``vilseg/text/prompts``, one file each: ``clip`` and ``short``."""
+    """Return the names of the template sets in ``vilseg/text/prompts``: ``clip`` and ``short``."""
     return tuple(sorted(path.stem for path in _SETS.glob("*.txt")))
 
 
 def resolve_templates(given: str | Sequence[str]) -> tuple[str, ...]:
-    """Return templates for the name of a set, one template, or a list of templates.
+    """Return the templates given by the name of a set, one template, or a list of templates.
 
     >>> resolve_templates("a photo of a {}")
     ('a photo of a {}',)
 
     Raises:
-        ValueError: no set of that name, no template, or one that does not hold ``{}`` exactly once.
+        ValueError: there is no set of that name, the list is empty, or a template does not contain ``{}`` exactly once.
     """
     if isinstance(given, str):
         if "{" not in given:

@@ -1,4 +1,4 @@
-"""Tokenizers: trained on the captions of the pairs, or loaded, and either as a light function from texts to token ids."""
+"""Tokenizers, trained on captions or loaded, and a lightweight function from texts to token ids for both."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ _SPECIAL = {
 
 
 def train_tokenizer(captions: Iterable[str], vocabulary_size: int) -> PreTrainedTokenizerBase:
-    """Train an uncased WordPiece tokenizer (Devlin et al. 2019, section 3) of at most ``vocabulary_size`` pieces.
+    """Train an uncased WordPiece tokenizer (Devlin et al. 2019, section 3) with at most ``vocabulary_size`` pieces.
 
-    It adds no class and separator token: texts are pooled by the mean of their tokens, and two tokens common to all texts
-    would make the texts of single nouns nearly equal at the start.
+    It adds no class and separator tokens to a text. Texts are pooled by the mean of their tokens, and two tokens common to all
+    texts would make the initial embeddings of single nouns nearly equal.
     """
-    from transformers import PreTrainedTokenizerFast  # slow to import; readers of captions do without
+    from transformers import PreTrainedTokenizerFast  # here, because the import is slow and often not needed
 
     normalizer, pre_tokenizer = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
     captions = list(captions)
@@ -42,8 +42,8 @@ def train_tokenizer(captions: Iterable[str], vocabulary_size: int) -> PreTrained
     for caption in captions:
         for word, _ in pre_tokenizer.pre_tokenize_str(normalizer.normalize_str(caption)):
             inner.update(word[1:])
-    # The trainer numbers letters inside words in the order of a hash table, which differs each time, and breaks ties by these
-    # numbers. Passed as special tokens, the letters have one order, and equal captions make equal tokenizers.
+    # The trainer numbers letters inside words in the order of a hash table, which differs between runs, and breaks ties by these
+    # numbers. Letters passed as special tokens have a fixed order, so that equal captions give equal tokenizers.
     known = [*_SPECIAL.values(), *(f"##{letter}" for letter in sorted(inner))]
     training = Tokenizer(models.WordPiece(unk_token=_SPECIAL["unk_token"]))
     training.normalizer, training.pre_tokenizer = normalizer, pre_tokenizer
@@ -56,10 +56,10 @@ def train_tokenizer(captions: Iterable[str], vocabulary_size: int) -> PreTrained
 
 
 def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a Hugging Face folder, or of a hub id.
+    """Load the tokenizer of a Hugging Face model folder or hub id.
 
     Raises:
-        ModelError: it is no tokenizer of the ``tokenizers`` library and cannot be made one.
+        ModelError: it is not a tokenizer of the ``tokenizers`` library and cannot be converted to one.
         OSError, ValueError, ImportError: transformers cannot load it.
     """
     from transformers import AutoTokenizer
@@ -78,9 +78,9 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
 
 
 def _siglip_tokenizer(folder: Path, settings: dict[str, Any]) -> PreTrainedTokenizerBase:
-    """Load SigLIP's tokenizer from its ``tokenizer.json``; the class in transformers needs the sentencepiece library.
+    """Load SigLIP's tokenizer from ``tokenizer.json``, because the class in transformers needs the sentencepiece library.
 
-    That class also takes texts to lower case and drops their punctuation (``canonicalize_text`` of SigLIP's big_vision).
+    As in that class, texts are lower-cased and punctuation is removed (``canonicalize_text`` in SigLIP's big_vision code).
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -107,7 +107,7 @@ def _siglip_tokenizer(folder: Path, settings: dict[str, Any]) -> PreTrainedToken
 
 @dataclass(frozen=True)
 class FixedTokenizer:
-    """Function from texts to token rows of one length; it needs neither torch nor transformers, and is pickled as text.
+    """Function from texts to token ids of a fixed length, which needs neither torch nor transformers and is pickled as text.
 
     Example:
         >>> tokenizer = Tokenizer(models.WordLevel({"dog": 1, "[PAD]": 0, "[UNK]": 2}, unk_token="[UNK]"))
@@ -118,12 +118,14 @@ class FixedTokenizer:
     """
 
     serialized: str
-    """A tokenizer of the ``tokenizers`` library as JSON."""
+    """Tokenizer of the ``tokenizers`` library, serialized as JSON."""
     max_tokens: int
+    """Number of tokens of every row of the result."""
     pad_id: int
+    """Token id that fills the rows of shorter texts."""
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
-        """Return truncated and padded token ids. Shape: texts (B) -> (B, max_tokens) int32."""
+        """Return the token ids, truncated and padded. Shape: B texts -> (B, max_tokens), int32."""
         encoded = self._tokenizer.encode_batch(list(texts))
         return np.array([encoding.ids for encoding in encoded], dtype=np.int32).reshape(len(texts), self.max_tokens)
 

@@ -1,4 +1,4 @@
-"""Vocabulary: the class names that a segmentation chooses from, with synonyms, prompts and background words."""
+"""Vocabularies, which are the class names of a segmentation with their synonyms, prompts and background words."""
 
 from __future__ import annotations
 
@@ -14,18 +14,20 @@ from vilseg.text.vocabulary_yaml import built_in, read_yaml
 
 BACKGROUND = "background"
 MAX_CLASSES = 65_534
-"""A 16-bit mask leaves 65535 for "no class"; one more is kept free for formats that count from 1."""
+"""Maximum number of classes. In a 16-bit mask, the value 65535 means "no class", and one more value is reserved for formats that
+count from 1."""
 _YAML = (".yaml", ".yml")
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Class names in index order, each with the synonyms that stand for it.
+    """Class names in the order of their indices, each with its synonyms.
 
-    A class named ``background`` stands for whatever the other names do not describe; it exists only where it is listed.
+    A class named ``background`` stands for everything that the other names do not describe; it exists only if it is listed.
 
     Raises:
-        DataError: no class, an empty or repeated name, more than 65,534 classes, or a negative word that is a class.
+        DataError: there is no class, a name is empty or repeated, there are more than 65,534 classes, or a negative word is also
+            a class name or synonym.
 
     Example:
         >>> vocabulary = Vocabulary.of("cat,sofa|couch").with_background()
@@ -34,19 +36,19 @@ class Vocabulary:
     """
 
     classes: tuple[str, ...]
-    """Names of the classes in results."""
+    """Names of the classes, as they appear in results."""
     synonyms: tuple[tuple[str, ...], ...] = ()
-    """Other names of every class; ``SegmentationConfig.synonyms`` decides how their scores are combined. Empty where no class
-    has any."""
+    """Synonyms of every class; empty if no class has any. ``SegmentationConfig.synonyms`` sets how the scores of a class's names
+    are combined."""
     background_words: tuple[str, ...] = ()
-    """Words that stand for the class ``background``; the model's own where empty."""
+    """Words whose best score is the score of the class ``background``; if empty, the model's own are used."""
     negatives: tuple[str, ...] = ()
-    """Names that compete for pixels without being classes: a pixel that fits one of them best is ``background``, or no class
-    where there is no such class."""
+    """Negative words, which compete with the classes: a pixel whose best score is that of a negative word gets the class
+    ``background``, or no class if there is no such class."""
     prompts: tuple[str, ...] = ()
-    """Templates for all names; the model's own where empty."""
+    """Prompt templates of all classes; if empty, the model's own are used."""
     class_prompts: tuple[tuple[str, ...], ...] = ()
-    """Templates for the names of every class that replace ``prompts``. Empty where no class has any."""
+    """Prompt templates of each class, which replace ``prompts`` for this class; empty if no class has any."""
 
     def __post_init__(self) -> None:
         for what, lists in (("synonyms", self.synonyms), ("prompts", self.class_prompts)):
@@ -83,16 +85,16 @@ class Vocabulary:
                 )
 
     def names(self, index: int) -> tuple[str, ...]:
-        """Return the name of a class and its synonyms."""
+        """Return the name and the synonyms of the class ``index``."""
         return (self.classes[index], *(self.synonyms[index] if self.synonyms else ()))
 
     @property
     def entries(self) -> tuple[str, ...]:
-        """The classes as :meth:`of` reads them, with synonyms."""
+        """Classes in the form ``name|synonym|...``, which :meth:`of` accepts."""
         return tuple("|".join(self.names(index)) for index in range(len(self.classes)))
 
     def with_background(self, words: Iterable[str] = ()) -> Vocabulary:
-        """Return the vocabulary with the class ``background``, last where it was not listed, with ``words``."""
+        """Return the vocabulary with ``words`` as background words; if the class ``background`` is missing, append it."""
         if self.background is not None:
             return replace(self, background_words=tuple(words))
         return replace(
@@ -110,9 +112,9 @@ class Vocabulary:
 
     @cached_property
     def digest(self) -> str:
-        """Twelve hexadecimal digits that name the vocabulary: SHA-256 over all of its parts and their order.
+        """Identifier of the vocabulary: the first 12 hexadecimal digits of the SHA-256 hash over all fields and the class order.
 
-        Two results can be compared only where these are equal.
+        Two results are comparable only if their digests are equal.
         """
         parts: dict[str, object] = {
             "classes": [self.names(index) for index in range(len(self.classes))],
@@ -121,13 +123,16 @@ class Vocabulary:
             "prompts": self.prompts,
             "class_prompts": self.class_prompts if any(self.class_prompts) else (),
         }
-        # Empty parts are left out, so that a part added later does not change the digests of today.
+        # Empty fields are left out, so that a field added in a later version does not change the digests of today.
         text = json.dumps({key: value for key, value in parts.items() if value}, ensure_ascii=True, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     @classmethod
     def of(cls, classes: Vocabulary | Iterable[str] | str) -> Vocabulary:
-        """Make a vocabulary from names (``sofa``, or ``sofa|couch`` with synonyms), text for :meth:`parse`, or a vocabulary."""
+        """Create a vocabulary from names (``sofa``, or ``sofa|couch`` with a synonym), or a text for :meth:`parse`.
+
+        A vocabulary is returned unchanged.
+        """
         if isinstance(classes, str):
             return cls.parse(classes)
         if isinstance(classes, Vocabulary):
@@ -141,17 +146,18 @@ class Vocabulary:
 
     @classmethod
     def parse(cls, spec: str) -> Vocabulary:
-        """Read ``"cat,sofa|couch"``, the URI of a file, or the name of a built-in vocabulary.
+        """Create a vocabulary from names (``"cat,sofa|couch"``), the URI of a file, or the name of a built-in vocabulary.
 
-        A text file has one class a line (its lines may hold commas), a file that ends in ``.yaml`` or ``.yml`` is as
-        :mod:`vilseg.text.vocabulary_yaml` says. ``voc``, ``context``, ``coco``, ``coco-panoptic``, ``coco-stuff`` and
-        ``ade20k`` come with the package; a file of that name goes before. Synonyms follow the name of a class after ``|``.
+        A text file has one class per line, and names may contain commas. A file with the suffix ``.yaml`` or ``.yml`` has the
+        format of :mod:`vilseg.text.vocabulary_yaml`. The built-in vocabularies are ``voc``, ``context``, ``coco``,
+        ``coco-panoptic``, ``coco-stuff`` and ``ade20k``; a file of the same name takes precedence. Synonyms follow the class name
+        after ``|``.
 
         Raises:
-            DataError: not a class list; see the class for what is checked.
+            DataError: ``spec`` is not a valid class list; see the class for the checks.
             StorageError: the file cannot be read.
         """
-        # No file name is longer than 255 bytes, but a list of names soon is.
+        # A list of names is often longer than 255 bytes, the limit for a file name.
         may_be_file = bool(spec.strip()) and max(map(len, spec.encode().split(b"/"))) <= 255
         there = may_be_file and storage.exists(spec)
         folder = there and storage.is_folder(spec)
@@ -160,7 +166,7 @@ class Vocabulary:
             if spec.endswith(_YAML):
                 return cls._from_yaml(text, spec)
             return cls.of(line for line in text.splitlines() if line.strip())
-        if spec in built_in():  # a folder of that name holds the data set
+        if spec in built_in():  # even if there is a folder of that name, which is probably the dataset
             return cls.built_in(spec)
         if folder:
             raise DataError(
@@ -175,7 +181,7 @@ class Vocabulary:
 
     @classmethod
     def built_in(cls, name: str) -> Vocabulary:
-        """Return a vocabulary that comes with the package, in the order of its class ids, with synonyms."""
+        """Return the built-in vocabulary ``name``, with synonyms, in the order of the dataset's class ids."""
         return cls._from_yaml(built_in()[name].read_text(encoding="utf-8"), name)
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Vocabularies as YAML: files of the user, and those that come with the package.
+"""YAML files of vocabularies, both the user's and the built-in ones.
 
     classes:
       - cat
@@ -7,8 +7,8 @@
     negatives: [watermark]
     prompts: short
 
-Only ``classes`` must be there. Every list may be one value instead; ``prompts`` may name a set of
-:mod:`vilseg.text.prompt_templates`; ``background: true`` is the class without words of its own.
+Only ``classes`` is required. Any other list may be replaced by a single value. ``prompts`` may be the name of a set in
+:mod:`vilseg.text.prompt_templates`. ``background: true`` adds the class ``background`` without background words.
 """
 
 from __future__ import annotations
@@ -31,20 +31,24 @@ _CLASS_KEYS = ("name", "synonyms", "prompts", "negatives")
 
 @cache
 def built_in() -> dict[str, Path]:
-    """Return the vocabularies that come with the package, by name: ``ade20k``, ``coco``, ``coco-panoptic``, ``coco-stuff``,
-    ``context``, ``voc``."""
+    """Return the files of the built-in vocabularies by name.
+
+    The names are ``ade20k``, ``coco``, ``coco-panoptic``, ``coco-stuff``, ``context`` and ``voc``.
+    """
     return {path.stem: path for path in sorted(_BUILT_IN.glob("*.yaml"))}
 
 
 def read_yaml(text: str, place: str) -> dict[str, Any]:
-    """Return the arguments of :class:`~vilseg.text.vocabulary.Vocabulary`, and ``background``: None, or words of that class.
+    """Return the arguments of :class:`~vilseg.text.vocabulary.Vocabulary` in a YAML file, and the key ``background``.
+
+    ``background`` is None if the file defines no such class, otherwise its background words.
 
     Args:
-        text: the file's content.
-        place: its name, for errors.
+        text: content of the file.
+        place: name of the file for error messages.
 
     Raises:
-        DataError: it is not valid; the sentence names file, key and value.
+        DataError: the content is not valid; the message names the file, the key and the value.
     """
     try:
         tree = yaml.load(text, _Loader)
@@ -71,7 +75,7 @@ def read_yaml(text: str, place: str) -> dict[str, Any]:
 
 
 def _entry(item: Any, place: str, key: str) -> tuple[str, tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
-    """Return name, synonyms, prompts and negative words of one class."""
+    """Return the name, synonyms, prompts and negative words of one class."""
     if not isinstance(item, dict):
         name, *synonyms = (part.strip() for part in _name(item, place, key).split("|"))
         if not all(synonyms):
@@ -139,7 +143,7 @@ def _or_none(lists: list[tuple[str, ...]]) -> tuple[tuple[str, ...], ...]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML loader that refuses a key given twice; YAML itself silently keeps the last."""
+    """YAML loader that rejects duplicate keys, of which PyYAML silently keeps the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[Any] = set()
