@@ -1,1 +1,1 @@
-"""Readers of pairs in users' formats (caption files, sidecars, img2dataset output, Parquet); pair shards are written from them."""
+"""Readers of image-caption pairs in users' formats: caption files, sidecars, img2dataset output and Parquet."""
