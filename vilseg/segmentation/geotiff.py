@@ -1,7 +1,7 @@
 """Segment a GeoTIFF of any size into a GeoTIFF of class indices, in bounded memory.
 
-Windows are read, scored and blended, and the mask is labelled and written block by block. Needs rasterio, the extra ``geo``; the
-files are read and written by :mod:`vilseg.segmentation.geotiff_io`.
+Windows of the image are read and scored and their scores blended; the mask is labelled and written block by block. Requires
+rasterio (extra ``geo``). :mod:`vilseg.segmentation.geotiff_io` reads and writes the files.
 """
 
 import shutil
@@ -37,37 +37,37 @@ from vilseg.segmentation.segmenter import Segmenter
 from vilseg.segmentation.sliding_window import SlidingWindowScores, WindowAxis
 
 _TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-"""Little and big endian, TIFF 6.0 and BigTIFF."""
+"""First four bytes of a TIFF: little and big endian, each as TIFF 6.0 and BigTIFF."""
 
 _BLOCK_VALUES = 1 << 23
-"""Class scores held at full resolution at once (32 MB)."""
+"""Maximum number of class scores held at full resolution at once (32 MB)."""
 
 
 @dataclass(frozen=True)
 class GeoMask:
-    """Classes that are present in a mask, in index order, with their areas and scores."""
+    """Size of a mask, and the classes that have pixels in it, in index order, with their areas and scores."""
 
     width: int
-    """Pixels."""
+    """Width of the mask in pixels."""
     height: int
-    """Pixels."""
+    """Height of the mask in pixels."""
     classes: tuple[str, ...]
-    """Names."""
+    """Names of the classes that have pixels."""
     areas: tuple[int, ...]
-    """Pixels of each class."""
+    """Number of pixels of each of these classes."""
     scores: tuple[float, ...]
-    """Mean score of each class's pixels, in 0..1."""
+    """Mean score of the pixels of each of these classes, in 0..1."""
 
 
 def is_georeferenced(path: str) -> bool:
-    """Return True for the path or URI of a TIFF that says where on Earth it lies.
+    """Return True if the file at a path or URI is a georeferenced TIFF.
 
-    It does by a coordinate reference system, a transform that is not the identity, ground control points or RPCs. False
-    for anything else. Of an object on S3 the header alone is read.
+    A TIFF is georeferenced if it has a coordinate reference system, a transform that is not the identity, ground control points
+    or RPCs. Other files give False. Only the header of an object in an object store is read.
 
     Raises:
-        StorageError: it cannot be read.
-        UserError: it is a TIFF and rasterio is missing.
+        StorageError: the file cannot be read.
+        UserError: the file is a TIFF and rasterio is not installed.
     """
     with storage.reading(path) as stream:  # outside the try below: a broken connection is a StorageError
         if stream.read(4) not in _TIFF_STARTS:
@@ -75,11 +75,11 @@ def is_georeferenced(path: str) -> bool:
     import_rasterio()
 
     def open_object(name: str, mode: str = "rb") -> Any:
-        if name != "object.tif":  # GDAL looks for files beside it
+        if name != "object.tif":  # GDAL also looks for auxiliary files in the same directory
             raise FileNotFoundError(name)
         return storage.open_input(path)
 
-    # By its path a local file is found together with its world file (.tfw).
+    # A local file is opened by its path, so that GDAL also finds its world file (.tfw).
     local = storage.is_local(path)
     try:
         with open_tiff(storage.absolute(path)) if local else open_tiff("object.tif", opener=open_object) as dataset:
@@ -100,29 +100,32 @@ def segment_geotiff(
 ) -> GeoMask:
     """Segment a TIFF of any size in bounded memory and write its labels as a GeoTIFF of the same georeference.
 
-    Every window of ``tile`` x ``tile`` pixels is encoded at the model's ``input_size``; the class scores of overlapping
-    windows are blended before the best class wins. An image no larger than one window is labelled as ``segmenter``
-    labels it. Three bands are used: red, green and blue where the file says which they are, else the first three;
-    fewer are grey. Bands of other types than uint8 are scaled by the 2nd and 98th percentile of the whole band. Where
-    the file has no data there is no class.
+    Each window of ``tile`` x ``tile`` pixels is resized to the model's ``input_size`` and encoded. The class scores of
+    overlapping windows are blended, then every pixel gets the best class. The settings ``objectness`` and ``gate`` are not
+    applied, because they need the whole image; apart from that, an image no larger than one window is labelled as by
+    ``segmenter``. Pixels without data get "no class".
 
-    The mask has one band of class indices, uint8 (255 = no class) or, for more than 254 classes, uint16 (65535), deflated,
-    with the input's reference system, transform, ground control points, RPCs and block layout, a colour for each class
-    (uint8) and the class names as a JSON list in the tag ``CLASS_NAMES``. It appears complete or not at all.
+    Three bands are used: red, green and blue if the file declares them, otherwise the first three. If there are fewer than
+    three, the first is used as grey. Bands of other types than uint8 are scaled so that the 2nd and 98th percentile of the whole
+    band become black and white.
+
+    The mask has one band of class indices, compressed by deflate: uint8 (255 = no class) or, for more than 254 classes, uint16
+    (65535 = no class). It has the input's reference system, transform, ground control points, RPCs and block layout, a colour
+    table (uint8 only), and the class names as a JSON list in the tag ``CLASS_NAMES``. The file is created atomically.
 
     Args:
         segmenter: model and classes.
         source: path or URI of a TIFF.
         target: path or URI of the mask.
-        tile: side of a window in pixels; the model's ``input_size`` where None, so that one pixel is one pixel to it.
-        overlap: pixels by which neighbouring windows overlap, at most half a tile; a quarter where None.
-        progress: called with (pixels done, pixels in all).
+        tile: side of a window in pixels; None takes the model's ``input_size``, so that pixels are not resampled.
+        overlap: minimum overlap of neighbouring windows in pixels, at most half of ``tile``; None takes a quarter of ``tile``.
+        progress: called with the number of pixels done and the total number of pixels.
 
     Raises:
-        DataError: not a TIFF, damaged, or its numbers are complex.
-        StorageError: source cannot be read or target not written.
-        ConfigError: tile or overlap make no windows.
-        UserError: rasterio is missing.
+        DataError: ``source`` is not a TIFF, is damaged, or contains complex numbers.
+        StorageError: ``source`` cannot be read, ``target`` cannot be written, or both are the same file.
+        ConfigError: ``tile`` is below 2, or ``overlap`` is negative or more than half of ``tile``.
+        UserError: rasterio is not installed.
     """
     rasterio = import_rasterio()
     tile, overlap = _window_sizes(segmenter, tile, overlap)
@@ -169,14 +172,24 @@ def _write_mask(
     mask: Path,
     progress: Callable[[int, int], None],
 ) -> GeoMask:
-    """Label block after block; ``scores_at`` returns the class scores (C or C + 1, H, W) of the pixels of a block."""
+    """Compute and write the labels block by block; return the statistics of the mask.
+
+    Args:
+        raster: reader of the image.
+        classes: class names, in index order.
+        threshold: minimum probability of a label; see `to_labels`.
+        scores_at: function that takes (top, bottom, left, right) of a block and returns its class logits. Shape: (C, H, W) or
+            (C + 1, H, W).
+        mask: path of the mask.
+        progress: called with the number of pixels done and the total number of pixels.
+    """
     height, width = raster.dataset.shape
     count, done = len(classes), 0
     areas, score_sums = np.zeros(count, np.int64), np.zeros(count)
     profile = mask_profile(raster.dataset, count)
     with open_tiff(mask, "w", **profile) as output:
         write_metadata(output, raster.dataset, classes)
-        # Whole blocks of the file: a block written in parts is compressed anew each time and leaves unused space.
+        # Whole blocks of the file are written: one written in several parts is compressed each time and leaves unused space.
         for block in split_window(
             (0, height, 0, width), *block_group_size(profile["blockysize"], profile["blockxsize"])
         ):
@@ -190,7 +203,9 @@ def _write_mask(
                 best_classes, scores = (array[valid] for array in _best_class_and_probability(scores_at(*part)))
                 found = to_labels(best_classes, scores, classes, threshold)
                 labels[part[0] - top : part[1] - top, part[2] - left : part[3] - left][valid] = found
-                found = np.minimum(found, count)  # no class falls into one bin after the last class, which is cut off
+                found = np.minimum(
+                    found, count
+                )  # "no class" goes into one more bin after the last class; that bin is dropped
                 areas += np.bincount(found, minlength=count + 1)[:count]
                 score_sums += np.bincount(found, weights=scores, minlength=count + 1)[:count]
             output.write(labels, 1, window=((top, bottom), (left, right)))
@@ -207,7 +222,10 @@ def _write_mask(
 
 
 def _verify_mask(mask: Path, done: GeoMask, target: str) -> None:
-    """Read a mask again and compare: an error in the last bytes, such as a full disk, is not raised when a dataset is closed."""
+    """Raise StorageError unless the mask reads back with the areas that were written.
+
+    The check is needed because closing a dataset does not raise errors of its last bytes, such as a full disk.
+    """
     with open_tiff(mask) as dataset:
         counts = np.zeros(np.iinfo(dataset.dtypes[0]).max + 1, np.int64)
         for top, bottom, left, right in split_window(
@@ -222,7 +240,7 @@ def _verify_mask(mask: Path, done: GeoMask, target: str) -> None:
 
 @torch.inference_mode()
 def _best_class_and_probability(logits_CHW: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Compute the index of the best class and its soft-max. Shape: (R, H, W) -> (H, W), (H, W)."""
+    """Return the index of the best class and its probability for every pixel. Shape: (R, H, W) -> (H, W), (H, W)."""
     best_HW, winner_HW = logits_CHW.max(0)
     total_HW = logits_CHW.sub_(best_HW).exp_().sum(0)
     return winner_HW.cpu().numpy(), total_HW.reciprocal().cpu().numpy()

@@ -1,6 +1,6 @@
-"""Read and write GeoTIFF files by windows, with rasterio (the extra ``geo``).
+"""Read and write windows of GeoTIFF files with rasterio (extra ``geo``).
 
-The meaning of pixels (nodata, alpha, masks, overviews, colour interpretation) is GDAL's reading of the file:
+Nodata values, alpha bands, masks, overviews and colour interpretation are interpreted as GDAL does:
 https://gdal.org/en/stable/drivers/raster/gtiff.html.
 """
 
@@ -22,21 +22,23 @@ CLASS_NAMES_TAG = "CLASS_NAMES"
 """Tag of a mask that holds the class names in index order, as a JSON list."""
 
 GDAL_CACHE_BYTES = 256 << 20
-"""GDAL's own default is 5 % of the memory, several GB on a large machine."""
+"""Size of GDAL's block cache in bytes. GDAL's default is 5 % of the memory, several GB on a large machine."""
 
 BLOCK_SIDE = 256
-"""Pixels: blocks of the file are processed together up to this side."""
+"""Side in pixels up to which neighbouring blocks of a file are processed together."""
 
-_STRIP_PIXELS = 1 << 24  # px: the longest strip that is written, though the input may be a single one
-_SAMPLE_SIDE = 1024  # px: longer side of the small version that the range of 16-bit and float bands is taken from
-_PERCENTILES = (2, 98)  # as QGIS stretches by default ("cumulative count cut")
+_STRIP_PIXELS = 1 << 24  # px: maximum size of a strip in the mask; the input may consist of a single larger one
+_SAMPLE_SIDE = (
+    1024  # px: longer side of the downsampled image from which the value range of 16-bit and float bands is computed
+)
+_PERCENTILES = (2, 98)  # default contrast stretch of QGIS ("cumulative count cut")
 
 Window = tuple[int, int, int, int]
-"""Top, bottom, left, right in pixels."""
+"""Window of an image as (top, bottom, left, right) in pixels; bottom and right are excluded."""
 
 
 def import_rasterio() -> Any:
-    """Import rasterio, or raise a UserError that names the extra."""
+    """Import and return rasterio, or raise a UserError that tells how to install it."""
     try:
         import rasterio
     except ImportError as error:
@@ -46,7 +48,7 @@ def import_rasterio() -> Any:
 
 @contextmanager
 def open_tiff(file: str | Path, mode: str = "r", **options: Any) -> Iterator[Any]:
-    """Open a file as TIFF only, not as a VRT or another format that refers to other files."""
+    """Open a file as TIFF and yield its dataset; formats that can refer to other files, such as VRT, are refused."""
     import rasterio
     from rasterio.errors import NotGeoreferencedWarning
 
@@ -58,8 +60,8 @@ def open_tiff(file: str | Path, mode: str = "r", **options: Any) -> Iterator[Any
 
 
 def gdal_errors() -> tuple[type[Exception], ...]:
-    """Exceptions that rasterio raises where GDAL fails."""
-    from rasterio._err import CPLE_BaseError  # some of GDAL's errors come through as they are
+    """Return the exception types that rasterio raises when GDAL fails."""
+    from rasterio._err import CPLE_BaseError  # some of GDAL's errors are not wrapped by rasterio
     from rasterio.errors import CRSError, RasterioError, RPCError
 
     return RasterioError, CRSError, RPCError, CPLE_BaseError
@@ -67,7 +69,7 @@ def gdal_errors() -> tuple[type[Exception], ...]:
 
 @contextmanager
 def gdal_errors_as_data_error(source: str) -> Iterator[None]:
-    """Turn GDAL's errors into a DataError about the source."""
+    """Convert GDAL's errors in the ``with`` block to a DataError about ``source``."""
     try:
         yield
     except gdal_errors() as error:
@@ -76,7 +78,7 @@ def gdal_errors_as_data_error(source: str) -> Iterator[None]:
 
 @contextmanager
 def gdal_errors_as_storage_error(target: str) -> Iterator[None]:
-    """Turn GDAL's errors into a StorageError about the target."""
+    """Convert GDAL's errors in the ``with`` block to a StorageError about ``target``."""
     try:
         yield
     except gdal_errors() as error:
@@ -84,21 +86,25 @@ def gdal_errors_as_storage_error(target: str) -> Iterator[None]:
 
 
 def incomplete_mask_error(target: str, problem: str) -> StorageError:
-    """Return the error of a mask that could not be written; it names the temporary directory."""
+    """Return the error for a mask that could not be written; its message names the temporary directory."""
     way = f"by way of {tempfile.gettempdir()} (is space left? TMPDIR chooses another folder)"
     return StorageError(f"cannot write {target} {way}: {problem}")
 
 
 def _gdal_message(error: Exception) -> str:
-    """Message of GDAL itself, which rasterio keeps as the cause of its own exception."""
+    """Return GDAL's message, which rasterio stores as the cause of its own exception."""
     return str(error.__cause__ or error).strip().rstrip(".")
 
 
 class RasterReader:
-    """Image and validity of an open dataset, by windows of (top, bottom, left, right) pixels.
+    """Reader of an open dataset: returns RGB pixels and the mask of valid pixels of any window.
+
+    Args:
+        dataset: dataset opened by rasterio.
+        source: path or URI of the file, for error messages.
 
     Raises:
-        DataError: the numbers are complex.
+        DataError: the dataset contains complex numbers.
     """
 
     def __init__(self, dataset: Any, source: str) -> None:
@@ -120,7 +126,7 @@ class RasterReader:
         self.value_range = None if dtype == np.uint8 or self.palette is not None else self._value_range()
 
     def _value_range(self) -> tuple[np.ndarray, np.ndarray]:
-        """Compute the values that become black and white in each band, from a small version of the whole.
+        """Compute the values of each band that are mapped to black and to white, from a downsampled version of the image.
 
         Shape: (bands, 1, 1) each.
         """
@@ -143,13 +149,13 @@ class RasterReader:
             return self.palette[values[0]]
         if self.value_range is not None:
             low, high = self.value_range
-            # A pixel that is not a number has no class; here it must only not affect its neighbours.
+            # NaN pixels get "no class" later; they become 0 here so that they do not affect their neighbours.
             scaled = (np.nan_to_num(values.astype(np.float64)) - low) * (255 / np.maximum(high - low, 1e-30))
             values = scaled.clip(0, 255).round().astype(np.uint8)
         return np.ascontiguousarray(np.broadcast_to(values, (3, *values.shape[1:])).transpose(1, 2, 0))
 
     def valid(self, top: int, bottom: int, left: int, right: int) -> np.ndarray:
-        """Read where a window has data. Shape: -> (bottom - top, right - left), bool."""
+        """Return a mask of the pixels of a window that have data. Shape: -> (bottom - top, right - left), bool."""
         if self.all_valid:
             return np.ones((bottom - top, right - left), bool)
         with gdal_errors_as_data_error(self.source):
@@ -162,7 +168,7 @@ class RasterReader:
 
 
 def _rgb_bands(interpretations: list[str]) -> list[int]:
-    """Select the bands, numbered from 1, that make the image: three, or a grey one."""
+    """Return the numbers, from 1, of the bands to use as image: three for RGB, or one for grey."""
     if all(colour in interpretations for colour in ("red", "green", "blue")):
         return [interpretations.index(colour) + 1 for colour in ("red", "green", "blue")]
     shown = [number for number, name in enumerate(interpretations, start=1) if name != "alpha"] or [1]
@@ -170,7 +176,7 @@ def _rgb_bands(interpretations: list[str]) -> list[int]:
 
 
 def split_window(window: Window, rows: int, columns: int) -> Iterator[Window]:
-    """Split a window, row by row, into parts of at most ``rows`` x ``columns`` pixels."""
+    """Yield windows of at most ``rows`` x ``columns`` pixels that together cover ``window``, in row-major order."""
     top, bottom, left, right = window
     for y in range(top, bottom, rows):
         for x in range(left, right, columns):
@@ -178,13 +184,21 @@ def split_window(window: Window, rows: int, columns: int) -> Iterator[Window]:
 
 
 def block_group_size(rows: int, columns: int) -> tuple[int, int]:
-    """Compute the (rows, columns), in pixels, of whole blocks of a file: about `BLOCK_SIDE` a side, at most `_STRIP_PIXELS`."""
+    """Return the size (rows, columns), in pixels, of a group of whole blocks that are processed together.
+
+    Each side is at most `BLOCK_SIDE`, or that of a single block if it is longer. A group that is more than one block high has at
+    most `_STRIP_PIXELS` pixels.
+
+    Args:
+        rows: height of a block of the file.
+        columns: width of a block of the file.
+    """
     wide = columns * max(1, BLOCK_SIDE // columns)
     return rows * max(1, min(BLOCK_SIDE, _STRIP_PIXELS // wide) // rows), wide
 
 
 def mask_profile(dataset: Any, count: int) -> dict[str, Any]:
-    """Creation options of the mask of a dataset for ``count`` classes."""
+    """Return rasterio's creation options for the mask of a dataset with ``count`` classes."""
     height, width = dataset.shape
     rows, columns = dataset.block_shapes[0]
     tiled = columns != width
@@ -203,12 +217,12 @@ def mask_profile(dataset: Any, count: int) -> dict[str, Any]:
         "blockysize": rows,
         "blockxsize": columns,
         "compress": "deflate",
-        "bigtiff": "if_safer",  # the compressed size is not known beforehand
+        "bigtiff": "if_safer",  # the compressed size is not known in advance
     }
 
 
 def write_metadata(output: Any, dataset: Any, classes: tuple[str, ...]) -> None:
-    """Write to a mask what it keeps of the input beside its profile, and the meaning of its values."""
+    """Write metadata to a mask: ground control points, RPCs and pixel interpretation of the input, class names and colours."""
     points, points_crs = dataset.gcps
     if points:
         output.gcps = (points, points_crs)

@@ -1,7 +1,7 @@
-"""Segment a video file: read frames, write masks, times and an overlay video, return statistics.
+"""Segment a video file: read frames, write masks, frame times and an overlay video, return statistics.
 
-The parts are in modules of their own and are also importable from here: `vilseg.segmentation.video_io` (decoding, encoding) and
-`vilseg.segmentation.video_keyframes` (frames in, segmentations out).
+The functions of `vilseg.segmentation.video_io` (decoding, encoding) and `vilseg.segmentation.video_keyframes` (segmentation of a
+sequence of frames) can also be imported from here.
 """
 
 import csv
@@ -23,22 +23,22 @@ __all__ = ["Frame", "VideoResult", "read_frames", "segment_file", "segment_video
 
 @dataclass(frozen=True, kw_only=True)
 class VideoResult:
-    """Sizes, and classes found, over all frames of a video."""
+    """Statistics of a segmented video: size, duration, and the classes that have pixels in any frame."""
 
     frames: int
     """Number of frames."""
     width: int
-    """Pixels of the upright frames."""
+    """Width of the upright frames in pixels."""
     height: int
-    """Pixels of the upright frames."""
+    """Height of the upright frames in pixels."""
     seconds: float
-    """From the first frame to the end of the last, which is taken to last as long as the one before it."""
+    """Duration in seconds; the last frame is assumed to last as long as the one before it."""
     classes: tuple[str, ...]
-    """Names of the classes present in any frame."""
+    """Names of the classes that have pixels in any frame, in index order."""
     areas: tuple[int, ...]
-    """Pixels of each of them, summed over the frames."""
+    """Number of pixels of each of these classes, summed over the frames."""
     scores: tuple[float, ...]
-    """Mean score of these pixels, in 0..1."""
+    """Mean score of the pixels of each of these classes, in 0..1."""
 
 
 def segment_file(
@@ -55,21 +55,22 @@ def segment_file(
     """Segment a video file and write its masks.
 
     Args:
-        segmenter: of single images.
-        source_uri: a video of any format that FFmpeg reads.
-        masks_uri: directory for ``000000.png`` and so on, an indexed PNG for each frame, and at last ``frames.csv`` with
-            the ``index`` and ``seconds`` of every frame; a directory without it is not complete.
-        overlay_uri: an MP4 file of the video with the classes overlaid, at the same times; it appears complete or not at all.
-        key_every: see `segment_video`.
-        smoothing: see `segment_video`.
-        max_pixels: largest width x height of the frames; 100 million where None.
-        progress: called with the number of frames read and the second at which the last of them is shown; an exception that
-            it raises ends the work.
+        segmenter: model and classes.
+        source_uri: path or URI of a video in any format that FFmpeg can read, except formats that refer to other files.
+        masks_uri: directory for the masks: one indexed PNG per frame (``000000.png`` and so on) and ``frames.csv`` with the
+            ``index`` and ``seconds`` of every frame. That file is written last, so a directory without it is incomplete.
+        overlay_uri: path or URI of an MP4 file with the class colours over the frames, at the same times; it is created
+            atomically. None writes no such file.
+        key_every: distance between keyframes in frames; see `segment_video`.
+        smoothing: weight of temporal smoothing; see `segment_video`.
+        max_pixels: maximum width x height of the frames; None allows 100 million.
+        progress: called with the number of frames read and the display time, in seconds, of the last one. If it raises an
+            exception, segmentation stops with that exception.
 
     Raises:
-        TooLargeError: the frames have more pixels.
-        DataError: not a video, or a damaged one; the masks of the frames before the damage are kept.
-        StorageError: the source cannot be read, the results cannot be written, or ``masks_uri`` holds files already.
+        TooLargeError: the frames have more than ``max_pixels`` pixels.
+        DataError: ``source_uri`` is not a video, or is damaged; the masks of the frames before the damage are kept.
+        StorageError: the source cannot be read, the results cannot be written, or ``masks_uri`` already contains files.
         ConfigError: ``key_every`` or ``smoothing`` is out of range.
         UserError: PyAV is not installed.
     """
@@ -94,7 +95,7 @@ def segment_file(
 
 
 class _VideoStatistics:
-    """Areas, scores and times of the frames of a video so far."""
+    """Areas, scores and display times accumulated over the frames of a video."""
 
     def __init__(self, num_classes: int) -> None:
         self.seconds: list[float] = []
@@ -128,7 +129,11 @@ class _VideoStatistics:
 def _images(
     frames: Iterator[Frame], statistics: _VideoStatistics, progress: Callable[[int, float], None]
 ) -> Iterator[np.ndarray]:
-    """Yield the frames' images; damage after the first of them ends the video, so that pending frames are not lost."""
+    """Yield the images of frames, and record their times.
+
+    If the video is damaged after the first frame, the error is recorded in ``statistics`` and the iterator ends, so that the
+    frames before the damage are still segmented.
+    """
     try:
         for frame in frames:
             statistics.seconds.append(frame.seconds)

@@ -1,4 +1,4 @@
-"""Read and write video files, as upright frames with their times, by PyAV (the extra ``video``)."""
+"""Read and write video files as sequences of upright frames with timestamps, with PyAV (extra ``video``)."""
 
 import itertools
 import math
@@ -15,23 +15,24 @@ from vilseg import storage
 from vilseg.errors import DataError, TooLargeError, UserError
 
 _MAX_PIXELS = 100_000_000
-"""Default limit of width x height, as for images: a damaged header may announce anything."""
+"""Default maximum of width x height, as for images. It is needed because a damaged header may state any size."""
 
 _FORMATS = (
     "mov,matroska,avi,mpegts,mpeg,mpegvideo,m4v,h264,hevc,av1,obu,ivf,flv,live_flv,asf,ogg,gif,apng,webp_anim,mxf,mxf_opatom,"
     "gxf,nut,nsv,dv,rm,wtv,wav,mp3,flac,yuv4mpegpipe,mjpeg,vc1,dhav,3gp,swf,smk,bink,cavsvideo,dirac,film_cpk"
 )
-"""Demuxers for videos. None that refers to other files or addresses, as play lists do: uploads are not trusted."""
+"""Allowed demuxers of FFmpeg. Formats that refer to other files or URLs, such as playlists, are left out, because uploads are not
+trusted."""
 
 _FORMATS_WITH_DURATION = ("mov,mp4", "matroska", "avi")
-"""Formats whose header states the duration of the video; elsewhere FFmpeg guesses it."""
+"""Formats whose header states the duration of the video; for other formats FFmpeg estimates it."""
 
 _ENCODERS = {"libx264": {"crf": "20", "preset": "veryfast"}, "mpeg4": {"qmin": "2", "qmax": "6"}}
-"""Encoders with their settings: H.264 where PyAV's FFmpeg was built with it, MPEG-4 part 2 otherwise; both keep edges
-sharp."""
+"""Encoders in order of preference, with settings that keep edges sharp: H.264 if PyAV's FFmpeg was built with it, otherwise MPEG-4
+part 2."""
 
 _TICKS_PER_SECOND = 60_000
-"""Ticks per second of written videos: whole ticks for the usual frame rates, and MPEG-4 allows no more than 65535."""
+"""Time base of written videos in ticks per second: usual frame rates need whole ticks, and MPEG-4 allows at most 65535."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,9 +40,9 @@ class Frame:
     """One frame of a video."""
 
     index: int
-    """From 0, in the order shown."""
+    """Number of the frame, from 0, in display order."""
     seconds: float
-    """Time at which it is shown, from the first frame on; frames of a variable rate keep their own times."""
+    """Display time in seconds after the first frame; frames of a variable rate keep their own times."""
     image: np.ndarray
     """(H, W, 3) uint8 RGB, upright."""
 
@@ -49,23 +50,26 @@ class Frame:
 def read_frames(path: str | Path, *, max_pixels: int | None = None) -> Iterator[Frame]:
     """Yield the frames of the first video stream of a file, decoded on demand.
 
-    Rotation noted by the camera is applied, in quarter turns. If the size changes on the way, frames are resized to
-    the size of the first. Pixels that are not square stay as they are stored.
+    Rotation recorded by the camera is applied, in quarter turns. If the size changes within the video, frames are resized to the
+    size of the first. Non-square pixels are not corrected.
 
     Args:
-        path: a path or URI; an object of a store is copied to a temporary file first.
-        max_pixels: largest width x height of the frames; 100 million where None.
+        path: path or URI of the video; an object in an object store is copied to a temporary file first.
+        max_pixels: maximum width x height of the frames; None allows 100 million.
 
     Raises:
-        TooLargeError: the frames have more pixels.
-        DataError: not a video, no video stream, no frame, or damaged or cut short; all good frames come before that.
-        StorageError: it cannot be read.
+        TooLargeError: the frames have more than ``max_pixels`` pixels.
+        DataError: the file is not a video, has no video stream or no frame, or is damaged or truncated. If it is damaged or
+            truncated, all frames that can be decoded before that are yielded first.
+        StorageError: the file cannot be read.
         UserError: PyAV is not installed.
     """
     av = _import_av()
     uri = str(path)
     with storage.local_copy(uri) as local:
-        storage.open_input(str(local)).close()  # a directory, or no permission: a better message than that of FFmpeg
+        storage.open_input(
+            str(local)
+        ).close()  # gives a better message than FFmpeg for a directory or a missing permission
         try:
             container = av.open(str(local), options={"format_whitelist": _FORMATS})
         except (av.error.FFmpegError, OSError) as error:
@@ -97,7 +101,7 @@ def _decode(av: Any, container: Any, uri: str, limit: int) -> Iterator[Frame]:
             start = frame.time if index == 0 else start
             seconds = frame.time - start
         duration = float(frame.duration * frame.time_base) if frame.duration else step
-        if frame.width * frame.height > limit:  # the header may not announce it
+        if frame.width * frame.height > limit:  # the header may state another size
             raise TooLargeError(f"{uri} has a frame of {frame.width} x {frame.height} pixels, more than {limit:,}")
         image = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
         size = size or image.shape[1::-1]
@@ -117,7 +121,7 @@ def _decoded_extent(frames: int, seconds: float) -> str:
 
 
 def _stated_seconds(container: Any, stream: Any) -> float | None:
-    """Duration of the video by its header, in seconds; None where it is not stated."""
+    """Return the duration that the header states, in seconds; None if it states none."""
     if not container.format.name.startswith(_FORMATS_WITH_DURATION):
         return None
     if stream.duration is not None:
@@ -131,13 +135,17 @@ def _stated_seconds(container: Any, stream: Any) -> float | None:
 
 
 def write_video(uri: str, frames: Iterable[Frame]) -> None:
-    """Write frames as an MP4 file with H.264 (MPEG-4 part 2 where PyAV has none), each shown from its own time on.
+    """Write frames with their display times as an MP4 file, encoded as H.264 (MPEG-4 part 2 if PyAV has no H.264).
 
-    Both sides must be even there, so an odd one is made longer by a repeated row or column. The file appears complete
-    or not at all, also when ``frames`` raises.
+    The encoder needs even sides, so the last row or column of an image with an odd side is repeated. The file is created
+    atomically: if an exception occurs, also one raised by ``frames``, no file appears.
+
+    Args:
+        uri: path or URI of the file.
+        frames: frames of equal size, in display order.
 
     Raises:
-        DataError: there is no frame, or one differs in size from the first.
+        DataError: there is no frame, or a frame differs in size from the first.
         StorageError: the file cannot be written.
         UserError: PyAV is not installed.
     """

@@ -1,9 +1,9 @@
-"""Segment a video so that labels are steady in time, at less cost than frame by frame.
+"""Segment a video with labels that are stable over time, at a lower cost than segmenting every frame.
 
-Only keyframes go through the model: every ``key_every``-th frame, and the first one after a cut. The frames between two of
-them take their class scores from both, propagated by `vilseg.segmentation.video_propagation` and weighted by nearness in time
-and by how well the frames matched. A keyframe's own scores are mixed with those propagated to it from the keyframe before
-(temporal smoothing), which averages out changes of the model's output from one moment to the next.
+Only keyframes are encoded by the model: every ``key_every``-th frame, and the first frame after a cut. The frames between two
+keyframes get the class scores of both, propagated by `vilseg.segmentation.video_propagation` and weighted by nearness in time and
+by the quality of the matches. The scores of a keyframe are mixed with those propagated to it from the previous keyframe (temporal
+smoothing), which reduces flicker of the model's output.
 """
 
 from collections.abc import Iterable, Iterator
@@ -23,40 +23,41 @@ from vilseg.segmentation.segmenter import Segmenter, to_array
 from vilseg.segmentation.video_propagation import PropagatedScores
 
 _MIN_GRID = 48
-"""Positions along the shorter side of the grid that scores are propagated on; on a coarser one motion would not be seen."""
+"""Minimum number of positions along the shorter side of the grid on which scores are propagated; a coarser one misses motion."""
 
 _CUT = 0.35
-"""Fraction of a frame that matches nothing around it in the frame before: more means a cut. In synthetic videos it is below
-0.19 even two frames apart, and above 0.85 at every cut (0.41 at a fifth of the light)."""
+"""Fraction of positions without a match in the previous frame, above which a frame is the first after a cut. In synthetic videos
+it is below 0.19 even for frames two apart, and above 0.85 at every cut (above 0.41 at a fifth of the brightness)."""
 
 
 @dataclass(frozen=True, eq=False)
 class _PendingFrame:
-    """A frame that waits for the next keyframe."""
+    """Frame that is segmented when the next keyframe is known."""
 
     image: np.ndarray
     """Shape: (H, W, 3), uint8 RGB."""
     distances_Ohw: Tensor
-    """Patch distances to the frame before. Shape: (O, h, w)."""
+    """Patch distances to the previous frame; see `video_propagation.patch_distances`. Shape: (O, h, w)."""
 
 
 def segment_video(
     segmenter: Segmenter, frames: Iterable[np.ndarray], *, key_every: int = 6, smoothing: float = 0.7
 ) -> Iterator[Segmentation]:
-    """Segment a video: one result a frame, in order, as soon as the next keyframe has been read.
+    """Yield the segmentation of every frame of a video, in order, as soon as the next keyframe has been read.
 
-    At most ``key_every`` frames are held at once, however long the video is. Results have no ``clusters``.
+    At most ``key_every`` frames are in memory at once. The results have no ``clusters``.
 
     Args:
-        segmenter: of single images.
-        frames: (H, W, 3) uint8 RGB each; a change of size counts as a cut.
-        key_every: distance of the keyframes; more is cheaper and steadier, and follows quick motion less well.
-        smoothing: weight, in 0..1 (1 excluded), of the scores propagated to a keyframe against the frame's own scores, at a
-            perfect match.
+        segmenter: model and classes.
+        frames: RGB images in display order; a change of size counts as a cut. Shape of each: (H, W, 3), uint8.
+        key_every: distance between keyframes, in frames. Larger values are cheaper and give more stable labels, but follow fast
+            motion less well.
+        smoothing: weight, from 0 to below 1, of the scores propagated to a keyframe from the previous one, at positions with a
+            perfect match; the keyframe's own scores have the remaining weight.
 
     Raises:
         ConfigError: ``key_every`` or ``smoothing`` is out of range.
-        DataError: a frame is not such an array.
+        DataError: a frame is not an (H, W, 3) uint8 array.
 
     Example:
         >>> import numpy as np
@@ -91,7 +92,7 @@ def _segment(
 
 
 class _Shot:
-    """Frames between two cuts: the scores of the last keyframe, and the frames since."""
+    """Shot of a video, from one cut to the next: scores of the last keyframe, and the frames after it."""
 
     def __init__(self, segmenter: Segmenter, image: np.ndarray) -> None:
         self.pending: list[_PendingFrame] = []
@@ -102,7 +103,7 @@ class _Shot:
 
     @torch.inference_mode()
     def add(self, image: np.ndarray) -> bool:
-        """Add the next frame; False if there is a cut before it."""
+        """Add the next frame to the shot; return False, without adding it, if there is a cut before it."""
         if image.shape != self._image.shape:
             return False
         small_3hw = _downsample(image, self.keyframe_Chw)
@@ -114,7 +115,7 @@ class _Shot:
         return True
 
     def finish_keyframe(self, smoothing: float) -> Iterator[Segmentation]:
-        """Make the last pending frame a keyframe, and yield the results of all pending frames."""
+        """Make the last pending frame a keyframe, and yield the segmentations of all pending frames."""
         own_Chw = _keyframe_scores(self._segmenter, self.pending[-1].image)
         classes_A = torch.cat([best_classes(self.keyframe_Chw), best_classes(own_Chw)]).unique()
         forward = self._propagate_forward(classes_A)
@@ -132,7 +133,7 @@ class _Shot:
         self.keyframe_Chw, self.pending = keyframe_Chw, []
 
     def finish(self) -> Iterator[Segmentation]:
-        """Yield the results of the pending frames when no keyframe follows any more."""
+        """Yield the segmentations of the pending frames at the end of the shot, from the last keyframe alone."""
         classes_A = best_classes(self.keyframe_Chw)
         for frame, propagated in zip(self.pending, self._propagate_forward(classes_A), strict=True):
             scores_Chw = _fill_other_classes(propagated.scores_Ahw, classes_A, self.keyframe_Chw)
@@ -140,7 +141,7 @@ class _Shot:
 
     @torch.inference_mode()
     def _propagate_forward(self, classes_A: Tensor) -> list[PropagatedScores]:
-        """Propagate the keyframe's scores to every pending frame."""
+        """Return the scores of the keyframe ``self.keyframe_Chw`` propagated to every pending frame."""
         scores, forward = video_propagation.initial_scores(self.keyframe_Chw[classes_A]), []
         for frame in self.pending:
             scores = video_propagation.propagate(scores, frame.distances_Ohw)
@@ -150,7 +151,7 @@ class _Shot:
 
 @torch.inference_mode()
 def _propagate_backward(scores: PropagatedScores, frames: list[_PendingFrame]) -> list[PropagatedScores]:
-    """Propagate the scores of the last of these frames to all of them."""
+    """Return the scores of the last frame propagated back to each of the frames."""
     backward = [scores]
     for frame in reversed(frames[1:]):
         scores = video_propagation.propagate(scores, video_propagation.reverse_distances(frame.distances_Ohw))
@@ -160,13 +161,13 @@ def _propagate_backward(scores: PropagatedScores, frames: list[_PendingFrame]) -
 
 @torch.inference_mode()
 def _fill_other_classes(scores_Ahw: Tensor, classes_A: Tensor, others_Chw: Tensor) -> Tensor:
-    """Add the classes that were not propagated, as they are best nowhere, with scores that cannot win. Shape: -> (C, h, w)."""
+    """Return the scores of all classes: those not propagated are limited so that they cannot win. Shape: -> (C, h, w)."""
     return torch.minimum(others_Chw, scores_Ahw.amax(0)).index_copy_(0, classes_A, scores_Ahw)
 
 
 @torch.inference_mode()
 def _keyframe_scores(segmenter: Segmenter, image: np.ndarray) -> Tensor:
-    """Compute the class scores of a keyframe on the grid on which they are propagated. Shape: -> (C, h, w)."""
+    """Compute the class scores of a keyframe on a grid fine enough for propagation (`_MIN_GRID`). Shape: -> (C, h, w)."""
     scores_Chw = segmenter.class_scores(image)
     patches = scores_Chw.shape[1:]
     factor = -(-_MIN_GRID // min(patches))
@@ -175,7 +176,7 @@ def _keyframe_scores(segmenter: Segmenter, image: np.ndarray) -> Tensor:
 
 
 def _downsample(image: np.ndarray, scores_Chw: Tensor) -> Tensor:
-    """Resize a frame to the grid of scores. Shape: (H, W, 3) -> (3, h, w), float32 grey levels."""
+    """Resize a frame to the grid of ``scores_Chw``. Shape: (H, W, 3) -> (3, h, w), float32 in 0..255."""
     height, width = scores_Chw.shape[1:]
     if image.shape[:2] != (height, width):
         image = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BOX))
