@@ -31,7 +31,7 @@ NAMING = (
 
 
 def describe(model: ViLSeg, name: str, *, difference: float, fixed_size: tuple[int, int] | None) -> dict[str, Any]:
-    """Return the content of ``export.json``.
+    """Return the content of ``export.json`` as a dictionary.
 
     Args:
         model: the model that is exported.

@@ -50,7 +50,7 @@ _WORDS = ("dog", "two cats on a sofa", "")
 
 @dataclass(frozen=True)
 class ExportResult:
-    """Result of an export."""
+    """Location of a finished export, and its difference from the torch model."""
 
     uri: str
     """Absolute path or URI of the output directory."""

@@ -168,7 +168,7 @@ class Network(nn.Module):
             return self.image_encoder.correlated(images, attention)  # type: ignore[operator]  # checked before
 
     def embed(self, features: ImageFeatures) -> ImageEmbeddings:
-        """Project the global and the patch features of images into the space shared with texts."""
+        """Project the features of B images into the space shared with texts. Shape: -> (B, D), (B, N, D), unit length."""
         return ImageEmbeddings(self.embed_pooled(features), self.embed_patches(features), features.grid)
 
     def embed_pooled(self, features: ImageFeatures) -> Float[Tensor, "B D"]:
@@ -189,7 +189,7 @@ class Network(nn.Module):
         return self.embed(self.image_features(images))
 
     def assignments(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B K h w"]:
-        """Compute soft cluster assignments of the patches. Shape: (B, 3, H, W) -> (B, K, h, w), summing to 1 over K."""
+        """Compute soft cluster assignments of the patches, summing to 1 over K. Shape: (B, 3, H, W) in 0..1 -> (B, K, h, w)."""
         features = self.image_features(images)
         h, w = features.grid
         return self.cluster_logits(features).softmax(-1).transpose(1, 2).unflatten(2, (h, w))

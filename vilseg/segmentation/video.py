@@ -105,7 +105,7 @@ class _VideoStatistics:
         self._score_sums = np.zeros(num_classes)
 
     def add(self, result: Segmentation) -> None:
-        """Add the pixels of one frame."""
+        """Add the areas and scores of the classes in one frame."""
         areas, score_sums = result.areas_and_score_sums()
         self._areas += areas
         self._score_sums += score_sums

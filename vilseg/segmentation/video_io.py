@@ -28,8 +28,8 @@ _FORMATS_WITH_DURATION = ("mov,mp4", "matroska", "avi")
 """Formats whose header states the duration of the video; for other formats FFmpeg estimates it."""
 
 _ENCODERS = {"libx264": {"crf": "20", "preset": "veryfast"}, "mpeg4": {"qmin": "2", "qmax": "6"}}
-"""Encoders in order of preference, with settings that keep edges sharp: H.264 if PyAV's FFmpeg was built with it, otherwise MPEG-4
-part 2."""
+"""Encoders in order of preference, with settings that keep edges sharp: H.264 if PyAV's FFmpeg was built with it, otherwise
+MPEG-4 part 2."""
 
 _TICKS_PER_SECOND = 60_000
 """Time base of written videos in ticks per second: usual frame rates need whole ticks, and MPEG-4 allows at most 65535."""

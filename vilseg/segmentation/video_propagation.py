@@ -6,9 +6,9 @@ by the similarity of the colours around both positions:
     d_xo = mean_p |I(x + p) - I'(x + o + p)|,   w_xo = softmax_o(-d_xo / tolerance),   s(x) = sum_o w_xo s'(x + o)
 
 over the offsets o in a disc and the positions p of a 3 x 3 patch, where I and s are the colours and scores of the frame, and I'
-and s' those of the neighbouring frame. This is the label propagation of Jabri et al. 2020 ("Space-time correspondence as a contrastive
-random walk", section 4), with the colour patches of non-local means (Buades et al. 2005) instead of learnt features. Propagation
-goes from each frame to the next, so the window can be small even if an object moves far over many frames.
+and s' those of the neighbouring frame. This is the label propagation of Jabri et al. 2020 ("Space-time correspondence as a
+contrastive random walk", section 4), with the colour patches of non-local means (Buades et al. 2005) instead of learnt features.
+Propagation goes from each frame to the next, so the window can be small even if an object moves far over many frames.
 
 Axes: O offsets, in row-major order; A classes that are propagated; h, w the grid of the scores. Colours are in 0..255.
 """
