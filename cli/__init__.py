@@ -1,1 +1,1 @@
-"""The ``vilseg`` command line; imports everything else and is imported by nothing."""
+"""The ``vilseg`` command line; it imports the other packages, and none of them imports it."""

@@ -1,4 +1,4 @@
-"""The ``vilseg`` command: its verbs, one file each, and its exit codes. Heavy imports wait until a verb needs them."""
+"""The ``vilseg`` command with its subcommands and exit codes. Subcommands import heavy packages only when they run."""
 
 from __future__ import annotations
 
@@ -37,21 +37,30 @@ app.add_typer(submit_app, name="submit")
 
 
 def main() -> None:
-    """Entry point: 0 done, 2 the input is wrong, 1 the run failed, 130 interrupted; never a bare traceback."""
-    # As `python -m` does, and Ray for its workers: a user's own factory may lie in the working folder.
+    """Run the command line and exit with its code.
+
+    Codes: 0 success, 1 the run failed, 2 the user's input is wrong, 130 interrupted. Errors are printed as a sentence, without a
+    traceback.
+    """
+    # As `python -m` does, and Ray for its workers: a user's modules in the working folder can be imported.
     sys.path.insert(0, os.getcwd())
     sys.exit(run(sys.argv[1:]))
 
 
 def run(arguments: Sequence[str], *, log: TextIO | None = None) -> int:
-    """Run a verb and return its exit code; ``log`` takes the traceback of a failed run, a file of its own where None."""
+    """Run a subcommand and return its exit code.
+
+    Args:
+        arguments: the subcommand's name and its arguments.
+        log: stream for the traceback of a failed run; if None, it is written to a new temporary file.
+    """
     try:
         with console.logging_to_stderr():
             outcome = app(list(arguments), standalone_mode=False, prog_name="vilseg")
         return outcome if isinstance(outcome, int) else 0
     except typer.Exit as error:
         return error.exit_code
-    except typer.TyperException as error:  # arguments that the verb does not take
+    except typer.TyperException as error:  # arguments that the subcommand does not accept
         context = getattr(error, "ctx", None)
         said = error.format_message().rstrip(".")
         if context is not None and said:
@@ -60,7 +69,7 @@ def run(arguments: Sequence[str], *, log: TextIO | None = None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         print("vilseg: interrupted", file=sys.stderr)
         return 130
-    except Exception as error:  # noqa: BLE001  (the last line of defence: a sentence and a log instead of a traceback)
+    except Exception as error:  # noqa: BLE001  (shown as a sentence; the traceback goes to a log)
         return _failed(error, log)
 
 

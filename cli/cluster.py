@@ -23,7 +23,7 @@ def up(
     folder: ClusterFolder = Path("runs/cluster"),
     json: Json = False,
 ) -> None:
-    """Start nodes, or those that were lost, and print the variables to export; jobs then take --address auto.
+    """Start a cluster, or its nodes that have died, and print variables to export; commands then take --address auto.
 
     Example: eval "$(vilseg cluster up --nodes 2)"
     """
@@ -31,7 +31,7 @@ def up(
     from cluster.local_cluster import LocalCluster
     from serve.launch import prepare_environment
 
-    prepare_environment()  # or Serve would be slower on these nodes than on those that `vilseg serve` starts
+    prepare_environment()  # otherwise Ray Serve would be slower on these nodes than on a node that `vilseg serve` starts
     console.log("starting; this takes some 20 seconds")
     cluster = LocalCluster.start(folder, nodes, cpus)
     variables = cluster.environment()
@@ -43,7 +43,7 @@ def up(
 
 @cluster_app.command()
 def status(folder: ClusterFolder = Path("runs/cluster"), json: Json = False) -> None:
-    """Show the nodes and what they have.
+    """Show the nodes of the cluster and their resources.
 
     Example: vilseg cluster status
     """
@@ -69,7 +69,7 @@ def status(folder: ClusterFolder = Path("runs/cluster"), json: Json = False) -> 
 
 @cluster_app.command()
 def down(folder: ClusterFolder = Path("runs/cluster"), json: Json = False) -> None:
-    """End the nodes of this cluster, with what runs on them, and no other processes.
+    """Stop the cluster: end all its nodes and the programs that run on them.
 
     Example: vilseg cluster down
     """

@@ -1,4 +1,4 @@
-"""Output of the command line: results on stdout, progress and errors on stderr."""
+"""Terminal output: results on stdout, progress and errors on stderr."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ stderr = Console(stderr=True, highlight=False)
 
 
 def log(text: str) -> None:
-    """Print a line of progress on stderr."""
+    """Print a line of text on stderr."""
     stderr.print(text, markup=False, soft_wrap=True)
 
 
@@ -34,15 +34,15 @@ class _StderrHandler(logging.Handler):
 
 @contextmanager
 def logging_to_stderr() -> Iterator[None]:
-    """Print what the loggers below ``vilseg`` say from level INFO on as lines of progress, as long as this lasts.
+    """Print messages of the logger ``vilseg`` and its children, from level INFO on, to stderr within the ``with`` block.
 
-    Jobs and the library report through ``logging`` alone, so that they need no command line.
+    Jobs and the library report only through ``logging``, so that they can be used without the command line.
     """
     logger, handler = logging.getLogger("vilseg"), _StderrHandler()
     level, propagate = logger.level, logger.propagate
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
-    logger.propagate = False  # or a handler of the root logger would print the line once more
+    logger.propagate = False  # otherwise a handler of the root logger would print the line again
     try:
         yield
     finally:
@@ -52,7 +52,13 @@ def logging_to_stderr() -> Iterator[None]:
 
 
 def print_result(value: dict[str, Any], *, as_json: bool, text: str) -> None:
-    """Print the result of a verb on stdout: one JSON object, or a text for people."""
+    """Print the result of a command on stdout.
+
+    Args:
+        value: result as a dict.
+        as_json: print ``value`` as one JSON object on one line instead of ``text``.
+        text: result in readable form.
+    """
     sys.stdout.write((json.dumps(value, ensure_ascii=False) if as_json else text) + "\n")
     sys.stdout.flush()
 
@@ -61,7 +67,7 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 class _ProgressBar:
-    """Base of progress bars: shown as long as a ``with`` statement lasts."""
+    """Base class of progress bars, which are shown within a ``with`` block."""
 
     _bar: Progress
 
@@ -74,11 +80,11 @@ class _ProgressBar:
 
 
 class CountProgress(_ProgressBar):
-    """Show how many of a total are done: a bar on a terminal, a line every ten seconds elsewhere.
+    """Progress of countable work: a bar if stderr is a terminal, otherwise a line every ten seconds.
 
     Args:
-        title: name of the work.
-        things: name of what is counted.
+        title: name of the work, for example "ingest".
+        things: plural name of the counted items, for example "images".
     """
 
     def __init__(self, title: str, things: str) -> None:
@@ -96,7 +102,7 @@ class CountProgress(_ProgressBar):
         self._last_line = -math.inf
 
     def __call__(self, done: int, total: int, note: str = "") -> None:
-        """Show the current state."""
+        """Show that ``done`` of ``total`` items are done, with an optional note."""
         self._bar.update(self._bar.task_ids[0], completed=done, total=total, note=note)
         now = time.monotonic()
         if not stderr.is_terminal and (now >= self._last_line + _SECONDS_BETWEEN_LINES or done == total):
@@ -105,7 +111,10 @@ class CountProgress(_ProgressBar):
 
 
 class SegmentationProgress(_ProgressBar):
-    """Show a bulk segmentation: a bar on a terminal, a line every ten seconds elsewhere; a line for each rejected input."""
+    """Progress of a bulk segmentation: a bar if stderr is a terminal, otherwise a line every ten seconds.
+
+    Every rejected input is printed on a line of its own.
+    """
 
     def __init__(self) -> None:
         columns = (BarColumn(bar_width=24), TextColumn("{task.fields[text]}"), TimeElapsedColumn())
@@ -115,11 +124,11 @@ class SegmentationProgress(_ProgressBar):
         self._last_line = -math.inf
 
     def __call__(self, progress: Any) -> None:
-        """Show the current state."""
+        """Show a `jobs.segment.segment_job.Progress`."""
         for name, reason in progress.new_rejected:
             log(f"rejected {name!r}: {reason}")
         now = time.monotonic()
-        # The rate counts from the first block on, without the time to start.
+        # The rate is measured from the first finished block on, without the time to start Ray.
         since, count = self._before = self._before or (now, progress.done)
         text = f"{progress.done:,}/{progress.listed:,}{'' if progress.listing_ended else '+'}"
         if progress.done > count:
@@ -140,7 +149,7 @@ class SegmentationProgress(_ProgressBar):
 
 
 def format_duration(seconds: float) -> str:
-    """Return a duration for people.
+    """Format a duration in seconds with a suitable unit.
 
     Example:
         >>> format_duration(40), format_duration(720), format_duration(12600)
@@ -152,7 +161,12 @@ def format_duration(seconds: float) -> str:
 
 
 def format_estimate(guess: Any, workers: int) -> str:
-    """Return the result of a dry run as text for people."""
+    """Format the result of a dry run of ``vilseg segment`` as a sentence.
+
+    Args:
+        guess: a `jobs.segment.plan.Estimate`.
+        workers: number of CPUs or GPUs.
+    """
     text = f"{guess.images:,} inputs, {guess.bytes / 1e6:,.1f} MB"
     if guess.containers:
         text += f", some of them in {guess.containers:,} shards, tables or lists"
@@ -166,7 +180,7 @@ _MARKS = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "missing": "[re
 
 
 def print_findings(found: Sequence[Any]) -> None:
-    """Print the findings of `vilseg doctor` as a table on stdout, and below it what to do about them."""
+    """Print the findings of `vilseg doctor` as a table on stdout, followed by the remedies."""
     table = Table(box=None, pad_edge=False, show_header=False)
     for finding in found:
         table.add_row(_MARKS[finding.status], finding.what, escape(finding.found))
@@ -179,7 +193,7 @@ def print_findings(found: Sequence[Any]) -> None:
 
 @contextmanager
 def timed_stage(name: str, seconds: dict[str, float]) -> Iterator[None]:
-    """Print the name of a stage when it begins, and store its wall time in ``seconds`` when it ends without an error."""
+    """Print the name of a stage at its start, and store its wall time in ``seconds[name]`` if it ends without an error."""
     log(f"[{name}]")
     started = time.perf_counter()
     yield
@@ -187,10 +201,10 @@ def timed_stage(name: str, seconds: dict[str, float]) -> Iterator[None]:
 
 
 class TrainingProgress(_ProgressBar):
-    """Show a training: a bar on a terminal, a line every ten seconds elsewhere.
+    """Progress of a training: a bar if stderr is a terminal, otherwise a line every ten seconds.
 
     Args:
-        steps: steps of the run.
+        steps: number of steps of the run.
     """
 
     def __init__(self, steps: int) -> None:
@@ -201,14 +215,14 @@ class TrainingProgress(_ProgressBar):
         self._last_line = -math.inf
 
     def __call__(self, snapshot: ProgressUpdate) -> None:
-        """Show the current state."""
+        """Show the last metrics, and a line for each pair that could not be read."""
         for (key, _), reason in snapshot.bad.items():
             log(f"skipped {key}: {reason}")
         for metrics in snapshot.metrics:
             now, text = time.monotonic(), self._text(metrics)
             self._bar.update(self._bar.task_ids[0], completed=metrics["step"], text=text)
             ended = metrics["step"] == self._steps
-            # A terminal keeps the last line too: the bar goes when all is done.
+            # The last line is printed on a terminal too, because the bar disappears at the end.
             if ended or (not stderr.is_terminal and now >= self._last_line + _SECONDS_BETWEEN_LINES):
                 self._last_line = now
                 log(text)

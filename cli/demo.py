@@ -1,4 +1,4 @@
-"""``vilseg demo``: the main job end to end on the embedded default."""
+"""``vilseg demo``: the whole pipeline on synthetic data, on this machine."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ def demo(
     quick: Annotated[bool, typer.Option("--quick", help="A minute's worth: shows that all parts run.")] = False,
     json: Json = False,
 ) -> None:
-    """The main job end to end on the embedded default.
+    """Run the whole pipeline on synthetic data, on this machine.
 
-    Starts an object store, writes captioned scenes, trains with two workers, segments unseen images, measures and reports.
+    Starts an object store, writes captioned scenes, trains with two workers, segments unseen images, measures mIoU and writes
+    an HTML report.
 
     Example: vilseg demo --out runs/demo
     """

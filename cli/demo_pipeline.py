@@ -1,5 +1,6 @@
-"""The main job end to end on what ships with the project: captioned scenes on an embedded S3 store, training, bulk
-segmentation of unseen images, evaluation, and a page that shows it all. Masks are read by the evaluation alone."""
+"""Pipeline of ``vilseg demo``: synthetic captioned scenes on the embedded S3 store, training, bulk segmentation of unseen images,
+evaluation, and an HTML report. Only the evaluation reads masks.
+"""
 
 from __future__ import annotations
 
@@ -38,23 +39,24 @@ CONFIG = Path(__file__).parent.parent / "configs" / "demo.yaml"
 _ROOT = "s3://vilseg/demo"
 _EXAMPLES = 16
 _PAIRS, _UNSEEN, _CURVE = 24_000, 400, 200
+"""Numbers of training pairs, of unseen images for the evaluation, and of those used for the curve of mIoU over the steps."""
 _QUICK = ("trainer.steps=24", "trainer.checkpoint_every=12", "trainer.log_every=4", "loss.nouns.min_count=3")
 _QUICK_PAIRS, _QUICK_UNSEEN = 400, 24
-"""Pairs to train from, unseen images to measure on, and how many of these the curve over training uses."""
+"""Numbers of training pairs and of unseen images with ``--quick``."""
 
 
 def main(out: Path, *, quick: bool = False) -> dict[str, Any]:
-    """Run the demo and leave ``report.html`` and ``summary.json`` in ``out``.
+    """Run the demo and write ``report.html`` and ``summary.json`` to ``out``.
 
     Args:
-        out: made where it does not exist; an earlier demo there is replaced.
-        quick: few pairs and steps, to show that all parts run rather than that they learn.
+        out: folder for the results and the store; created if it does not exist. An earlier demo there is replaced.
+        quick: use few pairs and steps, which shows that every stage runs but not that the model learns.
 
     Returns:
         The summary: ``miou``, ``miou_untrained``, ``seconds`` by stage, ``pairs_uri``, ``model_uri``, ``results_uri``.
 
     Raises:
-        StorageError: ``out`` holds something that is no demo, or is no folder.
+        StorageError: ``out`` is not a folder, or holds files that no demo wrote.
     """
     seconds: dict[str, float] = {}
     try:
@@ -79,7 +81,7 @@ def main(out: Path, *, quick: bool = False) -> dict[str, Any]:
 
 
 def _require_one_machine() -> None:
-    """Refuse a cluster of several machines: the others would not reach the store of the demo."""
+    """Raise UserError on a cluster of several machines, since the store of the demo is reachable only from this machine."""
     names = {node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]}
     if len(names) > 1:
         raise UserError(
@@ -148,7 +150,7 @@ def _measure(model: ViLSeg, dataset: FolderDataset, *, keep: int = 0) -> Evaluat
 
 
 def _curve(folder: RunDirectory, dataset: FolderDataset) -> list[tuple[int, float]]:
-    """Return step and mIoU of every checkpoint, on the first of the unseen scenes."""
+    """Return step and mIoU of the initial model and of every checkpoint, on the first `_CURVE` unseen scenes."""
     some = FirstImages(dataset, _CURVE)
     steps = folder.checkpoint_steps()
     points = [
@@ -161,7 +163,7 @@ def _curve(folder: RunDirectory, dataset: FolderDataset) -> list[tuple[int, floa
 def _commands(
     out: Path, overrides: list[str], folder: RunDirectory, results: str, unseen: str, *, quick: bool
 ) -> list[str]:
-    """Return the command itself, then the verbs that do its stages one by one."""
+    """Return the command line of the demo, then the command lines that run its stages one by one, for the report."""
     names = ",".join(scene.name for scene in scenes.CLASSES)
     demo = f"vilseg demo --out {shlex.quote(str(out))}"
     settings = shlex.join(overrides)
@@ -176,7 +178,7 @@ def _commands(
 
 @contextmanager
 def _environment(variables: dict[str, str]) -> Iterator[None]:
-    """Set the store's variables while this lasts, and unset the user's own ``AWS_*`` ones, which would contradict them."""
+    """Within the ``with`` block, replace the user's ``AWS_*`` environment variables, which may conflict, by ``variables``."""
     before = dict(os.environ)
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         del os.environ[name]

@@ -1,4 +1,4 @@
-"""Checks of ``vilseg doctor``: installed packages, reachable services, disks and memory, and how to repair what is wrong.
+"""Checks of ``vilseg doctor``: installed packages, reachable services, disks and memory, with remedies for problems.
 
 Every check has a short timeout, and none prints secrets.
 """
@@ -27,14 +27,17 @@ from vilseg import storage
 from vilseg.errors import UserError
 
 Status = Literal["ok", "warning", "missing", "optional"]
-"""``optional`` is something that is not there and that nothing here needs."""
+"""Status of a finding. ``optional``: something that is not installed or configured, and is not required."""
 
 _CONNECT_S = 3.0
+"""Timeout of a TCP connection in seconds."""
 _CLUSTER_S = 30.0
-"""For a driver to connect: Ray takes seconds to be imported, and tries for long where a token is wrong."""
+"""Timeout of a driver that connects to a cluster, in seconds. Importing Ray takes seconds, and with a wrong token Ray retries for
+a long time."""
 _SKEW_S = 60.0
+"""Clock difference to the object store, in seconds, from which on a warning is given."""
 _MOST_SKEW_S = 900.0
-"""S3 refuses requests whose time is off by a quarter of an hour."""
+"""Clock difference, in seconds, from which on S3 rejects requests."""
 _GB = 1e9
 _EXTRAS = {
     "rasterio": ("geo", "GeoTIFF"),
@@ -55,18 +58,20 @@ class Finding:
     """Result of one check."""
 
     what: str
+    """Name of the checked item."""
     status: Status
     found: str
+    """State of the item."""
     mend: str = ""
     """Remedy; empty if the status is ok."""
 
 
 def main(*, address: str | None = None, stores: Sequence[str] = ()) -> Iterator[Finding]:
-    """Run all checks, one by one.
+    """Run all checks one by one, and yield their findings.
 
     Args:
-        address: of a Ray cluster or its job server; neither is looked for where None.
-        stores: URIs of folders to write a small object to, and to delete it again.
+        address: address of a Ray cluster or of its job server; None skips the check of a cluster.
+        stores: URIs of folders, in each of which a small object is written, read and deleted.
     """
     checks: list[Callable[[], Iterator[Finding]]] = [_packages, _torch, _ray]
     checks += [lambda: _cluster(address)] if address else []
@@ -74,7 +79,7 @@ def main(*, address: str | None = None, stores: Sequence[str] = ()) -> Iterator[
     for check in checks:
         try:
             yield from check()
-        except ImportError as error:  # of what `_packages` has told already
+        except ImportError as error:  # of a package that `_packages` has reported
             yield Finding("packages", "missing", f"without {error.name} the rest cannot be told", "see above")
 
 
@@ -82,13 +87,13 @@ def main(*, address: str | None = None, stores: Sequence[str] = ()) -> Iterator[
 
 
 def _packages() -> Iterator[Finding]:
-    # An older one could not read this file.
+    # No check of the version: an older Python could not parse this file.
     yield Finding("Python", "ok", f"{platform.python_version()} at {sys.executable}")
     try:
         from packaging.requirements import Requirement
 
         needed = [Requirement(text) for text in importlib.metadata.requires("vilseg") or []]
-    except ImportError as error:  # PackageNotFoundError as well
+    except ImportError as error:  # also PackageNotFoundError, a subclass
         yield Finding(
             "packages", "missing", f"{error.name} is not installed", "install vilseg: make setup, or pip install -e ."
         )
@@ -250,11 +255,11 @@ def _store(stores: Sequence[str]) -> Iterator[Finding]:
 
 
 class _NoAnswer(Exception):  # noqa: N818
-    """The store cannot be asked further."""
+    """Raised if the object store does not answer or rejects the keys, so that no further check of it is possible."""
 
 
 def _s3() -> Iterator[Finding]:
-    """Check that the store answers, accepts the keys, and has the same time."""
+    """Check that the object store answers, accepts the keys, and has the same clock as this machine."""
     import boto3
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError, ClientError
@@ -281,7 +286,7 @@ def _s3() -> Iterator[Finding]:
     except ClientError as error:
         answer = error.response
         code = answer["Error"]["Code"]
-        if code == "AccessDenied":  # of keys that may not list buckets, but perhaps write to one
+        if code == "AccessDenied":  # these keys may not list buckets, but may be allowed to use one
             yield Finding(
                 "object store", "ok", f"{where}; the keys may not list buckets, so name one by --store s3://…"
             )
@@ -316,7 +321,7 @@ def _clock(answer: Any) -> Iterator[Finding]:
 
 
 def _writable(uri: str) -> Finding:
-    """Check that a small object can be written below ``uri``, read back and deleted."""
+    """Check that a small object can be written to the folder ``uri``, read back and deleted."""
     what = f"store {uri}"
     try:
         if storage.is_local(uri) and not storage.is_folder(uri):
@@ -359,7 +364,7 @@ def _disks() -> Iterator[Finding]:
             yield Finding(what, "missing", f"{place} cannot be written", "set TMPDIR (RAY_TMPDIR for Ray) to another")
         elif free < 1e9:
             yield Finding(what, "missing", found, "make room, or set TMPDIR (RAY_TMPDIR for Ray) to another disk")
-        elif free < 0.05 * total:  # where Ray stops to write objects to disk
+        elif free < 0.05 * total:  # Ray stops writing objects to a disk with less free space
             yield Finding(what, "warning", found, "make room: Ray writes no objects to a disk of which 95 % are used")
         else:
             yield Finding(what, "ok", found)
@@ -386,7 +391,7 @@ def _memory() -> Iterator[Finding]:
 
 
 def _memory_bytes() -> tuple[float, float]:
-    """Return total and available memory in bytes, of the container if its limit is lower than the machine's."""
+    """Return total and available memory in bytes; those of the container if it has a lower limit than the machine."""
     pages = {name: os.sysconf(name) * os.sysconf("SC_PAGE_SIZE") for name in ("SC_PHYS_PAGES", "SC_AVPHYS_PAGES")}
     total, free = float(pages["SC_PHYS_PAGES"]), float(pages["SC_AVPHYS_PAGES"])
     if Path("/proc/meminfo").exists():

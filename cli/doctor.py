@@ -1,4 +1,4 @@
-"""``vilseg doctor``: what is installed and reachable."""
+"""``vilseg doctor``: checks of the installation and of services."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def doctor(
     ] = None,
     json: Json = False,
 ) -> int:
-    """Say what is installed and what is reachable, and how to mend what is not; exits with 1 where something needed is.
+    """Check the installation and the services, and print remedies; exits with 1 if something required is missing.
 
     Example: vilseg doctor --store s3://bucket --address http://head:8265
     """

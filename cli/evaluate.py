@@ -1,4 +1,4 @@
-"""``vilseg evaluate``: mIoU on images with masks."""
+"""``vilseg evaluate``: evaluation of a model on images with masks."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def evaluate(
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
-    """Measure mIoU on images with masks.
+    """Evaluate a model on images with masks: mIoU, boundary IoU, pixel accuracy and calibration error.
 
     Example: vilseg evaluate --model runs/first/model --dataset folder:data/val --out runs/first/val
     """

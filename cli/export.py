@@ -1,4 +1,4 @@
-"""``vilseg export``: a model as ONNX."""
+"""``vilseg export``: export of a model to ONNX."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def export(
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
-    """Write both towers and the clustering head as ONNX, and check them against torch.
+    """Export a model to ONNX (image and text tower, clustering head), and compare the outputs to torch's.
 
     Example: vilseg export --model runs/first/model --out runs/first/onnx
     """

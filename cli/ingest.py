@@ -1,4 +1,4 @@
-"""``vilseg ingest``: images with texts into pair shards."""
+"""``vilseg ingest``: conversion of captioned images to shards of image-caption pairs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def ingest(
     address: Address = None,
     json: Json = False,
 ) -> None:
-    """Turn folders, CSV, JSONL, COCO captions, img2dataset output or Parquet into pair shards.
+    """Convert folders, CSV, JSONL, COCO captions, img2dataset output or Parquet to shards of image-caption pairs.
 
     Example: vilseg ingest photos/captions.csv s3://bucket/pairs
     """

@@ -1,4 +1,7 @@
-"""Process of a job of ``vilseg submit`` on the cluster: ``python -m cli.job_entrypoint [--folder DIR] -- VERB …``."""
+"""Main program of a job of ``vilseg submit`` on the cluster: ``python -m cli.job_entrypoint [--folder DIR] -- COMMAND …``.
+
+It runs a subcommand of ``vilseg`` in the folder DIR, with marks before the lines that it prints on stdout.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +15,13 @@ from cli.submit.log_format import MarkedLines
 
 
 def main() -> None:
-    """Entry point of the job; its exit code is the verb's."""
+    """Run the subcommand of the job, and exit with its exit code."""
     before, verb = sys.argv[1 : sys.argv.index("--")], sys.argv[sys.argv.index("--") + 1 :]
-    # The machine that runs the cluster may have been told to ignore it, as shells do for what runs in the background.
+    # SIGINT stops a job. It may be ignored here, since shells let background processes ignore it, and children inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if before:
         os.chdir(before[1])
-        sys.path.append(os.getcwd())  # behind the packages that came with the job: workers have no others
+        sys.path.append(os.getcwd())  # after the packages sent with the job, which are the ones that workers import
     sys.argv = ["vilseg", *verb]
     with redirect_stdout(MarkedLines(sys.stdout)):  # type: ignore[type-var]
         code = app.run(verb, log=sys.stderr)

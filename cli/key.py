@@ -1,4 +1,4 @@
-"""``vilseg key``: API keys for ``vilseg serve``."""
+"""``vilseg key``: creation of API keys for ``vilseg serve``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def key(
     file: Annotated[str, typer.Option(help="File or URI of the keys; made where it is not.")],
     json: Json = False,
 ) -> None:
-    """Make an API key for 'vilseg serve --keys'. It is printed once; the file holds its hash only.
+    """Create an API key for 'vilseg serve --keys'. It is printed once; the file stores only its hash.
 
     Example: vilseg key anna --file keys.txt
     """

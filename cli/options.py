@@ -1,4 +1,4 @@
-"""Options that verbs share: the same name means the same everywhere."""
+"""Options that several commands share, so that a name has the same meaning everywhere."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is th
 
 
 def stdout_to_stderr() -> redirect_stdout[TextIO]:
-    """Redirect stdout to stderr, so that what Ray prints about workers that died stays out of the result."""
+    """Redirect stdout to stderr within a ``with`` block, so that Ray's messages about dead workers do not mix with the result."""
     return redirect_stdout(sys.stderr)
 
 
@@ -24,4 +24,4 @@ CLASSES = (
     'text file with a name a line, YAML, "a,b|synonym,c", or a built-in voc, context, coco, coco-panoptic, '
     "coco-stuff, ade20k (a file of that name goes before)"
 )
-"""Help text for options that take classes."""
+"""Help text of options that accept classes."""

@@ -1,4 +1,4 @@
-"""Configuration keys among the arguments of a verb: ``key.sub=value``."""
+"""Configuration overrides among the arguments of a command: ``key.sub=value``."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from vilseg.config.data import ColumnsConfig
 from vilseg.errors import ConfigError
 
 _OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_]+)+=")
-"""Start of an override; no path or URI is likely to match."""
+"""Pattern of the start of an override; paths and URIs are unlikely to match it."""
 
 
 def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Split the arguments of a verb that takes both into places and ``key.sub=value`` overrides.
+    """Split arguments into paths or URIs and ``key.sub=value`` overrides.
 
     Example:
         >>> split_overrides(["photos", "s3://bucket/pairs", "data.columns.image=img"])
@@ -25,10 +25,10 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def columns_from_overrides(overrides: Sequence[str]) -> ColumnsConfig:
-    """Return ``data.columns`` with ``data.columns.key=value`` overrides applied.
+    """Return the default ``data.columns`` configuration with ``data.columns.key=value`` overrides applied.
 
     Raises:
-        ConfigError: an unknown key (the nearest right one is named), a bad value, or a key of something else.
+        ConfigError: a key is unknown (the error names the most similar key) or is not in ``data.columns``, or a value is invalid.
     """
     columns = RunConfig.load(None, overrides).data.columns
     for override in overrides:
@@ -38,7 +38,11 @@ def columns_from_overrides(overrides: Sequence[str]) -> ColumnsConfig:
 
 
 def segmentation_overrides(overrides: Sequence[str] | None) -> Callable[[SegmentationConfig], SegmentationConfig]:
-    """Return a function that applies ``segmentation.key=value`` overrides to the settings that a model carries."""
+    """Return a function that applies ``segmentation.key=value`` overrides to the inference settings stored with a model.
+
+    Raises:
+        ConfigError: an override is not in ``segmentation``; the returned function raises it for an unknown key or invalid value.
+    """
     for override in overrides or []:
         if not override.startswith("segmentation."):
             raise ConfigError(f"'{override}' cannot be set here; a trained model takes segmentation.key=value only")

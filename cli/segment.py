@@ -1,4 +1,4 @@
-"""``vilseg segment``: bulk segmentation."""
+"""``vilseg segment``: bulk segmentation of images and videos."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def segment(
     address: Address = None,
     json: Json = False,
 ) -> None:
-    """Segment an archive in bulk.
+    """Segment many images and videos with a vocabulary of classes.
 
     Example: vilseg segment s3://bucket/photos --model runs/first/model --classes "cat,sofa" --out s3://bucket/masks
     """

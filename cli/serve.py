@@ -1,4 +1,4 @@
-"""``vilseg serve``: an HTTP API and a page."""
+"""``vilseg serve``: deployment of models with an HTTP API and a web page."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def serve(
     address: Address = None,
     json: Json = False,
 ) -> None:
-    """Put models up: an HTTP API, and a page to try them; until Ctrl-C.
+    """Serve models by an HTTP API and a web page, until Ctrl-C.
 
     Example: vilseg serve --model runs/first/model
     """

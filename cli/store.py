@@ -1,4 +1,4 @@
-"""``vilseg store``: the embedded S3 server on this machine."""
+"""``vilseg store``: the embedded S3 server (SeaweedFS) on this machine."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def up(
     port: Annotated[int | None, typer.Option(help="Port of the S3 endpoint; a free one without it.")] = None,
     json: Json = False,
 ) -> None:
-    """Start the store and print its endpoint and the variables to export.
+    """Start the store, and print its endpoint and the environment variables to export.
 
     Example: eval "$(vilseg store up --dir store)"
     """
@@ -36,7 +36,7 @@ def up(
 
 @store_app.command()
 def status(folder: StoreFolder = Path("store"), json: Json = False) -> None:
-    """Say whether the store runs.
+    """Show if the store runs, and at which endpoint.
 
     Example: vilseg store status --dir store
     """
@@ -51,7 +51,7 @@ def status(folder: StoreFolder = Path("store"), json: Json = False) -> None:
 
 @store_app.command()
 def down(folder: StoreFolder = Path("store"), json: Json = False) -> None:
-    """Stop the store; what it holds stays.
+    """Stop the store; its data is kept.
 
     Example: vilseg store down --dir store
     """

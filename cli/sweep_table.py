@@ -1,4 +1,4 @@
-"""Progress of ``vilseg tune``: a live table of trials on a terminal, one line for each evaluation elsewhere."""
+"""Progress of ``vilseg tune``: a live table of trials if stderr is a terminal, otherwise one line per evaluation."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from tune.trial_records import TrialRecord, trial_name
 
 
 class SweepTable:
-    """Show the trials of a sweep: a table of all on a terminal, a line for each evaluation elsewhere.
+    """Progress of a sweep: a live table of all trials if stderr is a terminal, otherwise one line per evaluation.
 
     Args:
-        steps: steps of each trial.
+        steps: number of training steps of a full trial.
     """
 
     def __init__(self, steps: int) -> None:

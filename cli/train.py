@@ -1,4 +1,4 @@
-"""``vilseg train``: a model from pair shards."""
+"""``vilseg train``: training of a model on shards of image-caption pairs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def train(
     address: Address = None,
     json: Json = False,
 ) -> int:
-    """Train from pair shards; prints the URI of the model.
+    """Train a model on shards of image-caption pairs, and print the URI of the model.
 
     Example: vilseg train --config configs/demo.yaml --name first data.source=s3://bucket/pairs trainer.workers=2
     """
@@ -30,7 +30,9 @@ def train(
 
     settings = RunConfig.load(config, overrides or [])
     if name is not None:
-        settings = settings.replace(name=name)  # not by an override, whose value is YAML: a run may be called 42
+        settings = settings.replace(
+            name=name
+        )  # not by an override, whose value is parsed as YAML: 42 would become a number
     if resume and not settings.name:
         raise ConfigError("--resume needs the run's --name")
     from vilseg.training.run_setup import preflight

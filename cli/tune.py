@@ -1,4 +1,4 @@
-"""``vilseg tune``: a sweep."""
+"""``vilseg tune``: hyperparameter sweep over trainings."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def tune(
     address: Address = None,
     json: Json = False,
 ) -> int:
-    """Try many trainings and find the best; leaves best.yaml and report.html, prints the best point.
+    """Run a hyperparameter sweep over trainings; writes best.yaml and report.html, and prints the best point.
 
     Example: vilseg tune --config configs/demo.yaml --space configs/spaces/temperature_clusters.yaml data.source=s3://bucket/pairs
     """
@@ -79,7 +79,7 @@ def tune(
 
 
 def _seconds(duration: str) -> float:
-    """``90s``, ``30m``, ``8h`` or plain seconds."""
+    """Parse a duration such as ``90s``, ``30m``, ``8h``, or a number of seconds; return seconds."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", duration.strip())
     if not found or not float(found[1]):
         raise ConfigError(f"--time-budget is {duration!r}; write how long, for example 90s, 30m or 8h")

@@ -186,7 +186,9 @@ def _round_trip(client: Any) -> bool:
         answer = client.get_object(**probe)["Body"].read()
         client.delete_object(**probe)
     except (BotoCoreError, ClientError):
-        return False  # not yet; `ready` tells a process that ended, and the time limit ends the rest
+        return (
+            False  # not ready yet; `ready` detects a process that has ended, and the timeout limits all other failures
+        )
     return answer == b"ready"
 
 

@@ -58,7 +58,10 @@ class Session:
         return math.ceil(workers / self.nodes)
 
     def cpus_per_actor(self, actors: int) -> float:
-        """Return the CPUs per actor for ``actors`` actors; at most those of one machine, since an actor has one machine."""
+        """Return the number of CPUs per actor for ``actors`` actors.
+
+        It is at most that of the smallest machine, because Ray would wait forever for more.
+        """
         return min(self.cpus / actors, self.node_cpus or self.cpus)
 
     def reserved_cpus(self, cpus: float) -> float:

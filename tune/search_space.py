@@ -52,7 +52,7 @@ _CACHED_KEYS = ("init", "data.", "model.init", "model.image_encoder.", "model.te
 _CACHED_VIEW_KEYS = tuple(f"views.{key}" for key in VIEW_KEYS)
 """Further keys on which they depend if the cache holds augmented variants of every image."""
 _TRIES = 1000
-"""Minimum number of random draws before a random search stops to look for further distinct points."""
+"""Minimum number of random draws after which a random search ends, even if it has found fewer distinct points than requested."""
 
 
 _Bounds = tuple[int, int]

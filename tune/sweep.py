@@ -41,7 +41,7 @@ from vilseg.training.run_dir import new_run_name
 from vilseg.training.run_setup import preflight
 
 _TUNE_ENVIRONMENT = {
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # collect_signals handles Ctrl-C, and no results get lost
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # collect_signals handles Ctrl-C without losing results that Tune has not written yet
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # Tune writes no result files of its own
     "RAY_AIR_NEW_OUTPUT": "0",  # the new output prints a banner at any verbosity
 }

@@ -1,1 +1,1 @@
-"""``vilseg submit``: any verb as a job of a remote Ray cluster."""
+"""``vilseg submit``: other ``vilseg`` commands run as jobs on a remote Ray cluster."""

@@ -1,4 +1,4 @@
-"""``vilseg submit``: any verb as a job of a Ray cluster."""
+"""Subcommands of ``vilseg submit``: start, show, follow, stop and list jobs on a Ray cluster."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ if TYPE_CHECKING:
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 _VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_DASHBOARD_ADDRESS", "RAY_ADDRESS")
-"""Variables that Ray's own commands read the job server's address from; the last may name something else."""
+"""Environment variables from which Ray's own commands read the job server's address; the first ``http`` URL is used, because
+``RAY_ADDRESS`` may name a cluster instead."""
 
 
 class _RunByDefault(TyperGroup):
-    """``submit … -- VERB`` is short for ``submit run … -- VERB``."""
+    """Command group that runs ``submit … -- VERB`` as ``submit run … -- VERB``."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if args and args[0] not in self.commands and args[0] != "--help":
@@ -67,7 +68,7 @@ def run(
     gpus: Annotated[float | None, typer.Option(help="GPUs of the verb's own process, for evaluate.")] = None,
     json: Json = False,
 ) -> int:
-    """Run a verb as a job (the word 'run' can be left out); exits with the verb's exit code.
+    """Run a command as a job (the word 'run' can be omitted); exits with the exit code of the command.
 
     Example: vilseg submit --address http://head:8265 -- train --config run.yaml --name first
     """
@@ -81,11 +82,11 @@ def run(
     here = server.is_here()
     job = fit(checked, here=here)
     carried: dict[str, str] = {}
-    if credentials and job.verb != "demo":  # which has a store of its own
+    if credentials and job.verb != "demo":  # the demo starts its own object store
         carried, notes = variables(here=here)
         job.notes.extend(notes)
     if here and not image_code:
-        carried["PYTHONPATH"] = os.getcwd()  # own modules, as without a cluster
+        carried["PYTHONPATH"] = os.getcwd()  # modules in the working folder can be imported, as without a cluster
     name = server.send(job, carried, name=id, code=not image_code, own=working_dir, cpus=cpus, gpus=gpus)
     for note in job.notes:
         console.log(note)
@@ -117,7 +118,7 @@ def logs(
     follow: Annotated[bool, typer.Option("--follow", help="Until the job ends; exits with its exit code.")] = False,
     address: Address = None,
 ) -> int:
-    """Show the log of a job: its results on stdout, all else on stderr.
+    """Show the log of a job: results on stdout, other output on stderr.
 
     Example: vilseg submit logs train-20260101-120000-ab12 --follow
     """
@@ -135,7 +136,7 @@ def logs(
 
 @submit_app.command()
 def stop(name: Name, address: Address = None, json: Json = False) -> None:
-    """Stop a job as Ctrl-C would, and wait until it has ended.
+    """Stop a job as by Ctrl-C, and wait until it has ended.
 
     Example: vilseg submit stop train-20260101-120000-ab12
     """
@@ -152,7 +153,7 @@ def stop(name: Name, address: Address = None, json: Json = False) -> None:
 
 @submit_app.command(name="list")
 def list_(address: Address = None, json: Json = False) -> None:
-    """List the jobs of a cluster, oldest first.
+    """List the jobs that were submitted to a cluster, oldest first.
 
     Example: vilseg submit list --address http://head:8265
     """
@@ -183,26 +184,29 @@ def _connect(address: str | None) -> JobServer:
 
 
 def _checked(name: str) -> str:
-    """Return ``name``, which becomes part of a URL; raise UserError if it is no id."""
+    """Check that ``name``, which becomes part of a URL, is a valid job id, and return it."""
     if not _NAME.fullmatch(name):
         raise UserError(f"'{name}' is no id of a job; 'vilseg submit list' shows those there are")
     return name
 
 
 def _follow(server: JobServer, name: str, *, json: bool = False) -> int:
-    """Show a job until its end; Ctrl-C asks what to do with it on a terminal, and leaves it running elsewhere."""
+    """Show the log of a job until it ends, and return its exit code.
+
+    On Ctrl-C the user is asked to stop, follow or leave the job; without a terminal the job is left running.
+    """
     from cli import console
     from cli.submit.job_server import LogPrinter, Unreachable, exit_code, summary
 
     lines = LogPrinter(keep=json)
     interrupted = False
     while True:
-        try:  # around the question as well: Ctrl-C may come at any moment
+        try:  # includes the question, because Ctrl-C may arrive at any time
             if interrupted and not _keep_following(server, name):
                 return 130
             job = server.follow(name, lines)
             break
-        except Unreachable as error:  # no mistake of the user's
+        except Unreachable as error:  # not an error of the user: exit code 1
             console.log(f"vilseg: {error}")
             return 1
         except KeyboardInterrupt:
@@ -212,7 +216,7 @@ def _follow(server: JobServer, name: str, *, json: bool = False) -> int:
     code = exit_code(job)
     if code == 130:
         console.log(f"vilseg: the job {name} was stopped")
-    elif code and job.driver_exit_code is None:  # of what ran the verb has told by itself
+    elif code and job.driver_exit_code is None:  # a command that ran has printed its own error
         console.log(f"vilseg: the job {name} failed: {told['message']}")
     if json:
         console.print_result({**told, "result": _value("\n".join(lines.results))}, as_json=True, text="")
@@ -220,7 +224,7 @@ def _follow(server: JobServer, name: str, *, json: bool = False) -> int:
 
 
 def _keep_following(server: JobServer, name: str) -> bool:
-    """Ask after Ctrl-C what to do with the job; True to follow it further (also until a stop takes effect)."""
+    """Ask what to do with the job after Ctrl-C; return True to keep following it, also if it is to be stopped."""
     from cli import console
 
     if sys.stdin.isatty() and sys.stderr.isatty():
@@ -244,7 +248,7 @@ def _keep_following(server: JobServer, name: str) -> bool:
 
 
 def _value(text: str) -> Any:
-    """Decode what a verb printed if it is JSON; return it as text otherwise."""
+    """Parse the output of a command as JSON; return it unchanged if it is not JSON."""
     try:
         return encoding.loads(text)
     except ValueError:

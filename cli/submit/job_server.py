@@ -1,4 +1,4 @@
-"""A cluster's job server: send a verb to it, follow what the job says, stop it. The token is Ray's (``RAY_AUTH_TOKEN``)."""
+"""Client of a cluster's job server: start, follow and stop jobs. Ray's variables, such as ``RAY_AUTH_TOKEN``, hold the token."""
 
 from __future__ import annotations
 
@@ -24,37 +24,42 @@ from cli.submit.packaging import Job, stage
 from vilseg.errors import UserError
 
 _TIMEOUT_S = (5.0, 60.0)
-"""To connect, and of silence: a package of code may take a while to be stored."""
+"""Seconds to connect, and to wait for an answer; storing a package of code may take a while."""
 _HEARTBEAT_S = 15.0
+"""Seconds between the heartbeats of the connection that streams a log."""
 _RECONNECT_S = 60.0
 """Seconds for which a lost connection is retried."""
 _STOP_S = 60
-"""A verb that is stopped ends as after Ctrl-C; training writes a checkpoint first."""
+"""Seconds from SIGINT until Ray kills a stopped job; training uses them to write a checkpoint."""
 
 for _name in (
     "ray.dashboard.modules.dashboard_sdk",
     "ray.dashboard.modules.job.sdk",
     "ray._private.runtime_env.packaging",
 ):
-    logging.getLogger(_name).setLevel(logging.WARNING)  # they log every upload
+    logging.getLogger(_name).setLevel(logging.WARNING)  # these loggers report every upload
 
 
 class Unreachable(UserError):  # noqa: N818  (a state that may pass)
-    """Nothing answers at the address of the job server."""
+    """Raised if nothing answers at the address of the job server."""
 
 
 class JobServer(JobSubmissionClient):
-    """A connection to the job server at an ``http://`` address.
+    """Client of the job server at an ``http://`` or ``https://`` address.
+
+    Args:
+        address: URL of the job server, without a slash at the end.
+        timeout: seconds to connect and to wait for an answer.
 
     Raises:
         Unreachable: nothing answers.
-        UserError: the token is wrong or missing, or what answers is no job server.
+        UserError: the token is wrong or missing, or the server that answers is not a Ray job server.
     """
 
     def __init__(self, address: str, timeout: tuple[float, float] = _TIMEOUT_S) -> None:
         self.url = address
         self._timeout = timeout
-        os.environ["RAY_API_SERVER_ADDRESS"] = address  # which Ray prefers to the argument
+        os.environ["RAY_API_SERVER_ADDRESS"] = address  # Ray prefers this variable to the argument
         try:
             super().__init__(address, verify=os.environ.get("REQUESTS_CA_BUNDLE") or True)
         except (ValueError, KeyError, RuntimeError, requests.RequestException) as error:
@@ -77,7 +82,7 @@ class JobServer(JobSubmissionClient):
             ) from error
 
     def _raise_error(self, response: requests.Response) -> None:
-        # A traceback, perhaps with that of another process in it.
+        # The text is a traceback, perhaps with nested ones; show the message of the last error.
         reasons = re.findall(r"^\S*(?:Error|Exception): (.+)$", response.text, re.MULTILINE) or [response.text.strip()]
         raise UserError(f"the job server at {self.url} refused: {reasons[-1]}")
 
@@ -89,7 +94,7 @@ class JobServer(JobSubmissionClient):
         return answer.json()["data"]["rayVersion"], answer.json()["data"]["pythonVersion"]
 
     def is_here(self) -> bool:
-        """Return True if all machines of the cluster are this one, so that paths mean the same there."""
+        """Return True if the cluster consists of this machine only, so that paths are valid for its jobs too."""
         answer = self._do_request("GET", "/nodes?view=hostnamelist")
         if not answer.ok:
             return False
@@ -109,13 +114,13 @@ class JobServer(JobSubmissionClient):
         """Start a job and return its id.
 
         Args:
-            job: what to run.
-            variables: of its environment and its workers'; nothing here shows them.
-            name: the id; one that tells verb and time where None.
+            job: job to start.
+            variables: environment variables of the job and its workers. They may hold credentials and are not printed.
+            name: id of the job; if None, one is made from the command and the time.
             code: see `stage`.
             own: see `stage`.
-            cpus: that the verb's own process takes, on a machine that has them; the head's where None.
-            gpus: likewise.
+            cpus: number of CPUs reserved for the command's own process. If ``cpus`` and ``gpus`` are None, it runs on the head.
+            gpus: number of GPUs reserved for the command's own process.
         """
         name = name or f"{job.verb}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
         stopping = {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_S)}
@@ -137,7 +142,7 @@ class JobServer(JobSubmissionClient):
         """Return the details of a job.
 
         Raises:
-            UserError: there is none of that id.
+            UserError: no job has this id.
         """
         answer = self._do_request("GET", f"/api/jobs/{name}")
         if answer.status_code == 404:
@@ -147,15 +152,15 @@ class JobServer(JobSubmissionClient):
         return JobDetails(**answer.json())
 
     def all(self) -> list[JobDetails]:
-        """Return the jobs that were submitted, oldest first."""
+        """Return the details of all submitted jobs, oldest first."""
         jobs = [job for job in self.list_jobs() if job.type is JobType.SUBMISSION]
         return sorted(jobs, key=lambda job: job.start_time or 0)
 
     def follow(self, name: str, lines: LogPrinter) -> JobDetails:
-        """Pass new parts of a job's log to ``lines`` until the job ends. A lost connection is retried.
+        """Pass a job's log to ``lines`` until the job ends, and return its details. A lost connection is retried.
 
         Raises:
-            Unreachable: for a minute nothing answered; the job goes on.
+            Unreachable: nothing answered for `_RECONNECT_S` seconds; the job continues.
         """
         lost_at: float | None = None
         while True:
@@ -165,7 +170,7 @@ class JobServer(JobSubmissionClient):
                 if job.status.is_terminal():
                     return job
                 lost_at = None
-            except asyncio.CancelledError as error:  # what becomes of Ctrl-C where a connection is just being made
+            except asyncio.CancelledError as error:  # asyncio turns Ctrl-C during a connection attempt into this
                 raise KeyboardInterrupt from error
             except (aiohttp.ClientError, OSError, Unreachable) as error:
                 if lost_at is None:
@@ -179,14 +184,14 @@ class JobServer(JobSubmissionClient):
             time.sleep(1)
 
     def wait(self, name: str) -> JobDetails:
-        """Wait until a job has ended, and return its details; Ray kills a job that does not stop in time."""
+        """Wait until a job has ended, and return its details."""
         while not (job := self.details(name)).status.is_terminal():
             time.sleep(0.5)
         return job
 
     async def _stream(self, name: str, lines: LogPrinter) -> None:
         url = f"{self._address}/api/jobs/{name}/logs/tail"
-        skip = lines.seen  # the server begins with the first letter each time
+        skip = lines.seen  # the server sends the log from its start each time
         async with (
             aiohttp.ClientSession(headers=self._headers, cookies=self._cookies) as session,
             session.ws_connect(url, ssl=self._ssl_context or True, heartbeat=_HEARTBEAT_S, max_msg_size=0) as socket,
@@ -198,31 +203,37 @@ class JobServer(JobSubmissionClient):
 
 
 class LogPrinter:
-    """Prints a job's log: results on stdout (or into `results` if ``keep``), all else on stderr."""
+    """Printer of a job's log: results on stdout, other lines on stderr.
+
+    Args:
+        keep: collect the lines of results in `results` instead of printing them.
+    """
 
     def __init__(self, *, keep: bool = False) -> None:
         self.results: list[str] = []
         self.seen = 0
-        """Characters received so far."""
+        """Number of characters received so far."""
         self._keep = keep
         self._rest = ""
 
     def __call__(self, text: str) -> None:
-        """Print the lines that are complete."""
+        """Add text of the log, and print the lines that are complete."""
         self.seen += len(text)
         *whole, self._rest = (self._rest + text).split("\n")
         for line in whole:
             self._show(line)
 
     def end(self) -> None:
-        """Print the rest of a log that ended within a line."""
+        """Print the last line of the log if it has no line break."""
         if self._rest:
             self._show(self._rest)
         self._rest = ""
 
     def _show(self, line: str) -> None:
         if not line.startswith(RESULT):
-            if not line.startswith("Running entrypoint for job "):  # Ray's, with a command that nobody typed
+            if not line.startswith(
+                "Running entrypoint for job "
+            ):  # Ray's line with the job's shell command, which users did not type
                 console.log(line)
         elif self._keep:
             self.results.append(line.removeprefix(RESULT))
@@ -232,7 +243,7 @@ class LogPrinter:
 
 
 def exit_code(job: JobDetails) -> int:
-    """Return the exit code of the command that ran as a job; 130 if it was stopped, 1 if it never began or was lost."""
+    """Return the exit code of the command that ran as a job; 130 if it was stopped, 1 if it did not start or was lost."""
     if job.status is JobStatus.STOPPED:
         return 130
     if job.driver_exit_code is None:
@@ -241,7 +252,7 @@ def exit_code(job: JobDetails) -> int:
 
 
 def summary(job: JobDetails) -> dict[str, Any]:
-    """Return what is shown of a job. Its environment is left out, since it may hold credentials."""
+    """Return the properties of a job to show, without its environment variables, which may hold credentials."""
     ended = job.status.is_terminal()
     return {
         "id": job.submission_id,
@@ -250,7 +261,7 @@ def summary(job: JobDetails) -> dict[str, Any]:
         "started": _moment(job.start_time),
         "ended": _moment(job.end_time) if ended else None,
         "exit_code": exit_code(job) if ended else None,
-        # What follows the first line is the end of the log.
+        # Only the first line; the rest of the message is the end of the log.
         "message": (job.message or "")
         .partition("\n")[0]
         .removesuffix(", last available logs (truncated to 20,000 chars):"),

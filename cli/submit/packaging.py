@@ -1,4 +1,4 @@
-"""Prepare a verb for a cluster: check it and fit it to run there, collect code, files and environment variables."""
+"""Preparation of a command for a cluster: checks, adaptation of its arguments, and collection of code, files and variables."""
 
 from __future__ import annotations
 
@@ -27,68 +27,72 @@ _REFUSED = {
     "cluster": "works on this machine only",
     "store": "works on this machine only",
 }
-"""Verbs that are no jobs, and why."""
+"""Commands that cannot run as jobs, and the reason."""
 
 FILES = {"config", "space", "classes", "keys"}
-"""Parameters of verbs that name a small file of the user's, which travels with the job."""
+"""Parameters of commands that name a small local file, which is sent with the job."""
 PLACES = {"places", "inputs", "dataset", "out", "file", "store"}
-"""Parameters that name data, read or written where the job runs."""
+"""Parameters that name data to read or write on the machine where the job runs."""
 MODELS = {"model"}
 """Parameters that name a model: a path, a URI or a hub id."""
 PACKAGES = ("vilseg", "jobs", "serve", "tune", "cluster", "cli")
+"""Python packages that are sent with a job."""
 _LEFT_OUT = (
     *(".*", "__pycache__", "*.egg-info", "node_modules", "runs", "store"),
     *("*.pem", "*.key", "*secret*", "*credential*", "*token", "id_rsa*", "id_ed25519*", "identities.json"),
 )
-"""Patterns of files in a user's folder that are not sent: generated, large or secret."""
+"""Name patterns of files in a user's folder that are not sent, because they are generated, large or secret."""
 _MOST_BYTES = 100_000_000
+"""Maximum size of a user's folder that is sent, in bytes."""
 _OF_THIS_MACHINE = (
     *("AWS_PROFILE", "AWS_DEFAULT_PROFILE", "AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE", "AWS_CA_BUNDLE"),
     *("AWS_WEB_IDENTITY_TOKEN_FILE", "HF_HOME", "HF_HUB_CACHE", "HF_ASSETS_CACHE", "HF_TOKEN_PATH"),
 )
-"""Variables that name files here, of no use on another machine."""
+"""Environment variables that name local files, and are therefore useless on another machine."""
 
 
 @dataclass(frozen=True)
 class Verb:
-    """A call of the ``vilseg`` command whose arguments were found to be in order."""
+    """Call of a ``vilseg`` subcommand whose arguments were checked."""
 
     arguments: Sequence[str]
-    """The verb's name first."""
+    """Name of the subcommand, followed by its arguments."""
     parameters: dict[str, Any]
-    """Values by parameter, as the verb's own parser returns them."""
+    """Values by parameter name, as the subcommand's own parser returns them."""
     takes_address: bool
+    """The subcommand has the option ``--address``."""
     configured: dict[str, str]
-    """Keys of its configuration that name places, and these."""
+    """Paths and URIs in the subcommand's configuration, by configuration key."""
     files: dict[str, Path]
-    """Parameters that name files of this machine, and these."""
+    """Local files by the name of the parameter that names them."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A verb as a cluster is to run it."""
+    """Subcommand prepared to run as a job on a cluster."""
 
     verb: str
+    """Name of the subcommand."""
     command: str
     """Command line that the user would type without ``submit``."""
     entrypoint: str
-    """The shell command that the cluster runs."""
+    """Shell command that the cluster runs."""
     files: dict[str, Path]
-    """Name in the working folder of the job, and where it is here."""
+    """Local path of each file to send, by its path relative to the working folder of the job."""
     notes: list[str]
     """Sentences to show to the user."""
 
 
 def check(vilseg: Any, arguments: Sequence[str]) -> Verb:
-    """Read ``VERB …`` as the verb itself would, before anything is sent.
+    """Parse and check the arguments of a subcommand as the subcommand itself does, before anything is sent.
 
     Args:
-        vilseg: the command with all verbs, as click's group.
-        arguments: name of the verb and what follows.
+        vilseg: the ``vilseg`` command with all subcommands, a click group.
+        arguments: name of the subcommand, followed by its arguments.
 
     Raises:
-        UserError: a verb that is none or cannot be a job, a file that is missing, a wrong configuration.
-        typer.TyperException: arguments that the verb does not take.
+        UserError: the subcommand does not exist or cannot run as a job, a file is missing, or the configuration is wrong.
+        typer.TyperException: the subcommand does not accept the arguments.
     """
     name, *rest = arguments
     if name in _REFUSED:
@@ -112,14 +116,14 @@ def check(vilseg: Any, arguments: Sequence[str]) -> Verb:
 
 
 def fit(verb: Verb, *, here: bool) -> Job:
-    """Return the job that a cluster has to run.
+    """Adapt the arguments of a subcommand so that it can run on a cluster, and return it as a job.
 
     Args:
-        verb: as `check` found it.
-        here: whether the cluster's machines are this one, so that paths mean the same.
+        verb: subcommand returned by `check`.
+        here: True if the cluster consists of this machine only, so that paths are valid for the job too.
 
     Raises:
-        StorageError: a path that the cluster does not see.
+        StorageError: a path that only this machine can read.
     """
     name, *rest = verb.arguments
     files: dict[str, Path] = {}
@@ -140,7 +144,7 @@ def fit(verb: Verb, *, here: bool) -> Job:
     if verb.takes_address and verb.parameters["address"] is None:
         rest = ["--address", "auto", *rest]
     folder = ["--folder", os.getcwd()] if here else []
-    # The shell makes way for Python, which is then what a signal reaches.
+    # exec replaces the shell by Python, so that signals reach Python.
     python = ["exec", sys.executable if here else "python", "-m", "cli.job_entrypoint"]
     return Job(
         verb=name,
@@ -152,7 +156,7 @@ def fit(verb: Verb, *, here: bool) -> Job:
 
 
 def _file(name: str, value: str | None) -> Path | None:
-    """Return the local file that an option names; None for a URI, and for class names given instead of a file."""
+    """Return the local file that an option names; None if its value is None, a URI, or class names instead of a file."""
     if value is None or not storage.is_local(value):
         return None
     path = Path(storage.absolute(value))
@@ -171,7 +175,7 @@ def _replaced(argument: str, value: str, by: str) -> str:
 
 
 def _places(parameters: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield the places that arguments name: as the user wrote each, and the place itself."""
+    """Yield the paths and URIs in the arguments: each as the user wrote it (with its option), and the path or URI itself."""
     positional = [*parameters.get("places", ()), *parameters.get("inputs", ())]
     yield from ((place, place) for place in split_overrides(positional)[0])
     for name in sorted(parameters.keys() & ((PLACES | MODELS) - {"places", "inputs"})):
@@ -187,7 +191,11 @@ def _places(parameters: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _configured(verb: str, parameters: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield keys of a verb's configuration and the paths and URIs that they hold; raise as the verb would for a wrong key."""
+    """Yield the paths and URIs in a subcommand's configuration, each with its configuration key.
+
+    Raises:
+        UserError: the configuration is wrong, with the error of the subcommand itself.
+    """
     overrides = parameters.get("overrides") or []
     locations: list[Location] = []
     if verb in ("train", "tune"):
@@ -207,10 +215,10 @@ def _configured(verb: str, parameters: dict[str, Any]) -> Iterator[tuple[str, st
 
 
 def _is_path_there(written: str, place: str) -> bool:
-    """Return True if a place is a path that the cluster's machines may have; False for a URI.
+    """Return True if ``place`` is an absolute path, which the cluster's machines may have, and False if it is a URI.
 
     Raises:
-        StorageError: a path that means something on this machine alone.
+        StorageError: ``place`` is a relative path, which is valid only on this machine.
     """
     if not storage.is_local(place):
         return False
@@ -226,10 +234,13 @@ def _is_path_there(written: str, place: str) -> bool:
 
 
 def variables(*, here: bool) -> tuple[dict[str, str], list[str]]:
-    """Return the variables of this environment that the job gets, credentials included, and sentences about the others.
+    """Return the environment variables that are sent with the job, including credentials, and notes about those left out.
+
+    Args:
+        here: True if the cluster consists of this machine only; then all are sent.
 
     Raises:
-        UserError: the object store is one that only this machine reaches.
+        UserError: the object store listens on the loopback address, where the cluster cannot reach it.
     """
     if here:
         return forwarded_environment(), []
@@ -253,16 +264,16 @@ def _is_loopback(host: str) -> bool:
 
 
 def stage(folder: Path, files: dict[str, Path], *, code: bool, own: Path | None) -> None:
-    """Fill ``folder`` with what the job finds in its working folder.
+    """Copy the content of a job's working folder to ``folder``.
 
     Args:
-        folder: empty.
-        files: as of `Job`.
-        code: whether this vilseg goes along; otherwise the cluster's own is used.
-        own: folder of the user's modules and files.
+        folder: empty folder.
+        files: files to send, see `Job.files`.
+        code: include this installation of vilseg; otherwise the job uses the cluster's own.
+        own: folder with the user's modules and files; None for none.
 
     Raises:
-        StorageError: ``own`` is no folder, or too large to be sent.
+        StorageError: ``own`` is not a folder or is too large to be sent.
     """
     if own is not None:
         if not own.is_dir():
@@ -283,7 +294,7 @@ def stage(folder: Path, files: dict[str, Path], *, code: bool, own: Path | None)
 
 
 def _ignore(folder: str, names: list[str]) -> set[str]:
-    if "pyvenv.cfg" in names:  # a virtual environment, whatever it is called
+    if "pyvenv.cfg" in names:  # a virtual environment under any name
         return set(names)
     return {name for name in names if any(fnmatch.fnmatch(name.lower(), pattern) for pattern in _LEFT_OUT)}
 
