@@ -1,7 +1,7 @@
-"""Training batches: the pairs of a step (:mod:`vilseg.data.sampler`), read, decoded and collated.
+"""Reader of training batches, which reads, decodes and collates the pairs that :mod:`vilseg.data.sampler` selects for a step.
 
-A window of pairs is read whole, its pairs are shuffled, and they make the batches of some steps. A pair that cannot be used is
-replaced by another one of the window.
+All pairs of a window (the pairs of several successive steps) are read and shuffled, and then divided into batches. An unusable
+pair is replaced by another one of the window.
 """
 
 from __future__ import annotations
@@ -26,23 +26,25 @@ from vilseg.errors import DataError, FilteredError
 from vilseg.text.noun_phrases import NounPhrases
 
 _SAMPLE_SHARDS = 20
-"""Number of shards that a sample of pairs is taken from."""
+"""Minimum number of shards from which a sample of pairs is read, if there are as many."""
 MAX_PHRASES_PER_PAIR = 32
-"""Room for noun phrases in a batch; captions of one image hold fewer."""
+"""Number of columns for noun phrases in a batch, which is more than the captions of one image contain."""
 
 
 @dataclass(frozen=True)
 class WorkerBatch:
-    """Batch of one worker in one step, as numpy arrays, so that Ray passes it on without a copy."""
+    """Batch of B pairs for one worker in one step, as numpy arrays, which Ray transfers without a copy."""
 
     images: np.ndarray
-    """(B, canvas, canvas, 3) uint8; with a feature cache float16 (B, N, F), N patches, or (B, N + 1, F) with the whole image."""
+    """RGB images. Shape: (B, canvas, canvas, 3), uint8. With a feature cache, patch features of N patches: (B, N, F), float16, or
+    (B, N + 1, F) with the feature of the whole image."""
     tokens: np.ndarray
-    """(B, T) int32, padded to the longest caption that the model takes; with cached caption features (B, F) float16."""
+    """Token ids, padded to the maximum length T of the model. Shape: (B, T), int32. With cached caption features: (B, F),
+    float16."""
     phrases: np.ndarray
-    """(B, 32) int32 indices of noun phrases, -1 where there is none."""
+    """Indices of the noun phrases of each pair, filled up with -1. Shape: (B, 32), int32."""
     seeds: np.ndarray
-    """(B,) int64, one for each pair and epoch; all augmentation follows from it, on any worker."""
+    """Seeds that depend on pair and epoch and determine all augmentation, on any worker. Shape: (B,), int64."""
     keys: tuple[str, ...]
 
 
@@ -50,7 +52,7 @@ _ARRAYS = ("images", "tokens", "phrases", "seeds")
 
 
 def pack(batches: Sequence[WorkerBatch]) -> dict[str, np.ndarray]:
-    """Return one table row of a worker's batches of successive steps: every array with a leading axis of 1."""
+    """Convert a worker's batches of successive steps to one table row; its arrays are concatenated, with a leading axis of 1."""
     keys = [[key.replace("\n", " ") for key in batch.keys] for batch in batches]
     row = {name: np.concatenate([getattr(batch, name) for batch in batches])[None] for name in _ARRAYS}
     row["steps"] = np.array([len(batches)])
@@ -59,7 +61,7 @@ def pack(batches: Sequence[WorkerBatch]) -> dict[str, np.ndarray]:
 
 
 def unpack(row: dict[str, np.ndarray]) -> Iterator[WorkerBatch]:
-    """Yield the batches that :func:`pack` put into a row."""
+    """Yield the batches in a row made by :func:`pack`."""
     steps = int(row["steps"][0])
     keys = str(row["keys"][0]).split("\n")
     batch_size = len(keys) // steps
@@ -72,11 +74,21 @@ def unpack(row: dict[str, np.ndarray]) -> Iterator[WorkerBatch]:
 def decode_to_canvas(
     data: bytes, seed: int, *, canvas: int, max_pixels: int, filters: FiltersConfig | None = None
 ) -> np.ndarray:
-    """Decode an image to (canvas, canvas, 3) uint8, cropped along the longer side at a random place that ``seed`` decides.
+    """Decode an image to a square, cropping the longer side at a random position determined by ``seed``.
+
+    Args:
+        data: encoded image.
+        seed: seed of the crop position.
+        canvas: side of the square in pixels.
+        max_pixels: maximum width x height in the image's header.
+        filters: limits on the image size; None sets no limit.
+
+    Returns:
+        RGB image. Shape: (canvas, canvas, 3), uint8.
 
     Raises:
-        DataError: not an image, damaged, or too large.
-        FilteredError: the filters leave out the size in its header.
+        DataError: the data is not an image, is damaged, or has too many pixels.
+        FilteredError: the filters leave out images of this size.
     """
     if filters is not None and (filters.min_side > 1 or filters.max_aspect is not None):
         _check_shape(*image_size(data), filters)
@@ -93,10 +105,10 @@ def _check_shape(width: int, height: int, filters: FiltersConfig) -> None:
 
 
 def decode_features(data: bytes, seed: int, *, patches: int, features: int) -> np.ndarray:
-    """Return the features in the bytes of a feature cache, (patches, features) float16; the seed is not used.
+    """Convert bytes of a feature cache to an array of shape (patches, features), float16; the seed is not used.
 
     Raises:
-        DataError: another number of bytes.
+        DataError: the number of bytes is wrong.
     """
     if len(data) != 2 * patches * features:
         raise DataError(f"{len(data)} bytes of cached features where {patches} x {features} float16 were written")
@@ -104,31 +116,31 @@ def decode_features(data: bytes, seed: int, *, patches: int, features: int) -> n
 
 
 _Sample = tuple[np.ndarray, "str | np.ndarray", list[int], int, str]
-"""Image, caption or its cached features, noun phrases, seed, key."""
+"""Image array, caption or cached caption features, indices of noun phrases, seed, and key of a pair."""
 
 
 class _Loaded(NamedTuple):
     pair: Pair
     epoch: int
     shard: str
-    """Its URI."""
+    """URI of the shard."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchReader:
-    """Reads the pairs of read tasks as worker batches; made once and sent to every reading process.
+    """Reader that turns read tasks into worker batches; it is created once and sent to every reading process.
 
     Args:
-        batch_size: pairs a step over all workers.
-        workers: number of workers that divide a step among them.
-        seed: seed of shuffling, captions and augmentation.
-        decode: function from image bytes and seed to an array; raises DataError for a bad image.
-        tokenize: function from B captions to a (B, T) int array; T (tokens) is always the same.
+        batch_size: number of pairs in a step, over all workers.
+        workers: number of workers among which a step is divided.
+        seed: seed of shuffling, choice of captions and augmentation.
+        decode: function from image bytes and seed to an array, which raises DataError for a bad image.
+        tokenize: function from B captions to token ids of shape (B, T), with constant T.
         nouns: noun phrases to find in the captions.
         columns: names of the columns of Parquet shards.
-        selector: chooses the texts of a pair.
-        variants: variants of every image in a feature cache, of which an epoch reads one.
-        report: called with the number of pairs read and the bad and filtered ones; may raise to stop the run.
+        selector: selector of the texts of a pair.
+        variants: number of variants of every image in a feature cache, of which an epoch reads one.
+        report: function called with the number of pairs read and the list of bad and filtered ones; it may raise to stop the run.
 
     Example:
         >>> import tempfile
@@ -161,12 +173,12 @@ class BatchReader:
     report: Callable[[int, list[BadPair]], None] | None = None
 
     def read(self, task: ReadTask) -> Iterator[WorkerBatch]:
-        """Yield the batches of a task, step by step and in each step worker by worker.
+        """Yield the batches of a task, ordered by step and then by worker.
 
-        A pair that cannot be used is replaced by another one of its window, so that every batch is full.
+        An unusable pair is replaced by another one of its window, so that every batch is full.
 
         Raises:
-            DataError: no pair of a window can be used, or ``report`` raised it.
+            DataError: no pair of a window is usable, or ``report`` raised the error.
         """
         streams = _ShardStreams(self._begin)
         wanted = task.first_step + task.skip
@@ -185,7 +197,7 @@ class BatchReader:
     def _read_window(self, window: Window, skip: int, streams: _ShardStreams) -> Iterator[WorkerBatch]:
         with storage.retrying():
             pool, bad = self._load(window, streams)
-        self._report(len(pool), bad)  # all at once, or the bad ones of a window would be counted before its good ones
+        self._report(len(pool), bad)  # in one call, so that bad pairs are not counted before good ones
         reported = len(bad)
         order = np.random.default_rng((self.seed, window.first_step)).permutation(len(pool)).tolist()
         worker_size = self.batch_size // self.workers
@@ -202,7 +214,7 @@ class BatchReader:
             yield self._collate(good)
 
     def _load(self, window: Window, streams: _ShardStreams) -> tuple[list[_Loaded | None], list[BadPair]]:
-        """Return every pair of the window, None in the place of those that cannot be read, and these."""
+        """Return all pairs of the window, with None for each unreadable one, and the list of unreadable ones."""
         pool: list[_Loaded | None] = []
         bad: list[BadPair] = []
         for segment in window.segments:
@@ -225,9 +237,9 @@ class BatchReader:
     def _sample_at(
         self, pool: list[_Loaded | None], order: list[int], position: int, bad: list[BadPair]
     ) -> _Sample | None:
-        """Return the pair at ``position`` of the order, or the first usable one from half a window further on.
+        """Return the pair at ``position`` of the order if it is usable, otherwise the first usable one half a window later.
 
-        So substitutes depend on the position alone, are the same after a resumption, and are seldom of the same step.
+        A substitute therefore depends only on the position, is the same after a resumption, and is rarely in the same step.
         """
         middle = position + len(order) // 2
         for place in itertools.chain([position], range(middle, middle + len(order))):
@@ -266,14 +278,14 @@ class BatchReader:
 
 
 class _ShardStreams:
-    """Shards being read, each from the position where the last segment ended."""
+    """Open shards, each at the position where its last segment ended."""
 
     def __init__(self, begin: Callable[[Segment], Iterator[Pair | BadPair]]) -> None:
         self._begin = begin
         self._begun: dict[_Place, tuple[Iterator[Pair | BadPair], int]] = {}
 
     def take(self, segment: Segment) -> list[Pair | BadPair]:
-        """Return the pairs of a segment; those before it in the shard are skipped."""
+        """Return the pairs of a segment, skipping unread pairs before it in the shard."""
         pairs, position = self._begun.pop(_place(segment), (None, 0))
         if pairs is None or position > segment.start:
             pairs, position = self._begin(segment), 0
@@ -282,7 +294,7 @@ class _ShardStreams:
         return found
 
     def keep(self, places: Container[_Place]) -> None:
-        """Close all shards but those at ``places``."""
+        """Close all shards except those with a key (source, URI, epoch) in ``places``."""
         self._begun = {place: stream for place, stream in self._begun.items() if place in places}
 
 
@@ -306,16 +318,16 @@ def _no_usable_pair(window: Window, bad: Sequence[BadPair]) -> str:
 def index_shards(
     source: str, count: Callable[[list[str]], list[int]] | None = None, *, without: str | None = None, name: str = ""
 ) -> tuple[Shard, ...]:
-    """Return the shards at ``source`` with the number of pairs in each, from ``index.json`` where there is one, else counted.
+    """Return the shards at ``source`` with the number of pairs in each, taken from ``index.json`` if listed there, else counted.
 
     Args:
-        source: folder or file.
-        count: function that counts the pairs of many shards, for example in parallel; one after the other where None.
-        without: URI of shards to leave out.
+        source: URI of a folder or a shard.
+        count: function that counts the pairs of many shards, for example in parallel; None counts them sequentially.
+        without: URI of shards to leave out; None leaves out none.
         name: name of the source in a mix.
 
     Raises:
-        DataError: no shards there.
+        DataError: there are no shards at ``source``.
         StorageError: the URI cannot be read.
     """
     entries = list_shards(source, without=without)
@@ -328,13 +340,19 @@ def index_shards(
 def sample_pairs(
     shards: Sequence[Shard], columns: ColumnsConfig, limit: int, selector: TextSelector | None = None
 ) -> tuple[list[Pair], list[BadPair]]:
-    """Return up to ``limit`` readable pairs of the set, without their images, and the bad ones found among them.
+    """Return a sample of the pairs in ``shards``, and the bad pairs found while reading it.
 
-    Few shards are read, but from all over the set, which may be sorted by topic.
+    Only some of the shards are read, evenly spaced in the list, because it may be sorted by topic.
+
+    Args:
+        shards: all shards.
+        columns: names of the columns of Parquet shards.
+        limit: maximum number of pairs in the sample, which have no image bytes.
+        selector: selector of the texts of a pair; None takes the default one.
     """
     shards = [shard for shard in shards if shard.pairs]
     pairs = sum(shard.pairs for shard in shards)
-    # More where so many hold too few pairs.
+    # More shards if this number contains too few pairs.
     count = min(len(shards), max(_SAMPLE_SHARDS, math.ceil(limit * len(shards) / max(1, pairs))))
     some = [shards[len(shards) * place // count] for place in range(count)]
     sizes = [shard.pairs for shard in some]
@@ -346,7 +364,7 @@ def sample_pairs(
             if isinstance(pair, BadPair):
                 bad.append(pair)
             else:
-                good.append(replace(pair, image=b""))  # thousands of photos would be gigabytes
+                good.append(replace(pair, image=b""))  # drop the image, because thousands of photos are gigabytes
             if len(good) == wanted:
                 break
     return good, bad

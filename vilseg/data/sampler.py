@@ -1,13 +1,13 @@
-"""The sampler: the order of all pairs over all epochs, and so the pairs of every step.
+"""Sampler, which determines the order of all pairs over all epochs and so the pairs of every step.
 
-The order is a pure function of the shards, the batch size, the seed and the weights of the sources. Epochs of a source follow
-each other without a gap, each with its own order of shards, and every pair occurs once an epoch. The order is cut into
-:class:`ReadTask` s, which are read in parallel, and these into :class:`Window` s, whose pairs are shuffled together. So a step
-holds the same pairs for any number of workers, and a run resumes at any step.
+The order is a pure function of the shards, the batch size, the seed and the weights of the sources. The epochs of a source follow
+each other without a gap. Each epoch has its own order of shards, and every pair occurs once in it. The order is divided into
+:class:`ReadTask` s, which are read in parallel, and each task into :class:`Window` s, whose pairs are shuffled together. A step
+therefore contains the same pairs for any number of workers, and a run can resume at any step.
 
-Shards that are written topic by topic need more than the shuffling of one shard. ``shuffle_shards`` of them are then read
-side by side, a part of each for every window: a window has pairs of all of them and is still no larger than one shard, and no
-shard is read twice.
+If the shards are sorted by topic, shuffling within one shard is not enough. With ``shuffle_shards`` > 1, that many shards are
+read in parallel, and every window takes a segment of each. A window then mixes pairs of all of them and is still no larger than
+one shard, and no shard is read twice.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from vilseg.errors import DataError
 
 @dataclass(frozen=True)
 class Segment:
-    """Pairs ``start`` up to, not including, ``stop`` of a shard, in stored order, in one epoch of its source."""
+    """Pairs ``start`` to ``stop - 1`` of a shard, in stored order, in one epoch of its source."""
 
     uri: str
     epoch: int
@@ -42,7 +42,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Window:
-    """The pairs of ``steps`` steps from ``first_step`` on, to be shuffled together."""
+    """Pairs of ``steps`` successive steps from ``first_step`` on, which are shuffled together."""
 
     first_step: int
     steps: int
@@ -51,9 +51,10 @@ class Window:
 
 @dataclass(frozen=True)
 class ReadTask:
-    """The pairs of ``steps`` steps from ``first_step`` on, of which the first ``skip`` steps are done already.
+    """Pairs of ``steps`` successive steps from ``first_step`` on, of which the first ``skip`` steps need no batches.
 
-    A shard's segments in successive windows follow on each other, so that it is read once.
+    A resumed run has already done those steps. The segments of a shard in successive windows are contiguous, so that the shard is
+    read once.
     """
 
     first_step: int
@@ -63,27 +64,27 @@ class ReadTask:
 
     @property
     def segments(self) -> tuple[Segment, ...]:
-        """The segments of all windows."""
+        """Segments of all windows."""
         return tuple(segment for window in self.windows for segment in window.segments)
 
 
 @dataclass(frozen=True)
 class PairSampler:
-    """Sampler of pairs: their order over all epochs, as read tasks.
+    """Sampler of pairs, which divides their order over all epochs into read tasks.
 
-    With several sources a task is about as large as ``shuffle_shards`` shards of each, and ends where the source of the
-    largest weight has given whole shards.
+    With several sources, a task is about as large as ``shuffle_shards`` shards of each source, and ends at the end of a shard of
+    the source with the largest weight (rounded up to a whole step).
 
     Args:
-        shards: every shard with its number of pairs and the name of its source.
-        batch_size: pairs a step over all workers.
+        shards: all shards, each with its number of pairs and the name of its source.
+        batch_size: number of pairs in a step, over all workers.
         seed: seed of the order of shards.
-        shuffle_shards: shards that are mixed with each other; memory is that of one, whatever their number.
-        weights: relative number of pairs drawn from each source, by name. After any number of steps the
-            number of pairs drawn is exact but for a pair or so (at most half the number of sources).
+        shuffle_shards: number of shards whose pairs are shuffled together; the memory is that of one shard for any number.
+        weights: relative number of pairs drawn from each source, by name. After any number of steps, the number of pairs drawn
+            from a source is exact up to half the number of sources.
 
     Raises:
-        DataError: a source without a pair.
+        DataError: a source has no pairs.
 
     Example:
         >>> sampler = PairSampler((Shard("0.tar", 6), Shard("1.tar", 6)), batch_size=4, seed=0)
@@ -104,11 +105,11 @@ class PairSampler:
 
     @property
     def pairs(self) -> int:
-        """Number of pairs an epoch, of all sources together."""
+        """Number of pairs of all sources together."""
         return sum(shard.pairs for shard in self.shards)
 
     def epochs(self, samples: int) -> dict[str, float]:
-        """Return the number of epochs that ``samples`` pairs make of each source, by name."""
+        """Return the number of epochs of each source, by name, in the first ``samples`` pairs of the order."""
         drawn = apportion(_integers(self.weights.values()), samples)
         return {
             source: count / sum(shard.pairs for shard in self._shards_of(source))
@@ -116,7 +117,7 @@ class PairSampler:
         }
 
     def read_tasks(self, first_step: int, last_step: int) -> Iterator[ReadTask]:
-        """Yield the tasks that cover steps ``first_step`` up to, not including, ``last_step``."""
+        """Yield the tasks that cover the steps ``first_step`` to ``last_step - 1``."""
         weights = _integers(self.weights.values())
         queues = [_Queue(self._groups(number, source)) for number, source in enumerate(self.weights)]
         leader = weights.index(max(weights))
@@ -127,8 +128,8 @@ class PairSampler:
 
         step = 0
         while step < last_step:
-            # Whole batches: the one that the leader's last shard begins is finished with the head of the next, which is
-            # cheap to read; its tail would cost the whole file.
+            # A task has whole batches. Its last one takes its missing pairs from the start of the leading source's next shard,
+            # which is cheap to read, whereas the end of a shard would need reading the whole file.
             groups = queues[leader].ahead(repeat)
             wanted = drawn(step)[leader] + sum(group.left for group in groups)
             steps = max(1, (wanted - drawn(step)[leader]) * sum(weights) // (weights[leader] * self.batch_size))
@@ -150,7 +151,7 @@ class PairSampler:
         return [shard for shard in self.shards if shard.source == source]
 
     def _groups(self, number: int, source: str) -> Iterator[_Group]:
-        """Yield the shards of a source, epoch after epoch, in groups of up to ``shuffle_shards`` of one epoch."""
+        """Yield the shards of a source, epoch after epoch, in groups of at most ``shuffle_shards`` shards of the same epoch."""
         shards = self._shards_of(source)
         for epoch in itertools.count():
             random = np.random.default_rng((self.seed, epoch, number) if number else (self.seed, epoch))
@@ -160,25 +161,25 @@ class PairSampler:
                 if shards[index].pairs
             ]
             groups = math.ceil(len(visits) / self.shuffle_shards)
-            for group in range(groups):  # of sizes that differ by one at most
+            for group in range(groups):  # group sizes differ by at most one
                 yield _Group(visits[len(visits) * group // groups : len(visits) * (group + 1) // groups])
 
     def _groups_a_task(self, weights: Sequence[int], leader: int) -> int:
-        """Return the number of groups of the leading source in a task that is as large as one group of every source."""
+        """Return the number of groups of the leading source in a task whose size is that of one group of every source."""
         held = [[shard.pairs for shard in self._shards_of(source) if shard.pairs] for source in self.weights]
         means = [Fraction(sum(pairs), len(pairs)) for pairs in held]
         return math.ceil(Fraction(weights[leader], sum(weights)) * sum(means) / means[leader])
 
 
 def apportion(weights: Sequence[int], count: int) -> list[int]:
-    """Return how many of the first ``count`` items of an endless row are of each kind, all kinds spread evenly by weight.
+    """Return the number of items of each kind among the first ``count`` of a sequence that interleaves kinds evenly by weight.
 
-    Item j of kind k stands at (j + 1/2) / w_k, and the row is sorted by that; of two at one place the first kind comes first.
-    So no number ever falls as ``count`` grows, the numbers are exact where ``count`` is the sum of the weights, and
-    elsewhere they are off by at most half the number of kinds.
+    Item j of kind k has position (j + 1/2) / w_k, and the sequence is sorted by position; of equal positions, the kind with the
+    lower index comes first. Therefore no number decreases when ``count`` increases. The numbers are exactly proportional to the
+    weights if ``count`` is a multiple of their sum, and otherwise differ from that by at most half the number of kinds.
 
     Args:
-        weights: whole numbers, at least 1.
+        weights: weights of the kinds, integers of at least 1.
         count: number of items.
 
     Example:
@@ -186,7 +187,7 @@ def apportion(weights: Sequence[int], count: int) -> list[int]:
         [6, 2]
     """
     total, kinds = sum(weights), len(weights)
-    # All that stand up to the place (count - kinds / 2) / total are at most ``count`` items, and few are missing.
+    # The items up to position (count - kinds / 2) / total are at most ``count``, and only a few are missing.
     row = [max(0, ((2 * count - kinds) * weight + total) // (2 * total)) for weight in weights]
     while sum(row) < count:
         row[min(range(kinds), key=lambda kind: Fraction(2 * row[kind] + 1, weights[kind]))] += 1
@@ -194,7 +195,7 @@ def apportion(weights: Sequence[int], count: int) -> list[int]:
 
 
 class _Group:
-    """Shards of one epoch that are read side by side."""
+    """Shards of one epoch that are read in parallel, a segment of each for every window."""
 
     def __init__(self, segments: Sequence[Segment]) -> None:
         self.segments = segments
@@ -202,7 +203,7 @@ class _Group:
         self._sizes = [len(segment) for segment in segments]
 
     def take(self, count: int) -> Iterator[Segment]:
-        """Yield the segments of the next ``count`` pairs, a part of every shard."""
+        """Yield the segments of the next ``count`` pairs, taken from all shards of the group in proportion to their sizes."""
         taken = sum(self._sizes) - self.left
         self.left -= count
         starts, stops = apportion(self._sizes, taken), apportion(self._sizes, taken + count)
@@ -212,20 +213,20 @@ class _Group:
 
 
 class _Queue:
-    """Pairs of a source that were not taken yet."""
+    """Queue of the pairs of a source that have not been taken yet."""
 
     def __init__(self, groups: Iterator[_Group]) -> None:
         self._groups = groups
         self._ahead: deque[_Group] = deque()
 
     def ahead(self, count: int) -> list[_Group]:
-        """Return the next ``count`` groups; a part of the first may be taken already."""
+        """Return the next ``count`` groups; some pairs of the first may already have been taken."""
         while len(self._ahead) < count:
             self._ahead.append(next(self._groups))
         return list(itertools.islice(self._ahead, count))
 
     def take(self, count: int) -> Iterator[Segment]:
-        """Yield the segments of the next ``count`` pairs."""
+        """Take the next ``count`` pairs from the queue and yield their segments."""
         while count:
             (group,) = self.ahead(1)
             part = min(count, group.left)
@@ -236,7 +237,7 @@ class _Queue:
 
 
 def _integers(weights: Iterable[float]) -> list[int]:
-    """Return whole numbers in the same proportion."""
+    """Return integers in the same proportion as ``weights``."""
     fractions = [Fraction(str(weight)) for weight in weights]
     common = math.lcm(*(fraction.denominator for fraction in fractions))
     return [int(fraction * common) for fraction in fractions]

@@ -1,8 +1,8 @@
-"""Pair shards on storage: WebDataset tars and Parquet, read as users already have them, and written by ``ingest``.
+"""Pair shards, which are WebDataset tars or Parquet files, from other tools or written by ``vilseg ingest``.
 
-A tar holds ``KEY.jpg|jpeg|png|webp`` with ``KEY.txt`` and/or ``KEY.json`` beside it (img2dataset writes such tars); a
-Parquet file has one pair a row. A pair that cannot be read is a :class:`BadPair` in its place, so that the positions of the
-others in the shard do not change.
+For each pair, a tar contains ``KEY.jpg|jpeg|png|webp`` and ``KEY.txt`` or ``KEY.json`` or both (img2dataset writes such tars). A
+Parquet file has one pair per row. Readers return a :class:`BadPair` for an unreadable pair, so that the positions of the other
+pairs in the shard do not change.
 """
 
 from __future__ import annotations
@@ -27,59 +27,60 @@ TAR, PARQUET = ".tar", ".parquet"
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 INDEX = "index.json"
 MANIFEST = "manifest.json"
-"""Beside the shards of a feature cache: what they hold."""
+"""Name of the file with the description of a feature cache, in the folder of its shards."""
 CAPTION_FEATURES = "caption_features"
-"""Column of a feature cache's shards."""
+"""Column of the caption features in the shards of a feature cache."""
 _BUFFER = 4 << 20
 _TEXT_FIELDS = ("captions", "caption", "alt", "tags")
-"""Keys of a pair's JSON that hold texts."""
+"""Keys of the texts in a pair's JSON."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """An encoded image with its captions."""
+    """Encoded image with its captions."""
 
     key: str
     image: bytes
     captions: tuple[str, ...]
-    """Its usable texts, cleaned; alt-text and hashtags among them where the text selector takes them."""
+    """Usable texts of the pair, cleaned; they include alt-text and hashtags if the text selector selects them."""
     caption_features: bytes | None = None
-    """From a feature cache: one row of float16 for each caption, as the text encoder gave it."""
+    """Features of each caption from the text encoder, as the bytes of a float16 array with a row per caption; None if the pair is
+    not from a feature cache, or the cache has no caption features."""
     probabilities: tuple[float, ...] = ()
-    """Probability of each caption to be the text of an epoch; all equal where empty."""
+    """Probability with which each caption is drawn in an epoch; if empty, all are equally likely."""
 
 
 @dataclass(frozen=True, slots=True)
 class BadPair:
-    """A pair that could not be read, with the reason."""
+    """Pair that could not be read or was filtered out, with the reason."""
 
     key: str
     reason: str
     filtered: bool = False
-    """Left out by the filters; nothing is wrong with it."""
+    """True if the pair is valid and was left out by the filters."""
     shard: str = ""
-    """URI of its file, which tells pairs of equal keys apart; empty where it is not known."""
+    """URI of the shard, which distinguishes pairs with equal keys; empty if it is not known."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A file of pairs, with their number, readable or not."""
+    """File of pairs, with the number of pairs in it, including unreadable ones."""
 
     uri: str
     pairs: int
     source: str = ""
-    """Name of its source in a mix."""
+    """Name of the shard's source in a mix."""
 
 
 def list_shards(source: str, *, without: str | None = None) -> list[storage.FileEntry]:
-    """List the tar and Parquet files at ``source``, a folder or one file, without the tables that img2dataset leaves beside tars.
+    """List the tar and Parquet files at ``source``, without the Parquet metadata that img2dataset writes for each tar.
 
     Args:
-        source: URI.
-        without: URI of shards to leave out, which may lie within ``source``.
+        source: URI of a folder or a shard.
+        without: URI of shards to leave out, which may be within ``source``; None leaves out none.
 
     Raises:
-        DataError: there is none.
+        DataError: there are no shards, or all are left out.
         StorageError: the URI cannot be read.
     """
     entries = storage.list_files(source, suffixes={TAR, PARQUET})
@@ -101,12 +102,12 @@ def list_shards(source: str, *, without: str | None = None) -> list[storage.File
 def read_shard(
     uri: str, columns: ColumnsConfig | None = None, selector: TextSelector | None = None
 ) -> Iterator[Pair | BadPair]:
-    """Yield every pair of a shard in stored order; a file that breaks off ends in a :class:`BadPair`.
+    """Yield the pairs of a shard in stored order; if the file is truncated, yield a :class:`BadPair` last.
 
     Args:
-        uri: of the shard.
-        columns: names of the columns of Parquet shards.
-        selector: chooses the texts; captions, or alt-text and hashtags where there is none, if None.
+        uri: URI of the shard.
+        columns: names of the columns of Parquet shards; None takes the default names.
+        selector: selector of texts; None selects captions, or alt-text or tags if there are no captions.
 
     Raises:
         StoreUnavailable: the object store does not answer.
@@ -126,10 +127,10 @@ def read_shard(
 
 
 def count_pairs(uri: str) -> int:
-    """Return the number of pairs in a shard, readable or not: as many as :func:`read_shard` yields.
+    """Return the number of pairs and bad pairs that :func:`read_shard` yields for a shard.
 
     Raises:
-        StorageError: the file cannot be read; ``StoreUnavailable`` where the object store does not answer.
+        StorageError: the file cannot be read (``StoreUnavailable`` if the object store does not answer).
     """
     if not uri.endswith(PARQUET):
         return sum(1 for _ in tar_groups(uri))
@@ -137,15 +138,20 @@ def count_pairs(uri: str) -> int:
         try:
             return pq.read_metadata(file).num_rows
         except pa.ArrowInvalid:
-            return 1  # the BadPair that stands for a file that is no Parquet
+            return 1  # the BadPair that is yielded if the file is not valid Parquet
         except OSError as error:
             if error.errno is not None:
-                raise  # the disk failed; pyarrow's own errors about the content have no number
+                raise  # the disk failed, because pyarrow's errors about the content have no errno
             return 1
 
 
 def write_tar(uri: str, pairs: Iterable[tuple[str, bytes, str, dict[str, Any]]]) -> int:
-    """Write (key, image bytes, suffix, metadata) as a WebDataset tar and return how many; equal pairs give equal bytes."""
+    """Write pairs to a WebDataset tar and return their number; equal pairs give equal bytes.
+
+    Args:
+        uri: URI of the tar.
+        pairs: key, image bytes, suffix of the image (such as "jpg") and metadata of each pair.
+    """
     count = 0
     with storage.open_atomic(uri) as target, tarfile.open(fileobj=target, mode="w") as tar:
         for key, image, suffix, metadata in pairs:
@@ -161,12 +167,17 @@ def write_tar(uri: str, pairs: Iterable[tuple[str, bytes, str, dict[str, Any]]])
 
 
 def write_index(folder: str, shards: Iterable[tuple[str, int]]) -> None:
-    """Write ``index.json``, the number of pairs by file name, so that they need not be counted again."""
+    """Write the file ``index.json`` with the number of pairs in each shard, so that they need not be counted again.
+
+    Args:
+        folder: URI of the folder of the shards.
+        shards: file name and number of pairs of each shard.
+    """
     storage.write_text(storage.join(folder, INDEX), json.dumps({"shards": dict(shards)}, indent=1))
 
 
 def read_index(folder: str) -> dict[str, int]:
-    """Return the number of pairs by file name as :func:`write_index` wrote it; empty where there is no index.
+    """Return the number of pairs by file name from :func:`write_index`; empty if there is no index.
 
     Raises:
         DataError: the index is damaged.
@@ -211,7 +222,10 @@ def _pair(key: str, image: bytes, texts: dict[str, list[str]], selector: TextSel
 
 
 def tar_groups(uri: str) -> Iterator[tuple[str, dict[str, bytes] | str]]:
-    """Yield (key, members by lower-case suffix) for each run of members with one key; (name, reason) last if it breaks off."""
+    """Yield (key, content of its members by lower-case suffix) for each key of a tar.
+
+    The members of a key must follow each other. If the tar is truncated, the last item is (name, reason).
+    """
     key, members = "", dict[str, bytes]()
     try:
         with storage.reading(uri) as file, tarfile.open(fileobj=io.BufferedReader(file, _BUFFER), mode="r|") as tar:
@@ -229,7 +243,7 @@ def tar_groups(uri: str) -> Iterator[tuple[str, dict[str, bytes] | str]]:
                 assert data is not None
                 members[suffix.lower()] = data.read()
     except (tarfile.TarError, EOFError) as error:
-        # The pair at the break is the one that is lost; those before it are whole.
+        # Only the pair at the truncation is lost; those before it are complete.
         yield (f"{storage.name(uri)}:{key}" if key else storage.name(uri)), f"the tar file breaks off: {error}"
         return
     if members:
@@ -252,7 +266,10 @@ def _texts_of(members: dict[str, bytes]) -> dict[str, list[str]]:
 
 
 def texts_from_metadata(metadata: dict[str, Any]) -> dict[str, list[str]]:
-    """Return the texts among a pair's fields by kind (``caption`` with ``captions``, ``alt``, ``tags``), without empty kinds."""
+    """Return the texts in a pair's metadata by kind (``caption``, ``alt``, ``tags``), without empty kinds.
+
+    The fields ``caption`` and ``captions`` are combined.
+    """
     found: dict[str, list[str]] = {}
     for name in _TEXT_FIELDS:
         value = metadata.get(name)
@@ -281,7 +298,7 @@ def _read_parquet(uri: str, columns: ColumnsConfig, selector: TextSelector) -> I
                     yield _pair_of_row(uri, row, values, columns, selector)
                     row += 1
     except StoreUnavailable:
-        raise  # the pairs are not damaged
+        raise  # not a damaged file
     except (pa.ArrowInvalid, StorageError) as error:
         yield BadPair(storage.name(uri), f"the Parquet file cannot be read: {error}")
 
@@ -308,7 +325,7 @@ def _pair_of_row(
             return BadPair(key, str(error))
     if not image:
         return BadPair(key, "no image")
-    if values.get(CAPTION_FEATURES):  # of a cache: its captions are clean, and each has its features
+    if values.get(CAPTION_FEATURES):  # from a feature cache, whose captions are already cleaned and have features
         return Pair(key, image, tuple(texts["caption"]), values[CAPTION_FEATURES])
     return _pair(key, image, texts, selector)
 

@@ -1,6 +1,6 @@
-"""Augmented views of images on the training device, and the geometry that aligns the patches of one view with those of another.
+"""Augmented views of images, made on the training device, and the geometry that aligns the patches of two views.
 
-Every random number follows from the seed of the pair, so a pair gets the same views on every worker.
+All random numbers depend only on the seed of the pair, so that a pair has the same views on every worker.
 """
 
 from __future__ import annotations
@@ -15,34 +15,37 @@ from torch import Tensor
 from vilseg.config import ViewsConfig
 
 _ASPECT = (3 / 4, 4 / 3)
-"""Ratios of sides of random crops, as in Inception-style training (Szegedy et al. 2015)."""
+"""Range of the ratio of width to height of random crops, as in Inception-style training (Szegedy et al. 2015)."""
 _TAU = 6.283185307179586
 
 
 @dataclass(frozen=True)
 class Views:
-    """Augmented views of B images: G global and L local crops.
+    """Augmented views of B images, which are G global and L local crops of each.
 
-    A geometry is the affine map from a view's coordinates to those of its image, both in -1..1 from edge to edge (the
+    A geometry is the affine map from the coordinates of a view to those of its image, both in -1..1 from edge to edge (the
     convention of ``torch.nn.functional.affine_grid`` with ``align_corners=False``).
     """
 
     global_GB3HW: Tensor
+    """Global views. Shape: (G, B, 3, H, W), float32 in 0..1."""
     geometry_GB23: Tensor
+    """Geometries of the global views. Shape: (G, B, 2, 3)."""
     local_LB3HW: Tensor
+    """Local views. Shape: (L, B, 3, H, W), float32 in 0..1, with another H and W than the global views."""
 
 
 def make_views(
     images_BHW3: Tensor, seeds_B: Tensor, config: ViewsConfig, *, global_crops: int, local_crops: int
 ) -> Views:
-    """Make random resized crops, flips and colour changes.
+    """Create views by random resized crops, flips and colour changes.
 
     Args:
-        images_BHW3: RGB, uint8. Shape: (B, H, W, 3).
-        seeds_B: int64, on the same device. Shape: (B,).
-        config: sizes and strengths.
-        global_crops: G, at least 1.
-        local_crops: L, perhaps fewer than configured: only as many as a loss uses.
+        images_BHW3: RGB images, uint8. Shape: (B, H, W, 3).
+        seeds_B: seeds of the pairs, int64, on the same device. Shape: (B,).
+        config: sizes of the views and strengths of the augmentations.
+        global_crops: number G of global crops, at least 1.
+        local_crops: number L of local crops, which replaces ``config.local_crops`` because not every loss uses them.
 
     Returns:
         Global views (G, B, 3, global_size, global_size) and local views (L, B, 3, local_size, local_size), float32 in 0..1.
@@ -75,7 +78,16 @@ def make_views(
 
 
 def random_geometry(random_B5: Tensor, scale: tuple[float, float], flip: float) -> Tensor:
-    """Draw crops of random area (fraction in ``scale``), aspect and place, some flipped. Shape: (B, 5) in 0..1 -> (B, 2, 3)."""
+    """Compute geometries of random crops.
+
+    Args:
+        random_B5: random numbers in 0..1, for area, aspect ratio, x, y and flip. Shape: (B, 5).
+        scale: range of the crop area, as a fraction of the image area.
+        flip: probability of a horizontal flip.
+
+    Returns:
+        Affine maps as in :class:`Views`. Shape: (B, 2, 3).
+    """
     area = scale[0] + (scale[1] - scale[0]) * random_B5[:, 0]
     low, high = (torch.log(torch.tensor(a)) for a in _ASPECT)
     aspect = torch.exp(low + (high - low) * random_B5[:, 1])
@@ -89,17 +101,17 @@ def random_geometry(random_B5: Tensor, scale: tuple[float, float], flip: float) 
 
 
 def align(map_BKhw: Tensor, from_B23: Tensor, to_B23: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Bring a map over the patches of one view onto the patch grid of another view of the same image.
+    """Resample a map over the patches of one view to the patch grid of another view of the same image.
 
     Args:
-        map_BKhw: values on the patches of the first view. Shape: (B, K, h, w).
+        map_BKhw: values at the patches of the first view. Shape: (B, K, h, w).
         from_B23: geometry of the first view. Shape: (B, 2, 3).
-        to_B23: geometry of the view to bring it to. Shape: (B, 2, 3).
-        grid: (h', w') of the second view.
+        to_B23: geometry of the second view. Shape: (B, 2, 3).
+        grid: size (h', w') of the patch grid of the second view.
 
     Returns:
-        The map at the second view's patch centres, bilinearly (B, K, h', w'), and True for the patches that the first view
-        covers (B, h', w').
+        Values at the patch centres of the second view, interpolated bilinearly. Shape: (B, K, h', w').
+        Mask that is True for patches of the second view whose centre is inside the first view. Shape: (B, h', w').
     """
     to_first_B23 = compose(invert(from_B23), to_B23)
     where = F.affine_grid(to_first_B23, [len(map_BKhw), 1, *grid], align_corners=False)
@@ -110,31 +122,37 @@ def align(map_BKhw: Tensor, from_B23: Tensor, to_B23: Tensor, grid: tuple[int, i
 
 
 def invert(geometry_B23: Tensor) -> Tensor:
-    """Invert affine maps. Shape: (B, 2, 3) -> (B, 2, 3)."""
+    """Return the inverse affine maps. Shape: (B, 2, 3) -> (B, 2, 3)."""
     inverse_B22 = torch.linalg.inv(geometry_B23[:, :, :2])
     return torch.cat([inverse_B22, -inverse_B22 @ geometry_B23[:, :, 2:]], 2)
 
 
 def compose(outer_B23: Tensor, inner_B23: Tensor) -> Tensor:
-    """Return the map that applies ``inner`` first, then ``outer``. Shape: (B, 2, 3) -> (B, 2, 3)."""
+    """Return the affine maps that apply ``inner`` first and then ``outer``. Shape: (B, 2, 3), (B, 2, 3) -> (B, 2, 3)."""
     linear = outer_B23[:, :, :2] @ inner_B23[:, :, :2]
     return torch.cat([linear, outer_B23[:, :, :2] @ inner_B23[:, :, 2:] + outer_B23[:, :, 2:]], 2)
 
 
 def uniform(seeds_B: Tensor, draw: int, count: int) -> Tensor:
-    """Return random numbers in 0..1 that depend on each seed and on ``draw`` alone (SplitMix64, Steele et al. 2014).
+    """Return uniform random numbers in 0..1 for each seed (SplitMix64, Steele et al. 2014).
 
-    Shape: int64 (B,) -> float32 (B, count).
+    Args:
+        seeds_B: seeds, int64. Shape: (B,).
+        draw: number of the draw; the numbers depend only on the seed and on this.
+        count: number of random numbers for each seed.
+
+    Returns:
+        Random numbers, float32. Shape: (B, count).
     """
     index = torch.arange(1, count + 1, device=seeds_B.device, dtype=torch.int64) + draw * 65_537
-    z = seeds_B.unsqueeze(1) + index * -7046029254386353131  # 0x9E3779B97F4A7C15, wrapping
+    z = seeds_B.unsqueeze(1) + index * -7046029254386353131  # 0x9E3779B97F4A7C15 as int64; overflow wraps
     z = (z ^ _shift(z, 30)) * -4658895280553007687  # 0xBF58476D1CE4E5B9
     z = (z ^ _shift(z, 27)) * -7723592293110705685  # 0x94D049BB133111EB
     return (_shift(z ^ _shift(z, 31), 40)).to(torch.float32) * 2.0**-24
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
-    """Shift signed integers to the right, filling with zeros (logical shift)."""
+    """Shift the bits of signed integers to the right, filling with zeros (logical shift)."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 

@@ -1,1 +1,1 @@
-"""Synthetic captioned scenes: training and evaluation data for the demo and the tests, without a download."""
+"""Synthetic scenes with captions and masks, which are the data of the demo and the tests and need no download."""

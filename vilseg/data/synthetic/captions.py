@@ -1,23 +1,25 @@
-"""Captions of synthetic scenes, as a person might write them: true, but never complete.
+"""Captions of synthetic scenes, which resemble captions by people: correct, but not complete.
 
-A caption names about three quarters of the objects and of the stuff, by varied names, in varied sentences, with words
-that have nothing to do with the image. Every statement in it is true.
+A caption names about three quarters of the object classes and of the stuff classes (background materials such as sky and grass),
+with varied names and sentences, and contains words unrelated to the image. All that it states about the image is true.
 """
 
 import random
 from collections.abc import Sequence
 
 OBJECT_PROBABILITY = 0.73
-"""Chance that an object class is named (captions that would be empty name one more, which adds a little)."""
+"""Probability that a caption names an object class. The actual one is slightly higher, because a caption that would be empty
+names one class."""
 
 STUFF_PROBABILITY = 0.68
-"""Chance that a stuff class is named."""
+"""Probability that a caption names a stuff class."""
 
 _NAME_WEIGHTS = (0.64, 0.26, 0.10)
 
 _SIZES = ("small", "big", "little", "large", "lovely", "nice", "pretty", "single", "lonely")
 
-# A template with "a" takes a single countable noun, one with "the" any noun, one without either "grass" or "clouds".
+# Phrases by class. A template with "a" is for singular countable nouns, one with "the" for any noun, and one without an article
+# for mass nouns and plurals ("grass", "clouds").
 _PLACES: dict[str, tuple[str, ...]] = {
     "sky": ("under the {}", "under a cloudy {}", "under a wide {}", "beneath the {}", "with the {} above", "below {}"),
     "grass": ("on the {}", "on green {}", "in the {}", "on a green {}", "on fresh {}"),
@@ -57,7 +59,7 @@ def plural(noun: str) -> str:
 
 
 def pick_name(names: Sequence[str], rng: random.Random) -> str:
-    """Return one of the names of a class, the first most often."""
+    """Draw one of the names of a class; the first is most likely."""
     return rng.choices(names, weights=_NAME_WEIGHTS[: len(names)])[0]
 
 
@@ -67,10 +69,10 @@ def object_phrase(
     """Return a noun phrase for all objects of one class in the image.
 
     Args:
-        names: The names of the class.
-        colours: The colour of each object, or None where it has no single one; its length is the number of objects.
-        rng: Source of the choices.
-        bare: Leave out article and count, as tags and alt texts do.
+        names: names of the class.
+        colours: colour of each object, or None if it has several; the length is the number of objects.
+        rng: random number generator.
+        bare: leave out article and count, as in tags and alt-text.
     """
     name = pick_name(names, rng)
     words = []
@@ -88,14 +90,14 @@ def object_phrase(
 
 
 def _joined(phrases: Sequence[str], rng: random.Random) -> str:
-    """Join noun phrases as English does: commas, then a last link."""
+    """Join noun phrases by commas, and the last by a word such as "and" or "with"."""
     if len(phrases) == 1:
         return phrases[0]
     return ", ".join(phrases[:-1]) + rng.choice((" and ", " and ", " with ", " next to ", " beside ")) + phrases[-1]
 
 
 def _place(key: str, name: str, rng: random.Random) -> str:
-    """Return the place of the objects as a phrase: on the grass, under a cloudy sky."""
+    """Return a phrase for the location of the objects: "on the grass", "under a cloudy sky"."""
 
     def fits(template: str) -> bool:
         words = template.split()
@@ -108,7 +110,7 @@ def _place(key: str, name: str, rng: random.Random) -> str:
 
 
 def _sentence(objects: list[str], stuff: list[tuple[str, str]], rng: random.Random) -> str:
-    """Write a phrase with places: two balls on the grass under a cloudy sky."""
+    """Return a caption with objects and locations: "two balls on the grass under a cloudy sky"."""
     opening = rng.choice(_OPENINGS)
     if not objects:
         return opening + _joined([name if name in _MASS_NOUNS else f"the {name}" for _, name in stuff], rng)
@@ -123,16 +125,15 @@ def write_caption(
     stuff: Sequence[tuple[str, Sequence[str]]],
     rng: random.Random,
 ) -> tuple[str, list[bool], list[bool]]:
-    """Write one caption of an image; it is never empty.
+    """Write a caption of an image; it is never empty.
 
     Args:
-        objects: For every object class in the image, its names and the colour of each of its objects
-            (None where it has no single one).
-        stuff: For every stuff class in the image, its key in the table of places and its names.
-        rng: Source of the choices.
+        objects: names of each object class in the image, and the colour of each of its objects (None if it has several).
+        stuff: key in the table of location phrases, and names, of each stuff class in the image.
+        rng: random number generator.
 
     Returns:
-        The caption, and which of ``objects`` and of ``stuff`` it names.
+        The caption, and for each item of ``objects`` and of ``stuff`` True if the caption names it.
     """
     said = [rng.random() < OBJECT_PROBABILITY for _ in objects] + [rng.random() < STUFF_PROBABILITY for _ in stuff]
     if not any(said):

@@ -1,6 +1,6 @@
-"""Drawing of a single object in a unit square: a canvas, the paints, and shapes as masks.
+"""Drawing of a single object in a unit square, with a canvas, a table of paints, and functions that return shapes.
 
-Coordinates are fractions of the square's side, x to the right and y down; a shape is an (N, N) boolean mask.
+Coordinates are fractions of the square's side, with x to the right and y down. A shape is an (N, N) boolean mask, N = `SIDE`.
 """
 
 import math
@@ -33,11 +33,11 @@ PAINTS: dict[str, Colour] = {
     "grey": (150, 150, 154),
     "black": (54, 52, 58),
 }
-"""The colours of all objects, by the adjective a caption may use."""
+"""RGB colours of all objects, by the adjective that a caption may use."""
 
 
 class Canvas:
-    """A drawing in progress: rgb (N, N, 3) in 0..255, alpha (N, N) in {0, 1}."""
+    """Drawing in progress, with the colours ``rgb`` (N, N, 3) in 0..255 and the opacity ``alpha`` (N, N), boolean."""
 
     def __init__(self, rng: random.Random) -> None:
         self.rng = rng
@@ -46,44 +46,48 @@ class Canvas:
         self.alpha = np.zeros((SIDE, SIDE), bool)
 
     def paint(self, mask: np.ndarray, colour: Colour) -> None:
-        """Cover ``mask`` (N, N) with ``colour``."""
+        """Fill ``mask`` (N, N) with ``colour``."""
         self.rgb[mask] = colour
         self.alpha |= mask
 
     def light(self, mask: np.ndarray, gain: np.ndarray) -> None:
-        """Multiply the brightness under ``mask`` by ``gain`` (N, N)."""
+        """Multiply the colours in ``mask`` (N, N) by ``gain`` (N, N)."""
         self.rgb[mask] *= gain[mask][:, None]
 
     def noise(self, cells_y: float, cells_x: float) -> np.ndarray:
-        """Return smooth noise (N, N) in about -1..1 with ``cells_y`` x ``cells_x`` bumps."""
+        """Return smooth noise (N, N) in about -1..1, interpolated from a ``cells_y`` x ``cells_x`` grid of random values."""
         return smooth_noise(self.numbers, SIDE, SIDE, cells_y, cells_x)
 
     def some(self, names: Sequence[str], *, but: str | None = None) -> tuple[str, Colour]:
-        """Pick a paint by name, other than ``but``, the first of them most often, and vary it a little."""
+        """Draw one of the paints ``names`` except ``but``; the first is most likely.
+
+        Returns:
+            Name of the paint, and its colour with a small random change.
+        """
         allowed = [name for name in names if name != but]
         name = self.rng.choices(allowed, weights=favour_first(len(allowed)))[0]
         return name, vary(PAINTS[name], self.rng)
 
 
 def favour_first(count: int) -> list[float]:
-    """Return weights of choices of which the first is usual and the last ones are rare."""
+    """Return ``count`` weights for a random choice, which decrease from the first to the last."""
     return [0.55**place + 0.03 for place in range(count)]
 
 
 def vary(colour: Colour, rng: random.Random, by: float = 16.0) -> Colour:
-    """Return a neighbour of ``colour``."""
+    """Return ``colour`` with a random change of at most ``by`` grey levels in each channel."""
     r, g, b = (min(255.0, max(0.0, value + rng.uniform(-by, by))) for value in colour)
     return r, g, b
 
 
 def scaled(colour: Colour, factor: float) -> Colour:
-    """Return ``colour`` lighter (factor > 1) or darker."""
+    """Return ``colour`` multiplied by ``factor``: lighter if it is above 1, otherwise darker."""
     r, g, b = (min(255.0, value * factor) for value in colour)
     return r, g, b
 
 
 def ellipse(cx: float, cy: float, rx: float, ry: float, turn: float = 0.0) -> np.ndarray:
-    """Return an ellipse around (cx, cy), its radii turned clockwise by ``turn`` radians."""
+    """Return the mask of an ellipse with centre (cx, cy) and radii (rx, ry), turned clockwise by ``turn`` radians."""
     dx, dy = grid_x - cx, grid_y - cy
     if turn:
         cos, sin = math.cos(turn), math.sin(turn)
@@ -92,19 +96,19 @@ def ellipse(cx: float, cy: float, rx: float, ry: float, turn: float = 0.0) -> np
 
 
 def rect(x0: float, y0: float, x1: float, y1: float) -> np.ndarray:
-    """Return an upright rectangle."""
+    """Return the mask of a rectangle with corners (x0, y0) and (x1, y1)."""
     return (grid_x > x0) & (grid_x < x1) & (grid_y > y0) & (grid_y < y1)
 
 
 def polygon(points: Sequence[Point]) -> np.ndarray:
-    """Return the inside of a closed polygon."""
+    """Return the mask of the inside of a closed polygon."""
     image = Image.new("L", (SIDE, SIDE))
     ImageDraw.Draw(image).polygon([(x * SIDE, y * SIDE) for x, y in points], fill=1)
     return np.asarray(image) > 0
 
 
 def line(points: Sequence[Point], width: float) -> np.ndarray:
-    """Return a line through ``points`` with round joints."""
+    """Return the mask of a line through ``points`` with round joints."""
     image = Image.new("L", (SIDE, SIDE))
     pixels = [(x * SIDE, y * SIDE) for x, y in points]
     ImageDraw.Draw(image).line(pixels, fill=1, width=max(1, round(width * SIDE)), joint="curve")
@@ -112,7 +116,14 @@ def line(points: Sequence[Point], width: float) -> np.ndarray:
 
 
 def dabs(rng: random.Random, count: int, radius: float, stretch: float = 1.0) -> np.ndarray:
-    """Return (N, N) tones in -1..1: ``count`` overlapping dabs, darker at the lower rim, as leaves are."""
+    """Return a foliage texture (N, N) in -1..1, made from overlapping dabs that are darker at the lower rim.
+
+    Args:
+        rng: random number generator.
+        count: approximate number of dabs.
+        radius: mean radius of a dab.
+        stretch: ratio of the height of a dab to its width.
+    """
     image = Image.new("L", (SIDE, SIDE), 128)
     draw = ImageDraw.Draw(image)
     side = math.ceil(math.sqrt(count))

@@ -1,4 +1,4 @@
-"""Layout of a synthetic scene: bands of background stuff, and objects that stand in front of them."""
+"""Layout of a synthetic scene, which consists of bands of background stuff and of objects in front of them."""
 
 import random
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ _GROUNDS = ("grass", "sand", "water", "snow")
 _BACKDROPS = ("wall", "fence")
 
 
-# Drawings that fill less of their square are made larger, so that classes cover about equal areas.
+# Scale by class: larger for drawings that fill less of their square, so that all classes cover about the same area.
 _SCALE = {
     "car": 1.15,
     "boat": 1.1,
@@ -24,16 +24,25 @@ _SCALE = {
 
 
 class Band(NamedTuple):
-    """A kind of stuff below a boundary: y - slope and waves, in fractions of the image side; the first band has none above it."""
+    """Band of one kind of stuff, below a boundary curve; lengths are fractions of the image side.
+
+    The first band of a scene fills the whole image and its boundary is ignored.
+    """
 
     name: str
     top: float
+    """Coordinate y of the boundary at the middle of the image."""
     slope: float
+    """Increase of y per unit of x along the boundary."""
     wave: float
+    """Amplitude of a sine that is added to the boundary; 0 for a straight one."""
 
 
 class Item(NamedTuple):
-    """An object before it is drawn; lengths in fractions of the image side, (x, base) is the middle of its feet."""
+    """Object to be drawn: class, drawing and position; lengths are fractions of the image side.
+
+    (x, base) is the middle of the object's lower edge, and ``scale`` is the side of the square that contains it.
+    """
 
     name: str
     variant: int
@@ -43,7 +52,10 @@ class Item(NamedTuple):
 
 
 def choose_bands(rng: random.Random) -> list[Band]:
-    """Choose the stuff of a scene from top to bottom: a landscape, a shore, a yard, or a view down (or at a wall)."""
+    """Draw the bands of a scene from top to bottom.
+
+    The kinds of scenes are sky over a ground, sky over two bands, a wall or fence behind a ground, two grounds, and one band.
+    """
     kind = rng.random()
     ground, other = rng.sample(_GROUNDS, 2)
     slope = rng.uniform(-0.12, 0.12)
@@ -67,19 +79,19 @@ def choose_bands(rng: random.Random) -> list[Band]:
 
 
 def choose_items(rng: random.Random, bands: Sequence[Band], names: Sequence[str]) -> list[Item]:
-    """Choose one to four objects, farthest first, and places for them that overlap a little at most.
+    """Draw one to four objects and positions for them with little overlap; the farthest object comes first.
 
     Args:
-        rng: Source of the choices.
-        bands: The stuff behind the objects.
-        names: Object classes to choose from.
+        rng: random number generator.
+        bands: bands behind the objects.
+        names: names of the object classes to choose from.
     """
     horizon = bands[1].top if len(bands) > 1 and bands[0].name in ("sky", *_BACKDROPS) else 0.2
     items: list[Item] = []
     for _ in range(rng.choices((1, 2, 3, 4), weights=(20, 38, 28, 14))[0]):
         name = items[-1].name if items and rng.random() < 0.14 else rng.choice(names)
         if not items and bands[-1].name == "water" and rng.random() < 0.25:
-            name = "boat"  # A little plausibility; more would teach that boats and water are one thing.
+            name = "boat"  # Slightly plausible; more often, a model would learn boats and water as one class.
         variant = rng.randrange(objects.VARIANTS)
         if items and items[-1].name == name and rng.random() < 0.5:
             variant = items[-1].variant
@@ -97,7 +109,7 @@ def choose_items(rng: random.Random, bands: Sequence[Band], names: Sequence[str]
 
 
 def _overlap(a: Item, b: Item) -> float:
-    """Return the common area of two square boxes over the smaller area."""
+    """Return the intersection of two square boxes as a fraction of the smaller box."""
     width = min(a.x + a.scale / 2, b.x + b.scale / 2) - max(a.x - a.scale / 2, b.x - b.scale / 2)
     height = min(a.base, b.base) - max(a.base - a.scale, b.base - b.scale)
     return max(0.0, width) * max(0.0, height) / min(a.scale, b.scale) ** 2

@@ -1,7 +1,8 @@
-"""Objects of synthetic scenes, drawn once at 192 pixels and scaled into scenes.
+"""Objects of synthetic scenes, which are drawn once with a side of 192 pixels and then scaled.
 
-Every painter draws in a unit square, y down, with its feet at y = 0.97. Classes have their usual paint, and all of
-it occurs in others: what tells them apart is shape and the texture inside, panels, leaves, wool, checks, roof tiles.
+There is one function per class, which draws in a unit square with y down and the object's lower edge at y = 0.97. Classes have
+typical colours, which all occur in other classes as well. Classes are distinguished by shape and texture: panels, leaves, wool,
+checks, roof tiles.
 """
 
 import dataclasses
@@ -30,7 +31,7 @@ from vilseg.data.synthetic.drawing import (
 from vilseg.data.synthetic.textures import seed_of
 
 VARIANTS = 10
-"""Drawings made of each object class in a stream; size, turn, flip and light multiply them."""
+"""Number of drawings of each object class in a stream; scenes vary them by size, rotation, flip and light."""
 
 _BRIGHT = ("red", "orange", "yellow", "green", "blue", "purple", "pink")
 _DARK_LINE: Colour = (50, 44, 46)
@@ -59,11 +60,12 @@ _GLASS: Colour = (150, 186, 206)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sprite:
-    """One drawing of an object, ready to be scaled.
+    """Drawing of an object at several resolutions.
 
     Attributes:
-        levels: Images of the same drawing, largest first, mode RGBa (colour times opacity), each half the one before.
-        colour: The adjective that is true of it, or None where no single colour is.
+        levels: images of the drawing in mode RGBa (colour times opacity), the largest first, each half the size of the one
+            before.
+        colour: adjective for the colour of the object, or None if it has several.
     """
 
     levels: tuple[Image.Image, ...]
@@ -71,14 +73,14 @@ class Sprite:
 
 
 def _ball(c: Canvas) -> str | None:
-    """A beach ball: panels that meet in a pole, and a round highlight."""
+    """Draw a beach ball with panels that meet in a pole, and a round highlight; return its colour."""
     name, first = c.some(_BRIGHT)
     _, second = c.some(("white", "yellow"), but=name)
     x, y = (grid_x - 0.5) / 0.47, (grid_y - 0.5) / 0.47
     inside = x * x + y * y < 1.0
     z = np.sqrt(np.clip(1.0 - x * x - y * y, 0.0, 1.0))
     tilt, turn = c.rng.uniform(0.5, 0.9), c.rng.uniform(0.0, 2 * math.pi)
-    # Tip the pole towards the viewer, then count panels around it.
+    # Tilt the pole towards the viewer, then number the panels around it.
     up, ahead = y * math.cos(tilt) - z * math.sin(tilt), y * math.sin(tilt) + z * math.cos(tilt)
     panels = np.floor((np.arctan2(ahead, x) + turn) / (2 * math.pi) * 8)
     c.paint(inside, first)
@@ -90,7 +92,7 @@ def _ball(c: Canvas) -> str | None:
 
 
 def _tree(c: Canvas) -> str | None:
-    """A crown of overlapping leaves over a trunk."""
+    """Draw a crown of overlapping leaves over a trunk; return None, because it has no single colour."""
     leaf = vary(c.rng.choices(_LEAVES, weights=(4, 4, 3, 2, 1, 1))[0], c.rng)
     bark = vary((104, 72, 50), c.rng)
     c.paint(polygon([(0.44, 0.5), (0.56, 0.5), (0.58, 0.9), (0.64, 0.97), (0.36, 0.97), (0.42, 0.9)]), bark)
@@ -105,7 +107,7 @@ def _tree(c: Canvas) -> str | None:
 
 
 def _house(c: Canvas) -> str | None:
-    """Boarded walls, windows with crosses, a door, and a roof in rows of tiles."""
+    """Draw a house with boarded walls, windows with crosses, a door and a tiled roof; return its colour."""
     name, wall = c.some(("white", "yellow", "red", "blue", "pink", "grey", "green"))
     _, roof = c.some(("red", "brown", "grey", "black", "orange", "blue"))
     c.paint(rect(0.68, 0.1, 0.77, 0.4), scaled(roof, 0.7))
@@ -131,7 +133,7 @@ def _house(c: Canvas) -> str | None:
 
 
 def _car(c: Canvas) -> str | None:
-    """A side view with windows, doors, lamps and two wheels."""
+    """Draw a side view of a car with windows, doors, lamps and two wheels; return its colour."""
     name, coat = c.some(("blue", "red", "white", "grey", "green", "black", "yellow", "orange", "purple", "pink"))
     back = [(0.03, 0.86), (0.02, 0.66), (0.06, 0.58), (0.24, 0.55), (0.36, 0.36), (0.42, 0.33)]
     front = [(0.68, 0.33), (0.75, 0.37), (0.85, 0.55), (0.95, 0.58), (0.98, 0.66), (0.97, 0.86)]
@@ -160,7 +162,7 @@ def _car(c: Canvas) -> str | None:
 
 
 def _boat(c: Canvas) -> str | None:
-    """Two sails with seams on a mast, over a planked hull."""
+    """Draw a boat with two seamed sails on a mast over a planked hull; return its colour."""
     name, hull = c.some(("brown", "white", "red", "blue", "green", "yellow", "orange", "purple", "pink"))
     _, sail = c.some(("white", "orange", "red", "yellow", "pink"))
     c.paint(rect(0.485, 0.03, 0.515, 0.8), (110, 80, 56))
@@ -182,7 +184,7 @@ def _boat(c: Canvas) -> str | None:
 
 
 def _cat(c: Canvas) -> str | None:
-    """A sitting cat with tabby bands over fur, pointed ears and bright eyes."""
+    """Draw a sitting cat with striped fur, pointed ears and bright eyes; return its colour."""
     name, coat = c.some(("orange", "grey", "brown", "black", "white"))
     if name == "black":
         coat = scaled(coat, 1.35)
@@ -211,7 +213,7 @@ def _cat(c: Canvas) -> str | None:
 
 
 def _umbrella(c: Canvas) -> str | None:
-    """A dome of curved segments with a scalloped rim, a tip and a hooked handle."""
+    """Draw an umbrella with curved segments, a scalloped rim, a tip and a hooked handle; return its colour."""
     name, first = c.some(("purple", "blue", "black", "pink", "green", "red", "yellow", "orange"))
     _, second = c.some(("white", "yellow", "pink", "blue"), but=name)
     handle = [(0.5, 0.1), (0.5, 0.88), (0.52, 0.935), (0.565, 0.95), (0.61, 0.93), (0.625, 0.87)]
@@ -230,7 +232,7 @@ def _umbrella(c: Canvas) -> str | None:
 
 
 def _mushroom(c: Canvas) -> str | None:
-    """A spotted cap over a pale, fluted stem."""
+    """Draw a mushroom with a spotted cap over a pale, fluted stem; return its colour."""
     name, cap = c.some(("red", "brown", "orange", "purple", "yellow", "pink"))
     stem = polygon([(0.4, 0.5), (0.6, 0.5), (0.64, 0.8), (0.7, 0.97), (0.3, 0.97), (0.36, 0.8)])
     c.paint(stem, vary((236, 224, 198), c.rng))
@@ -250,7 +252,7 @@ def _mushroom(c: Canvas) -> str | None:
 
 
 def _sheep(c: Canvas) -> str | None:
-    """A cloud of curls with a dark face and four thin legs."""
+    """Draw a sheep with curly wool, a face and four thin legs; return its colour."""
     name, wool = c.some(("white", "grey", "brown", "black"))
     if name == "black":
         wool = scaled(wool, 1.4)
@@ -269,7 +271,7 @@ def _sheep(c: Canvas) -> str | None:
             cy = 0.22 + 0.085 * j + c.rng.uniform(-0.015, 0.015)
             d2 = ((grid_x - cx) ** 2 + (grid_y - cy) ** 2) / 0.06**2
             near = d2 < 1.0
-            # A curl: bright inside, a dark ring, so wool reads as small rings at any scale.
+            # A curl is bright inside with a dark ring, so that wool is a pattern of small rings at any scale.
             curls[near] = np.where(d2[near] > 0.52, -0.42, 0.16 - 0.3 * (d2[near] < 0.08))
     c.light(body, 1.0 + curls - 0.3 * (grid_y - 0.5))
     c.paint(ellipse(0.1, 0.36, 0.075, 0.035, 0.5) | ellipse(0.35, 0.36, 0.075, 0.035, -0.5), skin)
@@ -282,7 +284,7 @@ def _sheep(c: Canvas) -> str | None:
 
 
 def _flower(c: Canvas) -> str | None:
-    """Petals with veins around a seeded disc, on a stem with two leaves."""
+    """Draw a flower with veined petals around a disc of seeds, on a stem with two leaves; return its colour."""
     name, petal = c.some(("pink", "yellow", "purple", "white", "red", "orange", "blue"))
     heart = vary((120, 76, 40) if c.rng.random() < 0.6 else (236, 190, 60), c.rng)
     if name in ("yellow", "orange"):
@@ -306,7 +308,7 @@ def _flower(c: Canvas) -> str | None:
 
 
 def _kite(c: Canvas) -> str | None:
-    """A diamond of checks with spars, and a tail with bows."""
+    """Draw a kite, a checked diamond with an edge line and a tail with bows; return its colour."""
     name, first = c.some(("orange", "green", "purple", "yellow", "red", "blue", "pink"))
     _, second = c.some(("black", "yellow", "white", "blue", "orange"), but=name)
     tail = [(0.5, 0.78), (0.45, 0.83), (0.54, 0.88), (0.46, 0.93), (0.52, 0.97)]
@@ -327,7 +329,7 @@ def _kite(c: Canvas) -> str | None:
 
 
 def _clock(c: Canvas) -> str | None:
-    """An alarm clock: a coloured case, twelve marks, two hands, bells and feet."""
+    """Draw an alarm clock with a coloured case, twelve marks, two hands, bells and feet; return its colour."""
     name, case = c.some(("green", "grey", "pink", "yellow", "brown", "black", "red", "blue", "orange", "purple"))
     for sign in (-1, 1):
         c.paint(line([(0.5 + sign * 0.22, 0.82), (0.5 + sign * 0.33, 0.97)], 0.07), scaled(case, 0.7))
@@ -369,16 +371,16 @@ _PAINTERS: dict[str, Callable[[Canvas], str | None]] = {
 
 @functools.lru_cache(maxsize=512)
 def sprite(stream: str, name: str, variant: int) -> Sprite:
-    """Return one drawing of the object class ``name``; two streams share none.
+    """Return a drawing of the object class ``name``.
 
     Args:
-        stream: Names the family of drawings.
-        name: An object class of `vilseg.data.synthetic.scenes.CLASSES`.
-        variant: 0 to `VARIANTS` - 1.
+        stream: name of the stream; two streams have no drawing in common.
+        name: object class of `vilseg.data.synthetic.scenes.CLASSES`.
+        variant: number of the drawing, 0 to `VARIANTS` - 1.
     """
     canvas = Canvas(random.Random(seed_of(stream, name, variant)))
     colour = _PAINTERS[name](canvas)
     pixels = np.dstack([np.clip(canvas.rgb, 0, 255) * canvas.alpha[..., None], canvas.alpha * 255.0]).astype(np.uint8)
-    # Averaging colour times opacity, not colour, keeps dark fringes off the outlines.
+    # Averaging colour times opacity, instead of colour, prevents dark fringes at the outlines.
     largest = Image.frombytes("RGBa", (SIDE, SIDE), pixels.tobytes())
     return Sprite(levels=tuple(largest.reduce(2**k) if k else largest for k in range(4)), colour=colour)

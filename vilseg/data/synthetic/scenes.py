@@ -1,11 +1,11 @@
-"""Synthetic scenes with captions: data for the demo and the tests that needs no download.
+"""Synthetic scenes with captions, which are the data of the demo and the tests and need no download.
 
-A scene is one to three kinds of background stuff with one to four objects in front. Training uses image and caption
-only (`pairs`); evaluation uses image and exact mask (`write_masked_dataset`), from a stream that shares no scene,
-texture or drawing with training. Everything follows from (seed, split, index, size).
+A scene has one to three kinds of background stuff and one to four objects in front. Training uses only images and captions
+(`pairs`). Evaluation uses images and exact masks (`write_masked_dataset`) from a stream that has no scene, texture or drawing in
+common with training. A scene depends only on (seed, split, index, size).
 
-Colours say something, but not enough: a class has its usual ones, shares them all with others, and light, cast and noise
-vary. The class of a patch shows in its texture and shape too, as in real images.
+As in real images, colour alone does not determine the class of a patch: each class has typical colours, but all of them occur in
+other classes, and brightness, colour cast and noise vary. Texture and shape are needed as well.
 """
 
 import dataclasses
@@ -31,17 +31,17 @@ Split = Literal["train", "eval"]
 
 _JPEG_QUALITY = 92
 MIN_SIZE = 32
-"""Smallest side in pixels; below, textures cannot be distinguished."""
+"""Minimum side of an image in pixels; in smaller ones, textures cannot be distinguished."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SceneClass:
-    """A class of synthetic scenes; its id is its position in `CLASSES`.
+    """Class of synthetic scenes, whose id is its index in `CLASSES`.
 
     Attributes:
-        name: The name it goes by in ``classes.txt``.
-        synonyms: Other names that captions use, the more frequent first.
-        kind: "stuff" (background, no outline of its own) or "object".
+        name: name of the class in ``classes.txt``.
+        synonyms: other names that captions use, the most frequent first.
+        kind: "stuff" (background without a definite outline) or "object".
     """
 
     name: str
@@ -50,7 +50,7 @@ class SceneClass:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All names of the class, the most frequent first."""
+        """Name and synonyms of the class, the most frequent first."""
         return (self.name, *self.synonyms)
 
 
@@ -83,14 +83,14 @@ _NAMES: dict[Literal["stuff", "object"], tuple[tuple[str, ...], ...]] = {
 CLASSES: tuple[SceneClass, ...] = tuple(
     SceneClass(name=names[0], synonyms=names[1:], kind=kind) for kind, group in _NAMES.items() for names in group
 )
-"""All classes. Every pixel of a scene belongs to one; there is no background class."""
+"""All classes. Every pixel of a scene belongs to one of them; there is no class ``background``."""
 
 _ID = {scene_class.name: index for index, scene_class in enumerate(CLASSES)}
 OBJECTS = tuple(scene_class.name for scene_class in CLASSES if scene_class.kind == "object")
 
 
 class SceneObject(NamedTuple):
-    """An object in a scene: class id, and the box it was drawn in (a margin around it), in pixels of the image."""
+    """Object in a scene, with its class id and the box in which it was drawn (with a margin), in pixels of the image."""
 
     class_id: int
     x: int
@@ -101,15 +101,15 @@ class SceneObject(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scene:
-    """An image with its caption and its exact mask.
+    """Image with its caption and its exact mask.
 
     Attributes:
-        image: (H, W, 3) uint8 RGB.
-        mask: (H, W) uint8 class ids, positions in `CLASSES`.
-        caption: One caption; names a part of what is in the image.
-        objects: The objects, farthest first.
-        stuff: Class ids of the background stuff.
-        named: Class ids that the caption names.
+        image: RGB image. Shape: (H, W, 3), uint8.
+        mask: class ids, which are indices in `CLASSES`. Shape: (H, W), uint8.
+        caption: caption, which names some of the classes in the image.
+        objects: objects, the farthest first.
+        stuff: class ids of the background stuff.
+        named: class ids that the caption names.
     """
 
     image: np.ndarray
@@ -121,7 +121,7 @@ class Scene:
 
 
 class ScenePair(NamedTuple):
-    """A training pair: key, JPEG bytes, captions."""
+    """Training pair: key, JPEG bytes and captions."""
 
     key: str
     image: bytes
@@ -129,15 +129,15 @@ class ScenePair(NamedTuple):
 
 
 def render_scene(seed: int, index: int, size: int = 96, *, split: Split = "train") -> Scene:
-    """Draw scene ``index`` of the stream (``seed``, ``split``).
+    """Draw scene number ``index`` of the stream (``seed``, ``split``).
 
-    The same arguments give the same bytes in every process. Other sizes give the same scene, with textures of their
-    own. No scene of one split occurs in the other.
+    The same arguments give the same bytes in every process. Another size gives the same scene with different textures. The splits
+    have no scene in common.
 
     Args:
-        seed: Names the stream, with ``split``.
-        index: Position in the stream, from 0.
-        size: Height and width in pixels, at least 32.
+        seed: identifies the stream together with ``split``.
+        index: number of the scene in the stream, from 0.
+        size: height and width in pixels, at least 32.
         split: "train" or "eval".
 
     Raises:
@@ -183,9 +183,9 @@ def render_scene(seed: int, index: int, size: int = 96, *, split: Split = "train
 
 
 def pairs(count: int, seed: int, size: int = 96, *, start: int = 0, split: Split = "train") -> Iterator[ScenePair]:
-    """Yield ``count`` training pairs, scenes ``start`` to ``start + count - 1`` of the stream.
+    """Yield ``count`` training pairs, which are the scenes ``start`` to ``start + count - 1`` of the stream.
 
-    Workers that take ranges of ``start`` produce together what one worker would.
+    Several workers with successive ranges yield the same pairs as one worker with the whole range.
     """
     for index in range(start, start + count):
         scene = render_scene(seed, index, size, split=split)
@@ -193,9 +193,9 @@ def pairs(count: int, seed: int, size: int = 96, *, start: int = 0, split: Split
 
 
 def write_masked_dataset(folder_uri: str, count: int, seed: int, size: int = 96, *, split: Split = "eval") -> None:
-    """Write ``count`` scenes with their masks in the layout of masked datasets of kind ``folder``.
+    """Write ``count`` scenes with their masks as a masked dataset of kind ``folder``.
 
-    Writes ``images/NAME.jpg``, ``masks/NAME.png`` (8 bit, value = class id) and ``classes.txt`` (line i: class id i).
+    The files are ``images/NAME.jpg``, ``masks/NAME.png`` (8 bit, value = class id) and ``classes.txt`` (line i: class id i).
 
     Raises:
         StorageError: The folder cannot be written.
@@ -206,7 +206,7 @@ def write_masked_dataset(folder_uri: str, count: int, seed: int, size: int = 96,
         Image.fromarray(scene.mask).save(png, format="PNG")
         storage.write_bytes(storage.join(folder_uri, "images", f"{index:06d}.jpg"), _jpeg(scene.image))
         storage.write_bytes(storage.join(folder_uri, "masks", f"{index:06d}.png"), png.getvalue())
-    # Last, so that a folder with a class list is a complete one.
+    # Written last, so that a folder with a class list is complete.
     names = "".join(f"{scene_class.name}\n" for scene_class in CLASSES)
     storage.write_bytes(storage.join(folder_uri, "classes.txt"), names.encode())
 
@@ -219,12 +219,12 @@ def _jpeg(image: np.ndarray) -> bytes:
 
 @functools.lru_cache(maxsize=8)
 def _ticks(size: int) -> np.ndarray:
-    """Return the pixel centres along one side, (size,) float32 in 0..1."""
+    """Return the coordinates of the pixel centres along one side, in 0..1. Shape: -> (size,), float32."""
     return ((np.arange(size) + 0.5) / size).astype(np.float32)
 
 
 def draw_stuff(rng: random.Random, stream: str, bands: list[Band], size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Draw the background; return (3, H, W) float32 in 0..255 and the mask (H, W) uint8."""
+    """Draw the background of a scene and return its image (3, H, W), float32 in 0..255, and its mask (H, W), uint8."""
     ticks = _ticks(size)
     canvas = _draw_texture(rng, stream, bands[0].name, size)
     mask = np.full((size, size), _ID[bands[0].name], np.uint8)
@@ -233,7 +233,7 @@ def draw_stuff(rng: random.Random, stream: str, bands: list[Band], size: int) ->
         if band.wave:
             bumps, shift = rng.uniform(1.0, 2.5), rng.uniform(0.0, 2 * math.pi)
             edge = edge + band.wave * np.sin(2 * math.pi * bumps * ticks + shift)
-        # Distance below the boundary in pixels, so that the edge is one pixel soft.
+        # Distance below the boundary in pixels; the two bands are blended over one pixel.
         below = (ticks[:, None] - edge) * (size / math.hypot(1.0, band.slope))
         np.putmask(mask, below > 0, _ID[band.name])
         canvas += np.clip(below + 0.5, 0.0, 1.0) * (_draw_texture(rng, stream, band.name, size) - canvas)
@@ -241,16 +241,16 @@ def draw_stuff(rng: random.Random, stream: str, bands: list[Band], size: int) ->
 
 
 def _draw_texture(rng: random.Random, stream: str, name: str, size: int) -> np.ndarray:
-    """Colour a random crop of a texture; return (3, size, size) float32 in 0..255."""
+    """Colour a random crop of a texture and return it. Shape: -> (3, size, size), float32 in 0..255."""
     fields = textures.texture(stream, name, rng.randrange(textures.VARIANTS), size)
-    # Not randrange, which may draw twice: then the rest of the scene would depend on its size.
+    # Not randrange, because its number of draws depends on the size, and so would the rest of the scene.
     y, x = (int(rng.random() * (fields.shape[1] - size + 1)) for _ in range(2))
     blend, gain = fields[:, y : y + size, x : x + size]
     if rng.random() < 0.5:
         blend, gain = blend[:, ::-1], gain[:, ::-1]
     palettes = textures.PALETTES[name]
     palette = np.array(rng.choices(palettes, weights=favour_first(len(palettes)))[0], np.float32)
-    # One shift for all three colours and a little for each: days differ more than the parts of one surface.
+    # A large shift common to all three colours and a small one for each, because scenes differ more than parts of a surface.
     common = [rng.uniform(-16, 16) for _ in range(3)]
     palette += [[value + rng.uniform(-6, 6) for value in common] for _ in range(3)]
     far, near, accent = palette[:, :, None, None]
@@ -259,7 +259,7 @@ def _draw_texture(rng: random.Random, stream: str, name: str, size: int) -> np.n
 
 
 def draw_item(rng: random.Random, stream: str, item: Item, canvas: np.ndarray, mask: np.ndarray) -> SceneObject:
-    """Draw an object with its shadow into ``canvas`` (3, H, W) and ``mask`` (H, W), in place."""
+    """Draw an object with its shadow into ``canvas`` (3, H, W) and ``mask`` (H, W), which are changed in place."""
     size = mask.shape[0]
     side = item.scale * size
     angle = rng.gauss(0.0, 0.1)
@@ -276,7 +276,7 @@ def draw_item(rng: random.Random, stream: str, item: Item, canvas: np.ndarray, m
     zoom_x = drawing.width / (side * stretch_x) * rng.choice((-1.0, 1.0))
     zoom_y = drawing.width / (side * stretch_y)
     cos, sin, middle = math.cos(angle), math.sin(angle), drawing.width / 2
-    # Maps a pixel of the box to a pixel of the drawing: shift to the centre, turn back, zoom, shift.
+    # Map from pixels of the box to pixels of the drawing: shift to the centre, inverse rotation, zoom, shift.
     dx, dy = left - cx, top - cy
     affine = (
         zoom_x * cos, zoom_x * sin, middle + zoom_x * (cos * dx + sin * dy),
@@ -298,7 +298,7 @@ def draw_item(rng: random.Random, stream: str, item: Item, canvas: np.ndarray, m
 
 
 def _draw_shadow(canvas: np.ndarray, cx: float, base: float, side: float) -> None:
-    """Darken the ground under an object of ``side`` pixels that stands at (cx, base), in place."""
+    """Darken ``canvas`` in place under an object of ``side`` pixels whose lower edge has its middle at (cx, base)."""
     size = canvas.shape[1]
     x0, x1 = max(0, round(cx - 0.6 * side)), min(size, round(cx + 0.6 * side))
     y0, y1 = max(0, round(base - 0.16 * side)), min(size, round(base + 0.12 * side))
@@ -308,7 +308,7 @@ def _draw_shadow(canvas: np.ndarray, cx: float, base: float, side: float) -> Non
 
 
 def _light(rng: random.Random, canvas: np.ndarray) -> np.ndarray:
-    """Apply light, colour cast, uneven shading and sensor noise; return (H, W, 3) uint8."""
+    """Apply brightness, colour cast, uneven shading and sensor noise, and return the image (H, W, 3), uint8."""
     size = canvas.shape[1]
     bright = rng.uniform(0.8, 1.14)
     cast = np.array([bright * rng.uniform(0.9, 1.08) for _ in range(3)], np.float32)

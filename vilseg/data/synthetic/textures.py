@@ -1,10 +1,10 @@
-"""Textures of the background stuff in synthetic scenes: two grey fields a texture, coloured when a scene is drawn.
+"""Textures of the background stuff in synthetic scenes, which are grey and get their colours when a scene is drawn.
 
-A texture is ``blend`` (where the accent colour shows: clouds, wave crests, mortar) and ``gain`` (a factor on the
-brightness: blades, grains, planks). Keeping colour out of the texture lets one texture serve every palette of its
-class, and palettes overlap between classes on purpose: only the pattern tells what a patch is.
+A texture consists of two arrays: ``blend``, the weight of the accent colour (for clouds, wave crests, mortar), and ``gain``, a
+factor on the brightness (for blades, grains, planks). Because a texture has no colours, it can be combined with every palette of
+its class. Palettes of different classes overlap deliberately, so that the pattern is needed to recognize the class of a patch.
 
-Lengths are fractions of the image's side, so a texture looks the same at any image size.
+Lengths are fractions of the image side, so that a texture is independent of the image size.
 """
 
 import functools
@@ -15,15 +15,15 @@ import numpy as np
 from PIL import Image
 
 VARIANTS = 6
-"""Textures made for each stuff class in a stream; crops, mirror images and palettes multiply them."""
+"""Number of textures of each stuff class in a stream; scenes vary them by crops, mirroring and palettes."""
 
 _MARGIN = 1.75
-"""Side of a texture over the side of the image: room for random crops."""
+"""Side of a texture as a multiple of the image side, which leaves room for random crops."""
 
 Texture = np.ndarray
-"""(2, E, E) float32, E = 1.75 image sides: ``blend`` in 0..1 and ``gain`` around 1."""
+"""``blend`` in 0..1 and ``gain`` around 1. Shape: (2, E, E), float32, with E = 1.75 image sides."""
 
-# Two colours of the surface, far (top) and near (bottom), and the accent colour, as RGB in 0..255.
+# Surface colour far away (top of the image), surface colour nearby (bottom), and accent colour, as RGB in 0..255.
 Palette = tuple[tuple[int, int, int], tuple[int, int, int], tuple[int, int, int]]
 
 PALETTES: dict[str, tuple[Palette, ...]] = {
@@ -86,30 +86,33 @@ PALETTES: dict[str, tuple[Palette, ...]] = {
         ((214, 176, 118), (196, 156, 98), (110, 80, 46)),
     ),
 }
-"""Far, near and accent colours by class name."""
+"""Palettes (far, near and accent colour) of each stuff class."""
 
 
 def seed_of(*parts: object) -> int:
-    """Return a 64-bit seed that depends on the parts alone, the same in every process."""
+    """Return a 64-bit seed that depends only on ``parts`` and is the same in every process."""
     digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big")
 
 
 def smooth_noise(rng: np.random.Generator, height: int, width: int, cells_y: float, cells_x: float) -> np.ndarray:
-    """Return (height, width) float32 noise in about -1..1 with ``cells_y`` x ``cells_x`` bumps."""
+    """Return smooth noise in about -1..1, interpolated from a ``cells_y`` x ``cells_x`` grid of random values.
+
+    Shape: -> (height, width), float32.
+    """
     coarse = rng.uniform(-1.0, 1.0, (max(2, round(cells_y)), max(2, round(cells_x)))).astype(np.float32)
     return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
 
 
 @functools.lru_cache(maxsize=256)
 def texture(stream: str, name: str, variant: int, size: int) -> Texture:
-    """Return one texture of the stuff class ``name`` for images of ``size`` pixels a side.
+    """Return a texture of the stuff class ``name``.
 
     Args:
-        stream: Names the family of textures; two streams share none.
-        name: A key of `PALETTES`.
-        variant: 0 to `VARIANTS` - 1.
-        size: Side of the image in pixels.
+        stream: name of the stream; two streams have no texture in common.
+        name: stuff class, a key of `PALETTES`.
+        variant: number of the texture, 0 to `VARIANTS` - 1.
+        size: side of the image in pixels.
     """
     rng = np.random.default_rng(seed_of(stream, name, variant))
     extent = int(size * _MARGIN)
@@ -120,19 +123,19 @@ def texture(stream: str, name: str, variant: int, size: int) -> Texture:
 
 
 def _noise(rng: np.random.Generator, y: np.ndarray, period_y: float, period_x: float) -> np.ndarray:
-    """Return smooth noise over the grid of ``y`` whose bumps are ``period_y`` x ``period_x`` image sides."""
+    """Return smooth noise of the shape of ``y``, with a grid spacing of ``period_y`` x ``period_x`` image sides."""
     return smooth_noise(rng, y.shape[0], y.shape[1], _MARGIN / period_y, _MARGIN / period_x)
 
 
 def _sky(rng: np.random.Generator, y: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Draw soft clouds, wider than high."""
+    """Return blend and gain of soft clouds, wider than high."""
     field = _noise(rng, y, 0.22, 0.42) + 0.5 * _noise(rng, y, 0.1, 0.19) + 0.25 * _noise(rng, y, 0.05, 0.09)
     clouds = np.clip((field - rng.uniform(-0.1, 0.25)) * 1.8, 0.0, 1.0)
     return clouds * clouds * (3.0 - 2.0 * clouds) * 0.95, np.ones_like(y)
 
 
 def _grass(rng: np.random.Generator, y: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Draw upright blades, leaning a little, in tufts."""
+    """Return blend and gain of upright, slightly leaning blades in tufts."""
     blades = _noise(rng, y, 0.075, 0.022) + 0.7 * _noise(rng, y, 0.05, 0.017)
     lean = np.round(rng.uniform(-0.4, 0.4) * np.arange(len(y))).astype(int)
     columns = (np.arange(len(y))[None, :] + lean[:, None]) % len(y)
@@ -142,7 +145,7 @@ def _grass(rng: np.random.Generator, y: np.ndarray, x: np.ndarray) -> tuple[np.n
 
 
 def _sand(rng: np.random.Generator, y: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Draw fine grains, with faint ripples and pebbles."""
+    """Return blend and gain of fine grains with faint ripples and pebbles."""
     warp = 0.05 * _noise(rng, y, 0.3, 0.4)
     ripples = np.sin(2 * np.pi * (y + 0.3 * x + warp) / rng.uniform(0.2, 0.28))
     grains = rng.normal(0.0, 1.0, y.shape).astype(np.float32)
@@ -152,7 +155,7 @@ def _sand(rng: np.random.Generator, y: np.ndarray, x: np.ndarray) -> tuple[np.nd
 
 
 def _water(rng: np.random.Generator, y: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Draw rows of waves with broken, bright crests."""
+    """Return blend and gain of rows of waves with broken, bright crests."""
     period = rng.uniform(0.085, 0.115)
     warp = 0.045 * _noise(rng, y, 0.12, 0.2) + 0.012 * np.sin(2 * np.pi * x / 0.14 + rng.uniform(0.0, 6.28))
     phase = (y + warp) / period
@@ -162,7 +165,7 @@ def _water(rng: np.random.Generator, y: np.ndarray, x: np.ndarray) -> tuple[np.n
 
 
 def _snow(rng: np.random.Generator, y: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Draw soft drifts, lit from one side, with a few sparkles."""
+    """Return blend and gain of soft drifts, lit from one side, with a few sparkles."""
     field = (y + 0.09 * _noise(rng, y, 0.3, 0.36) + 0.03 * _noise(rng, y, 0.1, 0.14)) / rng.uniform(0.2, 0.26)
     drift = field - np.floor(field)
     shadow = np.clip(1.15 - 1.5 * drift, 0.0, 1.0) * np.clip(drift * 9.0, 0.0, 1.0)
@@ -171,7 +174,7 @@ def _snow(rng: np.random.Generator, y: np.ndarray, x: np.ndarray) -> tuple[np.nd
 
 
 def _wall(rng: np.random.Generator, y: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Draw bricks in a running bond, each with its own tone."""
+    """Return blend and gain of bricks in a running bond, each with another tone."""
     height = rng.uniform(0.085, 0.105)
     width = height * rng.uniform(2.0, 2.4)
     joint = 0.016
@@ -186,7 +189,7 @@ def _wall(rng: np.random.Generator, y: np.ndarray, x: np.ndarray) -> tuple[np.nd
 
 
 def _fence(rng: np.random.Generator, y: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Draw upright planks with dark gaps, grain and a bevel."""
+    """Return blend and gain of upright planks with dark gaps, grain and a bevel."""
     width = rng.uniform(0.12, 0.15)
     plank = np.floor(x / width)
     inside = x / width - plank

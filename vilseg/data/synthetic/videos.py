@@ -1,8 +1,8 @@
 """Short videos of synthetic scenes with exact masks and exact motion, for measuring video segmentation.
 
-A video is one scene of `vilseg.data.synthetic.scenes`, seen by a camera that pans over it while its objects move along. Light and
-drawings stay as they are; sensor noise is new in every frame. Since everything that moves is moved here, each pixel's place
-in the frame before is known, not estimated. Everything follows from (seed, split, index, size, frames).
+A video shows one scene in the style of `vilseg.data.synthetic.scenes`, over which a camera pans while the objects move. Light and
+drawings are constant, and sensor noise is drawn for every frame. Because all motion is synthetic, the position of each pixel in
+the previous frame is known exactly. The result depends only on (seed, split, index, size, frames).
 """
 
 import math
@@ -17,38 +17,39 @@ from vilseg.data.synthetic.textures import seed_of
 from vilseg.errors import DataError
 
 _WORLD = 1.25
-"""Side of the scene that the camera pans over, in image sides."""
+"""Side of the scene over which the camera pans, as a multiple of the image side."""
 
 _CAMERA_SPEED = 0.012
 _OBJECT_SPEED = 0.022
-"""Highest speeds, in image sides a frame: a walk across the image takes two seconds at 25 frames/s."""
+"""Maximum speeds of the camera and of an object, in image sides per frame. At 25 frames/s, an object crosses the image
+in two seconds."""
 
 _NOTHING = 255
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SyntheticVideo:
-    """A video of T frames with its exact masks and motion."""
+    """Video of T frames with its exact masks and motion."""
 
     images: np.ndarray
-    """(T, H, W, 3) uint8 RGB."""
+    """RGB frames. Shape: (T, H, W, 3), uint8."""
     masks: np.ndarray
-    """(T, H, W) uint8 class ids, positions in `scenes.CLASSES`."""
+    """Class ids, which are indices in `scenes.CLASSES`. Shape: (T, H, W), uint8."""
     sources: np.ndarray
-    """(T, H, W) int32: position of the same point of the same thing in the frame before, as y * W + x, rounded to whole
-    pixels; -1 where it was hidden or outside, and everywhere in the first frame."""
+    """Position of the same point of the same object (or of the background) in the previous frame, as y * W + x, rounded to whole
+    pixels; -1 if the point was occluded or outside the image, and in the whole first frame. Shape: (T, H, W), int32."""
 
 
 def render_video(
     seed: int, index: int, size: int = 96, *, frames: int = 24, split: scenes.Split = "eval"
 ) -> SyntheticVideo:
-    """Draw video ``index`` of the stream (``seed``, ``split``).
+    """Draw video number ``index`` of the stream (``seed``, ``split``).
 
     Args:
-        seed: Names the stream, with ``split``; textures and drawings are those that `scenes.render_scene` has for it.
-        index: Position in the stream, from 0.
-        size: Height and width in pixels, at least 32.
-        frames: Length of the video.
+        seed: identifies the stream together with ``split``; `scenes.render_scene` uses the same textures and drawings for it.
+        index: number of the video in the stream, from 0.
+        size: height and width in pixels, at least 32.
+        frames: number of frames, at least 1.
         split: "train" or "eval".
 
     Raises:
@@ -77,7 +78,7 @@ def render_video(
         window = (slice(None), *(slice(start, start + size) for start in corner))
         image, mask = canvas.copy(), ground.copy()
         owners = np.full((world, world), _NOTHING, np.uint8)
-        # Where each thing is, ground last: owner number -> (y, x) in pixels of the image.
+        # Position (y, x) of each object, and last of the background, in pixels of the image; indexed by the values of `owners`.
         places = np.empty((len(items) + 1, 2))
         for number, (item, drawing_seed, (down, right)) in enumerate(zip(items, drawing_seeds, speeds, strict=True)):
             moved = Item(item.name, item.variant, item.x + right * t, item.base + down * t, item.scale)
@@ -102,14 +103,14 @@ def render_video(
 def _velocity(rng: random.Random, highest: float) -> tuple[float, float]:
     """Draw a velocity (down, right) per frame in any direction, with a speed up to ``highest``."""
     speed, angle = rng.uniform(0.0, highest), rng.uniform(0.0, 2 * math.pi)
-    return 0.4 * speed * math.sin(angle), speed * math.cos(angle)  # things move along the ground more than up and down
+    return 0.4 * speed * math.sin(angle), speed * math.cos(angle)  # objects mostly move along the ground
 
 
 def _camera_path(rng: random.Random, frames: int, size: int, room: int) -> list[tuple[int, int]]:
-    """Draw top and left of the image in the world for every frame, within 0..``room`` pixels: to and fro, smoothly."""
+    """Draw a smooth, oscillating path of the image's (top, left) corner in the scene, in 0..``room`` pixels, for every frame."""
     path = []
     for _ in range(2):
-        # A sine of amplitude room / 2 moves by speed at most if its angle grows by 2 speed / room.
+        # A sine of amplitude room / 2 changes by at most `speed` per frame if its angle grows by 2 speed / room.
         speed = rng.uniform(0.0, _CAMERA_SPEED) * size
         angle = rng.uniform(0.0, 2 * math.pi) + 2 * speed / room * np.arange(frames)
         path.append(np.rint(room / 2 * (1 + np.sin(angle))).astype(int))
@@ -117,7 +118,7 @@ def _camera_path(rng: random.Random, frames: int, size: int, room: int) -> list[
 
 
 def _light(rng: random.Random, size: int) -> tuple[np.ndarray, float]:
-    """Draw light, cast and uneven shading as one factor, (3, H, W) float32, and the strength of the noise in grey levels."""
+    """Draw brightness, colour cast and shading as one factor, (3, H, W) float32, and the noise deviation in grey levels."""
     cast = np.array([rng.uniform(0.9, 1.08) for _ in range(3)]) * rng.uniform(0.8, 1.14)
     ticks = (np.arange(size) + 0.5) / size - 0.5
     slope = 1 + rng.uniform(-0.22, 0.22) * ticks + rng.uniform(-0.15, 0.15) * ticks[:, None]
@@ -127,7 +128,7 @@ def _light(rng: random.Random, size: int) -> tuple[np.ndarray, float]:
 def _sources(
     owners: np.ndarray, places: np.ndarray, owners_before: np.ndarray, places_before: np.ndarray
 ) -> np.ndarray:
-    """Return the position of each pixel's thing in the frame before; see `SyntheticVideo.sources`."""
+    """Return the position of each pixel's point in the previous frame; see `SyntheticVideo.sources`."""
     size = len(owners)
     shift = np.rint(places - places_before).astype(int)[owners]
     y, x = np.indices(owners.shape)
