@@ -129,7 +129,10 @@ def _unreserved_resources() -> dict[str, float]:
 
 
 def _can_place(session: Session, workers: int) -> bool:
-    """Try to reserve the resources of ``workers``; Ray's resource counts may include a lost machine for up to a minute."""
+    """Return True if Ray can reserve the resources of ``workers`` now.
+
+    The reservation is made and released, because Ray's resource counts may include a lost machine for up to a minute.
+    """
     each, places, strategy = session.worker_resources(workers), workers, "PACK"
     if "GPU" not in each:
         # CPU workers reserve less than they use, so the workers of a lost machine would fit on the others and overload them.
