@@ -1,4 +1,4 @@
-"""API keys: a file with one ``NAME:HASH`` a line. The keys themselves are not stored."""
+"""API keys, stored as hashes: a text file with one ``NAME:HASH`` per line."""
 
 from __future__ import annotations
 
@@ -14,14 +14,18 @@ from vilseg.errors import ConfigError, UserError
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
 _LINE = re.compile(r"([^:\s]+):([0-9a-f]{64})")
 _REFRESH = 15.0
-"""Seconds after which the file is read again, so that keys can be added and removed while the server runs."""
+"""Seconds between two reads of the file, which is read again so that keys can be added and removed while the server runs."""
 
 
 def add_key(uri: str, name: str) -> str:
-    """Generate a key, append its hash to the file at ``uri`` and return the key; the file does not reveal it.
+    """Generate a key, append its hash to a key file and return the key, which cannot be recovered from the file.
+
+    Args:
+        uri: URI of the key file; created if it does not exist.
+        name: Name of the holder, up to 64 letters, digits and ``. _ @ -``.
 
     Raises:
-        ConfigError: ``name`` is invalid or in the file already, or the file is no file of keys.
+        ConfigError: ``name`` is invalid or already in the file, or the file is not a key file.
         StorageError: The file cannot be read or written.
     """
     if not _NAME.fullmatch(name):
@@ -39,11 +43,11 @@ class ApiKeys:
     """API keys that a server accepts.
 
     Args:
-        uri: File of keys, as `add_key` writes it.
+        uri: URI of a key file that `add_key` wrote.
 
     Raises:
-        ConfigError: The file is no file of keys, or holds none.
-        StorageError: It cannot be read.
+        ConfigError: The file is not a key file, or contains no key.
+        StorageError: The file cannot be read.
 
     Example:
         >>> import tempfile
@@ -62,8 +66,8 @@ class ApiKeys:
         self._read_at = time.monotonic()
 
     def holder(self, key: str) -> str | None:
-        """Return the name of the holder of ``key``, None if it is not valid; in constant time."""
-        # 256 random bits cannot be guessed, so one round of SHA-256 hides them as well as a slow hash would.
+        """Return the name of the holder of ``key``, or None if the key is not valid; compare in constant time."""
+        # A key has 256 random bits, so one round of SHA-256 protects it as well as a slow password hash would.
         digest, found = _digest(key), None
         for name, known in self._hashes.items():
             if hmac.compare_digest(digest, known):
@@ -71,14 +75,14 @@ class ApiKeys:
         return found
 
     def is_stale(self) -> bool:
-        """Return whether `refresh` is due."""
+        """Return True if the file was last read more than `_REFRESH` seconds ago, so that `refresh` is due."""
         return time.monotonic() - self._read_at > _REFRESH
 
     def refresh(self) -> None:
-        """Read the file again.
+        """Read the key file again.
 
         Raises:
-            ConfigError: It cannot be read; the keys stay as they were.
+            ConfigError: The file cannot be read; the keys are unchanged.
         """
         self._read_at = time.monotonic()
         try:

@@ -1,8 +1,8 @@
-"""Dynamic batching: items that wait while the model is busy share its next pass.
+"""Dynamic batching: items that arrive during a forward pass of the model form the batch of the next pass.
 
-Ray's own ``serve.batch`` closes a batch when a timer runs out, whether the model is free or not: a timer long enough to
-fill batches delays a single request, a short one makes batches of one under load. Here a batch is closed when the model
-is free, so no item waits for others and batches grow with the load.
+Ray's ``serve.batch`` closes a batch when a timer expires, regardless of whether the model is free. A timer long enough to
+fill batches delays single requests, and a short timer makes batches of one item under load. Here a batch is closed when
+the model is free, so no item waits for other items to arrive, and batches grow with the load.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Any
 
 
 class Batcher:
-    """Runs items of one group together in one thread, in order of arrival.
+    """Queue that runs waiting items of the same group as one batch, in one thread and in order of arrival.
 
     Args:
-        run: Called in the thread with a group and its items; yields one result per item, in order. Each is delivered
-            at once.
-        size: Largest number of items per call.
+        run: Function called in the thread with a group (such as a model) and its items. It yields one result per item, in
+            order; each result is delivered immediately.
+        size: Maximum number of items per batch.
 
     Example:
         >>> async def main():
@@ -38,10 +38,14 @@ class Batcher:
         self._loop: asyncio.Task[None] | None = None
 
     async def submit(self, group: Hashable, item: Any) -> Any:
-        """Return the result of one item. An item that is cancelled before the model begins is never run.
+        """Queue an item and return its result. If the caller is cancelled before the batch starts, the item is not run.
+
+        Args:
+            group: Only items with equal groups are in one batch.
+            item: Argument for ``run``.
 
         Raises:
-            Exception: Raised by ``run``, for every item of the call without a result.
+            Exception: Exception of ``run``; raised for every item of the batch that has no result yet.
         """
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._waiting.append((group, item, future))
@@ -60,7 +64,7 @@ class Batcher:
     def _run_batch(
         self, loop: asyncio.AbstractEventLoop, batch: list[tuple[Hashable, Any, asyncio.Future[Any]]]
     ) -> None:
-        """Run one batch; executed in the model's thread."""
+        """Run one batch and deliver its results; called in the model's thread."""
         futures = deque(future for _, _, future in batch)
         try:
             for result in self._run(batch[0][0], [item for _, item, _ in batch]):
@@ -71,7 +75,7 @@ class Batcher:
                 loop.call_soon_threadsafe(_deliver, future, None, error)
 
     def _take(self) -> list[tuple[Hashable, Any, asyncio.Future[Any]]]:
-        """Return the next batch: the oldest item that is not cancelled, and others of its group in order of arrival."""
+        """Remove and return the next batch: the oldest item that is not cancelled, and others of its group in order."""
         batch: list[tuple[Hashable, Any, asyncio.Future[Any]]] = []
         remaining: deque[tuple[Hashable, Any, asyncio.Future[Any]]] = deque()
         for entry in self._waiting:

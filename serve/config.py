@@ -1,4 +1,4 @@
-"""Configuration of a deployment; ``serve/config.yaml`` holds it as the application's ``args``."""
+"""Configuration of a deployment: the keys of ``args`` in ``serve/config.yaml``."""
 
 from __future__ import annotations
 
@@ -14,63 +14,71 @@ from vilseg.errors import ConfigError
 
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 MAX_BATCH_IMAGES = 16
-"""Largest number of images in one call of ``POST /v1/segment/batch``."""
+"""Maximum number of images in one call of ``POST /v1/segment/batch``."""
 
 
 class Limits(ConfigPart):
-    """Limits of one request; a request above a limit gets an error response."""
+    """Limits on one request. A request that exceeds a limit gets an error response with the HTTP status in parentheses."""
 
     body_bytes: PositiveInt = 32 << 20
-    """Encoded size of an image, or of all images of a batch (413)."""
+    """Maximum encoded size in bytes of an image, or of all images of a batch (413)."""
     pixels: PositiveInt = 50_000_000
-    """Width x height of an image, by its header (413)."""
+    """Maximum width x height of an image, checked by its header (413)."""
     classes: PositiveInt = 1000
-    """Number of names in a class list, synonyms and background words included (422)."""
+    """Maximum number of names in a class list, including synonyms and background words (422)."""
     text_length: PositiveInt = 100
-    """Length of one name in characters (422)."""
+    """Maximum length of one name in characters (422)."""
     seconds: Positive = 60
-    """Time until a request is given up (503)."""
+    """Maximum time for a response to an image request in seconds (503)."""
     video_bytes: PositiveInt = 512 << 20
+    """Maximum encoded size of a video in bytes (413)."""
     video_pixels: PositiveInt = 9_000_000
-    """Width x height of a video's frames."""
+    """Maximum width x height of the frames of a video; the job of a larger video fails."""
     video_seconds: Positive = 600
-    """Duration of a video; a longer one fails."""
+    """Maximum duration of a video in seconds; the job of a longer video fails."""
 
 
 class Replicas(ConfigPart):
-    """Processes that hold models. More of them are started while more than ``target_ongoing`` requests wait for each."""
+    """Replicas: the processes that load models and segment images. Ray Serve scales their number with the load."""
 
     minimum: PositiveInt = 1
+    """Minimum number of replicas."""
     maximum: PositiveInt = 4
+    """Maximum number of replicas."""
     target_ongoing: Positive = 4
+    """Mean number of requests in progress per replica above which replicas are added."""
     upscale_delay: NonNegative = 5
+    """Seconds of higher load before replicas are added."""
     downscale_delay: NonNegative = 120
-    """Seconds that the load has to last before replicas are added (upscale) or removed (downscale)."""
+    """Seconds of lower load before replicas are removed."""
     cpus: NonNegative = 1
+    """CPUs of each replica."""
     gpus: NonNegative = 0
-    """GPUs of each replica; a fraction such as 0.25 puts four on one."""
+    """GPUs of each replica; with a fraction such as 0.25, four replicas share a GPU."""
     models: PositiveInt = 3
-    """Models held by a replica at once; the least recently used one is evicted."""
+    """Maximum number of models loaded in a replica; the least recently used model is evicted."""
     batch: PositiveInt = 8
-    """Largest number of images in a pass through the model on a GPU."""
+    """Maximum number of images per forward pass on a GPU; a replica on a CPU takes one."""
     ongoing: PositiveInt = 40
-    """Requests that a replica accepts; all but one batch wait for its model."""
+    """Maximum number of requests that a replica accepts at once; those beyond the current batch wait for its model."""
     queue: PositiveInt = 16
-    """Requests that wait in the router for a replica to accept them, or for a new replica where one was lost; further
-    ones are refused (503). Ray polls the replicas for those, so waiting here costs more than in a replica."""
+    """Maximum number of requests that wait outside the replicas, until one accepts them or a lost one is replaced. Further
+    requests are refused (503). Ray polls the replicas meanwhile, so waiting here costs more than waiting in a replica."""
 
 
 class Videos(ConfigPart):
-    """Processes that segment videos, one at a time each."""
+    """Video replicas: the processes that segment videos, each one video at a time."""
 
     replicas: PositiveInt = 1
+    """Number of video replicas."""
     cpus: NonNegative = 0
-    """CPUs reserved for each; 0 shares those of the image replicas."""
+    """CPUs reserved for each video replica; with 0 they share the CPUs of the image replicas."""
     gpus: NonNegative = 0
+    """GPUs of each video replica."""
     queue: PositiveInt = 8
-    """Videos that wait; further ones are refused (503)."""
+    """Maximum number of videos that wait for a video replica; further videos are refused (503)."""
     storage: Uri = "runs/serve/videos"
-    """Directory or URI for videos and their results; all machines must reach it."""
+    """Path or URI of the directory for videos and their results, which all machines must be able to access."""
     keep_hours: Positive = 24
     """Hours after which a video and its results are deleted."""
 
@@ -85,15 +93,15 @@ class ServeConfig(ConfigTree):
     """
 
     models: dict[str, ModelRef] = {}
-    """Name and URI of every model. A new version needs a new URI: it is loaded beside the old one, which is served meanwhile."""
+    """Name -> URI of every model. A new version needs a new URI; the old version is served until the new one is loaded."""
     keys: Uri | None = None
-    """URI of the file that ``vilseg key`` writes. Without it only this machine is answered."""
+    """URI of the key file that ``vilseg key`` writes. If None, requests from other machines are refused."""
     cors_origins: list[str] = []
-    """Web pages of other origins that may call the API; none by default."""
+    """Origins of other web pages that may call the API (CORS), such as ``https://example.org``."""
     page: bool = True
-    """False serves the API only."""
+    """Serve the web page in addition to the API."""
     examples: Uri | None = None
-    """Directory of images for the page, with ``classes.txt`` in it; three synthetic scenes without it."""
+    """URI of a directory with example images for the page and ``classes.txt``. If None, three synthetic scenes are used."""
     limits: Limits = Limits()
     replicas: Replicas = Replicas()
     videos: Videos = Videos()
@@ -108,16 +116,16 @@ class ServeConfig(ConfigTree):
 
     @classmethod
     def of(cls, uri: str | None, models: Sequence[str], keys: str | None, overrides: Sequence[str]) -> ServeConfig:
-        """Load a configuration file and apply the options of the command to it.
+        """Load a configuration file and apply the options of ``vilseg serve`` to it.
 
         Args:
-            uri: Configuration file; None for the defaults.
-            models: ``URI`` or ``NAME=URI`` each; they replace those of the file.
-            keys: URI of the file of API keys.
-            overrides: ``key.sub=value`` each.
+            uri: URI of the configuration file; None takes the default values.
+            models: Models, each as ``URI`` or ``NAME=URI``. If not empty, they replace the models of the file.
+            keys: URI of the key file; None keeps that of the configuration file.
+            overrides: Values for single keys, each as ``key.sub=value``.
 
         Raises:
-            ConfigError: As `load`; or there is no model, or two have the same name.
+            ConfigError: The file or an override is invalid (see `load`), there is no model, or two models have one name.
         """
         config = cls.load(uri, overrides)
         if models:
@@ -133,12 +141,12 @@ class ServeConfig(ConfigTree):
 
     @property
     def default_model(self) -> str:
-        """Name of the model for requests that name none: the first."""
+        """Name of the model for requests that name no model: the first one."""
         return next(iter(self.models))
 
 
 def _named(model: str) -> tuple[str, str]:
-    """Return name and URI of ``URI`` or ``NAME=URI``; without a name, the name of the model's run directory."""
+    """Split ``NAME=URI`` into name and URI. For ``URI`` alone, the name is that of the model's run directory."""
     name, separator, uri = model.partition("=")
     if separator and MODEL_NAME.fullmatch(name):
         return name, uri

@@ -1,6 +1,7 @@
-"""The Ray Serve application: an ingress with the API and the page, replicas that hold models, and video replicas.
+"""The Ray Serve application: an ingress with API and page, replicas that segment images, and replicas that segment videos.
 
-``serve run serve.deployment:build`` and ``serve/config.yaml`` start it; so does ``vilseg serve``.
+``vilseg serve`` starts it; so does ``serve run`` or ``serve deploy`` with ``serve/config.yaml``, whose import path is
+``serve.deployment:build``.
 """
 
 import asyncio
@@ -23,11 +24,11 @@ log = logging.getLogger("ray.serve")
 
 
 class ModelReplica:
-    """A process that holds models: see `serve.engine`.
+    """Replica that loads models and segments images; an adapter of `serve.engine` to Ray Serve.
 
     Args:
-        config: Number of models, images per pass, CPUs.
-        max_pixels: Largest width x height of an image, by its header.
+        config: Configuration of the replicas.
+        max_pixels: Maximum width x height of an image, checked by its header.
         preload: URIs of models to load before the first request.
     """
 
@@ -49,7 +50,7 @@ class ModelReplica:
             await self.load(uri)
 
     async def load(self, uri: str) -> str | None:
-        """Load a model; return what is wrong with it, or None."""
+        """Load a model; return None if it is loaded, otherwise an error message."""
         try:
             await self._load(uri)
         except UserError as error:
@@ -57,7 +58,7 @@ class ModelReplica:
         return None
 
     async def segment(self, request: SegmentRequest) -> SegmentResponse:
-        """Return the response of the model whose URI is the multiplexed id of the call."""
+        """Segment an image with the model whose URI is the multiplexed model id of the call."""
         try:
             model = await self._load(serve.get_multiplexed_model_id())
         except UserError:
@@ -68,14 +69,14 @@ class ModelReplica:
 
 
 class VideoReplica:
-    """A process that segments videos, one after the other."""
+    """Replica that segments videos one after the other."""
 
     def __init__(self, config: ServeConfig) -> None:
         self._config = config
         self._models: dict[str, Any] = {}
 
     async def segment(self, job: Any) -> None:
-        """Run a `serve.video_jobs.VideoJob`; ends early when the call is cancelled."""
+        """Run a `serve.video_jobs.VideoJob`; end early if the call is cancelled."""
         from serve.engine import LoadedModel
         from serve.video_jobs import segment_video_job
 
@@ -93,7 +94,7 @@ class VideoReplica:
 
 @serve.ingress()
 class Ingress:
-    """The HTTP API and the page. One process: pages keep their state in it.
+    """Ingress with the HTTP API and the page. It is a single process, because it holds the state of open pages.
 
     Args:
         config: Configuration of the deployment.
@@ -135,9 +136,9 @@ class Ingress:
         )
 
     async def reconfigure(self, changes: dict[str, Any]) -> None:
-        """Take other ``models``; the one before answers under its name until a replica holds the new one."""
+        """Change ``models`` without interruption: an old model is served until a replica has loaded its replacement."""
         try:
-            # Without any, those that the application was built with.
+            # An empty user_config means the models that the application was built with.
             wanted = ServeConfig(models=changes.get("models") or self._built_with)
         except ValidationError as error:
             raise ValueError(f"user_config of the ingress must hold 'models', as NAME: URI ({error})") from error
@@ -145,7 +146,7 @@ class Ingress:
             return
         if self._rollout is not None:
             self._rollout.cancel()
-        # In the background: while this method runs, no request is let in.
+        # In the background, because Ray Serve admits no request while this method runs.
         self._rollout = asyncio.create_task(self._roll_out(wanted.models))
 
     async def _roll_out(self, wanted: dict[str, str]) -> None:
@@ -165,9 +166,13 @@ class Ingress:
 
 
 def build(args: ServeConfig) -> Application:
-    """Return the application for ``serve run`` and ``serve deploy``; ``args`` are those of the configuration file.
+    """Build the Ray Serve application.
 
-    When they change, new processes are up before old ones stop, where the machines have room for both.
+    When ``args`` of a running application change, new processes are started before old ones stop, if the cluster has
+    resources for both.
+
+    Args:
+        args: Configuration of the deployment: ``args`` in ``serve/config.yaml``.
     """
     if not args.models:
         raise ValueError("there is no model to serve: args.models must hold NAME: URI")
@@ -195,12 +200,12 @@ def build(args: ServeConfig) -> Application:
         ray_actor_options={"num_cpus": videos.cpus, "num_gpus": videos.gpus},
         max_ongoing_requests=1,
     )
-    # It waits most of the time, and the router refuses what is too much for the replicas.
+    # max_ongoing_requests is high, because the ingress mostly waits, and the router refuses requests under overload.
     ingress: Any = serve.deployment(
         Ingress,
         name="ingress",
         num_replicas=1,
-        # On Ray's head node, beside the HTTP proxy: any other machine may then be lost without the ingress.
+        # Placed on Ray's head node, like the HTTP proxy, so that the ingress survives the loss of any other machine.
         ray_actor_options={"num_cpus": 0, "resources": {"node:__internal_head__": 0.001}},
         max_ongoing_requests=10_000,
         max_surge_percent=100,

@@ -1,4 +1,4 @@
-"""Response bodies: a segmentation as JSON, label map (PNG) or overlay (PNG), and the data that the page's viewer draws."""
+"""Encoding of a segmentation as response body: JSON, label map (PNG), overlay (PNG), or data for the page's viewer."""
 
 from __future__ import annotations
 
@@ -16,15 +16,18 @@ from vilseg.segmentation.result import Segmentation
 from vilseg.segmentation.visualization import BACKGROUND, class_colours, rgb
 
 _VIEWER_SIDE = 1024
-"""px: longest side of what the viewer shows."""
+"""Maximum height and width in pixels of the images that the viewer gets."""
 _NO_CLASS = 255
-"""Value of pixels without a class in the viewer's maps."""
+"""Value of pixels without a class in the viewer's map of classes."""
 
 
 def encode(result: Segmentation, request: SegmentRequest) -> tuple[bytes, str]:
-    """Return the response body in the requested format, and its media type.
+    """Encode a segmentation in the format of the request.
 
-    The format ``viewer`` has all scores, whatever the threshold of the request: the page applies the threshold itself.
+    The format ``viewer`` ignores the threshold of the request, because the viewer applies it in the browser.
+
+    Returns:
+        Response body and media type.
     """
     if request.format == "viewer":
         return json.dumps(viewer_data(result)).encode(), "application/json"
@@ -40,22 +43,23 @@ def encode(result: Segmentation, request: SegmentRequest) -> tuple[bytes, str]:
 
 
 def viewer_data(result: Segmentation) -> dict[str, Any]:
-    """Return what a browser needs to draw classes, clusters and scores and to apply a threshold at once.
+    """Collect the data with which the browser draws classes, clusters and scores and applies a threshold.
 
     Returns:
-        ``image`` (a WebP) and ``maps`` (a PNG) as data URLs of at most 1024 px a side, ``width`` and ``height`` of the
-        image itself, and ``classes``: name and colour of those present. In ``maps`` red is the index into ``classes``
-        (255 = none), green the score x 255, blue the cluster.
+        JSON-serialisable dictionary. ``image`` (WebP) and ``maps`` (PNG) are data URLs of at most 1024 x 1024 pixels;
+        ``width`` and ``height`` are those of the original image; ``classes`` has name and colour of each class present;
+        ``background`` is the name of the class background, or None. In ``maps``, red is the index into ``classes`` (255 = no
+        class), green the score x 255, and blue the cluster index.
     """
     height, width = result.labels.shape
     factor = min(1.0, _VIEWER_SIDE / max(height, width))
     size = (max(1, round(width * factor)), max(1, round(height * factor)))
     areas = np.bincount(result.labels.ravel(), minlength=len(result.classes))[: len(result.classes)]
-    # One byte has room for 255 classes; of more, the smallest are left out.
+    # A byte can represent 255 classes; if there are more, the smallest are left out.
     present = np.argsort(-areas, kind="stable")[:_NO_CLASS]
     present = present[areas[present] > 0]
     if BACKGROUND in result.classes and (background := result.classes.index(BACKGROUND)) not in present:
-        present = np.append(present[: _NO_CLASS - 1], background)  # a threshold may give it pixels
+        present = np.append(present[: _NO_CLASS - 1], background)  # a threshold may assign pixels to it
     index = np.full(np.iinfo(result.labels.dtype).max + 1, _NO_CLASS, np.uint8)
     index[present] = np.arange(len(present))
     clusters = np.zeros_like(result.labels) if result.clusters is None else result.clusters

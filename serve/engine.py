@@ -1,4 +1,4 @@
-"""Engine of one replica, without Ray: decodes images, batches them through models, encodes the responses."""
+"""Engine of a replica, without Ray: decoding of images, batched segmentation, encoding of responses."""
 
 from __future__ import annotations
 
@@ -25,14 +25,18 @@ from vilseg.text.vocabulary import Vocabulary
 
 
 class LoadedModel:
-    """A model in memory, for any classes."""
+    """Model in memory, which provides segmenters for any class list.
+
+    Args:
+        uri: URI of the model.
+    """
 
     def __init__(self, uri: str) -> None:
         self._model = ViLSeg.from_pretrained(uri)
         self._segmenter: Segmenter | None = None
 
     def segmenter(self, vocabulary: Vocabulary) -> Segmenter:
-        """Return the segmenter of a class list; embeddings of recent class lists are cached with the model."""
+        """Return the segmenter for a class list; class embeddings of recently used class lists are cached with the model."""
         if self._segmenter is None:
             self._segmenter = Segmenter(self._model, vocabulary)
         return self._segmenter.with_classes(vocabulary)
@@ -49,16 +53,16 @@ class Engine:
 
     def __init__(self, *, batch: int, max_pixels: int, threads: int = 1) -> None:
         torch.set_num_threads(threads)
-        # The model's thread releases the GIL in every operator and should not wait 5 ms to get it back.
+        # The model's thread releases the GIL in every operator and should not wait the default 5 ms to get it back.
         sys.setswitchinterval(0.0005)
         self._max_pixels = max_pixels
         gpu = best_device().type == "cuda"
-        # On a CPU a batch is no faster, and decoding and encoding beside the model slow it down.
+        # On a CPU, batches are not faster, and decoding and encoding in other threads would slow down the model.
         self._batcher = Batcher(self._run, batch if gpu else 1)
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="codec") if gpu else self._batcher.thread
 
     async def segment(self, model: LoadedModel, request: SegmentRequest) -> SegmentResponse:
-        """Return the response to one request; an image that cannot be used gives an error response."""
+        """Segment the image of a request; if the image cannot be used, return an error response."""
         loop = asyncio.get_running_loop()
         begun = time.perf_counter()
         try:

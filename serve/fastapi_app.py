@@ -1,4 +1,4 @@
-"""The web application of the ingress: API and page behind one middleware."""
+"""ASGI application of the ingress: API and page behind `serve.middleware`."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ def make_app(
     """Build the ASGI application.
 
     Args:
-        config: Returns the present configuration; its models may change.
-        keys: API keys; None answers this machine alone.
+        config: Function that returns the current configuration, because its models may change.
+        keys: API keys; if None, requests from other machines are refused.
         metrics: Metrics to update.
-        segment: Sends a request to a replica.
-        uploads: Receives videos.
-        is_overloaded: Returns whether images would be refused at the moment.
+        segment: Function that sends a request to a replica.
+        uploads: Receiver of videos.
+        is_overloaded: Function that returns True if the replicas would currently refuse an image.
     """
     app = FastAPI(title="vilseg", version=version("vilseg"), description=_DESCRIPTION, redoc_url=None)
     add_routes(app, segment, uploads, metrics, config)
-    # Also without any allowed origin: Gradio would allow every origin otherwise.
+    # Added even if no origin is allowed, because Gradio would allow every origin otherwise.
     app.add_middleware(CORSMiddleware, allow_origins=config().cors_origins, allow_methods=["*"], allow_headers=["*"])
     if config().page:
         from serve.page.blocks import mount_page  # Gradio takes seconds to import

@@ -1,4 +1,4 @@
-"""``vilseg serve``: run the application on this machine or a cluster until SIGINT or SIGTERM."""
+"""Implementation of ``vilseg serve``: run the application on this machine or a cluster until SIGINT or SIGTERM."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from vilseg.model.serialization import read_segmentation_config
 APP = "vilseg"
 
 RAY_SERVE_ENVIRONMENT = {
-    # Handlers are asynchronous or use threads of their own, so Ray's loops need no further threads: a request then changes
-    # threads six times less.
+    # All handlers are asynchronous or start their own threads, so Ray's event loops need no extra threads. This saves six
+    # thread switches per request.
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
     "RAY_SERVE_LOG_TO_STDERR": "0",
     "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1000",
 }
-"""Environment variables for Ray's processes; they save a tenth of the time of a request on two cores."""
+"""Environment variables for Ray's processes; they reduce the time of a request by a tenth on two cores."""
 
 
 def prepare_environment() -> None:
-    """Set `RAY_SERVE_ENVIRONMENT` where the user has not; to be called before Ray is started."""
+    """Set those variables of `RAY_SERVE_ENVIRONMENT` that the user has not set; call this before Ray is started."""
     for name, value in RAY_SERVE_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
 
@@ -42,10 +42,15 @@ def prepare_environment() -> None:
 def check_config(config: ServeConfig, host: str, port: int) -> None:
     """Check the configuration before anything is started.
 
+    Args:
+        config: Configuration of the deployment.
+        host: Address to listen on.
+        port: Port to listen on.
+
     Raises:
         ConfigError: Other machines could reach a server without keys, or the port is in use.
-        ModelError: A URI is no model directory.
-        StorageError: A URI cannot be reached.
+        ModelError: The URI of a model is not a model directory.
+        StorageError: The URI of a model or of the key file cannot be read.
     """
     if config.keys is None and not is_loopback(_address(host)):
         raise ConfigError(
@@ -67,10 +72,10 @@ def check_config(config: ServeConfig, host: str, port: int) -> None:
 
 
 def fit_to_cluster(config: ServeConfig, session: Session) -> ServeConfig:
-    """Return the configuration with absolute URIs and no more replicas than the cluster has room for.
+    """Return the configuration with absolute URIs, and with ``replicas.maximum`` reduced to the resources of the cluster.
 
     Raises:
-        ConfigError: There is no room for ``replicas.minimum``.
+        ConfigError: The cluster has no resources for ``replicas.minimum`` replicas.
     """
     replicas = config.replicas
     gpus = replicas.gpus or float(session.gpus > 0)
@@ -92,7 +97,12 @@ def _address(host: str) -> str:
 
 @contextmanager
 def running(config: ServeConfig, *, host: str, port: int) -> Iterator[str]:
-    """Run the application on the Ray cluster that this process is connected to; yield its URL once it answers.
+    """Run the application on the connected Ray cluster for the duration of the ``with`` block; yield its URL once it responds.
+
+    Args:
+        config: Configuration of the deployment.
+        host: Address to listen on.
+        port: Port to listen on.
 
     Raises:
         UserError: The application could not be started.
@@ -111,22 +121,22 @@ def running(config: ServeConfig, *, host: str, port: int) -> Iterator[str]:
         shown = "127.0.0.1" if host in ("0.0.0.0", "::") else host
         yield f"http://[{shown}]:{port}" if ":" in shown else f"http://{shown}:{port}"
     finally:
-        # Shutting down alone would stop the HTTP proxy while requests still wait for their responses.
+        # serve.shutdown alone would stop the HTTP proxy before requests in progress get their responses.
         with suppress(KeyError):
             serve.delete(APP)
         serve.shutdown()
 
 
 def failure_reason(status: Any) -> str:
-    """Return why an application failed to start, as a clause; empty if its status has no reason.
+    """Return the reason why an application failed to start, as a clause; "" if its status has none.
 
     Args:
-        status: `ray.serve.schema.ApplicationStatusOverview` of the application.
+        status: `ray.serve.schema.ApplicationStatusOverview` of the application, or None.
     """
     if status is None:
         return ""
     failed = {name: found.message for name, found in status.deployments.items() if "Error:" in found.message}
-    # The last line that names an exception has the sentence of the constructor that failed.
+    # The last line that names an exception has the message of the exception in the failed constructor.
     texts = [status.message, *failed.values()]
     lines = [
         line.strip().split("Error:", 1)[1].strip() for text in texts for line in text.splitlines() if "Error:" in line
@@ -135,20 +145,20 @@ def failure_reason(status: Any) -> str:
     if sentences:
         return sentences[-1]
     if failed:
-        # A process that was killed leaves no exception: Ray's message has many lines, and none says why.
+        # A process that was killed has no exception, and Ray's message does not state the reason.
         return f"the processes of '{next(iter(failed))}' ended while they started; the reason is in {LOG_DIRECTORY}"
     return ""
 
 
 def main(config: ServeConfig, session: Session, *, host: str, port: int, ready: Callable[[str], None]) -> None:
-    """Serve until SIGINT or SIGTERM; then requests in progress are finished, and no new ones are accepted.
+    """Serve until SIGINT or SIGTERM; then accept no new requests, finish those in progress, and return.
 
     Args:
-        config: Checked by `check_config`.
+        config: Configuration that `check_config` has checked.
         session: Connection to Ray.
         host: Address to listen on.
         port: Port to listen on.
-        ready: Called with the URL once the server answers.
+        ready: Function that is called with the URL once the server responds.
     """
     stop = threading.Event()
     before: Mapping[signal.Signals, Any] = {
@@ -157,7 +167,7 @@ def main(config: ServeConfig, session: Session, *, host: str, port: int, ready: 
     try:
         with running(fit_to_cluster(config, session), host=host, port=port) as url:
             ready(url)
-            while not stop.wait(1):  # a wait without end would not be interrupted by a signal everywhere
+            while not stop.wait(1):  # on some systems, a signal does not interrupt a wait without timeout
                 pass
     finally:
         for number, handler in before.items():

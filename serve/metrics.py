@@ -10,7 +10,7 @@ _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 
 class Metrics:
-    """Metrics of one ingress process. Names are public: dashboards refer to them."""
+    """Metrics of one ingress process. Their names are a public interface, because dashboards refer to them."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -40,7 +40,12 @@ class Metrics:
         )
 
     def count_image(self, seconds: Mapping[str, float], batch: int) -> None:
-        """Count an image that a replica segmented."""
+        """Record one image that a replica segmented.
+
+        Args:
+            seconds: Duration of each stage; see `SegmentResponse.seconds`.
+            batch: Number of images in the same forward pass; 0 if unknown.
+        """
         for stage, taken in seconds.items():
             self.stages.labels(stage).observe(taken)
         if batch:

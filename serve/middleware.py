@@ -1,6 +1,6 @@
-"""ASGI middleware before all routes: request ids, API keys, size limits, timeouts, counting and one log line a request.
+"""ASGI middleware before all routes: request ids, API keys, size limits, timeouts, metrics and one log line per request.
 
-ASGI, so that it also holds for the page and sees a body before it is parsed.
+It is at the ASGI level, so that it also applies to the page, and to request bodies before they are parsed.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ log = logging.getLogger("ray.serve")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _LOOPBACK_NAMES = {"localhost", "127.0.0.1", "[::1]"}
 _FETCHES = re.compile(r"/gradio_api/(proxy=|.*https?:/)", re.IGNORECASE | re.DOTALL)
-"""Routes of Gradio that fetch an address from the request."""
+"""Routes of Gradio that would make the server fetch a URL from the request."""
 _FORM_MARGIN = 64 << 10
-"""Bytes of a form beside its files: names, class lists, boundaries."""
+"""Maximum bytes of a form in addition to its files: names, class lists, boundaries."""
 _POLICY_VIOLATION = 1008
-"""Close code of a WebSocket (RFC 6455, section 7.4.1)."""
+"""Close code of a WebSocket for a policy violation (RFC 6455, section 7.4.1)."""
 
 
 class RequestMiddleware:
-    """Assigns request ids, checks keys and sizes, limits the time, counts, logs, and turns errors into responses.
+    """Middleware that assigns request ids, enforces keys, size and time limits, records metrics and logs, and reports errors.
 
     Args:
-        app: Application behind it.
-        keys: API keys; None answers this machine alone.
-        limits: Limits of bodies and time.
+        app: Application that handles the admitted requests.
+        keys: API keys; if None, requests from other machines are refused.
+        limits: Limits on body size and response time.
         metrics: Metrics to update.
-        is_overloaded: Returns whether images would be refused at the moment.
-        origins: Web pages of other origins that may call.
+        is_overloaded: Function that returns True if the replicas would currently refuse an image.
+        origins: Origins of other web pages that may send requests if there are no keys.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class RequestMiddleware:
             raise ValueError(f"connections of the type '{scope['type']}' are not served")
 
     async def _handle_websocket(self, scope: Scope, receive: Any, send: Any) -> None:
-        """Close the connection unless it has a key, whatever its path: neither API nor page use WebSockets."""
+        """Close a WebSocket connection without a valid key. API and page use no WebSockets, so no path is exempt."""
         try:
             self._check_local(scope)
             await self._refresh_keys()
@@ -92,7 +92,7 @@ class RequestMiddleware:
             await self._app(scope, receive, send)
 
     async def _handle_http(self, scope: Scope, receive: Any, send: Any) -> None:
-        path = get_route_path(scope)  # below whatever prefix the application has
+        path = get_route_path(scope)  # path without the prefix under which the application is mounted
         request = _Exchange(scope, receive, send, path, self._body_limit(path))
         try:
             if _FETCHES.match(path):
@@ -117,7 +117,7 @@ class RequestMiddleware:
     async def _serve(self, request: _Exchange) -> None:
         served = self._app(request.scope, request.receive, request.send)
         if not request.path.startswith("/v1/") or request.path.startswith("/v1/videos"):
-            await served  # streams of the page last as long as it is open, uploads of videos as long as they take
+            await served  # no limit: a stream of the page lasts while it is open, an upload as long as it takes
             return
         try:
             await asyncio.wait_for(served, self._limits.seconds)
@@ -128,10 +128,13 @@ class RequestMiddleware:
             raise HttpError(503, "timeout", sentence, retry_after=5) from None
 
     def _check_local(self, scope: Scope) -> None:
-        """Without keys admit this machine only, under its own name: a web page could use another name that resolves to it.
+        """Refuse requests from other machines if the server has no keys.
+
+        Besides the client's address, the Host header must be a loopback name and the Origin header a loopback name or allowed,
+        because a malicious web page can reach this machine by a host name that resolves to it (DNS rebinding).
 
         Raises:
-            HttpError: The request comes from elsewhere.
+            HttpError: The request is refused.
         """
         if self._keys is not None:
             return
@@ -155,13 +158,13 @@ class RequestMiddleware:
                 log.warning("%s", error)
 
     def _holder(self, scope: Scope, path: str) -> str | None:
-        """Return the name of the key's holder; None where the route needs no key.
+        """Return the name of the key's holder; None if the route needs no key.
 
         Raises:
-            HttpError: The route needs a key and there is none, or a wrong one.
+            HttpError: The route needs a key, and the request has none or an invalid one.
         """
         if self._keys is None or not (path.startswith("/v1/") or path == "/metrics"):
-            return None  # the page asks for a key itself
+            return None  # the page has its own login
         if scope["method"] == "OPTIONS" and _header(scope, b"origin"):
             return None  # a CORS preflight request has no key
         return self._authenticate(scope)
@@ -170,7 +173,7 @@ class RequestMiddleware:
         """Return the name of the key's holder.
 
         Raises:
-            HttpError: There is no key, or a wrong one.
+            HttpError: The request has no key or an invalid one.
         """
         assert self._keys is not None
         scheme, _, key = _header(scope, b"authorization").partition(" ")
@@ -206,14 +209,14 @@ class _Exchange:
         self.id = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
         self.scope, self.path = scope, path
         self.begun = time.perf_counter()
-        self.status = 499  # the client disconnected before there was a response
+        self.status = 499  # recorded if the client disconnects before the response
         self._receive, self._send = receive, send
         self._limit, self._received = limit, 0
         self._answered = self._refused = False
         scope["vilseg.request_id"] = self.id
 
     async def receive(self) -> Message:
-        """Return the next part of the body, as long as the whole is within the limit."""
+        """Return the next ASGI message of the request; raise HttpError if the body exceeds the limit."""
         message = await self._receive()
         if message["type"] == "http.request":
             self._received += len(message.get("body", b""))
@@ -221,7 +224,7 @@ class _Exchange:
         return message
 
     def check_length(self) -> None:
-        """Raise HttpError if the body is over the limit, or its Content-Length is."""
+        """Raise HttpError if the received body or its Content-Length exceeds the limit."""
         stated = _header(self.scope, b"content-length")
         if self._received > self._limit or (stated.isdigit() and int(stated) > self._limit):
             raise HttpError(
@@ -229,9 +232,9 @@ class _Exchange:
             )
 
     async def send(self, message: Message) -> None:
-        """Send a part of the response, with the request's id."""
+        """Send an ASGI message of the response, with the request id as a header."""
         if self._received > self._limit and not self._refused:
-            return  # the form parser reports the cut body as a broken form; the response to send is 413
+            return  # drop the form parser's response to the truncated body, because `refuse` sends a 413
         if message["type"] == "http.response.start":
             self.status, self._answered = message["status"], True
             headers = [pair for pair in message.get("headers", []) if pair[0].lower() != b"x-request-id"]
@@ -239,7 +242,7 @@ class _Exchange:
         await self._send(message)
 
     async def refuse(self, error: HttpError) -> None:
-        """SegmentResponse with a refusal, unless an answer has begun."""
+        """Send an error response, unless a response has already started."""
         if self._answered:
             return
         self._refused = True
@@ -258,7 +261,7 @@ def _header(scope: Scope, name: bytes) -> str:
 
 
 def is_loopback(address: str) -> bool:
-    """Return whether an IP address is a loopback address."""
+    """Return True if ``address`` is a loopback IP address."""
     try:
         return ipaddress.ip_address(address).is_loopback
     except ValueError:

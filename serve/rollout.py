@@ -1,4 +1,4 @@
-"""Rollout of models: each new one is loaded beside the one before, which is served until a replica holds the new one."""
+"""Rollout of models without interruption: an old model is served until a replica has loaded its replacement."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from ray.serve.exceptions import BackPressureError
 
 log = logging.getLogger("ray.serve")
 _PAUSE = 1.0
-"""Seconds before loading is tried again."""
+"""Seconds between two attempts to load a model."""
 _MAX_LOST = 3
-"""Replicas that end while they load a model before it is given up: one or two may be a coincidence."""
+"""Number of replicas lost while loading a model after which it is given up; one or two may be a coincidence."""
 LOG_DIRECTORY = "/tmp/ray/session_latest/logs"
-"""Ray's logs, where the cluster was started without ``--temp-dir``; those of Serve are in ``serve/`` below it."""
+"""Directory of Ray's logs if the cluster was started without ``--temp-dir``; logs of Serve are in its ``serve/``."""
 
 
 async def load_model(handle: Any, uri: str) -> str | None:
-    """Load a model on a replica.
+    """Load a model on a replica; retry if the replicas are busy or one is lost.
 
     Args:
         handle: Handle of the deployment of `serve.deployment.ModelReplica`.
         uri: URI of the model.
 
     Returns:
-        What is wrong with the model, as a clause; None if a replica holds it now.
+        None if a replica has loaded the model; otherwise the reason of the failure, as a clause.
     """
     lost = 0
     while True:
@@ -49,17 +49,17 @@ async def load_model(handle: Any, uri: str) -> str | None:
 
 
 async def roll_out(handle: Any, current: Mapping[str, str], wanted: Mapping[str, str]) -> dict[str, str]:
-    """Load the models that are new and return name and URI of those to serve from now on.
+    """Load new models on the replicas and return the models to serve from then on.
 
-    A model that cannot be loaded is logged with its reason, and the one of that name before stays.
+    If a model cannot be loaded, the reason is logged, and the old model of that name is kept.
 
     Args:
         handle: Handle of the deployment of `serve.deployment.ModelReplica`.
-        current: Models served at present. Name -> URI.
-        wanted: Models to serve. Name -> URI.
+        current: Models that are served now. Name -> URI.
+        wanted: Models to serve instead. Name -> URI.
 
     Returns:
-        Models to serve; ``current`` if none of ``wanted`` can be loaded.
+        Models that can be served. Name -> URI; ``current`` if none of ``wanted`` can be loaded.
     """
     settled: dict[str, str] = {}
     for name, uri in wanted.items():

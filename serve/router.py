@@ -1,4 +1,4 @@
-"""Routing of requests from the ingress to replicas: overload is reported at once, requests on lost replicas are retried."""
+"""Routing of requests from the ingress to replicas: overload is reported immediately, a request on a lost replica is retried."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from serve.request_types import SegmentRequest, SegmentResponse
 
 log = logging.getLogger("ray.serve")
 _OVERLOAD_S = 1.0
-"""Seconds for which a refusal by the replicas is remembered."""
+"""Seconds after a refusal by the replicas for which they count as overloaded."""
 _ATTEMPTS = 3
-"""Replicas that may be lost with one request, the last of them with no other suspect request on it."""
+"""Maximum number of replicas that one request may lose. The last attempt runs while no other suspect request does."""
 
 
 async def await_or_cancel(response: Any) -> Any:
-    """Await a replica's response; if the caller is cancelled, cancel the replica's work as well."""
+    """Await the response of a replica; if the caller is cancelled, cancel the call on the replica too."""
     try:
         return await response
     except asyncio.CancelledError:
@@ -32,11 +32,11 @@ async def await_or_cancel(response: Any) -> Any:
 
 
 class Router:
-    """Sends requests to replicas that hold, or will load, the model.
+    """Sender of requests to replicas; Ray prefers a replica that has loaded the model.
 
     Args:
         handle: Handle of the deployment of `serve.deployment.ModelReplica`.
-        models: Name and URI of each model.
+        models: Models that requests may name. Name -> URI.
         metrics: Metrics to update.
     """
 
@@ -50,9 +50,9 @@ class Router:
         self._isolation = asyncio.Lock()
 
     def is_overloaded(self) -> bool:
-        """Return whether as many images are in progress as when one was last refused, a moment ago.
+        """Return True if a replica refused an image within the last second and no fewer images are in progress now.
 
-        To be called before a request's body is read: under overload, reading what is then refused costs most.
+        Call this before a request's body is read, because under overload most time is spent on bodies of refused requests.
         """
         return (
             self._overloaded_from is not None
@@ -61,14 +61,14 @@ class Router:
         )
 
     async def segment(self, request: SegmentRequest) -> SegmentResponse:
-        """Return a replica's response.
+        """Send a request to a replica and return its response.
 
         Raises:
-            HttpError: The replica returned an error, the queue is full, no replica is available, or the image ends
-                every process that segments it.
+            HttpError: The replica returned an error, the queue is full, no replica is available, or the image crashes
+                every replica that segments it.
         """
         uri = self.models.get(request.model)
-        if uri is None:  # it was removed since the request was read
+        if uri is None:  # the model was removed after the request was parsed
             raise HttpError(404, "unknown_model", f"The model '{request.model}' is not served any more.")
         handle = self._handle.options(multiplexed_model_id=uri)
         self._in_progress += 1
@@ -90,15 +90,16 @@ class Router:
             response = await self._attempt(handle, request, lost)
             if response is not None:
                 return response
-        # One suspect request at a time: those that merely shared a replica with a fatal image are answered here. Probes
-        # before and after tell a fatal image from a cluster that loses its replicas anyway.
+        # Requests that lost their replicas are suspect and run one at a time from here on, so that those that merely shared
+        # a replica with a crashing image succeed. Checks before and after the attempt distinguish a crashing image from a
+        # cluster that loses its replicas for another reason.
         async with self._isolation:
             if not await self._is_available(handle, uri):
                 raise unavailable_error()
             response = await self._attempt(handle, request, lost)
             if response is not None:
                 return response
-            # A replica that is unreachable again and again counts once: its process need not have ended.
+            # A replica that is unreachable several times counts once, because its process may still be running.
             if len(lost) < _ATTEMPTS or not await self._is_available(handle, uri):
                 raise unavailable_error()
         log.error("request %s ended %d replicas; its image is refused", request.request_id, _ATTEMPTS)
@@ -107,11 +108,11 @@ class Router:
         )
 
     async def _attempt(self, handle: Any, request: SegmentRequest, lost: set[str]) -> SegmentResponse | None:
-        """Send the request once; if the replica is lost meanwhile, add its actor id to ``lost`` and return None."""
+        """Send the request once; if the replica is lost before it responds, add its actor id to ``lost`` and return None."""
         try:
             response: SegmentResponse = await await_or_cancel(handle.segment.remote(request))
         except BackPressureError:
-            # Replicas may come and go, so the limit is forgotten after a second.
+            # The number of replicas may change, so the limit is valid for a second only.
             self._overloaded_from = self._in_progress - 1
             self._overloaded_until = time.monotonic() + _OVERLOAD_S
             raise overloaded_error() from None
@@ -124,7 +125,7 @@ class Router:
         return response
 
     async def _is_available(self, handle: Any, uri: str) -> bool:
-        """Return whether a replica holds the model, or loads it, and responds."""
+        """Return True if a replica has loaded the model, or can load it, and responds."""
         try:
             return await await_or_cancel(handle.load.remote(uri)) is None
         except (BackPressureError, DeploymentUnavailableError, RayActorError):

@@ -1,4 +1,4 @@
-"""Video jobs: a directory each, with the video, its state in ``job.json`` and, in the end, overlay video and masks."""
+"""Video jobs: each has a directory with the video, its state in ``job.json`` and, when it is done, overlay video and masks."""
 
 from __future__ import annotations
 
@@ -26,30 +26,34 @@ OVERLAY, MASKS = "overlay.mp4", "masks.zip"
 _STATE, _VIDEO = "job.json", "video"
 _ID = re.compile(r"[0-9a-f]{32}")
 _MAX_FRAME_RATE = 120
-"""Largest frame rate; a video of more frames is too long whatever its timestamps say, as they may all be 0."""
+"""Maximum frames per second of the allowed duration; limits the number of frames if timestamps are wrong, such as all 0."""
 _STALE_S = 600.0
 """Seconds without an update of ``job.json`` after which a job counts as failed."""
 _PROGRESS_S = 1.0
-"""Seconds between two updates of the progress."""
+"""Seconds between two updates of the progress in ``job.json``."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class VideoJob:
-    """A video and the classes to look for in it."""
+    """Job to segment a video into given classes."""
 
     id: str
     directory: str
+    """URI of the directory of the job."""
     model_uri: str
+    """URI of the model."""
     vocabulary: Vocabulary
+    """Class list."""
     key_every: int
+    """Interval in frames between key frames, which alone pass through the model."""
 
 
 class VideoJobs:
-    """The directories of all video jobs.
+    """The directories of all video jobs under a common root.
 
     Args:
-        root: Directory or URI that they are kept under.
-        keep_hours: Age at which a job is deleted.
+        root: Path or URI of the directory that contains the directories of the jobs.
+        keep_hours: Age in hours after which a job is deleted.
     """
 
     def __init__(self, root: str, keep_hours: float) -> None:
@@ -65,12 +69,16 @@ class VideoJobs:
         return video_id
 
     def directory(self, video_id: str) -> str:
-        """Return the URI of the directory of a video and its results."""
+        """Return the URI of the directory of a job."""
         assert _ID.fullmatch(video_id), "an id becomes a path, so no other text may be one"
         return storage.join(self._root, video_id)
 
     def state(self, video_id: str) -> dict[str, Any] | None:
-        """Return ``status`` (queued, running, done, failed), ``frames`` and the results; None if there is no such video."""
+        """Return the state of a job: ``status`` (queued, running, done, failed), ``frames`` (number of frames read) and results.
+
+        Returns:
+            Content of ``job.json``; None if there is no such video. A job without updates for `_STALE_S` counts as failed.
+        """
         if not _ID.fullmatch(video_id):
             return None
         uri = storage.join(self.directory(video_id), _STATE)
@@ -82,7 +90,7 @@ class VideoJobs:
         return state
 
     def touch(self, video_id: str) -> None:
-        """Update the time of a queued job, so that it does not count as failed."""
+        """Update the time of a queued job, so that it does not count as failed while it waits."""
         state = self.state(video_id)
         if state is not None and state["status"] == "queued":
             write_state(self.directory(video_id), state)
@@ -109,14 +117,21 @@ class VideoJobs:
 
 
 def write_state(directory: str, state: dict[str, Any]) -> None:
-    """Write the state of a job, with the time."""
+    """Write the state of a job and the current time to its ``job.json``."""
     storage.write_text(storage.join(directory, _STATE), json.dumps({**state, "updated": time.time()}))
 
 
 def segment_video_job(
     job: VideoJob, segmenter: Callable[[], Segmenter], limits: Limits, cancelled: threading.Event
 ) -> None:
-    """Segment a video and write its results, or the reason of the failure, into its directory."""
+    """Segment a video and write its results, or the reason of the failure, to its directory.
+
+    Args:
+        job: Job to run.
+        segmenter: Function that returns the segmenter for the model and class list of the job.
+        limits: Limits on the size and duration of the video.
+        cancelled: Event that ends the work; nothing more is written then.
+    """
     written_at = 0.0
 
     def progress(frames: int, seconds: float) -> None:
@@ -146,9 +161,9 @@ def segment_video_job(
                 return
             _pack(masks, job.vocabulary, storage.join(job.directory, MASKS))
     except InterruptedError:
-        return  # the caller that cancelled deletes the directory
+        return  # write no state, because the caller that cancelled deletes the directory
     except DataError as error:
-        # Paths of the server are not shown to callers.
+        # Remove the paths of the server from the message.
         sentence = str(error).replace(storage.join(job.directory, _VIDEO), "the video").partition("; the masks")[0]
         state = {"status": "failed", "frames": 0, "error": sentence[:1].upper() + sentence[1:] + "."}
     else:
@@ -165,7 +180,7 @@ def segment_video_job(
 
 
 def _pack(masks: Path, vocabulary: Vocabulary, uri: str) -> None:
-    # PNG is compressed already.
+    # Stored without compression, because PNG files are compressed already.
     with storage.open_atomic(uri) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         for path in sorted(masks.iterdir()):
             archive.write(path, path.name)

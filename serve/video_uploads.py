@@ -1,4 +1,4 @@
-"""Uploads of videos and queries of their state: the ingress' side of `serve.video_jobs`."""
+"""Uploads of videos and queries of their state: the part of `serve.video_jobs` that runs in the ingress."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ log = logging.getLogger("ray.serve")
 _TOUCH_S = 30.0
 """Seconds between two updates of the time of a queued job."""
 _CLEANUP_S = 600.0
-"""Least seconds between two deletions of expired jobs."""
+"""Minimum seconds between two deletions of expired jobs."""
 
 SegmentVideo = Callable[[VideoJob], Awaitable[None]]
 
 
 class VideoUploads:
-    """Stores videos, queues their segmentation, and reports their state.
+    """Receiver of videos: stores them, queues their segmentation, and reports its state.
 
     Args:
-        config: Storage and limits of the videos.
-        segment_video: Segments one video; see `serve.video_jobs.segment_video_job`.
+        config: Configuration with the storage directory and the queue of videos.
+        segment_video: Function that segments one video; see `serve.video_jobs.segment_video_job`.
     """
 
     def __init__(self, config: ServeConfig, segment_video: SegmentVideo) -> None:
@@ -40,6 +40,12 @@ class VideoUploads:
 
     async def add(self, video: IO[bytes], model_uri: str, vocabulary: Vocabulary, key_every: int) -> str:
         """Store a video, queue its segmentation, and return its id.
+
+        Args:
+            video: Binary file with the encoded video.
+            model_uri: URI of the model.
+            vocabulary: Class list.
+            key_every: Interval in frames between key frames, which alone pass through the model.
 
         Raises:
             HttpError: The queue is full.
@@ -83,10 +89,14 @@ class VideoUploads:
         await asyncio.to_thread(self._jobs.delete, video_id)
 
     async def result(self, video_id: str, name: str) -> str:
-        """Return the URI of a result.
+        """Return the URI of a result file.
+
+        Args:
+            video_id: Id of the video.
+            name: `serve.video_jobs.OVERLAY` or `serve.video_jobs.MASKS`.
 
         Raises:
-            HttpError: There is no such video, or it is not done.
+            HttpError: There is no such video, or its segmentation is not done.
         """
         state = await self.state(video_id)
         if state is None:

@@ -1,4 +1,4 @@
-"""Error responses: every error of the application gets the JSON body of `vilseg.api_schema.Error`."""
+"""Error handlers: every error response of the application has the JSON body `vilseg.api_schema.Error`."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
         "headers": {"Retry-After": {"schema": {"type": "integer"}, "description": "Seconds."}},
     },
 }
-"""Responses of every route under ``/v1``, for OpenAPI."""
+"""Error responses of every route under ``/v1``, for the OpenAPI description."""
 
 
 def add_error_handlers(app: FastAPI, metrics: Metrics) -> None:
-    """Turn every exception of a route into an error response."""
+    """Add handlers to ``app`` that turn every exception of a route into an error response, counted in ``metrics``."""
 
     def respond(request: Request, error: HttpError) -> Response:
         headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}

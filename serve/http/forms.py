@@ -1,4 +1,4 @@
-"""Form fields of the API, and the parser that turns their values into models and class lists within the limits."""
+"""Form fields of the API, and the parser that checks their values and converts them to model names and class lists."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ RequestId = Annotated[str, Depends(_request_id)]
 
 
 class FormParser:
-    """Parser of model names and class lists.
+    """Parser of the form fields for the model and the class list.
 
     Args:
-        config: Returns the present configuration.
+        config: Function that returns the current configuration, with the models and the limits.
 
     Example:
         >>> config = ServeConfig(models={"day": "runs/day/model"})
@@ -64,7 +64,7 @@ class FormParser:
         self._config = config
 
     def model(self, name: str | None) -> str:
-        """Return the name of a served model; the default if ``name`` is None or empty.
+        """Return ``name`` if a model of that name is served; the default model if ``name`` is None or empty.
 
         Raises:
             HttpError: There is no model of that name.
@@ -77,14 +77,15 @@ class FormParser:
         return str(name)
 
     def vocabulary(self, classes: str | list[str], background: str = "false") -> Vocabulary:
-        """Return the class list.
+        """Parse a class list and check it against the limits.
 
         Args:
-            classes: Names with commas, a JSON array, or the names themselves.
-            background: ``true``, ``false``, or words with commas that say what it is made of.
+            classes: Class names, as text separated by commas, as text with a JSON array, or as a list.
+            background: ``true`` adds the class background, ``false`` does not. Any other text is a list of words, separated by
+                commas, that describe the background, which is then added.
 
         Raises:
-            HttpError: The list is empty, too long, or repeats a name.
+            HttpError: The list is empty or too long, a name is too long, or a name occurs twice.
         """
         limits = self._config().limits
         names = _names(classes) if isinstance(classes, str) else classes
@@ -109,7 +110,7 @@ class FormParser:
 
 
 def json_names(text: str) -> list[str] | None:
-    """Return the strings of a JSON array; None if ``text`` is no such array."""
+    """Decode a JSON array of strings; return None if ``text`` is anything else."""
     try:
         names = json.loads(text)
     except (ValueError, RecursionError):

@@ -16,7 +16,14 @@ from vilseg.api_schema import Batch, BatchItem, ImageResult
 
 
 def add_image_routes(api: APIRouter, segment_image: SegmentFunction, parser: FormParser, metrics: Metrics) -> None:
-    """Add the routes to ``api``."""
+    """Add the routes to ``api``.
+
+    Args:
+        api: Router to add to.
+        segment_image: Function that sends a request to a replica.
+        parser: Parser of form fields.
+        metrics: Metrics to update.
+    """
     _add_segment(api, segment_image, parser)
     _add_batch(api, segment_image, parser, metrics)
 
@@ -67,7 +74,7 @@ def _add_batch(api: APIRouter, segment_image: SegmentFunction, parser: FormParse
             response = await segment_image(request)
         except HttpError as error:
             if error.status == 503:
-                raise  # no fault of the images, so the whole request may be sent again
+                raise  # not caused by the images, so the client should repeat the whole request
             metrics.rejected.labels(error.code).inc()
             return BatchItem(name=name, status="rejected", error=error.to_schema(request.request_id))
         result = await asyncio.to_thread(ImageResult.model_validate_json, response.body)

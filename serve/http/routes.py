@@ -1,4 +1,4 @@
-"""All routes of the API, those of the server itself included."""
+"""Routes of the API: images, videos, models, health and metrics."""
 
 from __future__ import annotations
 
@@ -30,7 +30,15 @@ def add_routes(
     metrics: Metrics,
     config: Callable[[], ServeConfig],
 ) -> None:
-    """Add all routes and error handlers of the API to ``app``."""
+    """Add all routes and error handlers of the API to ``app``.
+
+    Args:
+        app: Application to add to.
+        segment: Function that sends a request to a replica.
+        uploads: Receiver of videos.
+        metrics: Metrics to update and to return at ``/metrics``.
+        config: Function that returns the current configuration.
+    """
     parser = FormParser(config)
     api = APIRouter(responses=ERROR_RESPONSES)
     add_image_routes(api, segment, parser, metrics)
@@ -59,7 +67,7 @@ def add_routes(
 
     @app.api_route("/v1/{rest:path}", methods=_METHODS, include_in_schema=False)
     async def unknown(request: Request) -> Response:
-        # Without this route the page, which is mounted at "/", would answer.
+        # Without this route, the page, which is mounted at "/", would respond to unknown paths under /v1.
         allowed = {
             method
             for route in api.routes

@@ -23,7 +23,14 @@ _READ_BYTES = 1 << 20
 def add_video_routes(
     api: APIRouter, uploads: VideoUploads, parser: FormParser, config: Callable[[], ServeConfig]
 ) -> None:
-    """Add the routes to ``api``."""
+    """Add the routes to ``api``.
+
+    Args:
+        api: Router to add to.
+        uploads: Receiver of videos.
+        parser: Parser of form fields.
+        config: Function that returns the current configuration.
+    """
 
     @api.post(
         "/v1/videos",

@@ -1,1 +1,1 @@
-"""The Gradio page and the viewer that it shows results in."""
+"""Web page of the server, built with Gradio, and the custom HTML element that shows results."""

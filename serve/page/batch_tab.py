@@ -54,19 +54,19 @@ async def segment_all(
     """Segment uploaded images one after the other.
 
     Args:
-        backend: Sends requests to replicas.
-        paths: Uploaded files.
+        backend: Sender of requests to replicas.
+        paths: Paths of the uploaded files.
         names: Class list.
         has_background: Add the class background.
         model_name: Name of the model.
-        progress: Called with (images done, images) before each image.
+        progress: Function that is called with (number of finished images, number of images) before each image.
 
     Returns:
-        A report with the reason for each image that cannot be used; overlays as (path, name); path of a ZIP with all
-        masks, None if there are none.
+        Report with the reason for each image that cannot be segmented; overlays as (path, name); path of a ZIP with all
+        masks and annotations, None if no image could be segmented.
 
     Raises:
-        gr.Error: There are no or too many images, or the class list or the model is wrong.
+        gr.Error: There is no image or more than 50, or the class list or the model is invalid.
     """
     if not paths:
         raise gr.Error("Choose pictures first.", title="No pictures")
@@ -75,7 +75,7 @@ async def segment_all(
             f"These are {len(paths)} pictures; the page takes {_MAX_IMAGES} at once. For more there is vilseg segment.",
             title="Too many",
         )
-    # A wrong class list concerns all images and ends the call here; the loop only meets errors of single images.
+    # Parse the class list first: if it is invalid, the call ends here, so errors in the loop concern single images.
     vocabulary = backend.request(b"", names, model=model_name, background=has_background).vocabulary
     rows: list[dict[str, Any]] = []
     masks: list[tuple[str, bytes]] = []
@@ -91,7 +91,7 @@ async def segment_all(
         except gr.Error as error:
             rejected.append(f"- {name}: {error.message}")
             continue
-        # Numbered, as two images may have the same name.
+        # Numbered, because two images may have the same name.
         stem = f"{number:03d}-{Path(name).stem}"
         row, mask, overlay = await asyncio.to_thread(_to_files, stem, data, response.body)
         rows.append(row)
@@ -105,7 +105,7 @@ async def segment_all(
 
 
 def _to_files(stem: str, data: bytes, body: bytes) -> tuple[dict[str, Any], bytes, bytes]:
-    """Return a row for COCO annotations, the mask as PNG, and a small overlay as WebP."""
+    """Convert a JSON response to a row for `write_coco`, the mask as PNG, and a small overlay as WebP."""
     answer = ImageResult.model_validate_json(body)
     result, regions = answer.to_segmentation(), answer.regions
     row = {"path": stem, "width": answer.width, "height": answer.height}

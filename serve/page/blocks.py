@@ -1,4 +1,4 @@
-"""The page as a whole, mounted beside the API."""
+"""The whole page with its tabs, mounted into the application of the API."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from serve.video_uploads import VideoUploads
 
 _HERE = Path(__file__).parent
 _FONTS = ["system-ui", "sans-serif"]
-"""Fonts of the user's machine: nothing is fetched from elsewhere."""
+"""Fonts installed on the user's machine, so that the page fetches none from other servers."""
 _CLEANUP_S, _FILES_S = 600, 24 * 3600
-"""Seconds between two clean-ups of Gradio's files, and the age in seconds at which a file is deleted."""
+"""Seconds between two clean-ups of Gradio's files, and age in seconds after which a file is deleted."""
 
 
 def mount_page(
@@ -37,10 +37,10 @@ def mount_page(
 
     Args:
         app: Application with the routes of the API, which take precedence.
-        segment: Sends a request to a replica.
-        uploads: Receives videos.
-        keys: API keys, which are the passwords of the login; None for no login.
-        config: Returns the present configuration.
+        segment: Function that sends a request to a replica.
+        uploads: Receiver of videos.
+        keys: API keys, which are accepted as passwords of the login; if None, there is no login.
+        config: Function that returns the current configuration.
     """
     backend = PageBackend(segment, config)
     cache = image_tab.ImageCache(load_examples(config().examples))
@@ -76,9 +76,10 @@ def mount_page(
 
 
 def _harden() -> None:
-    """Prevent Gradio from fetching addresses in requests, and from decoding images and videos itself.
+    """Prevent Gradio from fetching URLs in requests, and from decoding images and videos itself.
 
-    Patches the classes, not the page's components: Gradio creates new ones for a session once it has updated one.
+    The patch is on Gradio's classes and not on the components of the page, because Gradio creates new components for a session
+    when it updates one.
     """
     if getattr(Block.async_move_resource_to_block_cache, "local", False):
         return
@@ -91,7 +92,7 @@ def _harden() -> None:
 
     move_local.local = True  # type: ignore[attr-defined]
     Block.async_move_resource_to_block_cache = move_local  # type: ignore[method-assign, assignment]
-    # The replicas decode, after they have checked the header.
+    # Only the replicas decode, after they have checked the size in the header.
     gr.Image.preprocess = gr.Video.preprocess = _path  # type: ignore[method-assign, assignment]
 
 

@@ -1,4 +1,4 @@
-"""Parts that the tabs of the page share: requests to replicas, uploads, downloads, and HTML of results."""
+"""Common code of the tabs of the page: requests to replicas, uploads, downloads, and HTML of results."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from serve.request_types import EncodedImage, Format, SegmentFunction, SegmentRe
 
 log = logging.getLogger("ray.serve")
 _FILES_S = 3600
-"""Age in seconds at which a file for browsers is deleted."""
+"""Age in seconds after which a file for download is deleted."""
 
 
 class PageBackend:
-    """Sends requests of Gradio's handlers to the replicas, reads uploads and writes files for browsers.
+    """Backend of Gradio's event handlers: sends requests to replicas, reads uploads and writes files for download.
 
     Args:
-        segment: Sends a request to a replica.
-        config: Returns the present configuration.
+        segment: Function that sends a request to a replica.
+        config: Function that returns the current configuration.
     """
 
     def __init__(self, segment: SegmentFunction, config: Callable[[], ServeConfig]) -> None:
@@ -44,7 +44,7 @@ class PageBackend:
 
     @property
     def directory(self) -> str:
-        """Directory of files for browsers."""
+        """Path of the directory of files for download."""
         return self._files.name
 
     def models(self) -> list[str]:
@@ -63,10 +63,20 @@ class PageBackend:
         format: Format = "viewer",
         encoded: EncodedImage | None = None,
     ) -> SegmentRequest:
-        """Return a request with the limits of the API.
+        """Build a request; class list and model are checked as in the API.
+
+        Args:
+            image: Encoded image.
+            names: Class list.
+            model: Name of the model.
+            background: Add the class background.
+            bias: Value added to the score of the class background; 0 takes the one in the model's configuration.
+            threshold: Minimum score of a pixel; see `SegmentRequest.threshold`.
+            format: Format of the response.
+            encoded: Features of the image from an earlier response of the same model.
 
         Raises:
-            gr.Error: The class list or the model is wrong.
+            gr.Error: The class list or the model is invalid.
         """
         try:
             return SegmentRequest(
@@ -83,10 +93,10 @@ class PageBackend:
             raise gr.Error(error.message, title="Please check") from error
 
     async def segment(self, request: SegmentRequest) -> SegmentResponse:
-        """Return a replica's response.
+        """Send a request to a replica and return its response.
 
         Raises:
-            gr.Error: The request failed; its text has no paths of the server.
+            gr.Error: The request failed. The message contains no paths of the server.
         """
         try:
             return await self._segment(request)
@@ -94,15 +104,15 @@ class PageBackend:
             title = "Busy" if error.status == 503 else "This does not work"
             raise gr.Error(error.message, title=title) from error
         except Exception as error:
-            # Gradio would show its text, which may name paths on the server.
+            # Gradio would show the message of this exception, which may contain paths of the server.
             log.exception("request %s of the page failed", request.request_id)
             raise gr.Error("Something went wrong here; the server's log says what.", title="Sorry") from error
 
     async def read(self, path: str) -> bytes:
-        """Return an uploaded image.
+        """Read an uploaded file.
 
         Raises:
-            gr.Error: It is larger than a request may be.
+            gr.Error: The file is larger than ``limits.body_bytes``.
         """
         limit = self.config().limits.body_bytes
         if Path(path).stat().st_size > limit:
@@ -110,13 +120,13 @@ class PageBackend:
         return await asyncio.to_thread(Path(path).read_bytes)
 
     def write_file(self, content: bytes, name: str) -> str:
-        """Write a file for a browser and return its path. Its directory is named by its content.
+        """Write a file for download and return its path, in a directory whose name is a hash of the content.
 
-        Hashes the content, so call it in a thread.
+        Hashing and writing block, so call this in a thread.
 
         Args:
             content: Content of the file.
-            name: Name of the file; never one that a user sent.
+            name: Name of the file. It must not come from a user, because it becomes part of a path.
         """
         self._delete_old()
         directory = Path(self.directory) / hashlib.sha256(content).hexdigest()[:32]
@@ -126,19 +136,19 @@ class PageBackend:
         return str(path)
 
     def _delete_old(self) -> None:
-        """Delete files that are older than an hour: Gradio made a copy when they were downloaded."""
+        """Delete files that are older than an hour; downloads continue, because Gradio makes its own copies."""
         for directory in Path(self.directory).iterdir():
             if time.time() - directory.stat().st_mtime > _FILES_S:
                 shutil.rmtree(directory, ignore_errors=True)
 
 
 def viewer(name: str, body: bytes, context: Mapping[str, Any] | None = None) -> str:
-    """Return HTML that shows a response of the format ``viewer``; see ``viewer.js``.
+    """Return the HTML element that shows a response of the format ``viewer``; see ``viewer.js``.
 
     Args:
-        name: Name of the viewer; viewers of one name share their settings.
-        body: Body of the response. It is passed on without being parsed, as it holds a whole image.
-        context: ``settings`` to apply and ``link``, the parameters of the page's address.
+        name: Name of the element; a new element of the same name keeps the settings of the old one.
+        body: Body of the response, which is embedded without parsing, because it contains a whole image.
+        context: ``settings``: values of the viewer's settings. ``link``: query parameters for the page's address.
     """
     data = base64.b64encode(body).decode()
     more = html.escape(json.dumps(context or {}))
@@ -146,12 +156,12 @@ def viewer(name: str, body: bytes, context: Mapping[str, Any] | None = None) -> 
 
 
 def empty(text: str) -> str:
-    """Return HTML for the place of a result that does not exist yet."""
+    """Return a placeholder in HTML with ``text``, shown until there is a result."""
     return f'<div class="vilseg-empty">{html.escape(text)}</div>'
 
 
 def class_tags(label: str, **options: Any) -> gr.Dropdown:
-    """Return a field for class names as tags."""
+    """Create an input field in which each class name is a tag."""
     return gr.Dropdown(
         label=label,
         info="Type a name and press Enter. Synonyms: sofa|couch",

@@ -18,19 +18,26 @@ _MAX_EXAMPLES = 12
 
 @dataclass(frozen=True)
 class Example:
-    """An image and the classes to look for in it."""
+    """Example image with its class list."""
 
     name: str
+    """File name."""
     image: bytes
+    """Encoded image."""
     classes: tuple[str, ...]
+    """Class names, with synonyms as ``sofa|couch``."""
 
 
 def load_examples(uri: str | None) -> list[Example]:
-    """Return the images of a directory with ``classes.txt`` in it, or synthetic scenes if there is no directory.
+    """Load the example images of the page.
+
+    Args:
+        uri: URI of a directory with up to 12 images and ``classes.txt``, the class list of all of them. None returns three
+            synthetic scenes.
 
     Raises:
-        ConfigError: The directory has no image, or no class list.
-        StorageError: It cannot be read.
+        ConfigError: The directory has no image or no ``classes.txt``.
+        StorageError: The directory cannot be read.
     """
     if uri is None:
         return [_scene(number) for number in _SCENES]

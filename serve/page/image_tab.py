@@ -1,4 +1,4 @@
-"""Tab for one image: encoded once, then segmented, thresholded and rendered with any classes."""
+"""Tab for one image, which is encoded once and then segmented into any classes that the user enters."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from serve.request_types import Format, SegmentRequest
 from vilseg.api_schema import ImageResult
 
 _CACHED, _CACHED_BYTES = 64, 256 << 20
-"""Images whose links work, and their total size; the least recently used ones are evicted."""
+"""Maximum number of cached images, and maximum of their total bytes; the least recently used image is evicted."""
 _BEGIN = "Drop or paste a picture, or choose an example."
 _SESSION_S = 3600
-"""Seconds after which the image of an idle page is released."""
+"""Seconds after which the image of an idle page is deleted from memory."""
 _VIEWS = ("classes", "clusters", "scores", "picture")
 
 
 class ImageCache:
-    """Images by an id that only those who have the image can know, for links that restore what a page showed.
+    """Cache of images for links that restore the content of a page; ids are hashes of the images, so they cannot be guessed.
 
     Args:
-        examples: Images that are never evicted.
+        examples: Example images, which are never evicted.
 
     Example:
         >>> cache = ImageCache([])
@@ -45,11 +45,11 @@ class ImageCache:
         self._images: OrderedDict[str, bytes] = OrderedDict()
 
     def name(self, image: bytes) -> str:
-        """Return the id of an image. Hashes the image, so call it in a thread."""
+        """Compute the id of an encoded image. This hashes the image, so call it in a thread."""
         return self._names.get(image) or hashlib.sha256(image).hexdigest()[:32]
 
     def add(self, name: str, image: bytes) -> None:
-        """Store an image by its id, or mark it as used. Call it in the event loop."""
+        """Store an image under its id and mark it as most recently used. Not thread-safe: call it in the event loop only."""
         if name in self.examples:
             return
         self._images[name] = image
@@ -58,21 +58,21 @@ class ImageCache:
             self._images.popitem(last=False)
 
     def get(self, name: str) -> bytes | None:
-        """Return an image; None if it was evicted."""
+        """Return the image with the id ``name``; None if it is unknown or was evicted."""
         if name in self.examples:
             return self.examples[name].image
         return self._images.get(name)
 
 
 class ImageTab:
-    """Handlers of the tab.
+    """Event handlers of the tab.
 
-    The session's state is a dictionary with ``image`` (encoded bytes), ``id`` (in the cache; computed once per image),
-    ``encoded`` (features by model URI) and ``shown`` (the controls of the result on display).
+    The state of a session is a dictionary with ``image`` (encoded bytes), ``id`` (id in the cache), ``encoded`` (model URI ->
+    features of the image) and ``shown`` (values of class list, background, bias and model for the displayed result).
 
     Args:
-        backend: Sends requests to replicas.
-        cache: Images of links.
+        backend: Sender of requests to replicas.
+        cache: Images that links refer to.
     """
 
     def __init__(self, backend: PageBackend, cache: ImageCache) -> None:
@@ -80,17 +80,22 @@ class ImageTab:
         self._cache = cache
 
     async def open(self, image: bytes) -> dict[str, Any]:
-        """Return the state of a session that begins with an image."""
+        """Return the state of a session for a new encoded image."""
         return {"image": image, "id": await asyncio.to_thread(self._cache.name, image)}
 
     async def show(self, state: dict[str, Any], *controls: Any) -> tuple[str, dict[str, Any]]:
-        """Return HTML with the result for the controls, and the new state."""
+        """Segment the image of the session; return the result as HTML and the new state.
+
+        Args:
+            state: State of the session.
+            controls: Values of class list, background, bias, model, view, opacity and threshold.
+        """
         names, has_background, bias, model, *display = controls
         if not state.get("image"):
             return empty(_BEGIN), state
         if not names:
             return empty("Name at least one class to look for."), state
-        uri = self._backend.config().models.get(model, "")  # a name may get another model while the page is open
+        uri = self._backend.config().models.get(model, "")  # a rollout may change the model of a name
         request = self._backend.request(
             state["image"],
             names,
@@ -104,14 +109,14 @@ class ImageTab:
         state = {**state, "encoded": encoded, "shown": controls[:4]}
         self._cache.add(state["id"], state["image"])
         context: dict[str, Any] = {"link": self._link(state["id"], *controls[:4])}
-        if state.pop("restored", False):  # else the browser has newer values of its controls
+        if state.pop("restored", False):  # otherwise the browser has newer values of its controls
             context["settings"] = dict(zip(("view", "opacity", "threshold"), display, strict=True))
         return await asyncio.to_thread(viewer, "picture", response.body, context), state
 
     async def show_if_changed(self, state: dict[str, Any], *controls: Any) -> tuple[Any, Any]:
-        """Show the result for other classes; skip if it is on display.
+        """Show the result for changed controls; do nothing if it is already displayed.
 
-        The class field also reports changes by an example or a link, whose result is on display already.
+        The class field also reports changes that an example or a link made, whose result is already displayed.
         """
         if state.get("shown") == controls[:4]:
             return gr.skip(), gr.skip()
@@ -122,7 +127,7 @@ class ImageTab:
         return await self.show(await self.open(await self._backend.read(path)) if path else {}, *controls)
 
     async def example(self, index: int, *controls: Any) -> tuple[Any, ...]:
-        """Return path, classes, result and state of an example."""
+        """Open an example and segment it; return path, class list, result and state."""
         chosen = list(self._cache.examples.values())[index]
         names = list(chosen.classes)
         html, state = await self.show(await self.open(chosen.image), names, *controls[1:])
@@ -130,11 +135,11 @@ class ImageTab:
         return path, names, html, state
 
     async def restore(self, request: gr.Request) -> tuple[Any, ...]:
-        """Return image path, controls, result and state that the parameters of the page's address describe."""
+        """Restore the page from the query parameters of its address; return image path, controls, result and state."""
         query = dict(request.query_params)
         models = self._backend.models()
         if not query.keys() & {"picture", "classes"}:
-            # Nothing to restore, and what a quick user has begun meanwhile stays.
+            # Nothing to restore; skip all outputs but the list of models, so that input made while the page loaded is kept.
             skipped = [gr.skip() for _ in range(7)]
             skipped[3] = gr.Dropdown(choices=models)
             return gr.skip(), *skipped, gr.skip(), gr.skip()
@@ -160,12 +165,12 @@ class ImageTab:
         return path, *controls, html, state
 
     async def download_mask(self, state: dict[str, Any], *controls: Any) -> str:
-        """Return the path of the label map (PNG)."""
+        """Segment the image, write the label map (PNG) and return its path."""
         response = await self._backend.segment(self._download_request(state, controls, "png"))
         return await asyncio.to_thread(self._backend.write_file, response.body, "mask.png")
 
     async def download_coco(self, state: dict[str, Any], *controls: Any) -> str:
-        """Return the path of the annotations (COCO JSON)."""
+        """Segment the image, write the annotations (COCO JSON) and return their path."""
         response = await self._backend.segment(self._download_request(state, controls, "json"))
 
         def write() -> str:
@@ -189,7 +194,7 @@ class ImageTab:
         )
 
     def _link(self, image_id: str, names: list[str], has_background: bool, bias: float, model: str) -> dict[str, Any]:
-        """Return the parameters of the page's address; those of the viewer's controls are added in the browser."""
+        """Return the query parameters of a link to this result; the browser adds those of view, opacity and threshold."""
         return {
             "picture": image_id,
             "classes": json.dumps(names, ensure_ascii=False),

@@ -1,6 +1,6 @@
-// <vilseg-viewer name="…" context="…" data="…">: renders a segmentation with names under the pointer and a live threshold.
-// `data` is base64 of the JSON of `viewer_data` in serve/encoding.py. `context` is JSON with `settings` to apply and `link`,
-// the parameters of the page's address. Settings belong to the name, so a new image keeps them.
+// <vilseg-viewer name="…" context="…" data="…">: shows a segmentation, with class names at the pointer and a live threshold.
+// `data` is base64 of the JSON of `viewer_data` in serve/encoding.py. `context` is JSON with `settings`, values to apply, and
+// `link`, query parameters for the page's address. Settings are stored by name, so a new image keeps them.
 (() => {
   "use strict";
   const NO_CLASS = 255;
@@ -46,7 +46,7 @@
     return context.getImageData(0, 0, canvas.width, canvas.height);
   }
 
-  // Clusters have no names, so they get pastel tones that no class has; hues a golden angle apart.
+  // Clusters get pastel colours, which no class has, with hues a golden angle apart.
   function clusterColour(index) {
     const hue = (index * 137.508) % 360;
     const channel = (n) => {
@@ -56,7 +56,7 @@
     return [channel(0), channel(8), channel(4)];
   }
 
-  // From dark blue over green to yellow with an even rise in lightness, so that the ends differ without colours too.
+  // Dark blue, green, yellow with evenly increasing lightness, so that scores can be distinguished without colours too.
   const RAMP = [[48, 18, 59], [49, 86, 143], [32, 144, 140], [94, 201, 98], [253, 231, 37]];
   function scoreColour(score) {
     const at = Math.min(score / 255, 0.9999) * (RAMP.length - 1);
@@ -93,7 +93,7 @@
       Object.assign(this.settings, context.settings);
       try {
         const [image, maps] = await Promise.all([loadImage(result.image), loadImage(result.maps)]);
-        if (turn !== this.turn) return; // a newer result has arrived meanwhile
+        if (turn !== this.turn) return; // a newer result arrived while the images were loading
         this.result = result;
         this.photo = pixels(image);
         this.maps = pixels(maps);
@@ -110,7 +110,7 @@
       this.setAttribute("ready", String(turn));
     }
 
-    // Index into the classes at a pixel, with the threshold applied.
+    // Return the class index of a pixel, with the threshold applied.
     label(at) {
       const { data } = this.maps;
       const below = data[4 * at + 1] < this.settings.threshold * 255;
@@ -218,7 +218,7 @@
     history.replaceState(history.state, "", url);
   }
 
-  // Called by Gradio's controls: names of viewers, and the settings to change.
+  // Called by Gradio's controls with the names of viewers and the settings to change.
   window.vilseg = {
     set(names, changes) {
       for (const name of names) Object.assign(settingsOf(name), changes);
@@ -227,7 +227,7 @@
       if (names.includes("picture")) writeLink(changes);
     },
     download(id) {
-      // Gradio puts the file's address in place a moment after the event that makes it.
+      // Gradio sets the URL of the file shortly after the event that creates it, so wait for it.
       setTimeout(() => document.querySelector(`#${id}`)?.closest("a, button")?.click() ?? document.querySelector(`#${id} button`)?.click(), 300);
     },
     async copyLink() {
