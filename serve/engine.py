@@ -43,7 +43,7 @@ class LoadedModel:
 
 
 class Engine:
-    """Segments images. On a GPU, decoding, model and encoding of different images overlap.
+    """Segmenter of requests. On a GPU, decoding, forward passes and encoding of different images run in parallel.
 
     Args:
         batch: Largest number of images in a pass through the model on a GPU.

@@ -191,7 +191,7 @@ class Models(_Message):
 
 
 class VideoClass(_Message):
-    """A class that occurs in a video."""
+    """Class that occurs in a video, with its mean area."""
 
     class_name: Annotated[str, Field(alias="class")]
     area: Annotated[float, Field(description="Mean pixels a frame.")]

@@ -1,4 +1,4 @@
-"""Inputs of bulk segmentation: single images and videos, and containers that hold many of them."""
+"""Inputs of bulk segmentation: single images and videos, and containers (tar and Parquet files) with many of them."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Input:
 
 @dataclass(frozen=True, slots=True)
 class Container:
-    """File that holds many inputs: a tar or a Parquet file."""
+    """Tar or Parquet file with many inputs."""
 
     name: str
     """Path relative to the listed folder; prefix of the names of the members."""

@@ -47,14 +47,18 @@ _GROUP = 1024
 
 
 class Names:
-    """Compact set of names: sorted 120-bit hashes, stored in 16 bytes each. Two names collide with probability 2^-120."""
+    """Compact set of names: sorted 120-bit hashes, stored in 16 bytes each. Two names collide with probability 2^-120.
+
+    Args:
+        digests: hashes of the names; use `Names.of` for names as text.
+    """
 
     def __init__(self, digests: Iterable[bytes]) -> None:
         self._sorted = np.sort(np.fromiter(digests, "S16"))
 
     @classmethod
     def of(cls, names: Iterable[str]) -> Names:
-        """Make the set of ``names``."""
+        """Build the set from names as text."""
         return cls(_digest(name) for name in names)
 
     def __len__(self) -> int:
