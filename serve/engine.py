@@ -46,9 +46,9 @@ class Engine:
     """Segmenter of requests. On a GPU, decoding, forward passes and encoding of different images run in parallel.
 
     Args:
-        batch: Largest number of images in a pass through the model on a GPU.
-        max_pixels: Largest width x height of an image, by its header.
-        threads: CPU threads of the model's computations.
+        batch: Maximum number of images per forward pass on a GPU; on a CPU it is 1.
+        max_pixels: Maximum width x height of an image, checked by its header.
+        threads: Number of CPU threads of torch's operators.
     """
 
     def __init__(self, *, batch: int, max_pixels: int, threads: int = 1) -> None:
