@@ -1,8 +1,8 @@
-"""Rank, world size and collectives with gradient; every function is harmless without a process group.
+"""Rank, world size and differentiable collectives. Without a process group every function acts as for a single worker.
 
-The convention that keeps gradients exact for any number of workers: each worker computes its share of a loss (or the same
-whole loss) from gathered tensors, backward through a gather sums the gradients of all workers, and data-parallel training
-averages parameter gradients. The mean over workers of the values returned is then the loss of the whole batch, and the
+Gradients are exact for any number of workers by this convention. Each worker computes the loss of its own pairs, or the same
+loss of the whole batch, from gathered tensors. The backward pass of a gather sums the gradients of all workers, and data-parallel
+training averages the gradients of the parameters. The mean of the workers' losses is then the loss of the whole batch, and the
 averaged gradient is its gradient.
 """
 
@@ -19,12 +19,12 @@ T = TypeVar("T")
 
 
 def world_size() -> int:
-    """Number of workers; 1 without a process group."""
+    """Return the number of workers; 1 without a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """Number of this worker from 0; 0 without a process group."""
+    """Return this worker's rank; 0 without a process group."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
@@ -37,7 +37,7 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        # A copy: autograd may give the same tensor to others, and the sum over workers must not reach them.
+        # Copy first: autograd may pass the same tensor to other nodes, which must not get the sum over workers.
         total = gradient.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total)
         return total.chunk(world_size())[rank()]
@@ -65,14 +65,14 @@ def gather_rows(rows: Tensor) -> Tensor:
 
 
 def mean_over_workers(value: Tensor) -> Tensor:
-    """Mean of a tensor over the workers, with gradient; each worker's gradient is that of the mean over workers of losses."""
+    """Return the mean of a tensor over the workers, differentiable: backward averages the gradients of all workers."""
     if world_size() == 1:
         return value
     return _SumOverWorkers.apply(value) / world_size()
 
 
 def gather_objects(value: T) -> list[T]:
-    """Gather small picklable values of all workers, in rank order."""
+    """Return the values of all workers in rank order; each is pickled, so they should be small."""
     if world_size() == 1:
         return [value]
     gathered: list[Any] = [None] * world_size()
@@ -84,7 +84,7 @@ def gather_objects(value: T) -> list[T]:
 def average_gradients(parameters: Iterable[Tensor]) -> None:
     """Replace the gradients by their means over the workers, as data-parallel training does after its backward pass.
 
-    A parameter that no worker has a gradient of keeps none.
+    A parameter without a gradient on every worker keeps none. A gradient that only some workers lack counts as zero there.
     """
     if world_size() == 1:
         return

@@ -3,10 +3,12 @@
 import doctest
 import importlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import vilseg
+import vilseg.losses
 
 ROOT = Path(__file__).parents[2]
 WITH_EXAMPLES = [
@@ -25,7 +27,9 @@ def test_examples_print_what_they_say(file: Path) -> None:
     assert result.failed == 0, "see the captured output"
 
 
-@pytest.mark.parametrize("name", vilseg.__all__)
-def test_public_classes_have_an_example(name: str) -> None:
-    public = getattr(vilseg, name)
+PUBLIC = [getattr(package, name) for package in (vilseg, vilseg.losses) for name in package.__all__]
+
+
+@pytest.mark.parametrize("public", PUBLIC, ids=[f"{public.__module__}.{public.__name__}" for public in PUBLIC])
+def test_public_classes_and_losses_have_an_example(public: Any) -> None:
     assert any(test.examples for test in doctest.DocTestFinder(recurse=False).find(public))

@@ -1,7 +1,8 @@
-"""One file a loss: tensors in, scalar out, nothing imported from the model.
+"""Training losses, one file per loss: functions from tensors to a scalar that import nothing from the model.
 
-Each loss is exact over any number of workers (see ``vilseg.distributed``) and computed in float32. Those on patches come in two
-parts, the scores or sums of each image and the loss of these, so that a large batch can be processed in chunks.
+Each loss is exact for any number of workers (see ``vilseg.distributed``) and computed in float32, or in float64 for float64
+inputs. A loss on patches is split into two functions so that a large batch can be processed in chunks: the first computes scores
+or sums from the patches of some images, the second computes the loss of the whole batch from them.
 """
 
 from vilseg.losses.contrastive_loss import (

@@ -1,39 +1,44 @@
-"""Vision-based contrast by InfoNCE: a view of the student must find the EMA teacher's view of the same image in the batch.
+"""InfoNCE loss between crops: identify, among the EMA teacher's views of the batch, the one of the same image as a student view.
 
-With unit-length outputs g_s and g_t, for every pair of views (v global, v' != v) and images i, j of all workers,
+With unit-length outputs g_s of the student and g_t of the teacher, for every pair of views (v global, v' != v) and images i, j of
+all workers,
 
     L = mean_{v, v'} -1/B sum_i log softmax_j(<g_s(v'_i), g_t(v_j)> / tau_s)_i
 
-(InfoNCE, van den Oord et al. 2018; against a momentum encoder as MoCo, He et al. 2020, equation 1, with the batch for queue).
+(InfoNCE, van den Oord et al. 2018; with a momentum encoder as in MoCo, He et al. 2020, equation 1, where the negatives come from
+the batch instead of a queue).
 """
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor
 
 from vilseg.distributed import gather_rows, rank
-from vilseg.losses.views import check_views
+from vilseg.losses.view_checks import check_views
 
 
-def crop_info_nce_loss(student_VBD: Tensor, teacher_GBD: Tensor, temperature: float) -> Tensor:
-    """InfoNCE of the student's views with the teacher's global views of the same images, negatives from all workers.
+def crop_info_nce_loss(
+    student_VBD: Float[Tensor, "V B D"], teacher_GBD: Float[Tensor, "G B D"], temperature: float
+) -> Float[Tensor, ""]:
+    """Compute the InfoNCE loss of the student's views with the teacher's global views, with negatives from all workers.
 
     Args:
-        student_VBD: unit-length student outputs for all views, the global ones first. Shape: (V, B, D).
-        teacher_GBD: unit-length teacher outputs for the global views; no gradient reaches them. Shape: (G, B, D), G <= V.
+        student_VBD: unit-length student outputs for all views, the global ones first. V >= 2.
+        teacher_GBD: unit-length teacher outputs for the global views; no gradient flows to them. G <= V.
         temperature: tau_s above.
 
     Returns:
-        This worker's part; the mean over workers is the loss of the whole batch.
+        Loss of this worker's images; its mean over the workers is the loss of the whole batch.
 
     Raises:
-        ValueError: shapes do not fit, or there is no pair of different views.
+        ValueError: the shapes do not match, or there is no pair of different views.
 
     Example:
         >>> student, teacher = torch.eye(4).expand(3, 4, 4), torch.eye(4).expand(2, 4, 4)
-        >>> round(float(crop_info_nce_loss(student, teacher, 0.1)), 4)  # every view finds its image
+        >>> round(float(crop_info_nce_loss(student, teacher, 0.1)), 4)  # every view is closest to its own image
         0.0001
     """
     globals_ = len(teacher_GBD)
@@ -45,6 +50,6 @@ def crop_info_nce_loss(student_VBD: Tensor, teacher_GBD: Tensor, temperature: fl
     for number in range(globals_):
         teacher_QD = gather_rows(teacher_GBD[number].detach().to(dtype))
         others = [view for view in range(len(student_VBD)) if view != number]
-        logits_OBQ = student_VBD[others].to(dtype) @ teacher_QD.T / temperature
-        terms.append(F.cross_entropy(logits_OBQ.flatten(0, 1), target_B.repeat(len(others))))
+        logits_RBQ = student_VBD[others].to(dtype) @ teacher_QD.T / temperature
+        terms.append(F.cross_entropy(logits_RBQ.flatten(0, 1), target_B.repeat(len(others))))
     return torch.stack(terms).mean()

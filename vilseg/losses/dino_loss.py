@@ -1,29 +1,30 @@
-"""Vision-based contrast: local crops must agree with what an EMA teacher says of global crops (DINO, Caron et al. 2021).
+"""DINO loss: the student's output for a crop must match the EMA teacher's for a global crop (DINO, Caron et al. 2021).
 
 With teacher outputs g_t, student outputs g_s and the centre c, for every pair of views (v global, v' != v):
 
     P_t = softmax((g_t(v) - c) / tau_t),   P_s = softmax(g_s(v') / tau_s),   L = mean_{v, v'} -sum_k P_t log P_s
 
-The centre follows the mean teacher output, c <- m c + (1 - m) mean_B g_t (equation 4), and keeps one output from winning.
-ViL-Seg contrasts global against local crops in the same way (section 3.3).
+The centre follows the mean teacher output, c <- m c + (1 - m) mean_B g_t (equation 4), so that no single output dominates.
+ViL-Seg contrasts global with local crops in the same way (section 3.3).
 """
 
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from vilseg.distributed import mean_over_workers
-from vilseg.losses.views import check_views
+from vilseg.losses.view_checks import check_views
 
 
 class DINOLoss(nn.Module):
-    """DINO loss; its centre is state of the run.
+    """DINO loss with its centre, a buffer that is saved in checkpoints.
 
     Args:
-        prototypes: outputs of the projection heads, K.
+        prototypes: number of outputs of the projection heads, K.
         student_temperature: tau_s.
-        teacher_temperature: tau_t, below tau_s so that the teacher is the sharper one.
+        teacher_temperature: tau_t; lower than tau_s, so that the teacher's distribution is sharper.
         center_momentum: m.
 
     Example:
@@ -36,7 +37,7 @@ class DINOLoss(nn.Module):
         tensor([0.0250, 0.0250, 0.0250, 0.0250])
     """
 
-    center: Tensor
+    center: Float[Tensor, " K"]
 
     def __init__(
         self, prototypes: int, *, student_temperature: float, teacher_temperature: float, center_momentum: float
@@ -47,15 +48,15 @@ class DINOLoss(nn.Module):
         self.center_momentum = center_momentum
         self.register_buffer("center", torch.zeros(prototypes))
 
-    def forward(self, student_VBK: Tensor, teacher_GBK: Tensor) -> Tensor:
-        """Loss of this worker's images; the mean over workers is that of the batch.
+    def forward(self, student_VBK: Float[Tensor, "V B K"], teacher_GBK: Float[Tensor, "G B K"]) -> Float[Tensor, ""]:
+        """Compute the loss of this worker's images; its mean over the workers is the loss of the whole batch.
 
         Args:
-            student_VBK: student outputs for all views, the global ones first. Shape: (V, B, K).
-            teacher_GBK: teacher outputs for the global views, without gradient. Shape: (G, B, K), G <= V.
+            student_VBK: student outputs for all views, the global ones first. V >= 2.
+            teacher_GBK: teacher outputs for the global views; no gradient flows to them. G <= V.
 
         Raises:
-            ValueError: shapes do not fit, or there is no pair of different views.
+            ValueError: the shapes do not match, or there is no pair of different views.
         """
         views, globals_ = len(student_VBK), len(teacher_GBK)
         check_views(student_VBK, teacher_GBK)
@@ -67,7 +68,7 @@ class DINOLoss(nn.Module):
         return -agreement_GV.masked_fill(same_GV, 0).sum() / (globals_ * views - globals_)
 
     @torch.no_grad()
-    def update_center(self, teacher_GBK: Tensor) -> None:
-        """Move the centre towards the mean teacher output of all workers; once a step, after the loss."""
+    def update_center(self, teacher_GBK: Float[Tensor, "G B K"]) -> None:
+        """Move the centre towards the mean teacher output of all workers. Call it once per step, after the loss."""
         mean_K = mean_over_workers(teacher_GBK.float().mean((0, 1)))
         self.center.lerp_(mean_K, 1 - self.center_momentum)

@@ -1,4 +1,4 @@
-"""Mutual information between the cluster assignments of an image and of its transformed version.
+"""IIC loss: negative mutual information between the cluster assignments of an image and of its transformed version.
 
 Invariant information clustering (IIC, Ji et al. 2019) in its dense form (section 3.3, equation 5). For a displacement t of
 the patch grid,
@@ -6,8 +6,9 @@ the patch grid,
     P_t = 1/n sum_{b,u} z_b(u) z'_b(u + t)^T,   made symmetric and normalised to sum 1,
     I_t = sum_kl P_kl (log P_kl - a log P_k. - a log P_.l),
 
-and the loss is -mean_t I_t. The entropy weight a > 1 rewards balanced marginals and keeps clusters from collapsing
-(section 3.2 of the paper's published code). z' has been brought onto z's grid by the inverse of the geometry beforehand.
+and the loss is -mean_t I_t. Here z_b(u) are the soft assignments of the patch at u of image b, z' those of the transformed image,
+already resampled onto the grid of z, and n counts the pairs of patches in the sum. An entropy weight a > 1 rewards balanced
+marginals and keeps clusters from collapsing (section 3.2 of the paper's published code).
 """
 
 from __future__ import annotations
@@ -17,57 +18,72 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vilseg.distributed import mean_over_workers
 
 _EPS = 1e-12
-"""Keeps log finite for pairs of clusters that never meet; far below the smallest joint probability that matters."""
+"""Lower bound of joint probabilities, so that the log is finite for pairs of clusters that never occur together; far below the
+smallest probability that matters."""
 
 
 def iic_loss(
-    first_BKhw: Tensor,
-    second_BKhw: Tensor,
-    valid_Bhw: Tensor | None = None,
+    first_BKhw: Float[Tensor, "B K h w"],
+    second_BKhw: Float[Tensor, "B K h w"],
+    valid_Bhw: Float[Tensor, "B h w"] | Bool[Tensor, "B h w"] | None = None,
     *,
     radius: int = 1,
     entropy_weight: float = 1.0,
-) -> Tensor:
-    """Negative mutual information averaged over displacements of up to ``radius`` patches in each direction.
+) -> Float[Tensor, ""]:
+    """Compute the negative mutual information, averaged over displacements of up to ``radius`` patches in each direction.
 
     Args:
-        first_BKhw: soft assignments, summing to 1 over K. Shape: (B, K, h, w).
-        second_BKhw: those of the transformed image on the same grid. Shape: (B, K, h, w).
-        valid_Bhw: weight in 0..1 of each patch of ``second``, 0 where the transformed image does not reach. Shape: (B, h, w).
-        radius: largest displacement; 0 compares patches in place.
+        first_BKhw: soft cluster assignments of each patch, summing to 1 over K.
+        second_BKhw: soft assignments of the transformed image on the same grid.
+        valid_Bhw: weight in 0..1 of each patch of ``second_BKhw``; 0 if the transformed image does not cover the patch. None
+            gives all patches weight 1.
+        radius: largest displacement in patches; 0 compares each patch only with the one at the same position.
         entropy_weight: a above.
 
     Returns:
-        The loss of the whole batch, the same on every worker; displacements at which no patches overlap are
-        left out, and it is 0 where that is all of them. At least -(2 entropy_weight - 1) log K.
+        Loss of the whole batch, the same on every worker; at least -(2 entropy_weight - 1) log K. Displacements at which no
+        patches overlap are left out of the mean. If that is all of them, the loss is 0.
 
     Raises:
-        ValueError: shapes differ, or the grid is not larger than ``radius``.
+        ValueError: the shapes of the two maps differ, or ``radius`` is not smaller than both sides of the grid.
 
     Example:
-        >>> labels = torch.tensor([[[0, 0], [1, 1]]])  # one image of 2 x 2 patches in two even clusters
+        >>> labels = torch.tensor([[[0, 0], [1, 1]]])  # one image of 2 x 2 patches in two clusters of equal size
         >>> maps = torch.nn.functional.one_hot(labels).permute(0, 3, 1, 2).float()
-        >>> round(float(iic_loss(maps, maps, radius=0)), 4)  # the least that there is: -log 2
+        >>> round(float(iic_loss(maps, maps, radius=0)), 4)  # -log 2, the minimum for two clusters
         -0.6931
     """
     return iic_loss_from_joints(unnormalized_joints(first_BKhw, second_BKhw, valid_Bhw, radius=radius), entropy_weight)
 
 
 def unnormalized_joints(
-    first_BKhw: Tensor, second_BKhw: Tensor, valid_Bhw: Tensor | None = None, *, radius: int = 1
-) -> Tensor:
-    """n P_t above for every displacement, neither symmetric nor normalised; a sum over images, so that parts of a batch add up.
+    first_BKhw: Float[Tensor, "B K h w"],
+    second_BKhw: Float[Tensor, "B K h w"],
+    valid_Bhw: Float[Tensor, "B h w"] | Bool[Tensor, "B h w"] | None = None,
+    *,
+    radius: int = 1,
+) -> Float[Tensor, "O K K"]:
+    """Compute n P_t above for every displacement, before it is made symmetric and normalised.
 
-    Args and errors: as for :func:`iic_loss`.
+    The result is a sum over images, so the results of the chunks of a batch can be added up. Arguments and errors are those of
+    :func:`iic_loss`.
 
     Returns:
-        Shape: (O, K, K) with O = (2 radius + 1)^2.
+        One K x K matrix for each of the O = (2 radius + 1)^2 displacements, row by row from (-radius, -radius).
+
+    Example:
+        >>> labels = torch.tensor([[[0, 0], [0, 1]]])  # one image of 2 x 2 patches, three of them in the first cluster
+        >>> maps = torch.nn.functional.one_hot(labels).permute(0, 3, 1, 2).float()
+        >>> unnormalized_joints(maps, maps, radius=0)
+        tensor([[[3., 0.],
+                 [0., 1.]]])
     """
     if first_BKhw.shape != second_BKhw.shape or first_BKhw.ndim != 4:
         raise ValueError(f"expected two (B, K, h, w), got {tuple(first_BKhw.shape)} and {tuple(second_BKhw.shape)}")
@@ -81,8 +97,14 @@ def unnormalized_joints(
     return _JointSums.apply(first, second, radius)
 
 
-def iic_loss_from_joints(joints_OKK: Tensor, entropy_weight: float = 1.0) -> Tensor:
-    """The loss of :func:`iic_loss` from this worker's :func:`unnormalized_joints`."""
+def iic_loss_from_joints(joints_OKK: Float[Tensor, "O K K"], entropy_weight: float = 1.0) -> Float[Tensor, ""]:
+    """Compute the loss of :func:`iic_loss` from the :func:`unnormalized_joints` of this worker's images.
+
+    Example:
+        >>> joints = torch.tensor([[[2.0, 0.0], [0.0, 2.0]]])  # two clusters of equal size that agree in both views
+        >>> round(float(iic_loss_from_joints(joints)), 4)
+        -0.6931
+    """
     joints_OKK = mean_over_workers(joints_OKK)
     joints_OKK = joints_OKK + joints_OKK.transpose(1, 2)
     total_O = joints_OKK.sum((1, 2))
@@ -97,12 +119,21 @@ def iic_loss_from_joints(joints_OKK: Tensor, entropy_weight: float = 1.0) -> Ten
 
 
 @torch.no_grad()
-def cluster_metrics(joints_OKK: Tensor) -> dict[str, Tensor]:
-    """Measure how evenly the patches of the whole batch are divided, from this worker's :func:`unnormalized_joints`.
+def cluster_metrics(joints_OKK: Float[Tensor, "O K K"]) -> dict[str, Float[Tensor, ""]]:
+    """Measure how evenly the patches of the whole batch are divided among the clusters, from :func:`unnormalized_joints`.
+
+    Args:
+        joints_OKK: sums over this worker's images.
 
     Returns:
-        ``entropy``, of the clusters' fractions over its largest value log K: 1 where all are equal, 0 where one has everything;
-        ``used``, the number of clusters with at least a tenth of an even fraction. The same on every worker.
+        Two scalars, the same on every worker. ``entropy`` is the entropy of the fractions of patches per cluster, divided by its
+        maximum log K: 1 if all clusters have the same size, 0 if one has all patches. ``used`` is the number of clusters that
+        have at least a tenth of 1 / K of the patches.
+
+    Example:
+        >>> metrics = cluster_metrics(torch.tensor([[[2.0, 0.0], [0.0, 2.0]]]))
+        >>> round(float(metrics["entropy"]), 4), int(metrics["used"])
+        (1.0, 2)
     """
     sums_K = mean_over_workers(joints_OKK.sum((0, 1)) + joints_OKK.sum((0, 2)))
     fraction_K = sums_K / sums_K.sum().clamp(min=_EPS)
@@ -112,8 +143,12 @@ def cluster_metrics(joints_OKK: Tensor) -> dict[str, Tensor]:
 
 
 class _JointSums(torch.autograd.Function):
-    """Both maps lie row by row in a frame of zeros as wide as the largest displacement, so that a displacement is a shift of the
-    rows: one matrix product on the maps where they are, forward and backward, without a copy of them for each."""
+    """Sums over patches of the outer products of assignments, for every displacement, with their gradient.
+
+    Both maps are padded with zeros by the largest displacement and flattened to one row per patch, so that a displacement is an
+    offset between row numbers. Each displacement then takes one matrix product of two slices, forward and backward, without a
+    copy of the maps.
+    """
 
     @staticmethod
     def forward(ctx: Any, first_BKhw: Tensor, second_BKhw: Tensor, radius: int) -> Tensor:
@@ -137,19 +172,19 @@ class _JointSums(torch.autograd.Function):
 
 
 def _framed_rows(map_BKhw: Tensor, frame: int) -> Tensor:
-    """Shape: (B, K, h, w) -> (B x (h + 2 frame) x (w + 2 frame), K)."""
+    """Pad a map with ``frame`` zeros on each side, one row per patch. Shape: -> (B (h + 2 frame) (w + 2 frame), K)."""
     return F.pad(map_BKhw.permute(0, 2, 3, 1), (0, 0, *[frame] * 4)).flatten(0, 2)
 
 
 def _unframed(rows_RK: Tensor, grid: tuple[int, int], frame: int) -> Tensor:
-    """The inverse of :func:`_framed_rows`."""
+    """Invert :func:`_framed_rows`."""
     h, w = grid
     framed = rows_RK.view(-1, h + 2 * frame, w + 2 * frame, rows_RK.shape[1])
     return framed[:, frame : frame + h, frame : frame + w].permute(0, 3, 1, 2)
 
 
 def _shifts(rows: int, w: int, radius: int) -> tuple[slice, list[slice]]:
-    """Return the rows that lie outside the frame, with a margin, and the rows that each displacement shifts them to."""
+    """Return the slice of rows that holds all patches, and for each displacement the slice that it is multiplied with."""
     wide = w + 2 * radius
     margin = radius * wide + radius
     displacements = range(-radius, radius + 1)

@@ -1,7 +1,8 @@
-"""Multi-label contrast between images and the noun phrases of their captions.
+"""Multi-label contrastive loss between images and the noun phrases of their captions.
 
-An image has several phrases and a phrase several images; every pair of them is a positive. With the score of image i and
-phrase p the mean of the k best patch similarities, s_ip = mean top-k_n <p_in, t_p>, and Y the matrix of positives,
+An image has several phrases and a phrase belongs to several images; each such pair is a positive. With the score
+s_ip = mean top-k_n <p_in, t_p> of image i and phrase p, the mean of the k largest patch similarities, the inverse temperature s,
+Y_i the phrases of image i and Y_p the images of phrase p,
 
     L = 1/2 [ mean_i 1/|Y_i| sum_{p in Y_i} -log softmax_p(s s_ip) + mean_p 1/|Y_p| sum_{i in Y_p} -log softmax_i(s s_ip) ]
 
@@ -11,21 +12,21 @@ phrase p the mean of the k best patch similarities, s_ip = mean top-k_n <p_in, t
 from __future__ import annotations
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from vilseg.distributed import gather_rows
 
 
-def top_k_pooled_scores(patches_BND: Tensor, phrases_PD: Tensor, top_patches: int) -> Tensor:
-    """Mean similarity of each image's best patches with each phrase.
+def top_k_pooled_scores(
+    patches_BND: Float[Tensor, "B N D"], phrases_PD: Float[Tensor, "P D"], top_patches: int
+) -> Float[Tensor, "B P"]:
+    """Compute, for every image and phrase, the mean similarity of the image's most similar patches with the phrase.
 
     Args:
-        patches_BND: unit-length patch embeddings. Shape: (B, N, D).
-        phrases_PD: unit-length phrase embeddings. Shape: (P, D).
-        top_patches: k above; all patches where there are fewer.
-
-    Returns:
-        Shape: (B, P).
+        patches_BND: unit-length patch embeddings.
+        phrases_PD: unit-length phrase embeddings.
+        top_patches: number of patches in the mean, k above; all patches if an image has fewer.
 
     Example:
         >>> patches = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])  # one image with two patches
@@ -39,16 +40,18 @@ def top_k_pooled_scores(patches_BND: Tensor, phrases_PD: Tensor, top_patches: in
     return similarity_BNP.topk(min(top_patches, similarity_BNP.shape[1]), dim=1).values.mean(1)
 
 
-def multi_label_loss(scores_BP: Tensor, positives_BP: Tensor, scale: Tensor) -> Tensor:
-    """Contrast this worker's images with the phrases that occur in the batch, by their :func:`top_k_pooled_scores`.
+def multi_label_loss(
+    scores_BP: Float[Tensor, "B P"], positives_BP: Bool[Tensor, "B P"], scale: Float[Tensor, ""]
+) -> Float[Tensor, ""]:
+    """Compute the multi-label contrastive loss of images and phrases from their :func:`top_k_pooled_scores`.
 
     Args:
-        scores_BP: similarities of this worker's images with the phrases of the whole batch. Shape: (B, P).
-        positives_BP: True where an image's captions hold the phrase. Shape: (B, P), bool.
-        scale: inverse temperature, scalar.
+        scores_BP: similarities of this worker's images with the phrases that occur in the batch of all workers.
+        positives_BP: True if one of the image's captions contains the phrase.
+        scale: inverse temperature.
 
     Returns:
-        The loss of the whole batch, the same on every worker; zero (with gradient) where no image has a phrase.
+        Loss of the whole batch, the same on every worker; 0, still connected to the graph, if no image has a phrase.
 
     Raises:
         ValueError: the shapes differ.
@@ -69,8 +72,8 @@ def multi_label_loss(scores_BP: Tensor, positives_BP: Tensor, scale: Tensor) -> 
     return (_multi_positive(logits_QP, positives_QP) + _multi_positive(logits_QP.T, positives_QP.T)) / 2
 
 
-def _multi_positive(logits_RC: Tensor, positives_RC: Tensor) -> Tensor:
-    """Mean over the rows that have a positive of the mean negative log-likelihood of their positives."""
-    counts_R = positives_RC.sum(1)
-    of_row_R = -(logits_RC.log_softmax(1) * positives_RC).sum(1) / counts_R.clamp(min=1)
-    return of_row_R.sum() / (counts_R > 0).sum().clamp(min=1)
+def _multi_positive(logits_QP: Tensor, positives_QP: Tensor) -> Tensor:
+    """Average the negative log-likelihood over the positives of each row, then over the rows that have one."""
+    counts_Q = positives_QP.sum(1)
+    row_losses_Q = -(logits_QP.log_softmax(1) * positives_QP).sum(1) / counts_Q.clamp(min=1)
+    return row_losses_Q.sum() / (counts_Q > 0).sum().clamp(min=1)

@@ -1,4 +1,4 @@
-"""Cross-modal contrast, both forms, against loops over the formula, its gradient, and what it must not depend on."""
+"""InfoNCE and sigmoid losses of images and captions: equal to loops over their formulas, gradients, and invariances."""
 
 import math
 
@@ -25,7 +25,7 @@ def unit(*shape: int, seed: int = 0) -> Tensor:
 
 
 def patch_contrast(patches_BND: Tensor, texts_BD: Tensor, scale: Tensor, pooling_temperature: float) -> Tensor:
-    """InfoNCE of pooled patches and the captions of all workers."""
+    """Return the InfoNCE loss of pooled patches with captions."""
     scores_BQ = softmax_pooled_scores(patches_BND, texts_BD, pooling_temperature)
     return contrastive_loss_from_scores(scores_BQ, scale)
 
@@ -35,7 +35,7 @@ def dot(a: list[float], b: list[float]) -> float:
 
 
 def info_nce(similarity: list[list[float]], scale: float) -> float:
-    """-1/2B sum_i [log softmax_j(s_ij)_i + log softmax_j(s_ji)_i]."""
+    """Return -1/2B sum_i [log softmax_j(s_ij)_i + log softmax_j(s_ji)_i]."""
     count, total = len(similarity), 0.0
     for i in range(count):
         row = sum(math.exp(scale * similarity[i][j]) for j in range(count))
@@ -51,7 +51,7 @@ def test_contrast_is_the_formula() -> None:
 
 
 def naive_sigmoid_loss(similarity: list[list[float]], scale: float, bias: float) -> float:
-    """-1/B sum_ij log sigmoid(z_ij (s x_i t_j + b))."""
+    """Return -1/B sum_ij log sigmoid(z_ij (s x_i t_j + b))."""
     total = 0.0
     for i, row in enumerate(similarity):
         for j, cosine in enumerate(row):
@@ -77,7 +77,7 @@ def test_sigmoid_contrast_is_the_published_pseudocode() -> None:
 
 
 def test_at_its_start_the_bias_makes_every_pair_a_wrong_one() -> None:
-    """With t = 10 and b = -10 the many negatives cost next to nothing and each positive about 10 (section 3.2)."""
+    """With scale 10 and bias -10 the many negatives cost almost nothing and each positive about 10 (SigLIP, section 3.2)."""
     images, texts = unit(64, 256), unit(64, 256, seed=1)
     loss = sigmoid_loss(images, texts, torch.tensor(10.0), torch.tensor(-10.0))
     assert loss.item() == pytest.approx(10, abs=0.2)
@@ -151,6 +151,7 @@ def test_half_precision_is_computed_in_float32() -> None:
     assert torch.equal(loss, contrastive_loss(images.float(), texts.float(), torch.tensor(100.0)))
 
 
+@pytest.mark.usefixtures("without_annotation_checks")
 def test_wrong_shapes_are_told() -> None:
     with pytest.raises(ValueError, match=r"\(4, 3\) and \(5, 3\)"):
         contrastive_loss(unit(4, 3), unit(5, 3), SCALE)

@@ -1,4 +1,4 @@
-"""Vision contrast against loops over the formula, its gradient, and its centre."""
+"""DINO loss and InfoNCE loss of crops: equal to loops over their formulas, gradients, and the centre of DINO."""
 
 import math
 
@@ -62,7 +62,7 @@ def test_centre_follows_the_teacher_and_keeps_one_output_from_winning() -> None:
     assert loss.center.tolist() == pytest.approx([0.19, 0, 0, 0])
     for _ in range(200):
         loss.update_center(teacher)
-    # The teacher says the same of everything; with the centre it says nothing, and every student is as good.
+    # The teacher's output is the same for every image. Minus the centre it is uniform, so every student output costs log K.
     assert loss(torch.zeros(3, 3, 4), teacher).item() == pytest.approx(math.log(4), abs=1e-4)
 
 
@@ -73,6 +73,7 @@ def test_centre_is_saved_with_the_run() -> None:
     assert torch.equal(other.center, loss.center)
 
 
+@pytest.mark.usefixtures("without_annotation_checks")
 @pytest.mark.parametrize(
     ("student", "teacher"), [((1, 3, 4), (1, 3, 4)), ((2, 3, 4), (3, 3, 4)), ((2, 3, 4), (2, 2, 4))]
 )
@@ -111,15 +112,16 @@ def test_the_gradient_of_info_nce_reaches_the_student_alone() -> None:
     assert teacher.grad is None
 
 
-def test_info_nce_wants_the_same_picture_and_no_other() -> None:
+def test_info_nce_is_low_for_the_same_image_only() -> None:
     own = torch.eye(4).expand(3, 4, 4)
     right, wrong = crop_info_nce_loss(own, own[:2], 0.1), crop_info_nce_loss(own.roll(1, 1), own[:2], 0.1)
     assert right < 0.01
     assert wrong > 9
-    alike = torch.ones(3, 4, 4) / 2  # collapsed: every picture is as near
+    alike = torch.ones(3, 4, 4) / 2  # collapsed: all images have the same embedding
     assert crop_info_nce_loss(alike, alike[:2], 0.1).item() == pytest.approx(math.log(4))
 
 
+@pytest.mark.usefixtures("without_annotation_checks")
 def test_wrong_shapes_of_info_nce_are_told() -> None:
     with pytest.raises(ValueError, match="2 <= V >= G"):
         crop_info_nce_loss(torch.zeros(1, 3, 4), torch.zeros(1, 3, 4), 0.1)

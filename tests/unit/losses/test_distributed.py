@@ -1,4 +1,4 @@
-"""Two workers, each with half a batch, must arrive at the loss and the gradient of the whole batch."""
+"""Losses of two workers with half a batch each: their mean and its gradient equal those of the whole batch on one worker."""
 
 from collections.abc import Callable
 from typing import Any
@@ -27,7 +27,7 @@ GRID = (4, 3)
 
 
 class Towers(nn.Module):
-    """Linear stand-ins for everything that is trained."""
+    """Linear maps in place of the encoders and heads that are trained."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Towers(nn.Module):
 
 
 def patch_contrast(patches_BND: Tensor, texts_BD: Tensor, scale: Tensor, pooling_temperature: float) -> Tensor:
-    """InfoNCE of pooled patches and the captions of all workers."""
+    """Return the InfoNCE loss of pooled patches with the captions of all workers."""
     scores_BQ = softmax_pooled_scores(patches_BND, gather_rows(texts_BD), pooling_temperature)
     return contrastive_loss_from_scores(scores_BQ, scale)
 
@@ -48,12 +48,12 @@ def patch_contrast(patches_BND: Tensor, texts_BD: Tensor, scale: Tensor, pooling
 def noun_contrast(
     patches_BND: Tensor, phrases_PD: Tensor, positives_BP: Tensor, scale: Tensor, top_patches: int
 ) -> Tensor:
-    """Multi-label loss of images by their best patches."""
+    """Return the multi-label loss of images, scored by their most similar patches."""
     return multi_label_loss(top_k_pooled_scores(patches_BND, phrases_PD, top_patches), positives_BP, scale)
 
 
 def losses_and_gradients(dtype_name: str) -> dict[str, Any]:
-    """Mean losses over the workers and averaged gradients, each worker on its own part of one batch."""
+    """Compute the losses of this worker's images of one batch; return means over the workers of losses and gradients."""
     dtype = getattr(torch, dtype_name)
     torch.manual_seed(0)
     towers = Towers().to(dtype)

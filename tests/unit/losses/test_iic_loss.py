@@ -1,4 +1,4 @@
-"""Mutual information of assignments against loops over the formula, its bounds, its gradient, its mask."""
+"""IIC loss: equal to loops over its formula, bounds, gradient, mask, and metrics of the clusters."""
 
 import math
 
@@ -10,13 +10,13 @@ from vilseg.losses import cluster_metrics, iic_loss, unnormalized_joints
 
 
 def assignments(*shape: int, seed: int = 0) -> Tensor:
-    """Random soft assignments. Shape: -> (B, K, h, w)."""
+    """Return random soft assignments. Shape: -> (B, K, h, w)."""
     generator = torch.Generator().manual_seed(seed)
     return (2 * torch.randn(*shape, generator=generator, dtype=torch.float64)).softmax(1)
 
 
 def one_hot(labels: Tensor, clusters: int) -> Tensor:
-    """(B, h, w) -> (B, K, h, w)."""
+    """Return maps that are 1 at the labelled cluster. Shape: (B, h, w) -> (B, K, h, w)."""
     return torch.nn.functional.one_hot(labels, clusters).movedim(-1, 1).double()
 
 
@@ -129,7 +129,7 @@ def test_what_lies_outside_the_mask_does_not_count() -> None:
 def test_displacements_that_meet_no_valid_patch_are_left_out() -> None:
     first, second = assignments(2, 3, 4, 4), assignments(2, 3, 4, 4, seed=1)
     valid = torch.zeros(2, 4, 4, dtype=torch.bool)
-    valid[:, 0, 0] = True  # no patch of the first view lies up or left of this one
+    valid[:, 0, 0] = True  # the top left corner: there is no patch above it or to its left
     loss = iic_loss(first, second, valid, radius=1)
     assert loss.item() == pytest.approx(naive(first, second, valid.double(), 1, 1.0), abs=1e-10)
     assert loss.item() != 0
@@ -144,6 +144,7 @@ def test_no_overlap_at_all_is_zero_with_a_gradient() -> None:
     assert not first.grad.any()
 
 
+@pytest.mark.usefixtures("without_annotation_checks")
 def test_wrong_arguments_are_told() -> None:
     with pytest.raises(ValueError, match=r"two \(B, K, h, w\)"):
         iic_loss(assignments(2, 3, 4, 4), assignments(2, 3, 4, 5))

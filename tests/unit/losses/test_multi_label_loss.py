@@ -1,4 +1,4 @@
-"""Multi-label noun contrast against loops over the formula, its gradient, and its edge cases."""
+"""Multi-label loss of images and noun phrases: equal to loops over its formula, gradient, and edge cases."""
 
 import math
 
@@ -19,7 +19,7 @@ POSITIVES = torch.tensor([[1, 0, 1], [0, 1, 0], [0, 0, 0], [1, 1, 0]], dtype=tor
 def noun_contrast(
     patches_BND: Tensor, phrases_PD: Tensor, positives_BP: Tensor, scale: Tensor, top_patches: int
 ) -> Tensor:
-    """Multi-label loss of images by their best patches."""
+    """Return the multi-label loss of images, scored by their most similar patches."""
     return multi_label_loss(top_k_pooled_scores(patches_BND, phrases_PD, top_patches), positives_BP, scale)
 
 
@@ -29,7 +29,7 @@ def unit(*shape: int, seed: int = 0) -> Tensor:
 
 
 def one_direction(logits: list[list[float]], positives: list[list[bool]]) -> float:
-    """Mean over the rows with a positive of the mean over their positives of -log softmax."""
+    """Average -log softmax over the positives of each row, then over the rows that have a positive."""
     rows = []
     for row, wanted in zip(logits, positives, strict=True):
         normaliser = math.log(sum(math.exp(value) for value in row))
@@ -77,6 +77,7 @@ def test_a_batch_without_phrases_costs_nothing_and_keeps_its_graph(phrases: int)
     assert not patches.grad.any()
 
 
+@pytest.mark.usefixtures("without_annotation_checks")
 def test_wrong_shape_is_told() -> None:
     with pytest.raises(ValueError, match=r"positives must be \(4, 3\), got \(3, 4\)"):
         noun_contrast(unit(4, 5, 3), unit(3, 3), POSITIVES.T, SCALE, 2)

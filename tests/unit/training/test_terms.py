@@ -139,3 +139,12 @@ def test_two_workers_in_chunks_have_the_gradient_of_the_whole_batch(
     for worker in on_two_workers(in_chunks_on_this_worker, folder, kind):
         for name in ("loss/toy", "d toy_head.weight", "d model.image_projection.weight"):
             np.testing.assert_allclose(worker[name], expected[name], rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+def test_a_term_without_losses_cannot_be_made() -> None:
+    class Incomplete(Term[ViewDistances]):
+        def represent(self, images: EncodedImages) -> ViewDistances:
+            return ViewDistances(torch.zeros(len(images.batch)))
+
+    with pytest.raises(TypeError, match="abstract method"):
+        Incomplete()  # type: ignore[abstract]

@@ -1,4 +1,4 @@
-"""Input check of the losses on views."""
+"""Shape check shared by the losses that compare views of the same images."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def check_views(student_VBK: Tensor, teacher_GBK: Tensor) -> None:
-    """Raise ValueError where the shapes do not fit or there is no pair of different views."""
+    """Raise ValueError if the shapes do not match, if there are more teacher views than student views, or if V < 2."""
     views, globals_ = len(student_VBK), len(teacher_GBK)
     if student_VBK.shape[1:] != teacher_GBK.shape[1:] or globals_ > views or views < 2:
         raise ValueError(
