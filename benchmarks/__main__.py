@@ -20,6 +20,7 @@ _NAMES = {
     "checkpoints": "training with checkpoints on S3 against training without: images/s",
     "data_memory": "three epochs of pairs through the reader: memory of the first over that of the last",
     "input_path": "pairs from S3 by Ray Data against a DataLoader with webdataset: photos/s",
+    "loss_parity": "every loss of the first steps, bit for bit, against another commit: 1 if equal",
     "losses": "each training loss against a naive version, forward and backward: seconds",
     "quality": "what modes, refinement, synonyms, background and size are worth: mIoU, boundary IoU, ms a picture",
     "real_photos": "train on Flickr8k captions, measure on COCO masks",
@@ -39,15 +40,34 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("name", choices=_NAMES, help=names)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="folder for what the run leaves")
+    parser.add_argument("--against", metavar="REV", help="loss_parity: the commit to compare with; HEAD without it")
     chosen = parser.parse_args(arguments)
+    if chosen.against and chosen.name != "loss_parity":
+        parser.error("--against is an option of loss_parity alone")
+    options = {"against": chosen.against} if chosen.against else {}
     try:
         with console.logging_to_stderr():
-            result: dict[str, Any] = importlib.import_module(f"benchmarks.{chosen.name}").main(chosen.out / chosen.name)
+            benchmark = importlib.import_module(f"benchmarks.{chosen.name}")
+            result: dict[str, Any] = benchmark.main(chosen.out / chosen.name, **options)
     except UserError as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         return 2
-    print(json.dumps(result) if chosen.json else "\n".join(f"{name}: {value}" for name, value in result.items()))
+    print(json.dumps(result) if chosen.json else "\n".join(_text(name, value) for name, value in result.items()))
     return 0
+
+
+def _text(name: str, value: Any) -> str:
+    """A figure; or a table, where figures are given for several things by the same names."""
+    if not isinstance(value, dict) or not value or not all(isinstance(row, dict) for row in value.values()):
+        return f"{name}: {value}"
+    columns = list(next(iter(value.values())))
+    lines = [
+        ["", *columns],
+        *([thing, *(str(row.get(column, "")) for column in columns)] for thing, row in value.items()),
+    ]
+    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
+    table = ("  ".join(map(str.ljust, cells, widths)).rstrip() for cells in lines)
+    return "\n".join([f"{name}:", *table])
 
 
 if __name__ == "__main__":

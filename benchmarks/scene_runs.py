@@ -28,14 +28,19 @@ def draw(out: Path) -> None:
     if (out / "unseen" / "classes.txt").exists():
         return
     console.log("[scenes]")
-    shards = []
-    for start in range(0, _PAIRS, _SHARD):
-        drawn = scenes.pairs(_SHARD, 0, size, start=start)
-        members = ((pair.key, pair.image, "jpg", {"captions": list(pair.captions)}) for pair in drawn)
-        name = f"{start // _SHARD:02d}.tar"
-        shards.append((name, write_tar(f"{out}/pairs/{name}", members)))
-    write_index(f"{out}/pairs", shards)
+    write_pairs(f"{out}/pairs", _PAIRS, _SHARD, size)
     scenes.write_masked_dataset(f"{out}/unseen", UNSEEN, 0, size)
+
+
+def write_pairs(folder: str, pairs: int, shard: int, size: int) -> None:
+    """Write so many pairs of ``size`` pixels into ``folder``, ``shard`` of them a file."""
+    shards = []
+    for start in range(0, pairs, shard):
+        drawn = scenes.pairs(shard, 0, size, start=start)
+        members = ((pair.key, pair.image, "jpg", {"captions": list(pair.captions)}) for pair in drawn)
+        name = f"{start // shard:02d}.tar"
+        shards.append((name, write_tar(f"{folder}/{name}", members)))
+    write_index(folder, shards)
 
 
 def config(out: Path, *overrides: str) -> RunConfig:
