@@ -123,4 +123,4 @@ class ThreadPool(ThreadPoolExecutor):
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """Run ``fn`` in a thread of the pool, with the `retrying` setting of the calling thread."""
-        return super().submit(contextvars.copy_context().run, fn, *args, **kwargs)
+        return super().submit(contextvars.copy_context().run, fn, *args, **kwargs)  # type: ignore[arg-type]
