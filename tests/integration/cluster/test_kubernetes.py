@@ -239,9 +239,9 @@ JOB_BREAKS: list[tuple[str, Break, str]] = [
     ("a key of the file", run_yaml(trainer__wokers=4), "did you mean 'trainer.workers'"),
     ("a place on one machine", run_yaml(trainer__storage="runs"), "which other machines do not have"),
     ("no pairs", run_yaml(data__source=None), "which other machines do not have"),
-    ("more workers than GPUs", run_yaml(trainer__workers=8), "GPUs are there when the job begins"),
+    ("more workers than GPUs", run_yaml(trainer__workers=8), "but there are 4 GPUs"),
     ("a batch that cannot be shared", run_yaml(trainer__batch_size=255), "cannot be shared evenly"),
-    ("fewer machines", lambda o: worker(o).update(replicas=2, minReplicas=2), "but 2 GPUs are there"),
+    ("fewer machines", lambda o: worker(o).update(replicas=2, minReplicas=2), "but there are 2 GPUs"),
 ]
 
 
