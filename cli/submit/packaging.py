@@ -53,7 +53,7 @@ _OF_THIS_MACHINE = (
 
 @dataclass(frozen=True)
 class Verb:
-    """Call of a ``vilseg`` subcommand whose arguments were checked."""
+    """One invocation of a ``vilseg`` subcommand, with its arguments already validated."""
 
     arguments: Sequence[str]
     """Name of the subcommand, followed by its arguments."""

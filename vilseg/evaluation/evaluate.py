@@ -74,7 +74,7 @@ class Evaluation:
 
     @property
     def boundary_iou(self) -> float:
-        """Mean boundary IoU over the measured classes that are present in the truth, in 0..1; nan if not measured."""
+        """Mean boundary IoU over the evaluated classes that occur in the ground truth, in 0..1; nan if it was not computed."""
         return math.nan if self.boundary is None else self.boundary.mean_iou(self.measured)
 
     @property

@@ -1,4 +1,4 @@
-"""Listing, portable paths and error messages for local files; used only inside `vilseg.storage`."""
+"""Local files: listing, paths that can be stored as text, and error messages; used only inside `vilseg.storage`."""
 
 import os
 from collections.abc import Callable, Iterator

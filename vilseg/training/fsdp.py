@@ -88,7 +88,7 @@ def full_state(state: Any) -> Any:
 
 
 def shard_like(value: Tensor, pattern: Tensor) -> Tensor:
-    """Shard a full tensor, the same on every worker, as ``pattern`` is sharded."""
+    """Shard a full tensor in the way ``pattern`` is sharded; every worker must pass the same tensor."""
     if not is_sharded(pattern):
         return value
     from torch.distributed.tensor import distribute_tensor

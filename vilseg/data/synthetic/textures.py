@@ -174,7 +174,7 @@ def _snow(rng: np.random.Generator, y: np.ndarray, x: np.ndarray) -> tuple[np.nd
 
 
 def _wall(rng: np.random.Generator, y: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return blend and gain of bricks in a running bond, each with another tone."""
+    """Return blend and gain of a brick wall in running bond, each brick with its own tone."""
     height = rng.uniform(0.085, 0.105)
     width = height * rng.uniform(2.0, 2.4)
     joint = 0.016
