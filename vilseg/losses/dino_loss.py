@@ -4,7 +4,7 @@ With teacher outputs g_t, student outputs g_s and the centre c, for every pair o
 
     P_t = softmax((g_t(v) - c) / tau_t),   P_s = softmax(g_s(v') / tau_s),   L = mean_{v, v'} -sum_k P_t log P_s
 
-The centre follows the mean teacher output, c <- m c + (1 - m) mean_B g_t (equation 4), so that no single output dimension dominates.
+The centre follows the mean teacher output, c <- m c + (1 - m) mean_B g_t (equation 4), so that no single dimension dominates.
 ViL-Seg contrasts global with local crops in the same way (section 3.3).
 """
 
