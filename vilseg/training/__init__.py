@@ -1,1 +1,1 @@
-"""One optimiser step, the loop over any iterable of batches, schedules, and the state of a run."""
+"""Training without Ray: the objective and its terms, the training loop, checkpoints, and the files of a run."""

@@ -1,4 +1,4 @@
-"""A worker's batch of pairs on its device."""
+"""A worker's batch of image-caption pairs as tensors on its device."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vilseg.data.batch_reader import WorkerBatch
 
 @dataclass(frozen=True)
 class TensorBatch:
-    """A worker's pairs on its device; see :class:`WorkerBatch` for the shapes."""
+    """A worker's batch of pairs as tensors on its device; :class:`WorkerBatch` documents the fields and their shapes."""
 
     images: Tensor
     tokens: Tensor
@@ -23,7 +23,7 @@ class TensorBatch:
 
     @classmethod
     def of(cls, batch: WorkerBatch, device: torch.device) -> TensorBatch:
-        """Copy a batch to the device; to a GPU from pinned memory, so that the copy does not hold up the caller."""
+        """Copy a batch to the device. A copy to a GPU is asynchronous, from pinned memory."""
         images, tokens, phrases, seeds = (
             _owned(array, pinned=device.type == "cuda").to(device, non_blocking=True)
             for array in (batch.images, batch.tokens, batch.phrases, batch.seeds)
@@ -34,7 +34,7 @@ class TensorBatch:
         return len(self.seeds)
 
     def split(self, size: int) -> list[TensorBatch]:
-        """Parts of ``size`` pairs; the last may have fewer."""
+        """Split the batch into chunks of ``size`` pairs; the last may be smaller."""
         starts = range(0, len(self), size)
         parts = zip(*(x.split(size) for x in (self.images, self.tokens, self.phrases, self.seeds)), starts, strict=True)
         return [
@@ -44,7 +44,7 @@ class TensorBatch:
 
 
 def _owned(array: np.ndarray, *, pinned: bool) -> Tensor:
-    """A tensor with a copy of the array, which may be a read-only view of shared memory; torch wants to own what it wraps."""
+    """Copy an array into a tensor. A copy is needed because the array may be a read-only view of shared memory."""
     if not pinned:
         return torch.tensor(array)
     dtype = torch.from_numpy(np.empty(0, array.dtype)).dtype

@@ -1,7 +1,7 @@
-"""Checkpoints of a run: written beside the training, the newest and the best kept, a half-written one never read.
+"""Checkpoints of a run: written in the background, the newest and the best are kept, an incomplete one is never read.
 
-A checkpoint is a folder ``step-NNNNNNNN`` with ``state.pt`` and ``manifest.json``. The manifest is written last and says how
-many bytes the state has: without it, or with another size, the checkpoint does not count (see
+A checkpoint is a folder ``step-NNNNNNNN`` with ``state.pt`` and ``manifest.json``. The manifest is written last and has the size
+of the state in bytes. A checkpoint without a manifest, or with a state of another size, is ignored as incomplete (see
 :meth:`~vilseg.training.run_dir.RunDirectory.checkpoint_steps`).
 """
 
@@ -24,14 +24,14 @@ from vilseg.training.run_dir import Manifest, RunDirectory
 
 
 class CheckpointWriter:
-    """Writes one checkpoint after the other in a thread of its own, so that training goes on meanwhile.
+    """Writer of checkpoints in a background thread, one at a time, while training continues.
 
-    Use it in a ``with`` statement: its end waits for the last one.
+    Use it in a ``with`` statement: the end of the block waits until the last checkpoint is written.
 
     Args:
-        run_dir: of the run.
-        keep: the newest so many are kept; None keeps all.
-        best_by: figure of a report by which one more is kept, the best so far; see ``TrainerConfig.best_by``.
+        run_dir: directory of the run.
+        keep: number of newest checkpoints to keep; None keeps all.
+        best_by: name of the metric that chooses the best checkpoint, which is kept too; see ``TrainerConfig.best_by``.
     """
 
     def __init__(self, run_dir: RunDirectory, keep: int | None, best_by: str) -> None:
@@ -54,36 +54,36 @@ class CheckpointWriter:
     def write(
         self, state: dict[str, Any], metrics: dict[str, float], *, also: Callable[[], None] = lambda: None
     ) -> None:
-        """Begin to write what training resumes from, as it is now.
+        """Start to write a checkpoint; first wait until the one before is written.
 
         Args:
-            state: with the ``step``; its tensors are copied before this returns.
-            metrics: of the last report.
-            also: what else is written, in the same thread, before the checkpoint counts.
+            state: state that training resumes from, with its ``step``. Its tensors are copied before this returns.
+            metrics: metrics of the last report.
+            also: function that writes other files; called in the same thread before the checkpoint is written.
 
         Raises:
             StorageError: the checkpoint before this one could not be written.
         """
-        # One at a time: where storage is slower than training, training waits, and memory holds one copy at most.
+        # One at a time: if storage is slower than training, training waits, and memory holds at most one copy.
         self.wait()
         copied = tree_map_only(torch.Tensor, _copy, state)
         metric_value = metrics.get(self._best_by, math.nan)
         self._writing = self._thread.submit(self._write, copied, metric_value, also)
 
     def check(self) -> None:
-        """Do not wait, but say so if writing failed.
+        """Raise the error of a failed write, without waiting for one that is still running.
 
         Raises:
-            StorageError: it did.
+            StorageError: the last checkpoint could not be written.
         """
         if self._writing is not None and self._writing.done():
             self.wait()
 
     def wait(self) -> None:
-        """Return when all is written.
+        """Wait until the last checkpoint is written.
 
         Raises:
-            StorageError: it could not be; the checkpoints before are intact.
+            StorageError: it could not be written; earlier checkpoints are intact.
         """
         writing, self._writing = self._writing, None
         if writing is not None:
@@ -105,10 +105,15 @@ class CheckpointWriter:
 
 
 def write_checkpoint(run_dir: RunDirectory, state: dict[str, Any], *, metric_value: float | None = None) -> None:
-    """Write a checkpoint, waiting for a store that does not answer.
+    """Write a checkpoint; requests are repeated while the object store does not answer.
+
+    Args:
+        run_dir: directory of the run.
+        state: state that training resumes from, with its ``step``.
+        metric_value: value of the metric that chooses the best checkpoint; None if there is none.
 
     Raises:
-        StorageError: it cannot be written; ``DiskFullError`` and ``StoreUnavailable`` are such.
+        StorageError: the checkpoint cannot be written; ``DiskFullError`` and ``StoreUnavailable`` are subclasses.
     """
     step = int(state["step"])
     buffer = io.BytesIO()
@@ -120,16 +125,16 @@ def write_checkpoint(run_dir: RunDirectory, state: dict[str, Any], *, metric_val
 
 
 def delete_checkpoint(run_dir: RunDirectory, step: int) -> None:
-    """Delete a checkpoint; cut off in the middle it no longer counts."""
+    """Delete a checkpoint, its manifest first, so that an interrupted deletion leaves an incomplete checkpoint."""
     storage.delete(run_dir.manifest(step))
     storage.delete(run_dir.checkpoint(step))
 
 
 def require_metric(name: str, metrics: Mapping[str, float]) -> None:
-    """Check that reports have the metric ``name``, by which the best checkpoint is chosen.
+    """Check that reports have the metric ``name``, which chooses the best checkpoint.
 
     Raises:
-        ConfigError: the report of a checkpoint has no such figure; the nearest is named.
+        ConfigError: ``metrics`` has no such name; the message suggests the most similar one.
     """
     if name in metrics:
         return
@@ -139,7 +144,7 @@ def require_metric(name: str, metrics: Mapping[str, float]) -> None:
 
 
 def best_step(kept: Mapping[int, Manifest], *, lower_is_better: bool) -> int | None:
-    """Step of the checkpoint with the best figure, the later one of equals; None where none has a figure."""
+    """Return the step of the checkpoint with the best metric value, the later one of equals; None if none has a value."""
     sign = -1 if lower_is_better else 1
     rated = [
         (sign * manifest.metric_value, step) for step, manifest in kept.items() if manifest.metric_value is not None
@@ -148,12 +153,12 @@ def best_step(kept: Mapping[int, Manifest], *, lower_is_better: bool) -> int | N
 
 
 def read_checkpoint(run_dir: RunDirectory, step: int) -> dict[str, Any]:
-    """Read a checkpoint of :func:`write_checkpoint`; tensors and plain numbers only, nothing else is unpickled."""
+    """Read a checkpoint that :func:`write_checkpoint` wrote; only tensors and plain Python values are unpickled."""
     return read_state(run_dir.state(step))
 
 
 def read_state(uri: str) -> dict[str, Any]:
-    """As `read_checkpoint`, of the file at ``uri``."""
+    """Read the state file of a checkpoint at ``uri``, as :func:`read_checkpoint` does."""
     data = storage.read_bytes(uri)
     return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 

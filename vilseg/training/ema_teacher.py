@@ -1,4 +1,4 @@
-"""The EMA teacher of the vision contrast and the head that it shares with the student."""
+"""EMA teacher of the losses on crops, and the projection head that student and teacher each have."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class ProjectionHead(nn.Module):
     """DINO's projection head: an MLP, a bottleneck of unit length, and a linear map to the prototypes (section 3.2).
 
     Args:
-        features: F, of the image encoder.
-        hidden: width of the MLP.
-        prototypes: outputs; 0 gives the bottleneck itself.
+        features: number of features of the image encoder, F.
+        hidden: width of the hidden layers of the MLP.
+        prototypes: number of prototypes; with 0 the head returns the bottleneck.
         bottleneck: width of the bottleneck.
     """
 
@@ -32,17 +32,17 @@ class ProjectionHead(nn.Module):
         self.register_parameter("prototypes", nn.Parameter(torch.randn(prototypes, bottleneck)) if prototypes else None)
 
     def forward(self, features_BF: Tensor) -> Tensor:
-        """Shape: (B, F) -> (B, prototypes), cosines; or (B, bottleneck), unit length."""
+        """Return cosines with the prototypes, (B, F) -> (B, prototypes); without prototypes, unit vectors (B, bottleneck)."""
         embedded = F.normalize(self.mlp(features_BF), dim=-1)
         return embedded if self.prototypes is None else embedded @ F.normalize(self.prototypes, dim=-1).T
 
 
 class EMATeacher(nn.ModuleDict):
-    """Copies of a student's ``encoder`` and ``head`` that follow it slowly (DINO, section 3.1).
+    """Exponential moving averages of the weights of a student's ``encoder`` and ``head`` (DINO, section 3.1).
 
     Args:
-        encoder: of the student; None where it is frozen and the teacher's would be the same.
-        head: of the student.
+        encoder: the student's image encoder; None if it is frozen, because the teacher's would be identical.
+        head: the student's projection head.
     """
 
     def __init__(self, encoder: nn.Module | None, head: nn.Module) -> None:
@@ -56,7 +56,14 @@ class EMATeacher(nn.ModuleDict):
 
     @torch.no_grad()
     def update_from(self, encoder: nn.Module | None, head: nn.Module, *, start: float, progress: float) -> None:
-        """Move towards the student; ``progress`` in 0..1 raises the momentum from ``start`` to 1 by a cosine (section 3.2)."""
+        """Move the weights towards the student's.
+
+        Args:
+            encoder: the student's image encoder; None if it is frozen.
+            head: the student's projection head.
+            start: momentum at the beginning of the run; it rises to 1 by a cosine (section 3.2).
+            progress: fraction of the run's steps that are done, 0..1.
+        """
         momentum = 1 - (1 - start) * (math.cos(math.pi * progress) + 1) / 2
         pairs = [(self["head"], head)] + ([] if encoder is None else [(self["encoder"], encoder)])
         for teacher, student in pairs:

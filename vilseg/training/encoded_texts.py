@@ -13,31 +13,31 @@ from vilseg.training.batch import TensorBatch
 from vilseg.training.precision import autocast
 
 _FROZEN_CHUNK = 256
-"""Phrases that a frozen text encoder encodes at once."""
+"""Number of phrases that a frozen text encoder encodes at once."""
 
 
 class SharedTexts(NamedTuple):
-    """Texts of the batches of all workers, which every image is compared with; the same on every worker."""
+    """Embeddings of the texts of all workers' batches, which every image is compared with; the same on every worker."""
 
     captions_QD: Tensor
-    """Unit length. Empty where no term needs them."""
+    """Caption embeddings, unit length. Empty if no term needs them."""
     phrases_PD: Tensor
-    """Unit length. Empty where no term needs them."""
+    """Embeddings of the phrases that occur in the batches, unit length. Empty if no term needs them."""
     phrase_ids_P: Tensor
-    """Indices of the phrases among those of the corpus, ascending."""
+    """Indices of these phrases in the list of all phrases of the corpus, ascending."""
 
 
 class OwnTexts(NamedTuple):
     """Texts of this worker's images."""
 
     captions_BD: Tensor
-    """Unit length."""
+    """Caption embeddings, unit length."""
     positives_BP: Tensor
-    """True where an image's captions hold the phrase, bool."""
+    """Boolean mask, True if one of the image's captions contains the phrase."""
 
 
 class TextEmbedder:
-    """Embeds captions and phrases with the model's text encoder.
+    """Embedder of captions and phrases by the model's text encoder.
 
     Args:
         model: the student.
@@ -59,7 +59,10 @@ class TextEmbedder:
         return model.embed_text(features.float())
 
     def embed_phrases(self, phrase_ids_P: Tensor, precision: torch.dtype) -> Tensor:
-        """Embed some phrases; a frozen text encoder encodes each phrase once per run. Shape: (P,) -> (P, D), unit length."""
+        """Embed phrases by index. Shape: (P,) -> (P, D), unit length.
+
+        A frozen text encoder encodes all phrases of the corpus on the first call; later calls reuse these features.
+        """
         model = self._model
         if not len(phrase_ids_P):
             return model.caption_mean.new_empty((0, model.embedding_dim))
@@ -76,14 +79,14 @@ class TextEmbedder:
 
 
 def find_present_phrases(batch: TensorBatch) -> Tensor:
-    """Return the indices of the phrases that the captions of all workers hold, ascending. Shape: -> (P,)."""
+    """Return the indices of the phrases that occur in the captions of all workers, ascending. Shape: -> (P,)."""
     present = gather_rows(batch.phrases).unique()
     return present[present >= 0]
 
 
 def find_positives(batch: TensorBatch, phrase_ids_P: Tensor) -> Tensor:
-    """Return True where an image's captions hold the phrase. Shape: -> (B, P), bool."""
-    none = len(phrase_ids_P)  # one more column, for entries without a phrase
+    """Return a boolean mask, True if one of the image's captions contains the phrase. Shape: -> (B, P)."""
+    none = len(phrase_ids_P)  # an extra column collects the entries that stand for no phrase
     columns = torch.where(batch.phrases >= 0, torch.searchsorted(phrase_ids_P, batch.phrases), none)
     positives = torch.zeros((len(batch), none + 1), dtype=torch.bool, device=batch.phrases.device)
     return positives.scatter_(1, columns, True)[:, :none]

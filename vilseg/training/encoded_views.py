@@ -1,4 +1,4 @@
-"""The views of a batch, encoded."""
+"""Encoding of the augmented views of a batch, or of cached features instead."""
 
 from __future__ import annotations
 
@@ -15,29 +15,31 @@ from vilseg.training.batch import TensorBatch
 from vilseg.training.feature_dropout import cache_sized_slices
 
 _DROPOUT_DRAW = 1_000
-"""Random numbers for feature dropout are drawn far from those of the views."""
+"""Number of the first random draw for feature dropout; the views use smaller numbers."""
 
 
 class EncodedViews(NamedTuple):
-    """Float32 features of a batch's views; cached features stay as they were cached, the same for all views."""
+    """Features of the views of a batch: float32, or cached features in the dtype of the cache, the same for all views."""
 
     global_: list[ImageFeatures]
-    """Before feature dropout."""
+    """Features of each global view, before feature dropout."""
     local: list[ImageFeatures]
+    """Features of each local view."""
     geometry_GB23: Tensor | None
-    """Of the global views; None with cached features, whose views are the whole picture."""
+    """Geometries of the global views, see :class:`vilseg.data.views.Views`; None with cached features, whose views are the whole
+    image."""
     pixels_GB3HW: Tensor | None
-    """The global views themselves."""
+    """Pixels of the global views; None with cached features."""
     factors_GBF: Tensor | None
-    """What feature dropout multiplies the channels of every global view with; None without it."""
+    """Factors by which feature dropout multiplies the channels of each global view; None without feature dropout."""
 
     @property
     def cached(self) -> bool:
-        """The global views are one, but for feature dropout."""
+        """True if the features come from a cache, so that global views differ by feature dropout only."""
         return self.pixels_GB3HW is None
 
     def view(self, number: int) -> ImageFeatures:
-        """A global view with its dropout, in float32."""
+        """Return the features of a global view after feature dropout, in float32."""
         features = as_float32(self.global_[number])
         if self.factors_GBF is None:
             return features
@@ -46,7 +48,7 @@ class EncodedViews(NamedTuple):
         return features._replace(patches=features.patches * factors_BF.unsqueeze(1), pooled=pooled)
 
     def pooled(self, number: int) -> Tensor:
-        """A global view as a whole, with its dropout. Shape: -> (B, F)."""
+        """Return the pooled features of a global view after feature dropout. Shape: -> (B, F)."""
         pooled_BF = pooled_features(self.global_[number])
         return pooled_BF if self.factors_GBF is None else pooled_BF * self.factors_GBF[number]
 
@@ -54,16 +56,16 @@ class EncodedViews(NamedTuple):
 def encode_views(
     model: ViLSeg, batch: TensorBatch, views: ViewsConfig, *, global_: int, local: int, second_learns: bool, drop: bool
 ) -> EncodedViews:
-    """Make the views and encode them; the caller autocasts.
+    """Make the augmented views of a batch and encode them. Call it in an autocast context if the networks should use one.
 
     Args:
-        model: whose image encoder sees.
-        batch: pictures, or cached features of a frozen encoder; with these views differ by dropout alone.
-        views: augmentation.
-        global_: views, at least 1.
-        local: views; none of cached features.
-        second_learns: let a gradient flow through the encoding of the global views after the first.
-        drop: drop features, as ``views.feature_dropout`` says.
+        model: model whose image encoder is used.
+        batch: images, or cached features of a frozen encoder; views of cached features differ by feature dropout only.
+        views: settings of the augmentation.
+        global_: number of global views, at least 1.
+        local: number of local views; cached features have none.
+        second_learns: True to let the gradient flow through the encoding of the global views after the first.
+        drop: True to apply feature dropout, with the probability ``views.feature_dropout``.
     """
     share = views.feature_dropout if drop else 0.0
     if batch.images.dtype != torch.uint8:
@@ -80,7 +82,10 @@ def encode_views(
 
 
 def _factors(views: list[ImageFeatures], seeds_B: Tensor, share: float) -> Tensor | None:
-    """Feature dropout: the same channels of an image's every patch, chosen by the pair's seed. Shape: -> (G, B, F)."""
+    """Return the factors of feature dropout, one per channel for all patches of an image; None if the probability is 0.
+
+    The dropped channels follow from the pair's seed. Shape: -> (G, B, F).
+    """
     if not share:
         return None
     random_GBF = torch.stack(
@@ -90,7 +95,7 @@ def _factors(views: list[ImageFeatures], seeds_B: Tensor, share: float) -> Tenso
 
 
 def pooled_features(features: ImageFeatures) -> Tensor:
-    """The image as a whole. Shape: -> (B, F)."""
+    """Return the encoder's pooled features, or the mean of the patches if it has none. Shape: -> (B, F)."""
     if features.pooled is not None:
         return features.pooled
     patches_BNF = features.patches
@@ -106,10 +111,11 @@ def as_float32(features: ImageFeatures) -> ImageFeatures:
 
 
 def cached_features(rows_BRF: Tensor) -> ImageFeatures:
-    """Features of a feature cache as an encoder would give them, the patches in the dtype of the cache.
+    """Convert rows of a feature cache to the output format of an encoder; the patches keep the dtype of the cache.
 
     Args:
-        rows_BRF: patches of pictures on a square canvas, a square number; one row more is the image as a whole. Shape: (B, R, F).
+        rows_BRF: patch features of square images, so R is a square number, or one more if the last row is the pooled feature.
+            Shape: (B, R, F).
     """
     rows = rows_BRF.shape[1]
     side = math.isqrt(rows)

@@ -1,13 +1,13 @@
-"""A clustering head on views of the same cached features that differ by dropped channels alone.
+"""Clustering head on several views of the same cached features that differ by dropped channels only.
 
-With the features x_n of a picture's patches, a view's channel factors m (0 or 1 / (1 - share)), and the head, layer norm
-(gamma, beta) and a linear map (W, b),
+With the features x_n of an image's patches, a view's channel factors m (0 or 1 / (1 - p) at dropout probability p), and the head,
+a layer norm (gamma, beta) followed by a linear map (W, b),
 
     z_n = W (gamma (m x_n - mean_n) / sd_n + beta) + b = ((W gamma m) x_n - mean_n (W gamma) 1) / sd_n + W beta + b,
-    mean_n = <m, x_n> / F,   sd_n^2 = <m^2, x_n^2> / F - mean_n^2 + eps,
+    mean_n = <m, x_n> / F,   sd_n^2 = <m^2, x_n^2> / F - mean_n^2 + eps.
 
-so the factors go into the weights, which are few, and not into the features, which are many: these are read once for all views,
-a few pictures at a time that stay in the cache, in place of a pass through memory for each operation on each view.
+The factors multiply the few weights instead of the many features. The features are read once for all views, a few images at a
+time that fit into the processor's cache, instead of once for each operation on each view.
 """
 
 from __future__ import annotations
@@ -19,19 +19,20 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 _CHUNK_VALUES = 1 << 19
-"""Features that are held in float32 at once on a CPU (2 MB). A GPU takes all: its memory is quick, its launches are not."""
+"""Number of feature values that are held in float32 at once on a CPU (2 MB). A GPU takes all images at once, because its memory
+is fast but every kernel launch has a cost."""
 
 
 def logits_with_feature_dropout(head: nn.Sequential, patches_BNF: Tensor, factors_VBF: Tensor) -> Tensor:
-    """Compute ``head(patches * factors)`` for each view, without making the products.
+    """Compute ``head(patches * factors)`` for each view, without computing ``patches * factors``.
 
     Args:
         head: a layer norm and a linear map.
-        patches_BNF: features of any floating dtype, to which no gradient flows. Shape: (B, N, F).
-        factors_VBF: of each view's channels. Shape: (V, B, F).
+        patches_BNF: features of any floating dtype; no gradient flows to them. Shape: (B, N, F).
+        factors_VBF: factors of the channels in each view. Shape: (V, B, F).
 
     Returns:
-        Shape: (V, B, N, K), float32 (float64 where the head is).
+        Logits in the dtype of the head. Shape: (V, B, N, K).
     """
     norm, linear = head
     assert isinstance(norm, nn.LayerNorm)
@@ -42,6 +43,8 @@ def logits_with_feature_dropout(head: nn.Sequential, patches_BNF: Tensor, factor
 
 
 class _DroppedLogits(torch.autograd.Function):
+    """Logits of the formula above, with its gradient. In names of tensors, ``b`` counts the images of one slice of the batch."""
+
     @staticmethod
     def forward(
         ctx: Any, weight_KF: Tensor, bias_K: Tensor, patches_BNF: Tensor, factors_VBF: Tensor, eps: float
@@ -54,7 +57,7 @@ class _DroppedLogits(torch.autograd.Function):
         means_VBN, rates_VBN = (weight_KF.new_empty(views, images, patches) for _ in range(2))
         for part in cache_sized_slices(patches_BNF):
             x_bNF, factors_VbF = patches_BNF[part].to(weight_KF.dtype), factors_VBF[:, part]
-            # A view's weights and, last, its factors themselves: one product gives both.
+            # The weights of a view and, as the last row, its factors: one product gives logits and sums for the means.
             maps_VbKF = torch.cat([factors_VbF.unsqueeze(2) * weight_KF, factors_VbF.unsqueeze(2)], dim=2)
             products = x_bNF @ maps_VbKF.permute(1, 3, 0, 2).flatten(2)  # (b, N, V (K + 1))
             products_VbNK = products.unflatten(2, (views, clusters + 1)).permute(2, 0, 1, 3)
@@ -84,7 +87,7 @@ class _DroppedLogits(torch.autograd.Function):
 
 
 def cache_sized_slices(patches_BNF: Tensor) -> list[slice]:
-    """A few pictures of a batch at a time, whose features stay in the cache; all of them on a GPU. Shape: (B, N, F)."""
+    """Split a batch (B, N, F) into slices of a few images that fit into the processor's cache; a GPU gets one slice of all."""
     images = len(patches_BNF)
     held = images if patches_BNF.is_cuda else max(1, _CHUNK_VALUES // (patches_BNF.shape[1] * patches_BNF.shape[2]))
     return [slice(start, min(images, start + held)) for start in range(0, images, held)]

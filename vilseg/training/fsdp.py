@@ -19,28 +19,28 @@ if TYPE_CHECKING:
 
 
 def apply_fsdp(module: nn.Module) -> nn.Module:
-    """Cut weights, gradients and optimiser states evenly among the workers, in place; returns the module.
+    """Shard weights, gradients and optimiser states evenly over the workers, in place; return the module.
 
-    The layers of transformers are put together one by one while they compute, all that lies outside of them for a whole
-    step. A scalar cannot be cut: every worker keeps it, and its gradient is averaged. Losses and gradients are those of
-    whole copies.
+    The weights of each transformer layer are gathered while that layer computes, all other weights for a whole step. Scalars
+    cannot be sharded: every worker keeps them and their gradients are averaged. Losses and gradients equal those of training
+    without sharding.
     """
     if world_size() == 1:
         return module
-    from torch.distributed.device_mesh import DeviceMesh  # only sharding needs them, and they take seconds
+    from torch.distributed.device_mesh import DeviceMesh  # imported here because it takes seconds
     from torch.distributed.fsdp import fully_shard
 
     device = next(module.parameters()).device
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    module.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # only rows that lie together can be cut
+    module.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # FSDP shards contiguous tensors only
     scalars = {parameter for parameter in module.parameters() if parameter.ndim == 0}
     for scalar in scalars:
         if scalar.requires_grad:
             scalar.register_post_accumulate_grad_hook(_average_gradient)
     world = dist.group.WORLD
     assert world is not None
-    mesh = DeviceMesh.from_group(world, device.type)  # of the connections that there are: new ones may fail
+    mesh = DeviceMesh.from_group(world, device.type)  # reuse the open connections; opening new ones may fail
     for layer in _layers(module):
         fully_shard(layer, mesh=mesh, ignored_params=scalars)
     fully_shard(module, mesh=mesh, ignored_params=scalars)
@@ -54,7 +54,7 @@ def _average_gradient(parameter: Tensor) -> None:
 
 
 def _layers(module: nn.Module) -> Iterator[nn.Module]:
-    """The outermost members of module lists, which is where transformers keep their layers."""
+    """Yield the members of the outermost module lists, in which transformers keep their layers."""
     if isinstance(module, nn.ModuleList):
         yield from module
         return
@@ -63,19 +63,19 @@ def _layers(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def is_sharded(value: Any) -> TypeGuard[DTensor]:
-    """True for a ``DTensor``, known by its attribute: importing the class takes seconds."""
+    """Return True for a ``DTensor``. It is recognised by an attribute because importing the class takes seconds."""
     return isinstance(value, Tensor) and hasattr(value, "placements")
 
 
 def local_shard(tensor: Tensor) -> Tensor:
-    """Return this worker's part of a sharded tensor, as a view; a tensor that is not sharded as it is."""
+    """Return this worker's shard of a sharded tensor, as a view; any other tensor unchanged."""
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def full_state(state: Any) -> Any:
-    """Gather full tensors on the CPU of rank 0. Collective: call it on every rank.
+    """Gather the sharded tensors of a state dict on the CPU of rank 0. Collective: call it on every rank.
 
-    On the other ranks None stands for sharded tensors. A state without sharded tensors is returned as it is.
+    On the other ranks sharded tensors are replaced by None. Everything that is not sharded is returned unchanged.
     """
     if isinstance(state, dict):
         return {name: full_state(value) for name, value in state.items()}
@@ -88,7 +88,10 @@ def full_state(state: Any) -> Any:
 
 
 def shard_like(value: Tensor, pattern: Tensor) -> Tensor:
-    """Shard a full tensor in the way ``pattern`` is sharded; every worker must pass the same tensor."""
+    """Shard a full tensor in the same way as ``pattern``; every worker must pass the same tensor.
+
+    It is returned unchanged if ``pattern`` is not sharded.
+    """
     if not is_sharded(pattern):
         return value
     from torch.distributed.tensor import distribute_tensor
@@ -98,7 +101,15 @@ def shard_like(value: Tensor, pattern: Tensor) -> Tensor:
 
 
 def clip_gradient_norm(parameters: Iterable[Tensor], largest: float) -> Tensor:
-    """``torch.nn.utils.clip_grad_norm_`` where some gradients are cut and some are not; the norm before, shape ()."""
+    """Clip gradients by their total norm like ``torch.nn.utils.clip_grad_norm_``, even if only some of them are sharded.
+
+    Args:
+        parameters: parameters whose gradients are clipped in place.
+        largest: maximum norm.
+
+    Returns:
+        Norm before clipping, the same on every worker, a scalar.
+    """
     parameters = list(parameters)
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not any(is_sharded(gradient) for gradient in gradients):
@@ -107,6 +118,6 @@ def clip_gradient_norm(parameters: Iterable[Tensor], largest: float) -> Tensor:
     dist.all_reduce(square)
     kept = torch.nn.utils.get_total_norm([g for g in gradients if not is_sharded(g)])
     norm = (square + kept.to(square.device).square()).sqrt()
-    factor = (largest / (norm + 1e-6)).clamp(max=1.0)  # the summand is torch's
+    factor = (largest / (norm + 1e-6)).clamp(max=1.0)  # torch adds the same 1e-6
     torch._foreach_mul_([local_shard(gradient) for gradient in gradients], factor)
     return norm

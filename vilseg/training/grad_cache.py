@@ -1,12 +1,12 @@
-"""The gradient of a whole batch in the memory of one chunk (GradCache, Gao et al. 2021, section 3.2).
+"""GradCache: the gradient of a whole batch in the memory of one chunk (Gao et al. 2021, section 3.2).
 
-A contrastive loss needs all images and captions of the batch at once, but only their representations. So every chunk is first
-brought to its representations without a graph; the losses of these give the gradient with respect to each of them; then every
-chunk is computed once more, with a graph, and its gradient flows on into the weights. The second pass restores the random state
-of the first, so that dropout drops the same units.
+A contrastive loss needs all images and captions of the batch at once, but only their representations. First the representations
+of every chunk are computed without a graph. The losses of all representations give the gradient with respect to each of them.
+Then every chunk is computed again with a graph, and backpropagation continues from its representations into the weights. The
+second pass restores the random state of the first, so that dropout drops the same units.
 
-Images are represented by their similarities with the texts, not by their patches: texts are embedded first, are constant while
-the chunks of images are processed, and accumulate the gradient of every chunk.
+Images are represented by their similarities with the texts, not by their patches. The texts are embedded first, stay constant
+while the chunks of images are processed, and accumulate the gradients of all chunks.
 """
 
 from __future__ import annotations
@@ -31,15 +31,19 @@ Tree = TypeVar("Tree", Tensor, Representations)
 
 
 def backward_in_chunks(objective: Objective, batch: TensorBatch, size: int) -> dict[str, Tensor]:
-    """Return the losses of ``objective(batch)``, their gradient added to the parameters and averaged over the workers.
+    """Compute the losses of ``objective(batch)`` and their gradients in the parameters, averaged over the workers.
 
-    The gradient is exact where encoders process every image and text by itself; see :func:`require_per_sample_encoders`. Workers
-    communicate in the losses, between texts and images, and once at the end, however many chunks there are.
+    The gradient is exact if the encoders process every image and text independently; see :func:`require_per_sample_encoders`.
+    The number of communications between workers does not depend on the number of chunks: captions and phrases are gathered
+    once, then come those of the losses, and gradients are averaged once at the end.
 
     Args:
-        objective: bare, not wrapped by data-parallel training.
-        batch: this worker's part of the batch.
-        size: pairs per chunk; phrases are embedded by as many at a time.
+        objective: the objective itself, not its data-parallel wrapper.
+        batch: this worker's pairs of the batch.
+        size: number of pairs per chunk, and number of phrases that are embedded at once.
+
+    Returns:
+        Losses and metrics by name, without graph.
     """
     device, embedder, precision = batch.seeds.device, objective.text_embedder, objective.autocast
     phrase_ids_P = objective.present_phrases(batch)
@@ -60,7 +64,7 @@ def backward_in_chunks(objective: Objective, batch: TensorBatch, size: int) -> d
     losses["loss"].backward()
     images.backward()
     for joined, used in ((phrases_PD, texts.phrases_PD), (captions_QD, texts.captions_QD)):
-        if used.grad is not None:  # the same on all workers
+        if used.grad is not None:  # the same condition on all workers, so collectives in backward match
             joined.backward(used.grad)
     captions.backward()
     phrases.backward()
@@ -71,7 +75,7 @@ def backward_in_chunks(objective: Objective, batch: TensorBatch, size: int) -> d
 
 
 def require_per_sample_encoders(objective: Objective) -> None:
-    """Raise ConfigError where an image's features depend on the others of its chunk."""
+    """Raise ConfigError if the features of an image or text depend on the others in its chunk (batch normalisation)."""
     for name, module in objective.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
             part = "model.text_encoder" if "text_encoder" in name else "model.image_encoder"
@@ -82,13 +86,13 @@ def require_per_sample_encoders(objective: Objective) -> None:
 
 
 class _Recomputed(Generic[Chunk, Tree]):
-    """The results of a function for every chunk, computed without a graph, and again with one when their gradient is known.
+    """Results of a function for every chunk: computed without a graph, then again with one once their gradients are known.
 
     Args:
-        function: from a chunk to tensors.
-        chunks: at least one.
-        combine: puts the results of the chunks together.
-        device: its random numbers are restored beside those of the CPU.
+        function: function from a chunk to tensors.
+        chunks: chunks of a batch, at least one.
+        combine: function that joins the results of the chunks.
+        device: device whose random state is restored, as is that of the CPU.
     """
 
     def __init__(
@@ -110,11 +114,11 @@ class _Recomputed(Generic[Chunk, Tree]):
                 self._results.append(tree_map_only(Tensor, Tensor.requires_grad_, function(chunk)))
 
     def joined(self) -> Tree:
-        """Results of all chunks together, with a graph that ends where :meth:`backward` begins."""
+        """Return the joined results of all chunks; their graph starts at the results, whose gradients :meth:`backward` uses."""
         return self._combine(self._results)
 
     def backward(self) -> None:
-        """Send the gradients that have reached :meth:`joined` on through the function, chunk by chunk."""
+        """Compute every chunk again and backpropagate the gradients of the joined results through the function."""
         for chunk, state, result in zip(self._chunks, self._states, self._results, strict=True):
             self._set_random_state(state)
             pairs = zip(_tensors(self._function(chunk)), _tensors(result), strict=True)

@@ -28,8 +28,8 @@ class NonFiniteLossError(UserError):
     """Loss or gradient norm is NaN or infinite.
 
     Args:
-        message: the sentence.
-        found: the step, its losses by name and the keys of all its pairs; see :attr:`RunDirectory.nonfinite`.
+        message: the error message.
+        details: content of :attr:`RunDirectory.nonfinite`: ``step``, ``losses`` by name, and ``keys`` of all pairs of the step.
     """
 
     def __init__(self, message: str, details: dict[str, Any]) -> None:
@@ -42,14 +42,14 @@ class NonFiniteLossError(UserError):
 
 @dataclass
 class Trainer:
-    """An objective, its optimiser, and where the run stands.
+    """Training loop of an objective, with its optimiser and the number of steps done.
 
     Args:
-        objective: what is trained.
-        optimizer: AdamW with the schedule's settings.
-        trainer: batch size, steps, how often to report and to keep.
-        device: where the objective is.
-        wrap: makes the objective data-parallel, or cuts its weights in place; identity for one process.
+        objective: objective to train.
+        optimizer: settings of AdamW and of the learning-rate schedule.
+        trainer: settings of the loop: batch size, number of steps, intervals of reports and checkpoints.
+        device: device of the objective.
+        wrap: function that makes the objective data-parallel, or shards its weights in place; the identity for one process.
     """
 
     objective: Objective
@@ -72,15 +72,15 @@ class Trainer:
             betas=self.optimizer.betas,
             fused=self.device.type == "cuda",
         )
-        # The fused kernel skips an update by itself; it does not take that flag together with sharded weights.
+        # The fused kernel can skip an update on the device (``found_inf``), but not with sharded weights.
         self._skips_on_device = self.device.type == "cuda" and not any(map(is_sharded, self.objective.parameters()))
         self._skipped = False
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a run resumes from: tensors and plain numbers, loadable without unpickling objects.
+        """Return the state that a run resumes from: tensors and plain Python values, loadable with ``weights_only``.
 
-        The same for any number of workers, sharded or not. Where weights are sharded every worker has to ask, and only the
-        first has all of it.
+        It does not depend on the number of workers or on sharding. With sharded weights this is collective: call it on every
+        rank; only rank 0 gets the full tensors.
         """
         return {
             "step": self.step,
@@ -89,11 +89,11 @@ class Trainer:
         }
 
     def model_weights(self) -> dict[str, Any]:
-        """The model's weights by name, whole on the first worker; every worker has to ask where they are sharded."""
+        """Return the model's weights by name. With sharded weights it is collective; only rank 0 gets the full tensors."""
         return full_state(dict(self.objective.model.state_dict()))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go back to where :meth:`state_dict` was taken; the optimiser's settings are those of now."""
+        """Restore the state that :meth:`state_dict` returned, but keep the weight decay and betas of this trainer."""
         self.step = state["step"]
         present = self.objective.state_dict()
         weights = state["objective"].items()
@@ -118,19 +118,19 @@ class Trainer:
         on_checkpoint: Callable[[], object],
         should_stop: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Train from the present step to the last one, or until told to stop.
+        """Train from the current step to the last one, or until ``should_stop`` returns True.
 
         Args:
-            batches: from the present step on.
-            on_report: told of losses and the gradient's norm before it is clipped (means over the steps since the last
-                report), learning rate, images/s, share of time spent waiting for data, every ``log_every`` steps and before
-                every checkpoint.
-            on_checkpoint: called every ``checkpoint_every`` steps and at the end.
-            should_stop: asked after every step; a stop leaves a checkpoint.
+            batches: batches from the current step on.
+            on_report: function of the metrics, called every ``log_every`` steps and before every checkpoint. Metrics are losses
+                and the gradient norm before clipping (means over the steps since the last report), learning rate, images per
+                second, fraction of time spent waiting for data, and more.
+            on_checkpoint: function called every ``checkpoint_every`` steps, at the end, and before a stop.
+            should_stop: function called after every step; True stops the training after a checkpoint.
 
         Raises:
-            DataError: the batches end too early.
-            NonFiniteLossError: the loss or its gradient is not finite.
+            DataError: the batches end before the last step.
+            NonFiniteLossError: the loss or the norm of its gradient is NaN or infinite.
         """
         self._module.train()
         if self.trainer.chunk_size is not None:
@@ -145,7 +145,7 @@ class Trainer:
             self.step += 1
             due = self.step == self.trainer.steps or self.step % self.trainer.checkpoint_every == 0
             if due or self._skipped or self.step % self.trainer.log_every == 0:
-                on_report(self._metrics(meter))  # before a checkpoint, so that none is written of a run gone NaN
+                on_report(self._metrics(meter))  # before the checkpoint, because it raises if the loss is NaN
             stop = should_stop()
             if due or stop:
                 on_checkpoint()
@@ -153,9 +153,9 @@ class Trainer:
                 return
 
     def train_step(self, batch: TensorBatch) -> dict[str, Tensor]:
-        """One optimiser step."""
-        # Dropout inside the encoders draws from torch's generator: so a resumed run draws what the unbroken one does,
-        # and every worker something else.
+        """Make one optimiser step; return the losses and ``gradient_norm``, the norm before clipping."""
+        # Dropout inside the encoders draws from torch's generator. Seeded by step and rank, a resumed run repeats the draws of
+        # an uninterrupted one, and the workers draw different numbers.
         torch.manual_seed(hash((self.trainer.seed, self.step, rank())))
         for group in self._adamw.param_groups:
             group["lr"] = learning_rate(self.optimizer, self.step, self.trainer.steps)
@@ -167,9 +167,9 @@ class Trainer:
         return {name: value.detach() for name, value in losses.items()} | {"gradient_norm": norm.detach()}
 
     def _update(self, norm: Tensor) -> None:
-        """Update the weights, unless the gradient's norm, which is the same on all workers, is not finite.
+        """Update the weights unless the gradient norm, which is the same on all workers, is NaN or infinite.
 
-        On a GPU the optimiser's kernel looks at the norm, so that the host does not wait for it; the next report finds the step.
+        On a GPU the optimiser's kernel checks the norm, so that the host does not wait for it. The next report raises the error.
         """
         if self._skips_on_device:
             self._adamw.found_inf = norm.isfinite().logical_not().float()  # type: ignore[attr-defined]
@@ -180,7 +180,7 @@ class Trainer:
             self._skipped = True
 
     def _backward(self, batch: TensorBatch) -> dict[str, Tensor]:
-        """Losses, with their gradient in the parameters."""
+        """Compute the losses, and their gradients in the parameters."""
         size = self.trainer.chunk_size
         if size is not None and size < len(batch):
             return backward_in_chunks(self.objective, batch, size)
@@ -190,7 +190,7 @@ class Trainer:
 
     def _metrics(self, meter: _Meter) -> dict[str, float]:
         metrics, steps = meter.read()
-        # A finite loss may have a gradient that is not, and the weights are lost by that already.
+        # A finite loss may still have a gradient that is not finite.
         watched = {"loss": "the loss", "gradient_norm": "the gradient's norm"}
         if not all(math.isfinite(metrics[name]) for name in watched):
             number, name = next(
@@ -198,7 +198,7 @@ class Trainer:
             )
             keys = [key for share in gather_objects(steps[number].keys) for key in share]
             at = self.step - len(steps) + number + 1
-            # JSON has no numbers for those that are none.
+            # JSON has no NaN or infinity.
             losses = {key: x if math.isfinite(x) else str(x) for key, x in steps[number].losses.items()}
             raise NonFiniteLossError(
                 f"{watched[name]} is {steps[number].losses[name]} at step {at} (pairs {', '.join(keys[:4])}, ...); "
@@ -216,16 +216,16 @@ class Trainer:
 
 @dataclass(frozen=True)
 class _Step:
-    """Losses and pairs of a step."""
+    """Losses and pairs of one training step."""
 
     losses: dict[str, float]
-    """Means over the workers."""
+    """Losses by name, means over the workers."""
     keys: tuple[str, ...]
-    """Of this worker's pairs."""
+    """Keys of this worker's pairs."""
 
 
 class _Meter:
-    """Keeps losses on the device and time on the host between two reports."""
+    """Collector of losses and of timings between two reports; losses stay on the device until :meth:`read`."""
 
     def __init__(self, batch_size: int) -> None:
         self._batch_size = batch_size
@@ -252,17 +252,18 @@ class _Meter:
         self._keys.append(keys)
 
     def read(self) -> tuple[dict[str, float], list[_Step]]:
-        """Mean losses over steps and workers, with the speed over all workers; and the steps."""
+        """Return the metrics since the last call (losses averaged over steps and workers, total speed), and the steps."""
         names = sorted(self._losses[0])
-        losses_SL = torch.stack([torch.stack([losses[name] for name in names]) for losses in self._losses])
-        losses_SL = mean_over_workers(losses_SL)
+        # One row per step, one column per name.
+        table = torch.stack([torch.stack([losses[name] for name in names]) for losses in self._losses])
+        table = mean_over_workers(table)
         elapsed = time.perf_counter() - self._started
-        metrics = dict(zip(names, losses_SL.mean(0).tolist(), strict=True))
+        metrics = dict(zip(names, table.mean(0).tolist(), strict=True))
         metrics["images_per_second"] = len(self._losses) * self._batch_size / elapsed
         metrics["data_wait"] = self._waited / elapsed
         steps = [
             _Step(dict(zip(names, row, strict=True)), keys)
-            for row, keys in zip(losses_SL.tolist(), self._keys, strict=True)
+            for row, keys in zip(table.tolist(), self._keys, strict=True)
         ]
         self._reset()
         return metrics, steps

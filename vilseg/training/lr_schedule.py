@@ -8,7 +8,13 @@ from vilseg.config import OptimizerConfig
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
-    """Linear warm-up, then linear decay to zero (Bergsma et al. 2025, arXiv 2502.15938); ``step`` counts from 0."""
+    """Return the learning rate of a step: linear warm-up, then linear decay to zero (Bergsma et al. 2025, arXiv 2502.15938).
+
+    Args:
+        config: ``learning_rate`` after the warm-up, and ``warmup_steps``.
+        step: number of the step, from 0.
+        steps: total number of steps.
+    """
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
@@ -16,7 +22,10 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
-    """Trainable parameters, those of one dimension or none (norms, biases, temperature) without weight decay."""
+    """Return AdamW's groups of the trainable parameters: those with at most one dimension have no weight decay.
+
+    These are norms, biases and scalars such as the temperature.
+    """
     trainable = [p for p in module.parameters() if p.requires_grad]
     return [
         {"params": [p for p in trainable if p.ndim > 1], "weight_decay": weight_decay},

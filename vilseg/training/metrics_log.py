@@ -20,21 +20,21 @@ from vilseg.errors import ConfigError, UserError
 from vilseg.training.run_dir import RunDirectory
 
 _MLFLOW_RUN = "mlflow_run.txt"
-"""In the run's folder: the id that a resumed run goes on with."""
+"""File in the run directory with the id of the MLflow run, which a resumed run continues."""
 _MLFLOW_BATCH = 1000
-"""Metrics that its server takes at once."""
+"""Maximum number of metrics that an MLflow server accepts in one request."""
 
 
 class MetricsFile:
-    """``metrics.jsonl`` and TensorBoard events, gathered locally and brought to the run's folder at every checkpoint.
+    """Writer of ``metrics.jsonl`` and TensorBoard events: collected locally, copied to the run directory by :meth:`sync`.
 
     Args:
-        run_dir: of the run.
-        config: of the run; its ``trainer.tracking`` says whether MLflow is told too.
-        from_step: where training goes on; reports of later steps, which a broken run left, are dropped.
+        run_dir: directory of the run.
+        config: configuration of the run; with ``trainer.tracking=mlflow`` every report is sent to MLflow too.
+        from_step: step that training continues from; reports of later steps, left by an interrupted run, are dropped.
 
     Raises:
-        ConfigError: MLflow is wished for and not installed, or its server does not answer when the run begins.
+        ConfigError: ``trainer.tracking`` is mlflow, but it is not installed or its server does not answer.
     """
 
     def __init__(self, run_dir: RunDirectory, config: RunConfig, from_step: int) -> None:
@@ -50,7 +50,7 @@ class MetricsFile:
             self._lines = [line for line in lines if json.loads(line)["step"] <= from_step]
 
     def add(self, metrics: dict[str, float]) -> None:
-        """Note one report."""
+        """Add one report: metrics by name, ``step`` among them."""
         step = int(metrics["step"])
         self._lines.append(json.dumps(metrics))
         for name, value in metrics.items():
@@ -59,27 +59,27 @@ class MetricsFile:
             self._mlflow.log(metrics, step)
 
     def add_image(self, name: str, image_HW3: np.ndarray, step: int) -> None:
-        """Show a picture, uint8 RGB, in TensorBoard."""
+        """Add an image, uint8 RGB (H, W, 3), to the TensorBoard events."""
         self._events.add_image(name, image_HW3, step, dataformats="HWC")
 
     def sync(self) -> None:
-        """Bring everything to the run's folder, waiting for a store that does not answer."""
+        """Copy all files to the run directory; requests are repeated while the object store does not answer."""
         self._events.flush()
         text = "".join(f"{line}\n" for line in list(self._lines))
         storage.write_text(self._run_dir.metrics, text)
         storage.upload_folder(Path(self._local.name), self._run_dir.tensorboard)
 
     def end(self) -> None:
-        """The run has ended well."""
+        """Mark the MLflow run, if there is one, as finished."""
         if self._mlflow is not None:
             self._mlflow.end()
 
 
 def read_metrics(run_dir: RunDirectory) -> list[dict[str, float]]:
-    """The reports of a run, oldest first; waits for a store that does not answer.
+    """Read the reports of a run, oldest first; requests are repeated while the object store does not answer.
 
     Raises:
-        UserError: there are none.
+        UserError: the run has no reports yet.
     """
     text = _text(run_dir.metrics)
     if text is None:
@@ -88,13 +88,13 @@ def read_metrics(run_dir: RunDirectory) -> list[dict[str, float]]:
 
 
 def _text(uri: str) -> str | None:
-    """Read a text file; None if there is none. Workers that are begun anew ask, so it waits for the store."""
+    """Read a text file; None if there is none. Restarted workers call it, so requests are repeated until the store answers."""
     with storage.retrying():
         return storage.read_text(uri) if storage.exists(uri) else None
 
 
 class _Mlflow:
-    """A run on the server that ``MLFLOW_TRACKING_URI`` names."""
+    """A run on the MLflow server at ``MLFLOW_TRACKING_URI``."""
 
     def __init__(self, run_dir: RunDirectory, config: RunConfig) -> None:
         try:
@@ -146,7 +146,7 @@ class _Mlflow:
             del self._unsent[: len(some)]
 
     def _tell(self, action: Callable[[], object]) -> bool:
-        """Call MLflow and return True, or warn once and return False: training goes on without it."""
+        """Call MLflow and return True; if that fails, warn once and return False, because training continues without it."""
         from mlflow.exceptions import MlflowException
 
         try:

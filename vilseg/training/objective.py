@@ -1,8 +1,10 @@
-"""The training objective: a sum of terms. This is the module that data-parallel training wraps.
+"""Training objective: a weighted sum of terms, in one module that data-parallel training wraps.
 
-A step has three parts, so that ``vilseg.training.grad_cache`` can put a batch together from chunks: texts are embedded; the views
-of images are encoded once, and every term brings them to its representations; every term takes its losses of the representations
-of the whole batch.
+A forward pass has three phases, so that ``vilseg.training.grad_cache`` can process the images in chunks:
+
+1. embed the texts;
+2. encode the views of images once and compute the representations of every term from them;
+3. compute the losses of every term from the representations of the whole batch.
 """
 
 from __future__ import annotations
@@ -24,22 +26,22 @@ from vilseg.training.precision import autocast
 from vilseg.training.terms import EncodedImages, Term, build_terms
 
 Representations = tuple[Any, ...]
-"""One NamedTuple for each term, in the order of the terms."""
+"""One NamedTuple per term, in the order of the terms."""
 _FIRST_MODULES = ("vision_head", "vision_loss", "teacher")
-"""Registered before those of other terms: optimiser states in checkpoints are numbered in this order."""
+"""Modules to register before those of other terms, because checkpoints number optimiser states in the order of registration."""
 
 
 class Objective(nn.Module):
-    """The losses of ViL-Seg (section 3), the multi-label loss on noun phrases and self-training, on one batch.
+    """Weighted sum of the losses of ViL-Seg (section 3), the multi-label loss on noun phrases, and self-training.
 
     Args:
         model: the student; trained in place.
-        loss: weights, forms and temperatures; a loss of weight 0 costs nothing.
-        views: augmentation.
-        phrases: noun phrases of the corpus, to which batches refer by index.
-        autocast: dtype that the networks run in; float32 for none.
-        self_training: add the loss on labels that the model, as it is now, gives to patches.
-        extra_terms: terms beside those of the configuration.
+        loss: weights and settings of the losses; one of weight 0 is not computed.
+        views: settings of the augmentation.
+        phrases: all noun phrases of the corpus; batches refer to them by index.
+        autocast: dtype of the networks; float32 turns autocast off.
+        self_training: True to add the loss on pseudo labels, which a copy of the model as it is now gives to patches.
+        extra_terms: terms in addition to those of the configuration.
     """
 
     def __init__(
@@ -72,9 +74,9 @@ class Objective(nn.Module):
             model.clustering_head.requires_grad_(False)
 
     def forward(self, batch: TensorBatch) -> dict[str, Tensor]:
-        """Return the weighted sum of this worker's losses as ``loss``, each loss unweighted as ``loss/NAME``, and metrics.
+        """Return the weighted sum of this worker's losses as ``loss``, each unweighted loss as ``loss/NAME``, and metrics.
 
-        The mean of ``loss`` over the workers is that of the whole batch, and so is its gradient.
+        The means over the workers of ``loss`` and of its gradient are those of the whole batch.
         """
         phrase_ids_P = self.present_phrases(batch)
         captions_BD = self.text_embedder.embed_captions(batch.tokens, self.autocast)
@@ -88,22 +90,22 @@ class Objective(nn.Module):
         return losses
 
     def present_phrases(self, batch: TensorBatch) -> Tensor:
-        """Return the indices of the phrases in the captions of all workers, ascending; none where no term needs them."""
+        """Return the indices of the phrases in the captions of all workers, ascending; empty if no term needs phrases."""
         if not any(term.needs.phrases for term in self.terms):
             return batch.phrases.new_empty(0)
         return find_present_phrases(batch)
 
     def shared_captions(self, captions_BD: Tensor) -> Tensor:
-        """Return the captions of all workers; none where no term needs them. Shape: (B, D) -> (Q, D)."""
+        """Return the caption embeddings of all workers; empty if no term needs them. Shape: (B, D) -> (Q, D)."""
         return gather_rows(captions_BD) if any(term.needs.all_captions for term in self.terms) else captions_BD[:0]
 
     def represent(self, batch: TensorBatch, texts: SharedTexts, *, pairs: int) -> Representations:
-        """Encode the views of some images and bring them to the representations of every term.
+        """Encode the views of some images and compute the representations of every term.
 
         Args:
-            batch: the images.
-            texts: texts that they are compared with.
-            pairs: in this worker's whole batch, of which ``batch`` may be a chunk.
+            batch: a batch or a chunk of one.
+            texts: texts of all workers that the images are compared with.
+            pairs: number of pairs in this worker's whole batch.
         """
         needs = [term.needs for term in self.terms]
         with autocast(self.model.device, self.autocast):
@@ -120,7 +122,7 @@ class Objective(nn.Module):
         return tuple(term.represent(images) for term in self.terms)
 
     def combine(self, parts: Sequence[Representations]) -> Representations:
-        """Put the representations of the chunks of a batch together."""
+        """Join the representations of the chunks of a batch."""
         return tuple(term.combine(of_term) for term, of_term in zip(self.terms, zip(*parts, strict=True), strict=True))
 
     def losses(self, representations: Representations, texts: OwnTexts) -> dict[str, Tensor]:
@@ -136,18 +138,18 @@ class Objective(nn.Module):
         return found
 
     def after_losses(self, representations: Representations, texts: OwnTexts) -> None:
-        """Update what terms keep over the run; once per step, after the losses."""
+        """Update the running state of the terms. Call it once per step, after the losses."""
         for term, of_term in zip(self.terms, representations, strict=True):
             term.after_losses(of_term, texts)
 
     def after_update(self, progress: float) -> None:
-        """Let EMA teachers follow the student; ``progress`` is the fraction of the run that is done."""
+        """Update EMA teachers after an optimiser step; ``progress`` is the fraction of the run's steps that are done, 0..1."""
         for term in self.terms:
             term.after_update(progress)
 
     def compile_encoders(self) -> None:
-        """Compile each encoder with ``torch.compile``; the names of the weights stay."""
+        """Compile each encoder in place with ``torch.compile``; the names of the weights do not change."""
         teachers = [encoder for term in self.terms for encoder in term.encoders()]
         for encoder in (self.model.image_encoder, self.model.text_encoder, *teachers):
-            # Torch's own generator for dropout: GradCache replays it, and a run resumes by it.
+            # Draw dropout from torch's generator, because GradCache and resumed runs restore its state.
             encoder.compile(options={"fallback_random": True})

@@ -1,4 +1,4 @@
-"""Autocast of the networks."""
+"""Autocast context of the networks."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ import torch
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """Return the context in which networks run in ``dtype``; it changes nothing for float32."""
+    """Return the autocast context for networks that run in ``dtype``; for float32 a context without effect."""
     enabled = dtype != torch.float32
     return torch.autocast(device.type, dtype if enabled else None, enabled=enabled)

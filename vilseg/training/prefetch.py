@@ -1,4 +1,4 @@
-"""Batches on their way to the device."""
+"""Copying of batches to the device ahead of their use."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vilseg.training.batch import TensorBatch
 
 
 def copy_to_device(batches: Iterable[WorkerBatch], device: torch.device) -> Iterator[TensorBatch]:
-    """Copy batches to the device; to a GPU the next one, by a stream of its own, before the present one is worked on."""
+    """Yield batches on the device. On a GPU the next batch is copied by a separate stream while the current one is processed."""
     if device.type != "cuda":
         for batch in batches:
             yield TensorBatch.of(batch, device)
@@ -30,7 +30,7 @@ def copy_to_device(batches: Iterable[WorkerBatch], device: torch.device) -> Iter
 
 
 def _hand_over(batch: TensorBatch, copying: torch.cuda.Stream, device: torch.device) -> None:
-    """Let what is computed from here on wait for the copy, and keep its memory until that is done."""
+    """Make the current stream wait for the copy, and keep the batch's memory until the current stream no longer uses it."""
     computing = torch.cuda.current_stream(device)
     computing.wait_stream(copying)
     for tensor in (batch.images, batch.tokens, batch.phrases, batch.seeds):

@@ -1,16 +1,16 @@
-"""Self-training: a trained model names the patches of its pictures, and learns from what it is sure of.
+"""Pseudo labels for self-training: a trained model labels patches, and the student learns the confident labels.
 
-The labels of a picture are the noun phrases of its own captions, so the captions, not a class list, say what may be there. With
-the calibrated score z_np of patch n and phrase p, by patch and by region as in ``vilseg.segmentation.class_scores`` and in
-standard deviations of what is usual for the phrase, a patch is labelled
+The candidate labels of an image are the noun phrases of its own captions, so no list of classes is needed. The calibrated score
+z_np of patch n and phrase p combines scores by patch and by region as in ``vilseg.segmentation.class_scores``, in standard
+deviations above the mean for the phrase. A patch is labelled
 
-    y_n = argmax_{p in caption} z_np   where that z is at least ``confidence``,
+    y_n = argmax_{p in caption} z_np   if that z is at least ``confidence``,
 
 and the student learns the labels against all phrases of the batch, with its patch embeddings p_n, phrases t_p and scale s:
 
-    L = mean over pictures of mean_{n labelled} -log softmax_p(s <p_n, t_p>)[y_n].
+    L = mean over images of mean_{n labelled} -log softmax_p(s <p_n, t_p>)[y_n].
 
-(Pseudo labels, Lee 2013; for masks as in the second row of figures of ViL-Seg, section 4.)
+(Pseudo labels, Lee 2013; for masks as in the second row of results of ViL-Seg, section 4.)
 """
 
 from __future__ import annotations
@@ -26,15 +26,16 @@ from vilseg.segmentation.class_embeddings import ClassEmbeddings, score_deviatio
 from vilseg.segmentation.class_scores import compute_class_scores
 
 UNLABELED = -1
+"""Label of a patch without a confident label."""
 
 
 class PseudoLabeler:
-    """The model as it was when the stage began. It is no part of what is trained or saved.
+    """Labeler of patches by a frozen copy of the model, which is neither trained nor saved.
 
     Args:
-        model: copied.
-        tokens_PT: of all phrases of the corpus.
-        confidence: standard deviations above the usual from which on a patch is labelled.
+        model: model that is copied as it is now.
+        tokens_PT: tokens of all phrases of the corpus.
+        confidence: minimum score of a label, in standard deviations above the mean for the phrase.
     """
 
     def __init__(self, model: ViLSeg, tokens_PT: Tensor, confidence: float) -> None:
@@ -44,7 +45,7 @@ class PseudoLabeler:
         self._phrases_PD: Tensor | None = None
 
     def features(self, pixels_B3HW: Tensor) -> ImageFeatures:
-        """Encode images with its own image encoder, where that of the student has been trained further."""
+        """Encode images by the copied image encoder; needed if the student's encoder is trained."""
         self._model.to(pixels_B3HW.device)
         return self._model.image_features(pixels_B3HW)
 
@@ -53,12 +54,12 @@ class PseudoLabeler:
         """Label patches.
 
         Args:
-            features: float32, of its own encoder.
+            features: float32 features of the copied encoder.
             present_P: indices of the phrases of the batch.
-            own_BP: which of them each picture's captions hold. Shape: (B, P), bool.
+            own_BP: True if one of the image's captions contains the phrase. Shape: (B, P), bool.
 
         Returns:
-            Places in ``present_P``, or ``UNLABELED``. Shape: (B, N).
+            Positions in ``present_P``, or ``UNLABELED``. Shape: (B, N).
         """
         if not len(present_P):
             return torch.full(features.patches.shape[:2], UNLABELED, device=features.patches.device)
@@ -68,7 +69,7 @@ class PseudoLabeler:
             phrases_PD = torch.cat([model.embed_text(model.text_features(tokens).float()) for tokens in chunks])
             centre = model.caption_mean if settings.center_text else 0.0
             self._phrases_PD = F.normalize(phrases_PD - centre, dim=-1)
-        # Fully standardized scores of all texts have one standard deviation, that of the mean over the texts.
+        # With full standardization (1.0) the scores of all texts have the same standard deviation: the mean over the texts.
         texts_PD = self._phrases_PD[present_P]
         texts = ClassEmbeddings.standardized(texts_PD, model.patch_mean, model.patch_covariance, 1.0)
         deviation = score_deviations(texts_PD, model.patch_covariance).mean()
@@ -81,16 +82,17 @@ class PseudoLabeler:
 
 
 def pseudo_label_losses(patches_BND: Tensor, phrases_PD: Tensor, labels_BN: Tensor, scale: Tensor) -> Tensor:
-    """The loss of every picture, and whether it has a label.
+    """Compute the loss of every image, and 1 or 0 for whether it has a labelled patch.
 
     Args:
-        patches_BND: of the student, unit length.
-        phrases_PD: of the student, unit length.
-        labels_BN: from :class:`PseudoLabeler`.
-        scale: inverse temperature, which does not learn from it: sharper would always be better.
+        patches_BND: patch embeddings of the student, unit length.
+        phrases_PD: phrase embeddings of the student, unit length.
+        labels_BN: labels from :class:`PseudoLabeler`.
+        scale: inverse temperature. It gets no gradient, because this loss would only ever increase it.
 
     Returns:
-        Mean over its labelled patches, 0 where there are none, and 1 where there are some. Shape: (B, 2).
+        Two columns: the mean loss over the image's labelled patches (0 if it has none); 1 if it has one, otherwise 0.
+        Shape: (B, 2).
     """
     if not len(phrases_PD):
         return patches_BND.new_zeros(len(patches_BND), 2)

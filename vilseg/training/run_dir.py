@@ -1,4 +1,7 @@
-"""The folder of a run and what it is begun with; light to import, so that processes which only read pairs stay small."""
+"""Locations of the files in a run directory, and the data that a run is prepared with.
+
+The module imports neither torch nor Ray, so that processes which only read pairs need little memory.
+"""
 
 from __future__ import annotations
 
@@ -13,17 +16,18 @@ from vilseg.text.noun_phrases import NounPhrases
 from vilseg.text.tokenizer import FixedTokenizer
 
 STATE = "state.pt"
-"""What a checkpoint's folder holds."""
+"""Name of the state file in a checkpoint's folder."""
 MANIFEST = "manifest.json"
-"""Beside it, written last."""
+"""Name of the manifest file in the same folder, written last."""
 _STATE_FILE = re.compile(rf"step-(\d+)/{re.escape(STATE)}")
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """Manifest of a checkpoint: a checkpoint whose state has another size is incomplete."""
+    """Manifest of a checkpoint. If the state file has another size than the manifest says, the checkpoint is incomplete."""
 
     step: int
+    """Number of training steps done."""
     bytes: int
     """Size of the state file."""
     metric_value: float | None
@@ -42,18 +46,19 @@ class Manifest:
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """Names inside a run's folder at ``uri``."""
+    """URIs of the files in the directory of a run."""
 
     uri: str
+    """URI of the directory."""
 
     @property
     def config(self) -> str:
-        """The resolved configuration, YAML."""
+        """YAML file with the complete configuration of the run."""
         return storage.join(self.uri, "config.yaml")
 
     @property
     def metrics(self) -> str:
-        """One JSON object a report."""
+        """File with one JSON object per report."""
         return storage.join(self.uri, "metrics.jsonl")
 
     @property
@@ -63,40 +68,40 @@ class RunDirectory:
 
     @property
     def quarantine(self) -> str:
-        """One JSON object for each pair that could not be read: ``key``, ``reason`` and ``shard``, the URI of its file."""
+        """File with one JSON object per pair that could not be read: ``key``, ``reason`` and ``shard``, the URI of its file."""
         return storage.join(self.uri, "quarantine.jsonl")
 
     @property
     def nonfinite(self) -> str:
-        """JSON file of a loss that was not finite: the step, its losses and the keys of its pairs."""
+        """JSON file on the step whose loss or gradient was NaN or infinite: ``step``, ``losses`` and ``keys`` of its pairs."""
         return storage.join(self.uri, "nonfinite.json")
 
     @property
     def checkpoints(self) -> str:
-        """Folder of ``step-NNNNNNNN`` folders."""
+        """Folder of the checkpoints, one folder ``step-NNNNNNNN`` each."""
         return storage.join(self.uri, "checkpoints")
 
     @property
     def initial(self) -> str:
-        """The model folder before the first step."""
+        """Folder of the model before the first step."""
         return storage.join(self.uri, "initial")
 
     @property
     def model(self) -> str:
-        """The trained model folder."""
+        """Folder of the trained model."""
         return storage.join(self.uri, "model")
 
     @property
     def prepared(self) -> str:
-        """Shards, noun phrases and tokenizer that the run was begun with."""
+        """JSON file with the shards, noun phrases and tokenizer of the run; see :class:`PreparedRun`."""
         return storage.join(self.uri, "prepared.json")
 
     def checkpoint_steps(self) -> list[int]:
-        """Steps of the whole checkpoints kept, ascending; one that was cut off while it was written does not count."""
+        """Return the steps of all complete checkpoints, ascending."""
         return sorted(self.manifests())
 
     def manifests(self) -> dict[int, Manifest]:
-        """The manifests of the whole checkpoints by step."""
+        """Read the manifests of all complete checkpoints, by step."""
         if not storage.exists(self.checkpoints):
             return {}
         listed = {entry.relative: entry for entry in storage.list_files(self.checkpoints)}
@@ -112,43 +117,46 @@ class RunDirectory:
 
     @property
     def last_step(self) -> int:
-        """Step of the last whole checkpoint, where a resumed run goes on; 0 where there is none. Waits for the store."""
+        """Step of the last complete checkpoint, from which a resumed run continues; 0 if there is none.
+
+        Requests are repeated while the object store does not answer.
+        """
         with storage.retrying():
             return max(self.checkpoint_steps(), default=0)
 
     def manifest(self, step: int) -> str:
-        """The file that makes the checkpoint at ``step`` whole."""
+        """Return the URI of the manifest of the checkpoint at ``step``."""
         return storage.join(self.checkpoint(step), MANIFEST)
 
     def state(self, step: int) -> str:
-        """The file of the checkpoint at ``step``."""
+        """Return the URI of the state file of the checkpoint at ``step``."""
         return storage.join(self.checkpoint(step), STATE)
 
     def checkpoint(self, step: int) -> str:
-        """Folder of the checkpoint at ``step``."""
+        """Return the URI of the folder of the checkpoint at ``step``."""
         return storage.join(self.checkpoints, checkpoint_directory_name(step))
 
 
 def checkpoint_directory_name(step: int) -> str:
-    """Name of a checkpoint's folder."""
+    """Return the name of the folder of the checkpoint at ``step``."""
     return f"step-{step:08d}"
 
 
 def new_run_name() -> str:
-    """A name for a run without one."""
+    """Return a default name for a run: the local date and time."""
     return time.strftime("%Y-%m-%d-%H%M%S")
 
 
 @dataclass(frozen=True)
 class PreparedRun:
-    """Shards, noun phrases and tokenizer of a run; the same for every worker and every resumption."""
+    """Shards, noun phrases and tokenizer of a run, saved once so that all workers and resumed runs use the same."""
 
     shards: tuple[Shard, ...]
     nouns: NounPhrases
     tokenizer: FixedTokenizer
 
     def to_json(self) -> str:
-        """Text that :meth:`from_json` reads."""
+        """Return the JSON text that :meth:`from_json` parses."""
         tree = {
             "shards": [[shard.uri, shard.pairs, shard.source] for shard in self.shards],
             "nouns": self.nouns.to_json(),
@@ -158,7 +166,7 @@ class PreparedRun:
 
     @classmethod
     def from_json(cls, text: str) -> PreparedRun:
-        """Parse the text of :meth:`to_json`."""
+        """Parse the text that :meth:`to_json` returned."""
         tree = json.loads(text)
-        shards = tuple(Shard(*shard) for shard in tree["shards"])  # runs of before there were mixes name no source
+        shards = tuple(Shard(*shard) for shard in tree["shards"])  # old runs have no source in a shard
         return cls(shards, NounPhrases.from_json(tree["nouns"]), FixedTokenizer(**tree["tokenizer"]))

@@ -1,4 +1,4 @@
-"""Preparing a run, resuming it, making its trainer, and saving its model."""
+"""Set-up of a run: open its directory, prepare or resume it, and make its trainer."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ from vilseg.training.objective import Objective
 from vilseg.training.run_dir import PreparedRun, RunDirectory
 
 _SAMPLE_PAIRS = 10_000
-"""Pairs whose captions make the tokenizer and the table of noun phrases."""
+"""Number of pairs whose captions the tokenizer and the list of noun phrases are made from."""
 
 
 def open_run_directory(config: RunConfig, *, resume: bool) -> RunDirectory:
-    """The folder of this run.
+    """Return the directory of the run, after a check that it exists if and only if ``resume`` is True.
 
     Raises:
-        StorageError: it exists without ``resume``, or cannot be reached.
-        ConfigError: ``resume`` without a run of that name.
+        StorageError: the run exists but ``resume`` is False, or the storage cannot be reached.
+        ConfigError: ``resume`` is True but there is no run of that name.
     """
     assert config.name is not None
     storage.require_bucket(config.trainer.storage)
@@ -53,14 +53,14 @@ def open_run_directory(config: RunConfig, *, resume: bool) -> RunDirectory:
 
 
 _MAY_CHANGE = re.compile(r"name|optimizer\..*|segmentation\..*|trainer\.(?!batch_size|seed).*")
-"""Keys that a resumed run may set anew: they change neither the order of the pairs nor what the checkpoint holds."""
+"""Configuration keys that a resumed run may change, because neither the order of pairs nor the checkpoints depend on them."""
 
 
 def resume(config: RunConfig, run_dir: RunDirectory) -> PreparedRun:
-    """Read the prepared parts of the run in ``folder`` and save ``config`` there.
+    """Read what :func:`prepare` wrote to the run directory, and replace the configuration there by ``config``.
 
     Raises:
-        ConfigError: ``config`` differs from the run's where it must not, or wants fewer steps than were made.
+        ConfigError: ``config`` differs from the run's in a key that must not change, or has fewer steps than are already done.
     """
     before = flatten(RunConfig.load(run_dir.config).model_dump())
     now = flatten(config.model_dump())
@@ -80,7 +80,7 @@ def resume(config: RunConfig, run_dir: RunDirectory) -> PreparedRun:
 
 
 def preflight(config: RunConfig, *, resume: bool) -> None:
-    """Check a configuration before anything is started; raises as :func:`open_run_directory` and :func:`prepare`."""
+    """Check a configuration before anything is started; raise the errors of :func:`open_run_directory` and :func:`prepare`."""
     config.trainer.check_even_split()
     for part in require_sources(config).values():
         list_shards(part.source, without=config.data.held_out)
@@ -97,22 +97,22 @@ def prepare(
     count: Callable[[list[str]], list[int]] | None = None,
     cache: str | None = None,
 ) -> PreparedRun:
-    """Look at the pairs, make the initial model, and write both into the run's folder.
+    """List the shards, extract noun phrases, and make the initial model; write all of them to the run directory.
 
     Args:
-        config: the run's; ``data.source`` or ``data.mix`` must be set.
-        run_dir: where to write.
-        count: counts the pairs of many shards at once; see :func:`index_shards`.
-        cache: shards of a feature cache made from ``data.source``, to train on in its place.
+        config: configuration of the run; ``data.source`` or ``data.mix`` must be set.
+        run_dir: directory of the run.
+        count: function that counts the pairs of many shards at once; see :func:`index_shards`.
+        cache: URI of a feature cache made from ``data.source``, to train on instead of the images; None for none.
 
     Raises:
-        ConfigError: no source, or ``model.init`` with something that it brings itself.
-        DataError: no shards, or no readable pair in them.
-        ModelError: a checkpoint cannot be loaded.
+        ConfigError: no source is set, or a setting conflicts with one that the model of ``model.init`` has itself.
+        DataError: there are no shards, or a source has no readable pair.
+        ModelError: the model of ``model.init`` or an encoder cannot be loaded.
     """
     sources = require_sources(config)
     _check_temperature(config)
-    # A cache was made without what is held out.
+    # A feature cache has no held-out pairs.
     without = None if cache else config.data.held_out
     uris = {name: cache or storage.absolute(part.source) for name, part in sources.items()}
     shards = tuple(
@@ -120,7 +120,9 @@ def prepare(
             index_shards(uri, count, without=without, name=name) for name, uri in uris.items()
         )
     )
-    PairSampler(shards, 1, 0, weights={name: part.weight for name, part in sources.items()})  # says which have no pair
+    PairSampler(
+        shards, 1, 0, weights={name: part.weight for name, part in sources.items()}
+    )  # raises if a source has no pair
     pairs = _sample(config, shards, cached=cache is not None)
     captions = [caption for pair in pairs for caption in pair.captions]
     nouns = NounPhrases()
@@ -147,7 +149,7 @@ def prepare(
 
 
 def model_settings(config: RunConfig) -> ModelConfig:
-    """``config.model``, where the run has an ``init`` with that run's model, or the folder itself, as its beginning."""
+    """Return ``config.model``; if ``config.init`` names a run or a model folder, with ``init`` set to the model in it."""
     if not config.init:
         return config.model
     model = RunDirectory(storage.absolute(config.init)).model
@@ -165,7 +167,7 @@ def _check_temperature(config: RunConfig) -> None:
 
 
 def _sample(config: RunConfig, shards: Sequence[Shard], *, cached: bool) -> list[Pair]:
-    """Pairs of every source by its weight."""
+    """Read about ``_SAMPLE_PAIRS`` pairs, from every source in proportion to its weight."""
     selector = TextSelector(config.data.text, config.data.filters)
     sources = config.data.sources
     total = sum(part.weight for part in sources.values())
@@ -173,7 +175,7 @@ def _sample(config: RunConfig, shards: Sequence[Shard], *, cached: bool) -> list
     for name, part in sources.items():
         read = [shard for shard in shards if shard.source == name]
         if cached:
-            # Captions are the same in the cache, but pictures are smaller than features.
+            # Read the original shards: the captions are the same, and images are smaller than cached features.
             entries = list_shards(part.source, without=config.data.held_out)
             read = [Shard(entry.uri, _SAMPLE_PAIRS) for entry in entries]
         wanted = math.ceil(_SAMPLE_PAIRS * part.weight / total)
@@ -186,11 +188,11 @@ def _sample(config: RunConfig, shards: Sequence[Shard], *, cached: bool) -> list
 
 
 def require_sources(config: RunConfig) -> dict[str, WeightedSource]:
-    """``data.sources``, in buckets that exist.
+    """Return ``data.sources`` by name, after a check that their buckets exist.
 
     Raises:
-        ConfigError: none is set.
-        StorageError: there is no such bucket.
+        ConfigError: no source is set.
+        StorageError: a bucket does not exist.
     """
     sources = config.data.sources
     if not sources:
@@ -210,14 +212,14 @@ def make_trainer(
     *,
     wrap: Callable[[nn.Module], nn.Module] = lambda module: module,
 ) -> Trainer:
-    """The trainer of a run's initial model; the seed is set.
+    """Make the trainer of a run's initial model, with torch's random generator set to the seed of the run.
 
     Args:
-        config: of the run.
-        run_dir: holds the initial model.
-        prepared: its noun phrases.
-        device: where to train.
-        wrap: as for :class:`~vilseg.training.loop.Trainer`.
+        config: configuration of the run.
+        run_dir: directory of the run, with its initial model.
+        prepared: shards, noun phrases and tokenizer of the run.
+        device: device to train on.
+        wrap: see :class:`~vilseg.training.loop.Trainer`.
     """
     torch.manual_seed(config.trainer.seed)
     objective = Objective(
@@ -232,7 +234,7 @@ def make_trainer(
 
 
 def load_model_at_step(run_dir: RunDirectory, step: int) -> ViLSeg:
-    """The model as it was at a checkpoint kept."""
+    """Load the model, in evaluation mode, from the checkpoint at ``step``."""
     model = ViLSeg.from_pretrained(run_dir.initial)
     objective = read_checkpoint(run_dir, step)["objective"]
     prefix = "model."
@@ -261,7 +263,15 @@ def save_trained_model(
     metrics: dict[str, float],
     weights: dict[str, Tensor] | None = None,
 ) -> None:
-    """Write the trained model with its card; ``weights`` as for :meth:`ViLSeg.save_pretrained`."""
+    """Write the trained model and its model card to the run directory.
+
+    Args:
+        model: trained model.
+        config: configuration of the run.
+        run_dir: directory of the run.
+        metrics: last report, shown in the model card.
+        weights: full weights if those of ``model`` are sharded; see :meth:`ViLSeg.save_pretrained`.
+    """
     samples = config.trainer.steps * config.trainer.batch_size
     trained = f"{config.trainer.steps:,} steps of {config.trainer.batch_size} pairs, {samples:,} samples"
     if "epoch" in metrics:

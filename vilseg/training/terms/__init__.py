@@ -1,6 +1,7 @@
-"""Terms of the training objective, one file each; :class:`~vilseg.training.terms.term.Term` is their interface.
+"""Terms of the training objective, one file per term; :class:`~vilseg.training.terms.term.Term` is their base class.
 
-To add a loss: write its term in a file here, give it a part in ``vilseg/config/loss.py``, and add it to :func:`build_terms`.
+To add a loss, write its term in a file here, add a class for its settings to ``vilseg/config/loss.py``, and append the term in
+:func:`build_terms`.
 """
 
 from __future__ import annotations
@@ -25,16 +26,16 @@ __all__ = ["EncodedImages", "Needs", "SummedTerm", "Term", "build_terms"]
 def build_terms(
     model: ViLSeg, loss: LossConfig, phrase_tokens_PT: Tensor, *, local_crops: int, self_training: bool
 ) -> list[Term[Any]]:
-    """Return the terms of weight above 0, in the order in which their losses are summed.
+    """Return the terms with a weight above 0, in the order in which their losses are summed.
 
     Args:
         model: the student.
-        loss: parts of the configuration, one per term.
+        loss: settings of all losses.
         phrase_tokens_PT: tokens of all noun phrases of the corpus.
-        local_crops: local views of an image.
-        self_training: the run is of the stage ``self-train``.
+        local_crops: number of local views per image.
+        self_training: True if the stage of the run is ``self-train``.
     """
-    # Before the clusters: the order in which heads draw their weights from the seed is part of a run.
+    # Made before the cluster term: heads draw their initial weights from one seed, and another order would change results.
     vision_term = DINOTerm if loss.vision.form == "dino" else CropInfoNCETerm
     vision = [vision_term(model, loss.vision, local_crops)] if loss.vision.weight else []
     terms: list[Term[Any]] = [StatisticsTerm(model)]

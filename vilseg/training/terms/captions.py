@@ -1,4 +1,4 @@
-"""Cross-modal contrast of images and captions, on the global embedding and on patch embeddings pooled for each caption."""
+"""Contrastive term of images and captions, on global image embeddings and on patch embeddings pooled for each caption."""
 
 from __future__ import annotations
 
@@ -21,44 +21,44 @@ from vilseg.training.encoded_texts import OwnTexts
 from vilseg.training.terms.term import EncodedImages, Needs, Term
 
 _START_BIAS = -10.0
-"""Bias of the sigmoid contrast before training (SigLIP, Zhai et al. 2023, section 3.2)."""
+"""Bias of the sigmoid loss before training (SigLIP, Zhai et al. 2023, section 3.2)."""
 
 
 class CaptionRepresentations(NamedTuple):
-    """Representations of images that meet captions."""
+    """Representations of images for the comparison with captions."""
 
     images_BD: Tensor
     """Global embeddings, unit length."""
     patch_means_BD: Tensor | None
-    """Mean patch embeddings, unit length; with ``patch_pooling`` mean."""
+    """Mean patch embeddings, unit length; only with ``patch_pooling: mean``."""
     scores_BQ: Tensor | None
-    """Pooled similarities of the patches with the captions of all workers; with ``patch_pooling`` softmax."""
+    """Pooled similarities of the patches with the captions of all workers; only with ``patch_pooling: softmax``."""
 
 
 class CaptionTerm(Term[CaptionRepresentations]):
-    """Contrast of images and captions; ``loss.cross_modal`` in the configuration.
+    """Contrastive loss of images and captions; ``loss.cross_modal`` in the configuration.
 
     Args:
         model: the student.
-        config: form, temperatures and the fraction of the loss that is taken on patches.
+        config: form of the loss, pooling of patches, and ``patch_share``, the fraction of the loss that is computed on patches.
     """
 
     def __init__(self, model: ViLSeg, config: CrossModalConfig) -> None:
         self.weight = config.weight
         self._model, self._config = model, config
         self.needs = Needs(all_captions=config.patch_share > 0 and config.patch_pooling == "softmax")
-        # A model that was trained as SigLIP has its own bias and keeps it. A new one serves training only: it is part of the
-        # checkpoints, not of the model.
+        # A pretrained SigLIP model has its own bias and keeps it. Otherwise the term has a new bias, which is saved in
+        # checkpoints but not with the model.
         new_bias = config.form == "sigmoid" and model.logit_bias is None
         self._new_bias = nn.Parameter(torch.tensor(_START_BIAS)) if new_bias else None
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Return the bias of the sigmoid contrast."""
-        # As a scalar it is neither sharded by FSDP nor replaced when the objective moves to a device.
+        """Return the bias of the sigmoid loss, if the term has its own."""
+        # A scalar is not sharded by FSDP, and moving the objective to a device keeps the same parameter object.
         return {} if self._new_bias is None else {"logit_bias": self._new_bias}
 
     def represent(self, images: EncodedImages) -> CaptionRepresentations:
-        """Embed images as wholes and, by ``patch_share``, by their patches."""
+        """Compute global embeddings and, if ``patch_share`` is above 0, pooled patches."""
         views, config = images.views, self._config
         images_BD = self._model.embed_pooled(views.global_[0]._replace(pooled=views.pooled(0)))
         if not config.patch_share:
@@ -69,7 +69,7 @@ class CaptionTerm(Term[CaptionRepresentations]):
         return CaptionRepresentations(images_BD, None, scores_BQ)
 
     def losses(self, representations: CaptionRepresentations, texts: OwnTexts) -> dict[str, Tensor]:
-        """Return the loss on global embeddings and that on patches, mixed by ``patch_share``."""
+        """Return the loss: that on global embeddings times 1 - ``patch_share``, plus that on patches times ``patch_share``."""
         fraction = self._config.patch_share
         loss = self._contrast(representations.images_BD, texts.captions_BD) * (1 - fraction)
         if representations.patch_means_BD is not None:
@@ -90,7 +90,7 @@ class CaptionTerm(Term[CaptionRepresentations]):
 
     @property
     def _bias(self) -> nn.Parameter | None:
-        """Bias of the sigmoid contrast; None with InfoNCE."""
+        """Bias of the sigmoid loss; None with InfoNCE."""
         if self._config.form != "sigmoid":
             return None
         return self._model.logit_bias if self._new_bias is None else self._new_bias

@@ -1,4 +1,4 @@
-"""Mutual information between the cluster assignments of two views (IIC), which trains the clustering head."""
+"""IIC term: mutual information between the cluster assignments of two views, which trains the clustering head."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from vilseg.training.terms.term import EncodedImages, Needs, SummedTerm
 
 
 class ClusterRepresentations(NamedTuple):
-    """Unnormalised joint distributions of the assignments of two views, by displacement; sums over images."""
+    """Unnormalised joint distributions of the assignments of two views for each displacement, summed over images."""
 
     joints_OKK: Tensor
+    """Joint distributions of the clustering head."""
     overclustering_joints_OKK: Tensor | None
-    """Those of the overclustering head, if there is one."""
+    """Joint distributions of the overclustering head; None if there is none."""
 
 
 class ClusterTerm(SummedTerm[ClusterRepresentations]):
@@ -30,24 +31,24 @@ class ClusterTerm(SummedTerm[ClusterRepresentations]):
 
     Args:
         model: the student, whose clustering head is trained.
-        config: weights, displacements, and the size of the overclustering head.
+        config: weights, largest displacement, and the number of outputs of the overclustering head.
     """
 
     def __init__(self, model: ViLSeg, config: MutualInformationConfig) -> None:
         self.weight = config.weight
         self._model, self._config = model, config
-        # Where the head alone learns, no gradient flows through the encoding of the second view.
+        # If only the head is trained, the second view is encoded without gradient.
         self.needs = Needs(global_views=2, second_view_gradient=config.train_encoder)
         features, clusters = model.image_projection.in_features, config.overclusters
         head = nn.Sequential(nn.LayerNorm(features), nn.Linear(features, clusters)) if clusters else None
         self._overclustering_head = head
 
     def modules(self) -> dict[str, nn.Module]:
-        """Return the overclustering head, which serves training only and is no part of the model."""
+        """Return the overclustering head, if there is one; it is used in training only and not saved with the model."""
         return {} if self._overclustering_head is None else {"overclustering_head": self._overclustering_head}
 
     def represent(self, images: EncodedImages) -> ClusterRepresentations:
-        """Sum the joint distributions over images, for each head."""
+        """Compute the joint distributions of each head, summed over images."""
         joints = self._joints(images.views, self._model.clustering_head)
         if self._overclustering_head is None:
             return ClusterRepresentations(joints, None)
@@ -63,7 +64,7 @@ class ClusterTerm(SummedTerm[ClusterRepresentations]):
         }
 
     def metrics(self, representations: ClusterRepresentations) -> dict[str, Tensor]:
-        """Return how evenly the clusters divide the patches."""
+        """Return the metrics of :func:`cluster_metrics` for the clustering head."""
         return {f"clusters/{name}": value for name, value in cluster_metrics(representations.joints_OKK).items()}
 
     def _joints(self, views: EncodedViews, head: nn.Sequential) -> Tensor:
@@ -84,7 +85,7 @@ class ClusterTerm(SummedTerm[ClusterRepresentations]):
         return unnormalized_joints(first, second, valid, radius=radius)
 
     def _logits(self, views: EncodedViews, head: nn.Sequential) -> list[Tensor]:
-        """Cluster logits of the patches of the two views. Shape: two (B, N, K)."""
+        """Return the cluster logits of the patches of the two views. Shape: two (B, N, K)."""
         if views.cached and views.factors_GBF is not None:
             return list(logits_with_feature_dropout(head, views.global_[0].patches, views.factors_GBF[:2]))
         if views.cached:

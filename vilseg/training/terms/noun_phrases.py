@@ -1,4 +1,4 @@
-"""Multi-label contrast of images and the noun phrases of their captions."""
+"""Multi-label contrastive term of images and the noun phrases of their captions."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from vilseg.training.terms.term import EncodedImages, Needs, Term
 
 
 class NounPhraseRepresentations(NamedTuple):
-    """Representations of images that meet noun phrases."""
+    """Representations of images for the comparison with noun phrases."""
 
     scores_BP: Tensor
-    """Mean similarity of each image's best patches with each phrase."""
+    """Mean similarity of each image's most similar patches with each phrase."""
 
 
 class NounPhraseTerm(Term[NounPhraseRepresentations]):
-    """Contrast of images and noun phrases; ``loss.nouns`` in the configuration.
+    """Multi-label loss of images and noun phrases; ``loss.nouns`` in the configuration.
 
     Args:
         model: the student.
-        config: weight, and how many of an image's best patches count.
+        config: weight, and the number of patches in an image's score.
     """
 
     needs = Needs(phrases=True)
@@ -35,7 +35,7 @@ class NounPhraseTerm(Term[NounPhraseRepresentations]):
         self._model, self._config = model, config
 
     def represent(self, images: EncodedImages) -> NounPhraseRepresentations:
-        """Score images by their patches for every phrase of the batch."""
+        """Compute the scores of the images for every phrase of the batch."""
         scores_BP = top_k_pooled_scores(images.patch_embeddings, images.texts.phrases_PD, self._config.top_patches)
         return NounPhraseRepresentations(scores_BP)
 

@@ -1,4 +1,4 @@
-"""Running statistics of embeddings, which inference uses for centring and calibration; a term without a loss."""
+"""Term without a loss that records running statistics of embeddings, used by inference for centring and calibration."""
 
 from __future__ import annotations
 
@@ -14,25 +14,26 @@ from vilseg.training.encoded_texts import OwnTexts
 from vilseg.training.terms.term import EncodedImages, Term
 
 _MEMORY = 100
-"""Steps that the running statistics remember."""
+"""Length of the moving average in steps: the statistics of a step enter with a weight of at least 1 / ``_MEMORY``."""
 _RECORDED_PATCHES = 1024
-"""Patches per step whose embeddings enter the statistics: enough for them, cheap beside the step itself."""
+"""Number of patches per step, over all workers, whose embeddings enter the statistics; enough of them, at little cost."""
 
 
 class StatisticsRepresentations(NamedTuple):
-    """Sample of patches."""
+    """Sample of the patches of the first view."""
 
     patches_RF: Tensor
-    """Features, without gradient."""
+    """Patch features of the encoder, without gradient."""
 
 
 class StatisticsTerm(Term[StatisticsRepresentations]):
-    """Mean caption, and mean and covariance of the patch embeddings, kept in the model's buffers.
+    """Recorder of the mean caption embedding, and of mean and covariance of the patch embeddings, in the model's buffers.
 
-    Each is the mean over all steps so far, and from the ``_MEMORY``-th step on one that forgets: embeddings move as they learn.
+    Each is the mean over all steps so far; from step ``_MEMORY`` on it is an exponential moving average instead, because
+    embeddings change during training.
 
     Args:
-        model: the student, which has the buffers.
+        model: the student, whose buffers are updated.
     """
 
     def __init__(self, model: ViLSeg) -> None:
@@ -43,12 +44,12 @@ class StatisticsTerm(Term[StatisticsRepresentations]):
         return StatisticsRepresentations(_sample_patches(images.views.global_[0], images.batch.seeds, images.pairs))
 
     def losses(self, representations: StatisticsRepresentations, texts: OwnTexts) -> dict[str, Tensor]:
-        """Return no loss."""
+        """Return an empty dict, because the term has no loss."""
         return {}
 
     @torch.no_grad()
     def after_losses(self, representations: StatisticsRepresentations, texts: OwnTexts) -> None:
-        """Update the statistics with those of all workers."""
+        """Update the running statistics with those of this step, averaged over all workers."""
         model = self._model
         model.recorded_steps += 1
         weight = max(1 / _MEMORY, 1 / int(model.recorded_steps))
@@ -62,9 +63,9 @@ class StatisticsTerm(Term[StatisticsRepresentations]):
 
 
 def _sample_patches(features: ImageFeatures, seeds_B: Tensor, pairs: int) -> Tensor:
-    """Sample patch features of every image, so many that a worker's ``pairs`` images give ``_RECORDED_PATCHES`` over all workers.
+    """Sample patch features of every image, without gradient, about ``_RECORDED_PATCHES`` in the batch of all workers.
 
-    The choice follows from the pair's seed, so it is the same in any chunk. Shape: -> (R, F), without gradient.
+    The sampled positions follow from the pair's seed, so they do not depend on the chunk. Shape: -> (R, F).
     """
     patches_BNF = features.patches.detach()
     count = patches_BNF.shape[1]

@@ -1,4 +1,4 @@
-"""Vision-based contrast: views of the student against global views of an EMA teacher, as in DINO or by InfoNCE."""
+"""Terms that compare the student's views with the global views of an EMA teacher: DINO loss, or InfoNCE loss of crops."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from vilseg.training.terms.term import EncodedImages, Needs, SummedTerm, Term
 
 
 class _Student:
-    """The projection head of the student, and the EMA teacher of its encoder and head.
+    """Projection head of the student, and the EMA teacher of its encoder and head.
 
     Args:
         model: the student.
-        config: sizes and momentum.
-        prototypes: outputs of the head; 0 for its bottleneck.
+        config: sizes of the head and momentum of the teacher.
+        prototypes: number of prototypes; with 0 the head returns its bottleneck.
     """
 
     def __init__(self, model: ViLSeg, config: VisionConfig, prototypes: int) -> None:
@@ -30,7 +30,7 @@ class _Student:
         self.head = ProjectionHead(model.image_projection.in_features, config.hidden_dim, prototypes)
 
     def start_teacher(self) -> None:
-        """Copy the student."""
+        """Make the EMA teacher, a copy of the student's encoder and head."""
         self.teacher = EMATeacher(self._trained_encoder, self.head)
 
     def modules(self) -> dict[str, nn.Module]:
@@ -40,7 +40,7 @@ class _Student:
         return [] if self._trained_encoder is None else [self.teacher["encoder"]]
 
     def project(self, images: EncodedImages) -> tuple[Tensor, Tensor]:
-        """Outputs of the student for all views, global ones first, and of the teacher for the global ones.
+        """Return the head's outputs of the student for all views, the global ones first, and of the teacher for the global ones.
 
         Shape: (V, B, K) and (G, B, K), the second without gradient.
         """
@@ -78,12 +78,12 @@ def _needs(local_crops: int) -> Needs:
 
 
 class DINORepresentations(NamedTuple):
-    """Sums over images, as there may be tens of thousands of prototypes."""
+    """Sums over images, because outputs of single images would be large: there may be tens of thousands of prototypes."""
 
     agreement: Tensor
-    """Scalar."""
+    """Sum over images of the DINO loss, a scalar."""
     teacher_K: Tensor
-    """Mean outputs of the teacher over its views."""
+    """Sum over images of the teacher's outputs, averaged over the global views."""
 
 
 class DINOTerm(SummedTerm[DINORepresentations]):
@@ -91,8 +91,8 @@ class DINOTerm(SummedTerm[DINORepresentations]):
 
     Args:
         model: the student.
-        config: temperatures, momenta and sizes.
-        local_crops: local views of an image.
+        config: temperatures, momenta and sizes of the head.
+        local_crops: number of local views per image.
     """
 
     def __init__(self, model: ViLSeg, config: VisionConfig, local_crops: int) -> None:
@@ -108,7 +108,7 @@ class DINOTerm(SummedTerm[DINORepresentations]):
         self._student.start_teacher()
 
     def modules(self) -> dict[str, nn.Module]:
-        """Return head, loss (its centre is state of the run) and teacher."""
+        """Return head, loss (for its centre, which checkpoints must have) and teacher."""
         modules = self._student.modules()
         return {"vision_head": modules["vision_head"], "vision_loss": self._loss, "teacher": modules["teacher"]}
 
@@ -117,17 +117,17 @@ class DINOTerm(SummedTerm[DINORepresentations]):
         return self._student.encoders()
 
     def represent(self, images: EncodedImages) -> DINORepresentations:
-        """Sum the losses of images, and the outputs of the teacher."""
+        """Compute the sums over images of the loss and of the teacher's outputs."""
         student_VBK, teacher_GBK = self._student.project(images)
         agreement = self._loss(student_VBK, teacher_GBK) * len(images.batch)
         return DINORepresentations(agreement, teacher_GBK.mean(0).sum(0))
 
     def losses(self, representations: DINORepresentations, texts: OwnTexts) -> dict[str, Tensor]:
-        """Return the mean over images."""
+        """Return the mean loss over images."""
         return {"vision": representations.agreement / len(texts.captions_BD)}
 
     def after_losses(self, representations: DINORepresentations, texts: OwnTexts) -> None:
-        """Move the centre towards the mean output of the teacher."""
+        """Move the centre of the DINO loss towards the mean output of the teacher."""
         self._loss.update_center(representations.teacher_K.view(1, 1, -1) / len(texts.captions_BD))
 
     def after_update(self, progress: float) -> None:
@@ -136,19 +136,21 @@ class DINOTerm(SummedTerm[DINORepresentations]):
 
 
 class CropRepresentations(NamedTuple):
-    """Outputs of unit length."""
+    """Outputs of the projection heads, unit length."""
 
     student_BVD: Tensor
+    """Outputs of the student for all views, the global ones first."""
     teacher_BGD: Tensor
+    """Outputs of the teacher for the global views."""
 
 
 class CropInfoNCETerm(Term[CropRepresentations]):
-    """InfoNCE of crops; ``loss.vision`` with ``form: infonce`` in the configuration.
+    """InfoNCE loss of crops; ``loss.vision`` with ``form: infonce`` in the configuration.
 
     Args:
         model: the student.
-        config: temperature, momentum and sizes.
-        local_crops: local views of an image.
+        config: temperature, momentum of the teacher, and sizes of the head.
+        local_crops: number of local views per image.
     """
 
     def __init__(self, model: ViLSeg, config: VisionConfig, local_crops: int) -> None:
@@ -167,7 +169,7 @@ class CropInfoNCETerm(Term[CropRepresentations]):
         return self._student.encoders()
 
     def represent(self, images: EncodedImages) -> CropRepresentations:
-        """Project the views of images."""
+        """Compute the outputs of student and teacher for the views of images."""
         student_VBD, teacher_GBD = self._student.project(images)
         return CropRepresentations(student_VBD.transpose(0, 1), teacher_GBD.transpose(0, 1))
 
