@@ -27,7 +27,7 @@ from vilseg.config import RunConfig
 from vilseg.evaluation.datasets import FirstImages, FolderDataset
 from vilseg.evaluation.evaluate import evaluate
 from vilseg.segmentation.segmenter import Segmenter
-from vilseg.training import run_setup
+from vilseg.training import run_results, run_setup
 from vilseg.training.checkpoints import write_checkpoint
 from vilseg.training.metrics_log import MetricsFile
 
@@ -151,7 +151,7 @@ def _alone(out: Path, config: RunConfig, number: int) -> float:
         model.train()
 
     trainer.train(read_batches_locally(config, prepared), on_report=metrics_file.add, on_checkpoint=on_checkpoint)
-    run_setup.save_trained_model(trainer.objective.model, config, folder, {})
+    run_results.save_trained_model(trainer.objective.model, config, folder, {})
     torch.set_num_threads(threads)
     return time.perf_counter() - started
 

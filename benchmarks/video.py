@@ -31,7 +31,7 @@ from vilseg.model import ViLSeg
 from vilseg.segmentation.result import Segmentation
 from vilseg.segmentation.segmenter import Segmenter
 from vilseg.segmentation.video import segment_video
-from vilseg.training import run_setup
+from vilseg.training import run_results, run_setup
 
 CONFIG = Path(__file__).parent.parent / "configs" / "demo.yaml"
 _PAIRS = 4_000
@@ -76,7 +76,7 @@ def _train(out: Path) -> ViLSeg:
     prepared = run_setup.prepare(config, folder)
     trainer = run_setup.make_trainer(config, folder, prepared, torch.device("cpu"))
     trainer.train(read_batches_locally(config, prepared), on_report=lambda metrics: None, on_checkpoint=lambda: None)
-    run_setup.save_trained_model(trainer.objective.model, config, folder, {})
+    run_results.save_trained_model(trainer.objective.model, config, folder, {})
     return ViLSeg.from_pretrained(folder.model)
 
 

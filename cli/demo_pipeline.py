@@ -31,7 +31,7 @@ from vilseg.evaluation.report import RunReport, render_report
 from vilseg.model import ViLSeg
 from vilseg.segmentation.segmenter import Segmenter
 from vilseg.text.vocabulary import Vocabulary
-from vilseg.training import run_setup
+from vilseg.training import run_results
 from vilseg.training.metrics_log import read_metrics
 from vilseg.training.run_dir import RunDirectory
 
@@ -155,7 +155,7 @@ def _curve(folder: RunDirectory, dataset: FolderDataset) -> list[tuple[int, floa
     steps = folder.checkpoint_steps()
     points = [
         (0, ViLSeg.from_pretrained(folder.initial)),
-        *((step, run_setup.load_model_at_step(folder, step)) for step in steps),
+        *((step, run_results.load_model_at_step(folder, step)) for step in steps),
     ]
     return [(step, evaluate(Segmenter(model, dataset.classes), some, batch_size=16).miou) for step, model in points]
 

@@ -39,7 +39,7 @@ from vilseg.evaluation.evaluate import evaluate
 from vilseg.evaluation.proxy_metrics import HeldOut, measure
 from vilseg.model import ViLSeg
 from vilseg.segmentation.segmenter import Segmenter
-from vilseg.training import run_setup
+from vilseg.training import run_results, run_setup
 from vilseg.training.checkpoints import CheckpointWriter, read_checkpoint, read_state
 from vilseg.training.metrics_log import MetricsFile
 from vilseg.training.run_dir import PreparedRun, RunDirectory
@@ -199,12 +199,12 @@ def _train_in_process(config: RunConfig, runner: TrialRunner, report_metrics: Re
         with tempfile.TemporaryDirectory() as local:
             (Path(local) / _STATE_POINTER).write_text(json.dumps({"uri": run_dir.state(trainer.step)}))
             if trainer.step == config.trainer.steps:
-                run_setup.save_trained_model(trainer.objective.model, config, run_dir, last)
+                run_results.save_trained_model(trainer.objective.model, config, run_dir, last)
             checkpoint = tune.Checkpoint.from_directory(local) if runner.space.scheduler == "pbt" else None
             report_metrics(last, trainer.objective.model, checkpoint=checkpoint)
 
     with (
-        run_setup.record_nonfinite(run_dir),
+        run_results.record_nonfinite(run_dir),
         CheckpointWriter(run_dir, config.trainer.keep_checkpoints, config.trainer.best_by) as writer,
     ):
         trainer.train(_batches(config, prepared, trainer.step), on_report=on_report, on_checkpoint=on_checkpoint)
@@ -259,7 +259,7 @@ def _train_on_ray_workers(
                 return
             metrics = due.pop(0)
             if int(metrics["step"]) in kept:
-                report_metrics(metrics, run_setup.load_model_at_step(run_dir, int(metrics["step"])))
+                report_metrics(metrics, run_results.load_model_at_step(run_dir, int(metrics["step"])))
 
     session = Session(int(resources.cpus), int(resources.gpus))
     resume = storage.exists(run_dir.config)
@@ -267,7 +267,7 @@ def _train_on_ray_workers(
     if not result.stopped:
         report_metrics(
             result.metrics or {"step": config.trainer.steps},
-            run_setup.load_model_at_step(run_dir, config.trainer.steps),
+            run_results.load_model_at_step(run_dir, config.trainer.steps),
         )
 
 

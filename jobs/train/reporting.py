@@ -16,7 +16,7 @@ from vilseg.data.batch_reader import WorkerBatch
 from vilseg.data.sampler import PairSampler
 from vilseg.evaluation.proxy_metrics import HeldOut, measure
 from vilseg.segmentation.visualization import palette
-from vilseg.training import run_setup
+from vilseg.training import run_results
 from vilseg.training.checkpoints import CheckpointWriter, require_metric
 from vilseg.training.loop import Trainer
 from vilseg.training.metrics_log import MetricsFile, read_metrics
@@ -111,7 +111,7 @@ class TrainingReporter:
     def save_model(self) -> None:
         """Write the trained model to the run directory; with FSDP collective, so every rank has to gather the weights."""
         weights = self._trainer.model_weights()
-        run_setup.save_trained_model(
+        run_results.save_trained_model(
             self._trainer.objective.model, self._config, self._run_dir, self._last_metrics, weights
         )
 

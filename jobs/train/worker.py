@@ -15,7 +15,7 @@ from jobs.train.ray_data import make_sampler, worker_batches
 from jobs.train.reporting import TrainingReporter
 from vilseg import distributed, storage
 from vilseg.config import RunConfig
-from vilseg.training import run_setup
+from vilseg.training import run_results, run_setup
 from vilseg.training.checkpoints import read_checkpoint
 from vilseg.training.fsdp import apply_fsdp
 from vilseg.training.loop import NonFiniteLossError, Trainer
@@ -68,7 +68,7 @@ def _train(config: RunConfig, run_dir: RunDirectory, prepared: PreparedRun, moni
         return
     sampler = make_sampler(config, prepared)
     with (
-        run_setup.record_nonfinite(run_dir),
+        run_results.record_nonfinite(run_dir),
         TrainingReporter(config, run_dir, trainer, monitor, sampler) as reporter,
     ):
         trainer.train(

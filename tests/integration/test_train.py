@@ -17,7 +17,7 @@ from vilseg.config import RunConfig
 from vilseg.data.shards import write_tar
 from vilseg.errors import DataError, StorageError
 from vilseg.model import ViLSeg
-from vilseg.training import run_setup
+from vilseg.training import run_results
 from vilseg.training.metrics_log import read_metrics
 from vilseg.training.run_dir import RunDirectory
 
@@ -122,7 +122,7 @@ def test_run_folder_holds_what_the_documentation_names(pairs: str, whole: train_
     assert {"config.json", "model.safetensors", "README.md", "tokenizer.json"} <= names
     assert any("events" in entry.relative for entry in storage.list_files(storage.join(folder.uri, "tensorboard")))
     trained = ViLSeg.from_pretrained(folder.model)
-    kept = run_setup.load_model_at_step(folder, 8)
+    kept = run_results.load_model_at_step(folder, 8)
     images = torch.rand(2, 3, SIZE, SIZE)
     assert torch.equal(trained.encode_image(images).patches, kept.encode_image(images).patches)
 

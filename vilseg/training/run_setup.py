@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vilseg import storage
 from vilseg.config import ModelConfig, RunConfig
@@ -25,10 +23,10 @@ from vilseg.device import precision_dtype
 from vilseg.errors import ConfigError, DataError, StorageError
 from vilseg.model import ViLSeg
 from vilseg.text.noun_phrases import NounPhrases
-from vilseg.training.checkpoints import read_checkpoint
-from vilseg.training.loop import NonFiniteLossError, Trainer
+from vilseg.training.loop import Trainer
 from vilseg.training.objective import Objective
 from vilseg.training.run_dir import PreparedRun, RunDirectory
+from vilseg.training.run_results import model_card
 
 _SAMPLE_PAIRS = 10_000
 """Number of pairs whose captions the tokenizer and the list of noun phrases are made from."""
@@ -141,7 +139,7 @@ def prepare(
         segmentation=config.segmentation,
         temperature=config.loss.cross_modal.temperature,
     )
-    model.save_pretrained(run_dir.initial, card=_card(config, "not trained yet", {}))
+    model.save_pretrained(run_dir.initial, card=model_card(config, "not trained yet", {}))
     prepared = PreparedRun(shards, nouns, model.text_encoder.fixed_tokenizer())
     storage.write_text(run_dir.prepared, prepared.to_json())
     storage.write_text(run_dir.config, config.to_yaml())
@@ -231,65 +229,3 @@ def make_trainer(
         self_training=config.stage == "self-train",
     ).to(device)
     return Trainer(objective, config.optimizer, config.trainer, device, wrap=wrap)
-
-
-def load_model_at_step(run_dir: RunDirectory, step: int) -> ViLSeg:
-    """Load the model, in evaluation mode, from the checkpoint at ``step``."""
-    model = ViLSeg.from_pretrained(run_dir.initial)
-    objective = read_checkpoint(run_dir, step)["objective"]
-    prefix = "model."
-    weights = {name.removeprefix(prefix): value for name, value in objective.items() if name.startswith(prefix)}
-    model.load_state_dict(weights)
-    return model.eval()
-
-
-@contextmanager
-def record_nonfinite(run_dir: RunDirectory) -> Iterator[None]:
-    """Write the step, its losses and the keys of its pairs to the run directory if the loss becomes NaN or infinite."""
-    try:
-        yield
-    except NonFiniteLossError as error:
-        text = json.dumps(error.details, ensure_ascii=False)
-        storage.write_text(run_dir.nonfinite, text)
-        raise NonFiniteLossError(
-            f"{error}; all of its pairs are named in {run_dir.nonfinite}", error.details
-        ) from error
-
-
-def save_trained_model(
-    model: ViLSeg,
-    config: RunConfig,
-    run_dir: RunDirectory,
-    metrics: dict[str, float],
-    weights: dict[str, Tensor] | None = None,
-) -> None:
-    """Write the trained model and its model card to the run directory.
-
-    Args:
-        model: trained model.
-        config: configuration of the run.
-        run_dir: directory of the run.
-        metrics: last report, shown in the model card.
-        weights: full weights if those of ``model`` are sharded; see :meth:`ViLSeg.save_pretrained`.
-    """
-    samples = config.trainer.steps * config.trainer.batch_size
-    trained = f"{config.trainer.steps:,} steps of {config.trainer.batch_size} pairs, {samples:,} samples"
-    if "epoch" in metrics:
-        trained += f", {metrics['epoch']:.1f} times through all pairs"
-    model.save_pretrained(run_dir.model, card=_card(config, trained, metrics), weights=weights)
-
-
-def _card(config: RunConfig, trained: str, metrics: dict[str, float]) -> str:
-    rows = "".join(f"| {name} | {value:.4g} |\n" for name, value in metrics.items())
-    table = f"\n## Metrics at the end of training\n\n| | |\n|---|---|\n{rows}" if rows else ""
-    parts = config.data.mix or config.data.sources.values()
-    pairs = ", ".join(f"`{part.source}`" + (f" (weight {part.weight:g})" if config.data.mix else "") for part in parts)
-    return (
-        f"# vilseg model: {config.name}\n\n"
-        "Open-vocabulary segmentation (ViL-Seg, arXiv 2207.08455) trained from image-caption pairs; no mask was used.\n\n"
-        f"- pairs: {pairs}\n- trained: {trained}\n{table}\n"
-        f"## Configuration\n\n```yaml\n{config.to_yaml()}```\n\n"
-        "## Use\n\n```python\nimport vilseg\n\n"
-        'model = vilseg.ViLSeg.from_pretrained("this folder")\n'
-        'segmenter = vilseg.Segmenter(model, classes=["cat", "sofa"])\n```\n'
-    )

@@ -32,7 +32,7 @@ from vilseg.model import ViLSeg
 from vilseg.model.image_encoder import build_image_encoder
 from vilseg.model.serialization import read_segmentation_config
 from vilseg.text.tokenizer import load_tokenizer
-from vilseg.training import run_setup
+from vilseg.training import run_results, run_setup
 from vilseg.training.run_dir import RunDirectory
 
 Make = Callable[..., ViLSeg]
@@ -433,7 +433,7 @@ def test_three_steps_of_training_from_each(tmp_path: Path, make_model: Make, kin
     parts = ("image_encoder.", "text_encoder.", "image_projection.", "clustering_head.")
     moved = {name for name, value in trained.state_dict().items() if not torch.equal(initial[name], value)}
     assert all(any(name.startswith(part) for name in moved) for part in parts)
-    run_setup.save_trained_model(trained, config, folder, {})
+    run_results.save_trained_model(trained, config, folder, {})
     again = ViLSeg.from_pretrained(folder.model)
     with torch.no_grad():
         np.testing.assert_array_equal(
