@@ -1,4 +1,4 @@
-"""Checkpoints: written in the background, the newest and the best kept, none read that was cut off."""
+"""Checkpoints: written in the background, the newest and the best are kept, an incomplete one is never read."""
 
 import json
 import threading

@@ -1,4 +1,4 @@
-"""Encoders whose activations are computed again, and compiled ones: the same gradients, and a sentence where it cannot be."""
+"""Activation checkpointing and compiled encoders: the same gradients, and an error if an encoder supports neither."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ HAS_COMPILER = shutil.which("g++") is not None and (Path(sysconfig.get_paths()["
 
 
 class Plain(nn.Module):
-    """An encoder of somebody else's that cannot compute anything again."""
+    """A user's image encoder without ``checkpoint_activations``."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ def trainer_of(
 
 
 def gradients(trainer: Trainer) -> dict[str, np.ndarray]:
-    """Gradients of one step, with its losses."""
+    """Return the gradients of one step, and its losses."""
     objective = trainer.objective.train()
     images = torch.randint(0, 256, (4, 24, 24, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
     tokens = objective.model.text_encoder.tokenize(["a dog on grass", "two cats", "a horse by the sea", "a sofa"])
@@ -132,7 +132,7 @@ needs_compiler = pytest.mark.skipif(
 
 @pytest.fixture
 def fresh_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing compiled yet: neither in this process nor by others on this machine."""
+    """Empty the compiler's caches: the one of this process, and the one on disk by using a new folder."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
     torch.compiler.reset()
 

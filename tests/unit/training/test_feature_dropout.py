@@ -1,4 +1,4 @@
-"""The head on views that are not made, against the head on views that are, and its gradient."""
+"""Clustering head with feature dropout: equal to the head on explicitly multiplied features, and its gradient."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ VIEWS, B, N, F, K = 2, 3, 4, 12, 5
 
 @pytest.fixture(params=[1, 100, 1 << 20])
 def head(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> nn.Sequential:
-    """In float64, whatever of the pictures is held at once: one, two, all of them."""
+    """Return a float64 head; slices hold one image, two images or the whole batch at once."""
     monkeypatch.setattr(feature_dropout, "_CHUNK_VALUES", request.param)
     torch.manual_seed(0)
     made = nn.Sequential(nn.LayerNorm(F), nn.Linear(F, K)).double()

@@ -1,4 +1,4 @@
-"""Training on GPUs: precision, augmentation, copies beside the work, the fused optimiser, several of them together."""
+"""Training on GPUs: precision, augmentation, copies during computation, the fused optimiser, several GPUs together."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Make = Callable[..., ViLSeg]
 
 @pytest.fixture(autouse=True)
 def exact_matrices() -> Iterator[None]:
-    """TF32 would be the largest difference between the devices."""
+    """Turn TF32 off, because it would be the largest difference between CPU and GPU."""
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     yield
@@ -154,7 +154,7 @@ def _worker(number: int, count: int, port: int, folder: str, sharding: str) -> N
 
 @pytest.mark.parametrize("sharding", ["none", "fsdp"])
 def test_all_gpus_together_train_as_one(tmp_path: Path, make_model: Make, sharding: str) -> None:
-    """With a single GPU this is a group of one, which still goes through NCCL."""
+    """Train on all GPUs through NCCL and on one, with equal results; a machine with one GPU has a group of one."""
     count = max(n for n in (1, 2, 4, 8) if n <= GPUS)
     folder = write_run(tmp_path, make_model, dropout=0)
     alone, expected = train(folder, torch.device("cuda", 0))

@@ -1,4 +1,4 @@
-"""A batch by chunks: the losses, gradients and statistics of the whole batch, whatever is trained and dropped on the way."""
+"""GradCache: a batch in chunks gives losses, gradients and statistics of the whole batch, with frozen parts and dropout too."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def objective_of(make_model: Make, form: str, **parts: Any) -> Objective:
 
 
 def batch_for(objective: Objective, *, features: bool = False) -> TensorBatch:
-    """This worker's share of ``PAIRS`` pairs."""
+    """Return this worker's part of a batch of ``PAIRS`` pairs."""
     generator = torch.Generator().manual_seed(3)
     images = torch.randint(0, 256, (PAIRS, 24, 24, 3), dtype=torch.uint8, generator=generator)
     if features:
@@ -79,7 +79,7 @@ def batch_for(objective: Objective, *, features: bool = False) -> TensorBatch:
 
 
 def result(objective: Objective, losses: dict[str, Tensor]) -> dict[str, np.ndarray]:
-    """Losses, gradients and buffers after a step's backward pass."""
+    """Return losses, gradients (``d NAME``) and buffers after the backward pass of a step."""
     found = {name: value.detach().numpy().copy() for name, value in losses.items()}
     found |= {f"d {n}": p.grad.numpy().copy() for n, p in objective.named_parameters() if p.grad is not None}
     return found | {n: b.numpy().copy() for n, b in objective.named_buffers() if b.is_floating_point()}
@@ -96,7 +96,7 @@ def by_chunks(objective: Objective, batch: TensorBatch, size: int = SIZE) -> dic
 
 
 def assert_equal(found: dict[str, np.ndarray], expected: dict[str, np.ndarray], tolerance: float = 1e-5) -> None:
-    """To ``tolerance`` of each tensor's largest entry: how float32 sums are rounded is not the same on all processors."""
+    """Compare up to ``tolerance`` times each tensor's largest entry, because processors round float32 sums differently."""
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         atol = tolerance * max(1, np.abs(value).max())
@@ -114,7 +114,7 @@ def test_chunks_give_what_the_whole_batch_gives(make_model: Make, form: str, siz
 
 
 def test_statistics_look_at_the_same_patches(make_model: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(statistics, "_RECORDED_PATCHES", 20)  # three of each picture's sixteen
+    monkeypatch.setattr(statistics, "_RECORDED_PATCHES", 20)  # three of each image's sixteen patches
     first, second = objective_of(make_model, "images alone"), objective_of(make_model, "images alone")
     expected = at_once(first, batch_for(first))
     assert_equal(by_chunks(second, batch_for(second)), expected)
@@ -149,7 +149,7 @@ def test_a_batch_without_phrases(make_model: Make) -> None:
 
 
 def chunks_with_their_graph(objective: Objective, batch: TensorBatch) -> dict[str, np.ndarray]:
-    """One backward pass through everything, the networks run chunk by chunk: the same units are dropped, nothing is cached."""
+    """Run the networks chunk by chunk, so that dropout draws as in GradCache, and backpropagate once through everything."""
     present = objective.present_phrases(batch)
     embedder, precision = objective.text_embedder, objective.autocast
     captions = torch.cat([embedder.embed_captions(tokens, precision) for tokens in batch.tokens.split(SIZE)])
@@ -225,7 +225,7 @@ def test_two_workers_by_chunks_have_the_gradient_of_the_whole_batch(
 # ----------------------------------------------------------------------------------------------------------- refusal
 
 
-def test_encoders_that_mix_the_pictures_of_a_chunk_are_refused(make_model: Make) -> None:
+def test_encoders_that_mix_the_images_of_a_chunk_are_refused(make_model: Make) -> None:
     sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
     resnet = {"architecture": "resnet", "sizes": sizes}
     with pytest.raises(ConfigError, match=r"chunk_size cannot be used: model.image_encoder has batch normalisation"):

@@ -1,4 +1,4 @@
-"""The loop: resumed equals unbroken, two workers equal one, and what ends a run."""
+"""Training loop: a resumed run equals an uninterrupted one, two workers equal one, and errors that end a run."""
 
 import io
 import math
@@ -34,7 +34,7 @@ NOUNS = NounPhrases(NAMES, {name: i for i, name in enumerate(NAMES)})
 
 
 def write_run(folder: Path, make_model: Callable[..., ViLSeg], *, dropout: float = 0.1) -> str:
-    """Pairs and an initial model, as a run is begun with; ``dropout`` is that of the text encoder."""
+    """Write shards and an initial model for a run; ``dropout`` is the probability in the text encoder."""
     chance = np.random.default_rng(0)
     for shard in range(3):
         pairs = []
@@ -83,7 +83,7 @@ def make_trainer(
 
 
 def batches(folder: str, first_step: int, last_step: int) -> Iterator[WorkerBatch]:
-    """Batches of this worker."""
+    """Yield this worker's batches."""
     model = ViLSeg.from_pretrained(f"{folder}/initial")
     reader = BatchReader(
         batch_size=BATCH,
@@ -224,7 +224,7 @@ def test_a_loss_that_is_no_number_ends_the_run_with_a_sentence(
 
 
 def doing(action: Callable[[], None], steps: Iterable[WorkerBatch], *, before: int) -> Iterator[WorkerBatch]:
-    """The batches, with something done before one of them is trained on."""
+    """Yield the batches, and call ``action`` before batch number ``before``."""
     for number, batch in enumerate(steps):
         if number == before:
             action()
@@ -270,7 +270,7 @@ def test_a_gradient_that_is_no_number_ends_the_run_before_a_checkpoint_has_it(
 
 
 def spoiled_at_step_4(folder: str, *, on_device: bool) -> tuple[NonFiniteLossError, Trainer, dict[str, Tensor]]:
-    """The error of a run whose fourth gradient is infinite, its trainer, and the weights before that step."""
+    """Train a run whose fourth gradient is infinite; return its error, its trainer, and the weights before that step."""
     trainer = make_trainer(folder, 6)
     trainer.trainer = trainer.trainer.replace(log_every=6)
     if on_device:  # the fused kernel of the CPU takes the same flag as that of a GPU

@@ -1,4 +1,4 @@
-"""Reports of a run: metrics.jsonl, TensorBoard and MLflow, and that a resumed run goes on with them."""
+"""Reports of a run in metrics.jsonl, TensorBoard and MLflow, which a resumed run continues."""
 
 from pathlib import Path
 from typing import Any

@@ -28,7 +28,7 @@ FROZEN = {"sizes": {"width": 16, "depth": 1}, "frozen": True}
 
 
 def loss_config(*names: str, **parts: Any) -> LossConfig:
-    """Only the losses named, all of weight 0.5."""
+    """Return a configuration in which the named losses have weight 0.5 and the others 0."""
     tree: dict[str, Any] = {name: {"weight": 0.5 * (name in names)} for name in LOSSES}
     tree["vision"] |= {"prototypes": 8, "hidden_dim": 16}
     for name, values in parts.items():
@@ -48,7 +48,7 @@ def batch_for(model: ViLSeg, *, features: bool = False) -> TensorBatch:
 
 
 def gradients(objective: Objective, batch: TensorBatch) -> tuple[dict[str, Tensor], set[str]]:
-    """The losses, and the parts of the objective that their sum reaches."""
+    """Return the losses, and the names of the modules that the gradient of their sum reaches."""
     losses = objective.train()(batch)
     losses["loss"].backward()
     reached = {n for n, p in objective.named_parameters() if p.grad is not None and bool(p.grad.any())}
@@ -259,7 +259,7 @@ def test_cached_half_precision_features_train_all_losses(make_model: Make) -> No
     }
 
 
-def test_the_cached_embedding_of_a_picture_as_a_whole_is_what_captions_meet(make_model: Make) -> None:
+def test_captions_are_compared_with_the_cached_pooled_feature(make_model: Make) -> None:
     model = make_model(image_encoder=FROZEN)
     objective = Objective(model, loss_config(*LOSSES), VIEWS.replace(feature_dropout=0.5), PHRASES)
     batch = batch_for(model, features=True)
@@ -325,7 +325,7 @@ def test_a_radius_beyond_the_patches_is_told(make_model: Make) -> None:
         objective(batch_for(model))
 
 
-def test_frozen_towers_train_with_pictures_too(make_model: Make) -> None:
+def test_frozen_encoders_train_with_images_too(make_model: Make) -> None:
     text = {"sizes": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}}
     model = make_model(image_encoder=FROZEN, text_encoder={**text, "frozen": True})
     objective = Objective(model, loss_config(*LOSSES), VIEWS, PHRASES)

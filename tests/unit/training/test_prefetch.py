@@ -1,4 +1,4 @@
-"""Batches on their way to the device."""
+"""Copying of batches to the device ahead of their use."""
 
 from __future__ import annotations
 

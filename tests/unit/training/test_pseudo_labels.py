@@ -1,4 +1,4 @@
-"""Pseudo labels against loops over the formula: who gets one, and what the student loses by them."""
+"""Pseudo labels: labels and losses equal to loops over their formulas."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def unit(*shape: int, seed: int = 0) -> Tensor:
 
 @pytest.fixture
 def model(make_model: Make) -> ViLSeg:
-    """With statistics as training leaves them."""
+    """Return a model with statistics as if it were trained."""
     made = make_model().eval()
     generator = torch.Generator().manual_seed(4)
     noise = torch.randn(made.embedding_dim, made.embedding_dim, generator=generator)
@@ -40,7 +40,7 @@ def features_for(model: ViLSeg) -> ImageFeatures:
 
 
 def slow_scores(model: ViLSeg, features: ImageFeatures) -> list[list[list[float]]]:
-    """z by picture, patch and phrase: regions alone, as the settings of an untouched model say."""
+    """Return z by image, patch and phrase, from scores by region only, which is the default setting."""
     texts = model.encode_text(list(PHRASES))
     found = []
     for image in range(B):

@@ -1,4 +1,4 @@
-"""The run's folder and what a run is begun with."""
+"""Run directory, its complete checkpoints, and the prepared data of a run."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Preparation of a run: the shards of all its sources, and words that come from all of them."""
+"""Preparation of a run: shards of all its sources, and a tokenizer and noun phrases from the captions of all of them."""
 
 from collections.abc import Sequence
 from pathlib import Path

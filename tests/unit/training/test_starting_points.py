@@ -1,4 +1,4 @@
-"""Runs that begin with the models of others, and with a model of ours: what is kept, and that they train."""
+"""Runs that start from pretrained models, of Hugging Face or of vilseg: their embeddings are kept, and they train."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ Make = Callable[..., ViLSeg]
 TEXTS = ["a dog", "Two cats, on a sofa!", "grass"]
 
 
-def pictures(*size: int) -> Tensor:
+def random_images(*size: int) -> Tensor:
     return torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(1))
 
 
@@ -48,7 +48,7 @@ def normalised(kind: str, images: Tensor) -> Tensor:
 
 
 def cut_into_patches(pixels: Tensor) -> dict[str, Tensor]:
-    """Patches as SigLIP 2 takes them, cut by hand."""
+    """Return the inputs of SigLIP 2, patches of the pixels, by an independent loop."""
     h, w = pixels.shape[2] // PATCH, pixels.shape[3] // PATCH
     rows = []
     for image in pixels:
@@ -65,7 +65,7 @@ def cut_into_patches(pixels: Tensor) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def images_of_original(kind: str, original: Any, seen: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Its embeddings of images and of patches, at unit length."""
+    """Return the original model's embeddings of images and of patches, unit length."""
     options = {} if kind == "siglip2" else {"interpolate_pos_encoding": True}
     whole = original.get_image_features(**seen, **options).pooler_output
     tokens = original.vision_model(**seen, **options).last_hidden_state
@@ -108,7 +108,7 @@ def test_the_scale_of_a_trained_siglip_is_not_cut(tmp_path: Path, kind: str, kep
 @pytest.mark.parametrize("size", [(SIDE, SIDE), (48, 64)])
 def test_embeddings_are_those_of_the_original(tmp_path: Path, kind: str, size: tuple[int, int]) -> None:
     original = checkpoints.contrastive(kind, tmp_path)
-    model, images = from_init(tmp_path), pictures(*size)
+    model, images = from_init(tmp_path), random_images(*size)
     pixels = normalised(kind, images)
     seen = cut_into_patches(pixels) if kind == "siglip2" else {"pixel_values": pixels}
     whole, patches = images_of_original(kind, original, seen)
@@ -124,23 +124,23 @@ def test_embeddings_are_those_of_the_original(tmp_path: Path, kind: str, size: t
 
 
 @pytest.mark.parametrize("kind", CONTRASTIVE)
-def test_a_picture_takes_the_same_way_through_both_preparations(
+def test_both_preparations_give_the_same_embeddings_of_an_image(
     tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("vilseg.segmentation.dense_features.has_bfloat16_units", lambda device: False)
     original = checkpoints.contrastive(kind, tmp_path)
     coarse = np.random.default_rng(0).integers(0, 256, (5, 5, 3), dtype=np.uint8)
-    picture = Image.fromarray(coarse).resize((48, 48), Image.Resampling.BICUBIC)
+    image = Image.fromarray(coarse).resize((48, 48), Image.Resampling.BICUBIC)
     processor = AutoImageProcessor.from_pretrained(tmp_path)
-    whole, patches = images_of_original(kind, original, dict(processor(images=picture, return_tensors="pt")))
+    whole, patches = images_of_original(kind, original, dict(processor(images=image, return_tensors="pt")))
 
     model = ViLSeg.from_pretrained(str(tmp_path))
     model.segmentation = model.segmentation.replace(input_size=SIDE, attention="plain")
-    resized = torch.from_numpy(crop_to_square(np.asarray(picture), SIDE).copy()).permute(2, 0, 1)[None]
+    resized = torch.from_numpy(crop_to_square(np.asarray(image), SIDE).copy()).permute(2, 0, 1)[None]
     with torch.no_grad():
         np.testing.assert_allclose(model.encode_image(resized / 255).pooled, whole, atol=1e-5)
-    look = Segmenter(model, classes=["dog", "cat"], device="cpu").encode([np.asarray(picture)])[0]
-    np.testing.assert_allclose(look.patches_ND, patches[0], atol=1e-5)
+    embeddings = Segmenter(model, classes=["dog", "cat"], device="cpu").encode([np.asarray(image)])[0]
+    np.testing.assert_allclose(embeddings.patches_ND, patches[0], atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", CONTRASTIVE)
@@ -153,10 +153,14 @@ def test_saved_as_ours_they_need_the_original_no_more(tmp_path: Path, kind: str)
     assert again.config == model.config
     assert again.config.init is None
     with torch.no_grad():
-        for one, other in zip(model.encode_image(pictures(32, 48)), again.encode_image(pictures(32, 48)), strict=True):
+        for one, other in zip(
+            model.encode_image(random_images(32, 48)), again.encode_image(random_images(32, 48)), strict=True
+        ):
             np.testing.assert_array_equal(one, other)
         np.testing.assert_array_equal(model.encode_text(TEXTS), again.encode_text(TEXTS))
-        np.testing.assert_array_equal(model.assignments(pictures(32, 32)), again.assignments(pictures(32, 32)))
+        np.testing.assert_array_equal(
+            model.assignments(random_images(32, 32)), again.assignments(random_images(32, 32))
+        )
     assert {name: value.tolist() for name, value in again.state_dict().items() if value.ndim == 0} == {
         name: value.tolist() for name, value in model.state_dict().items() if value.ndim == 0
     }
@@ -218,8 +222,8 @@ def test_patches_of_a_vision_checkpoint_are_its_last_hidden_state(
     mean, std = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
     options = {"interpolate_pos_encoding": True} if kind == "vit" else {}
     with torch.no_grad():
-        tokens = original(pixel_values=(pictures(*size) - mean) / std, **options).last_hidden_state
-        features = encoder.eval()(pictures(*size))
+        tokens = original(pixel_values=(random_images(*size) - mean) / std, **options).last_hidden_state
+        features = encoder.eval()(random_images(*size))
     np.testing.assert_allclose(features.patches, tokens[:, prefix:], atol=1e-5)
     np.testing.assert_allclose(features.pooled, tokens[:, 0], atol=1e-5)
 
@@ -367,7 +371,7 @@ def write_scenes(folder: Path) -> str:
 
 
 def starting_point(kind: str, folder: Path, make_model: Make) -> list[str]:
-    """Overrides that begin with a checkpoint of this kind."""
+    """Write a checkpoint of this kind; return the configuration overrides of a run that starts from it."""
     if kind in CONTRASTIVE:
         checkpoints.contrastive(kind, folder / "start")
         return [f"model.init={folder}/start"]
@@ -437,13 +441,14 @@ def test_three_steps_of_training_from_each(tmp_path: Path, make_model: Make, kin
     again = ViLSeg.from_pretrained(folder.model)
     with torch.no_grad():
         np.testing.assert_array_equal(
-            again.encode_image(pictures(SIDE, SIDE)).patches, trained.encode_image(pictures(SIDE, SIDE)).patches
+            again.encode_image(random_images(SIDE, SIDE)).patches,
+            trained.encode_image(random_images(SIDE, SIDE)).patches,
         )
         np.testing.assert_array_equal(again.encode_text(TEXTS), trained.encode_text(TEXTS))
 
 
 def begin(config: RunConfig) -> tuple[RunDirectory, ViLSeg]:
-    """A run's folder and the model that it begins with."""
+    """Prepare a run; return its directory and its initial model."""
     folder = run_setup.open_run_directory(config, resume=False)
     run_setup.prepare(config, folder)
     return folder, ViLSeg.from_pretrained(folder.initial)
@@ -454,9 +459,9 @@ def test_a_runs_first_model_is_the_start_itself(tmp_path: Path) -> None:
     original = checkpoints.contrastive("clip", tmp_path / "start")
     config = run_config(tmp_path, f"model.init={tmp_path}/start", "segmentation.input_size=64")
     folder, initial = begin(config)
-    whole, _ = images_of_original("clip", original, {"pixel_values": normalised("clip", pictures(SIDE, SIDE))})
+    whole, _ = images_of_original("clip", original, {"pixel_values": normalised("clip", random_images(SIDE, SIDE))})
     with torch.no_grad():
-        np.testing.assert_allclose(initial.encode_image(pictures(SIDE, SIDE)).pooled, whole, atol=1e-5)
+        np.testing.assert_allclose(initial.encode_image(random_images(SIDE, SIDE)).pooled, whole, atol=1e-5)
     assert initial.scale.item() == pytest.approx(original.logit_scale.exp().item(), rel=1e-5)
     assert initial.segmentation == config.segmentation
     assert RunConfig.load(folder.config) == config

@@ -1,4 +1,4 @@
-"""Statistics that training records for inference: mean and covariance of embeddings, and cached features instead of networks."""
+"""Statistics that training records for inference (mean and covariance of embeddings), and training on cached features."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_a_model_takes_its_statistics_with_it(frozen: Any, tmp_path: Any) -> Non
 
 
 def test_the_loss_on_whole_images_needs_no_patch_embeddings(frozen: Any) -> None:
-    """The shortcut gives what the full way gives: a vanishing share of a loss on patches asks for all of them."""
+    """Without a loss on patches, patch embeddings are skipped; a tiny fraction of one computes them and gives the same loss."""
     batch = cached_batch(0)
     whole = Objective(frozen, loss(cross_modal={"patch_share": 0}), ViewsConfig()).eval()(batch)
     nearly = Objective(frozen, loss(cross_modal={"patch_share": 1e-12}), ViewsConfig()).eval()(batch)

@@ -1,4 +1,4 @@
-"""A loss that is added: one term and nothing else, in one piece, in chunks, and over two workers."""
+"""Terms added to the objective, each one class: on a whole batch, in chunks, and on two workers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class ViewDistances(NamedTuple):
 
 
 class ViewDistanceTerm(Term[ViewDistances]):
-    """Mean squared distance of a linear map of the two global views: the toy of this file, concatenated over chunks."""
+    """Example term: mean squared distance between linear maps of two global views; chunks are concatenated."""
 
     weight = 0.25
     needs = Needs(global_views=2, second_view_gradient=True)
@@ -56,14 +56,14 @@ class ViewDistanceTerm(Term[ViewDistances]):
 
 
 class SummedDistances(NamedTuple):
-    """Sum over images, and something that is not there."""
+    """Sum of the distances over images, and an absent field."""
 
     total: Tensor
     absent: Tensor | None
 
 
 class SummedDistanceTerm(SummedTerm[SummedDistances]):
-    """The same, summed over chunks."""
+    """Example term with the same loss whose representations are sums; chunks are added up."""
 
     weight = 0.25
     needs = ViewDistanceTerm.needs
