@@ -58,7 +58,7 @@ class Names:
 
     @classmethod
     def of(cls, names: Iterable[str]) -> Names:
-        """Build the set from names as text."""
+        """Build the set of a list of names (paths of inputs)."""
         return cls(_digest(name) for name in names)
 
     def __len__(self) -> int:
