@@ -85,8 +85,8 @@ class ConfigTree(ConfigPart):
         """Read the YAML file at ``uri`` (if None, use the defaults) and apply ``key.sub=value`` overrides, whose values are YAML.
 
         Raises:
-            ConfigError: the file is missing or no mapping, a key is unknown (the message suggests the closest valid one), or a
-                value is not allowed.
+            ConfigError: the file is missing or is not a YAML mapping, a key is unknown (the message suggests the closest valid
+                one), or a value is not allowed.
         """
         tree: dict[str, Any] = {}
         if uri is not None:

@@ -12,7 +12,7 @@ from vilseg.config.locations import Uri
 
 
 class ColumnsConfig(ConfigPart):
-    """Names of the columns in Parquet pair shards."""
+    """Names of the columns in Parquet pair shards, and of the fields in the caption files of ``vilseg ingest``."""
 
     key: str = "key"
     """Column with the unique name of a pair; the row number is used if there is no such column."""

@@ -54,7 +54,7 @@ class NounsConfig(ConfigPart):
 class VisionConfig(ConfigPart):
     """Self-supervised loss between local and global crops with an EMA teacher (DINO, Caron et al. 2021).
 
-    The defaults are those of its section 3.2 and appendix, unless stated otherwise.
+    The defaults are those of section 3.2 and the appendix of that paper, unless stated otherwise.
     """
 
     weight: NonNegative = 0.1

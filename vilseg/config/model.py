@@ -17,8 +17,8 @@ class ImageEncoderConfig(ConfigPart):
     """Folder, ``s3://`` URI or hub id of a Hugging Face vision model that its Auto class can load (ViT, DINOv2, CLIP, ConvNeXt
     …)."""
     factory: str | None = None
-    """Import path ``module:function``; the function is called with ``factory_options`` and returns a module with patch
-    features."""
+    """Import path ``module:function``; the function is called with ``factory_options`` and returns a torch module that
+    computes patch features, as ``vilseg.model.image_encoder`` describes."""
     factory_options: dict[str, Any] = {}
     architecture: str = "local_conv"
     """Architecture of a network trained from scratch: ``local_conv`` (our own convolutional network with a small receptive field)

@@ -34,8 +34,8 @@ class RunConfig(ConfigTree):
     name: str | None = None
     """Name of the run directory; if None, a name is made from the date."""
     stage: Literal["contrast", "self-train"] = "contrast"
-    """``self-train`` continues training the model of ``init`` and adds a loss on the model's own confident labels to the
-    others."""
+    """``self-train`` continues training the model at the key ``init`` below, and adds to the other losses a loss on confident
+    labels that this initial model predicts."""
     init: ModelRef | None = None
     """Run directory or model folder of vilseg whose weights this run starts from; the keys of ``model`` must be the same."""
     data: DataConfig = DataConfig()

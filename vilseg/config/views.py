@@ -22,7 +22,8 @@ class ViewsConfig(ConfigPart):
     contrast: Fraction = 0.3
     saturation: Fraction = 0.2
     hue: Annotated[float, Field(ge=0, le=0.5)] = 0.03
-    """Maximum change of the hue, as a fraction of the colour circle; the other three are maximum changes of a factor around 1."""
+    """Maximum change of the hue, as a fraction of the colour circle. ``brightness``, ``contrast`` and ``saturation`` are maximum
+    changes of a factor around 1."""
     feature_dropout: FractionBelowOne = 0.0
     """Fraction of a frozen encoder's feature channels that are dropped, the same ones at all patches of a view. With a feature
     cache, this is the only difference between the two views of an image."""

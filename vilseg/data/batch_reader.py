@@ -26,7 +26,7 @@ from vilseg.errors import DataError, FilteredError
 from vilseg.text.noun_phrases import NounPhrases
 
 _SAMPLE_SHARDS = 20
-"""Minimum number of shards from which a sample of pairs is read, if there are as many."""
+"""Minimum number of shards from which a sample of pairs is read; if there are fewer shards, all are read."""
 MAX_PHRASES_PER_PAIR = 32
 """Number of columns for noun phrases in a batch, which is more than the captions of one image contain."""
 
@@ -52,7 +52,7 @@ _ARRAYS = ("images", "tokens", "phrases", "seeds")
 
 
 def pack(batches: Sequence[WorkerBatch]) -> dict[str, np.ndarray]:
-    """Convert a worker's batches of successive steps to one table row; its arrays are concatenated, with a leading axis of 1."""
+    """Convert a worker's batches of S steps to one table row: arrays of shape (1, S * B, ...), the number S, and the keys."""
     keys = [[key.replace("\n", " ") for key in batch.keys] for batch in batches]
     row = {name: np.concatenate([getattr(batch, name) for batch in batches])[None] for name in _ARRAYS}
     row["steps"] = np.array([len(batches)])
@@ -140,7 +140,8 @@ class BatchReader:
         columns: names of the columns of Parquet shards.
         selector: selector of the texts of a pair.
         variants: number of variants of every image in a feature cache, of which an epoch reads one.
-        report: function called with the number of pairs read and the list of bad and filtered ones; it may raise to stop the run.
+        report: function called several times for each window with the number of pairs read and the list of bad and filtered
+            pairs found since its previous call; it may raise to stop the run.
 
     Example:
         >>> import tempfile
@@ -214,7 +215,7 @@ class BatchReader:
             yield self._collate(good)
 
     def _load(self, window: Window, streams: _ShardStreams) -> tuple[list[_Loaded | None], list[BadPair]]:
-        """Return all pairs of the window, with None for each unreadable one, and the list of unreadable ones."""
+        """Return the pairs of the window, with None in place of each unreadable pair, and the list of the unreadable pairs."""
         pool: list[_Loaded | None] = []
         bad: list[BadPair] = []
         for segment in window.segments:
@@ -237,9 +238,10 @@ class BatchReader:
     def _sample_at(
         self, pool: list[_Loaded | None], order: list[int], position: int, bad: list[BadPair]
     ) -> _Sample | None:
-        """Return the pair at ``position`` of the order if it is usable, otherwise the first usable one half a window later.
+        """Return the pair at ``position`` of ``order`` if it is usable, otherwise a substitute; None if no pair is usable.
 
-        A substitute therefore depends only on the position, is the same after a resumption, and is rarely in the same step.
+        The substitute is the first usable pair from half a window after ``position`` on, continuing at the start of ``order``. It
+        therefore depends only on the position, is the same after a resumption, and is rarely in the same step.
         """
         middle = position + len(order) // 2
         for place in itertools.chain([position], range(middle, middle + len(order))):
@@ -347,7 +349,7 @@ def sample_pairs(
     Args:
         shards: all shards.
         columns: names of the columns of Parquet shards.
-        limit: maximum number of pairs in the sample, which have no image bytes.
+        limit: maximum number of pairs in the sample; they are returned without image bytes.
         selector: selector of the texts of a pair; None takes the default one.
     """
     shards = [shard for shard in shards if shard.pairs]

@@ -113,7 +113,7 @@ def crop_to_square(image: np.ndarray, side: int, position: float = 0.5) -> np.nd
 
 
 def _decode_jpeg(data: bytes, limit: int, min_side: int | None) -> np.ndarray | None:
-    """Decode a JPEG with simplejpeg; return None if it needs Pillow (CMYK, rotated or damaged)."""
+    """Decode a JPEG of at most ``limit`` pixels with simplejpeg; return None if it needs Pillow (CMYK, rotated or damaged)."""
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:

@@ -165,7 +165,7 @@ class PairSampler:
                 yield _Group(visits[len(visits) * group // groups : len(visits) * (group + 1) // groups])
 
     def _groups_a_task(self, weights: Sequence[int], leader: int) -> int:
-        """Return the number of groups of the leading source in a task whose size is that of one group of every source."""
+        """Return the number of groups of the source ``leader`` in a task as large as one group of each source in total."""
         held = [[shard.pairs for shard in self._shards_of(source) if shard.pairs] for source in self.weights]
         means = [Fraction(sum(pairs), len(pairs)) for pairs in held]
         return math.ceil(Fraction(weights[leader], sum(weights)) * sum(means) / means[leader])

@@ -51,7 +51,7 @@ def read_rows(uri: str, columns: ColumnsConfig) -> Iterator[Row | BadPair]:
     """Yield the rows of a caption file in order; yield a :class:`BadPair` for an invalid row.
 
     Raises:
-        DataError: the file is not a caption file.
+        DataError: the file is not CSV with an image column, JSONL, a JSON list of objects, or COCO captions.
         StorageError: the file cannot be read.
     """
     lower = uri.lower()
@@ -64,7 +64,7 @@ def read_rows(uri: str, columns: ColumnsConfig) -> Iterator[Row | BadPair]:
 
 
 def split_image(values: Mapping[str, Any], columns: ColumnsConfig) -> tuple[Any, dict[str, Any]]:
-    """Split a record into the value of its image field (a path, bytes, another value, or None) and its other fields."""
+    """Split a record into the value of its image field (a path, bytes or other value; None if absent) and the other fields."""
     rest = dict(values)
     found = _take(rest, columns.image, columns.path, *_IMAGE_NAMES)
     return found, rest
@@ -73,8 +73,9 @@ def split_image(values: Mapping[str, Any], columns: ColumnsConfig) -> tuple[Any,
 def normalise(values: Mapping[str, Any], columns: ColumnsConfig) -> dict[str, Any]:
     """Convert the fields of a record to the metadata of a pair.
 
-    The metadata have the keys ``captions`` (list), ``alt`` (text) and ``tags`` (list, without "#") if the record has such fields
-    under any of their names. Other fields are kept; of values that JSON cannot represent, bytes become null and others text.
+    The metadata have the keys ``captions`` (list), ``alt`` (text) and ``tags`` (list, without "#"), each if the record has such a
+    field under a name in ``columns`` or a common name. Other fields are kept. Values that JSON cannot represent are converted:
+    bytes to null, other values to text.
     """
     rest = dict(values)
     captions = [*_texts(_take(rest, columns.captions, "captions")), *_texts(_take(rest, columns.caption, "caption"))]
@@ -96,7 +97,10 @@ def normalise(values: Mapping[str, Any], columns: ColumnsConfig) -> dict[str, An
 
 
 def merge(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
-    """Merge the metadata of one image from two rows: all captions and tags of both; other fields of ``first`` take precedence."""
+    """Merge the metadata of one image from two rows.
+
+    Captions and tags of both are kept. If both have another field, the value in ``first`` is kept.
+    """
     merged = {**second, **first}
     for name in ("captions", "tags"):
         if name in merged:

@@ -48,8 +48,8 @@ from vilseg.ingest.image_files import (
 
 PART_PAIRS = 1000
 _CHECK_SIDE = 32
-"""Minimum side in pixels at which JPEGs are decoded to check them. All bytes are still read, so that damage is found, but it
-takes a third of the time."""
+"""Minimum side in pixels at which JPEGs are decoded to check them. All bytes are still read, so that damage is found, in a
+third of the time of decoding at full size."""
 _CAPTION_SUFFIXES = (*CSV_SUFFIXES, *JSON_LINES_SUFFIXES, JSON_SUFFIX)
 _SIDECAR_SUFFIXES = (".txt", ".json")
 
@@ -102,8 +102,8 @@ def find_pairs(
     """List the pairs at ``source``; the result depends only on its content.
 
     Args:
-        source: a folder, or a CSV, JSONL, JSON, Parquet or tar file. Paths of images in a caption file may be relative to it or
-            to the folder, or be the unique end of a file's path.
+        source: a folder, or a CSV, JSONL, JSON, Parquet or tar file. Paths of images in a caption file may be relative to the
+            folder of that file or to ``source``, or be the end of the path of exactly one file under ``source``.
         columns: names of columns, which take precedence over common names.
         part_pairs: maximum number of records in a `SourcePart`; a shard is one `SourcePart` of any size.
         prefix: prefix of every key, to distinguish sources.
@@ -149,7 +149,7 @@ def read_part(part: SourcePart, *, check: bool = True, max_pixels: int | None = 
     Args:
         part: result of :func:`find_pairs`.
         check: decode every image to verify it; if False, decode only images that must be converted.
-        max_pixels: maximum number of pixels in an image's header; None means 100 million.
+        max_pixels: maximum width x height in an image's header; None means 100 million.
 
     Raises:
         DataError: a Parquet file has no image column.

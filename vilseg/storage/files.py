@@ -189,8 +189,8 @@ def stream_files(
 ) -> Iterator[FileEntry]:
     """Yield every file under the folder ``uri``, also hidden ones, while the listing is in progress; if it is a file, yield it.
 
-    The order is that of the store and the same each time. Inside `retrying`, a listing that fails because the store does not
-    answer continues after the last file that was yielded.
+    The order is that of the store, and two listings of the same files have the same order. Inside `retrying`, a listing that
+    fails because the store does not answer continues after the last file that was yielded.
 
     Args:
         uri: URI of a folder, which may be empty, or of a file. Local files whose names are not UTF-8 get ``file://`` URIs.

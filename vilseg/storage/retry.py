@@ -34,10 +34,11 @@ T = TypeVar("T")
 
 @contextmanager
 def retrying(seconds: float = RETRY_S) -> Iterator[None]:
-    """Make storage functions of this thread repeat requests to a store that does not answer, until the block ends.
+    """Make storage functions called by the current thread in the ``with`` block repeat requests to a store that does not answer.
 
     Args:
-        seconds: time after the first failure during which a request is repeated; 0 disables retries, also in a nested block.
+        seconds: time after the first failure during which a request is repeated; 0 disables retries, also inside another
+            `retrying` block.
 
     Example:
         >>> from vilseg import storage
@@ -88,7 +89,7 @@ def call(action: Callable[[], T], seconds: float | None = None) -> T:
 def resume(begin: Callable[[T | None], Iterator[T]]) -> Iterator[T]:
     """Yield the items of a stream, which is restarted after the last yielded item when it raises `StoreUnavailable`.
 
-    The retry time is that of the `retrying` block around the request for the first item; it applies to each item separately.
+    The retry time is that of the `retrying` block in which the first item is requested. It starts again for each item.
 
     Args:
         begin: function that returns an iterator over the items after a given item; called with None for the start.

@@ -37,7 +37,8 @@ def read_settings() -> Settings:
     """Read the settings from the current environment; an empty variable counts as not set.
 
     Raises:
-        StorageError: only one of the two keys is set, or the endpoint is not an http(s) URL without path and password.
+        StorageError: only one of ``AWS_ACCESS_KEY_ID`` and ``AWS_SECRET_ACCESS_KEY`` is set; or the endpoint is not an http or
+            https URL with a host, or has a path, a user name or a password.
     """
 
     def first(*names: str) -> str | None:
@@ -72,7 +73,7 @@ def connect(settings: Settings, *, for_upload: bool = False) -> S3FileSystem:
         settings: settings of the connection.
         for_upload: optimize for output streams that get a whole file in one write and are closed explicitly. A small object then
             takes one request instead of three, and a large one is not copied to memory for sending in the background. A missing
-            bucket is only reported when the stream is closed, which `pyarrow.fs.copy_files` does not check.
+            bucket is only reported by an error when the stream is closed, and `pyarrow.fs.copy_files` ignores that error.
     """
     options: dict[str, Any] = {}
     if settings.access_key is not None:
@@ -188,7 +189,7 @@ def failure(uri: str, path: str, action: str, error: Exception) -> StorageError:
 
     Args:
         uri: URI on which the request failed.
-        path: the same as "bucket/key".
+        path: location of ``uri`` in the form "bucket/key".
         action: verb for the request: "read", "write", ...
         error: error of pyarrow or boto3.
     """

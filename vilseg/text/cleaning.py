@@ -34,7 +34,7 @@ _LETTERS = 0.5
 
 
 def clean_caption(text: str) -> str:
-    """Return a caption without markup, addresses, mentions and emoji, and with its hashtags split into words.
+    """Return a caption without markup, URLs, e-mail addresses, mentions and emoji, and with its hashtags split into words.
 
     >>> clean_caption("My #goldenRetriever &amp; me <b>at home</b> 😀 https://x.y/z @anna")
     'My golden retriever & me at home'

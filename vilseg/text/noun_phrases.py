@@ -124,7 +124,7 @@ class NounPhrases:
 
     @classmethod
     def from_json(cls, text: str) -> NounPhrases:
-        """Return the phrases and forms in the JSON that :meth:`to_json` returned."""
+        """Create noun phrases from the JSON that :meth:`to_json` returned."""
         tree = json.loads(text)
         return cls(tuple(tree["phrases"]), tree["forms"])
 
@@ -139,7 +139,7 @@ def _most_frequent(counts: Counter[str], min_count: int) -> tuple[str, ...]:
 
 
 def _runs(run: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Return (surface form, phrase with the lemma of its head) of every noun and every compound in a run of (form, lemma)."""
+    """Return (surface form, phrase with the lemma of its head) of each noun and compound in consecutive nouns (form, lemma)."""
     found = []
     for end in range(len(run)):
         for start in range(max(0, end - _MAX_WORDS + 1), end + 1):

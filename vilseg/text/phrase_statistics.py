@@ -6,7 +6,8 @@ The aim is to find words that name things in images. A word must pass three crit
   not discriminate.
 - *Topicality*: the words that occur in captions together with it must be distributed differently from the whole corpus, by the
   Kullback-Leibler divergence, corrected for its bias with few samples (Miller 1955). Function words, and attributes that anything
-  can have (colours), occur with everything (Lo et al. 2005, "Automatically building a stopword list", find stop words so).
+  can have (colours), occur with everything (Lo et al. 2005, "Automatically building a stopword list", find stop words in this
+  way).
 - *Contextual diversity*: the entropy of the word directly before it must not be in the top quarter. Names of things follow few
   words (articles, numbers, attributes), while prepositions, conjunctions and many verbs follow any word.
 - *Compounds*: two or three consecutive words that pass are joined if their normalised pointwise mutual information is high (Bouma
@@ -31,7 +32,8 @@ import numpy as np
 _MAX_FRACTION = 0.5
 """Maximum fraction of the captions that contain a word."""
 _TOPICALITY = 0.2
-"""Minimum divergence, in nats, of the words that occur together with a word from the whole corpus."""
+"""Minimum Kullback-Leibler divergence, in nats, between the words that occur in captions with a word and all words of the corpus.
+Half the median divergence of the words replaces it if that is lower."""
 _DIVERSITY_QUANTILE = 0.75
 """Quantile of contextual diversity above which words are left out."""
 _COHESION = 0.5
@@ -40,7 +42,7 @@ _MAX_WORDS = 3
 
 
 def count_phrases(captions: Sequence[Sequence[str]], min_count: int) -> Counter[str]:
-    """Return the phrases (words and compounds that pass the criteria), with the number of captions that contain each.
+    """Return the phrases (words and compounds that pass the criteria), with the number of captions that contain each phrase.
 
     Args:
         captions: captions, each as a list of words.
@@ -94,7 +96,7 @@ def _left_diversity(captions: list[list[int]], words: int) -> np.ndarray:
 
 
 def _compounds(captions: Sequence[Sequence[str]], names: set[str], min_count: int) -> Counter[str]:
-    """Return the compounds of two or three ``names``, with the number of captions that contain each."""
+    """Return the compounds of two or three words out of ``names``, with the number of captions that contain each compound."""
     words: Counter[str] = Counter()
     pairs: Counter[tuple[str, str]] = Counter()
     for caption in captions:

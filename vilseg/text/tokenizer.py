@@ -31,8 +31,8 @@ _SPECIAL = {
 def train_tokenizer(captions: Iterable[str], vocabulary_size: int) -> PreTrainedTokenizerBase:
     """Train an uncased WordPiece tokenizer (Devlin et al. 2019, section 3) with at most ``vocabulary_size`` pieces.
 
-    It adds no class and separator tokens to a text. Texts are pooled by the mean of their tokens, and two tokens common to all
-    texts would make the initial embeddings of single nouns nearly equal.
+    The tokenizer adds no class and separator tokens to a text, because the text encoder pools a text by the mean of its tokens,
+    and two tokens common to all texts would make the initial embeddings of single nouns nearly equal.
     """
     from transformers import PreTrainedTokenizerFast  # here, because the import is slow and often not needed
 
@@ -59,7 +59,7 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a Hugging Face model folder or hub id.
 
     Raises:
-        ModelError: it is not a tokenizer of the ``tokenizers`` library and cannot be converted to one.
+        ModelError: the loaded tokenizer is not one of the ``tokenizers`` library and cannot be converted to one.
         OSError, ValueError, ImportError: transformers cannot load it.
     """
     from transformers import AutoTokenizer

@@ -38,15 +38,16 @@ class Vocabulary:
     classes: tuple[str, ...]
     """Names of the classes, as they appear in results."""
     synonyms: tuple[tuple[str, ...], ...] = ()
-    """Synonyms of every class; empty if no class has any. ``SegmentationConfig.synonyms`` sets how the scores of a class's names
-    are combined."""
+    """Synonyms of each class, in the order of ``classes``; empty if no class has synonyms. ``SegmentationConfig.synonyms`` sets
+    how the scores of a class's names are combined."""
     background_words: tuple[str, ...] = ()
-    """Words whose best score is the score of the class ``background``; if empty, the model's own are used."""
+    """Words whose best score is the score of the class ``background``; if empty, ``SegmentationConfig.background_words`` of the
+    model replaces them."""
     negatives: tuple[str, ...] = ()
     """Negative words, which compete with the classes: a pixel whose best score is that of a negative word gets the class
     ``background``, or no class if there is no such class."""
     prompts: tuple[str, ...] = ()
-    """Prompt templates of all classes; if empty, the model's own are used."""
+    """Prompt templates of all classes; if empty, ``SegmentationConfig.prompts`` of the model replaces them."""
     class_prompts: tuple[tuple[str, ...], ...] = ()
     """Prompt templates of each class, which replace ``prompts`` for this class; empty if no class has any."""
 
@@ -94,7 +95,7 @@ class Vocabulary:
         return tuple("|".join(self.names(index)) for index in range(len(self.classes)))
 
     def with_background(self, words: Iterable[str] = ()) -> Vocabulary:
-        """Return the vocabulary with ``words`` as background words; if the class ``background`` is missing, append it."""
+        """Return a copy with ``words`` instead of its background words; append the class ``background`` if it is missing."""
         if self.background is not None:
             return replace(self, background_words=tuple(words))
         return replace(

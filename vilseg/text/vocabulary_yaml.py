@@ -31,7 +31,7 @@ _CLASS_KEYS = ("name", "synonyms", "prompts", "negatives")
 
 @cache
 def built_in() -> dict[str, Path]:
-    """Return the files of the built-in vocabularies by name.
+    """Return the paths of the built-in vocabularies' YAML files by vocabulary name.
 
     The names are ``ade20k``, ``coco``, ``coco-panoptic``, ``coco-stuff``, ``context`` and ``voc``.
     """
@@ -39,9 +39,10 @@ def built_in() -> dict[str, Path]:
 
 
 def read_yaml(text: str, place: str) -> dict[str, Any]:
-    """Return the arguments of :class:`~vilseg.text.vocabulary.Vocabulary` in a YAML file, and the key ``background``.
+    """Read a YAML file as the keyword arguments of :class:`~vilseg.text.vocabulary.Vocabulary`, without ``background_words``.
 
-    ``background`` is None if the file defines no such class, otherwise its background words.
+    The result has the additional key ``background``: the tuple of background words if the file adds the class ``background``
+    with its key of the same name, otherwise None.
 
     Args:
         text: content of the file.

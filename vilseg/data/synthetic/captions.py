@@ -97,7 +97,7 @@ def _joined(phrases: Sequence[str], rng: random.Random) -> str:
 
 
 def _place(key: str, name: str, rng: random.Random) -> str:
-    """Return a phrase for the location of the objects: "on the grass", "under a cloudy sky"."""
+    """Return a phrase that places objects relative to the stuff ``name``: "on the grass", "under a cloudy sky"."""
 
     def fits(template: str) -> bool:
         words = template.split()

@@ -101,7 +101,7 @@ def render_video(
 
 
 def _velocity(rng: random.Random, highest: float) -> tuple[float, float]:
-    """Draw a velocity (down, right) per frame in any direction, with a speed up to ``highest``."""
+    """Draw a velocity (down, right) in any direction, with a speed up to ``highest``, both in scene sides per frame."""
     speed, angle = rng.uniform(0.0, highest), rng.uniform(0.0, 2 * math.pi)
     return 0.4 * speed * math.sin(angle), speed * math.cos(angle)  # objects mostly move along the ground
 
