@@ -1,1 +1,1 @@
-"""Measurements that others can repeat: ``python -m benchmarks NAME --json``; RESULTS.md keeps what was seen."""
+"""Benchmarks, run by ``python -m benchmarks NAME --json``. ``RESULTS.md`` records measured results."""

@@ -1,4 +1,4 @@
-"""``python -m benchmarks NAME --json``: run one measurement and print what came of it."""
+"""Command ``python -m benchmarks NAME --json``, which runs one benchmark and prints its result."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _NAMES = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the benchmark that is named; 0 done, 2 the input is wrong."""
+    """Run the benchmark named in ``arguments`` (default: the command line), and return 0, or 2 if the input is wrong."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measurements that others can repeat.")
     names = "; ".join(f"{name}: {what}" for name, what in _NAMES.items())
     parser.add_argument("name", choices=_NAMES, help=names)

@@ -1,9 +1,9 @@
-"""Ablation: mIoU on unseen scenes with one part of the method changed at a time, and of two peers.
+"""Ablation: mIoU on unseen synthetic scenes, with one part of the method changed at a time, and of two peer models.
 
-Every row trains the demo's model on the same scenes for the same number of samples, each with several seeds; what differs is
-named in `VARIANTS`. The peers are architectures of ``transformers`` trained from scratch on the same pairs (see
-`benchmarks.peers`). A run takes minutes and there are many: each leaves its figures in ``ablation.json`` beside this file, and
-a benchmark that was interrupted goes on with the others, on another machine if need be.
+Every row of the results is a variant of the demo's configuration (see `VARIANTS`) or a peer. All are trained on the same scenes
+for the same number of samples, once per seed. The peers are architectures of ``transformers`` trained from scratch on the same
+pairs (see `benchmarks.peers`). A training takes minutes and there are many. The result of each is stored in ``ablation.json`` in
+this file's folder, so that an interrupted benchmark continues with the trainings that have no result, also on another machine.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ CAPTIONS_ALONE = ("loss.nouns.weight=0", "loss.mutual_information.weight=0", "lo
 
 @dataclass(frozen=True)
 class Variant:
-    """A row: what is changed, and why it is asked."""
+    """Row of the ablation: its name, its configuration overrides, and the part of the method that they belong to."""
 
     name: str
     overrides: tuple[str, ...] = ()
@@ -110,7 +110,7 @@ READINGS: dict[str, dict[str, float]] = {
 
 @dataclass(frozen=True)
 class Job:
-    """One training."""
+    """One training of a variant or a peer, with one seed."""
 
     name: str
     seed: int
@@ -124,9 +124,10 @@ class Job:
 
     @property
     def key(self) -> str:
-        """The same for what is trained in the same way, under whatever name: a row that becomes the default is kept.
+        """Key of the result in ``ablation.json``; equal for trainings of vilseg with equal settings, whatever their names.
 
-        It knows the configuration where that is not vilseg's default, so that a new key makes no figure old.
+        It contains a hash of the settings that differ from vilseg's defaults, so that a new configuration key makes no result
+        invalid. The key of a peer also contains the peer's name.
         """
         config = RunConfig.load(str(scene_runs.CONFIG), [*_REQUIRED, *self.overrides]).model_dump(
             mode="json", exclude_defaults=True
@@ -137,12 +138,17 @@ class Job:
 
 
 def main(out: Path) -> dict[str, Any]:
-    """Train every variant with every seed, a process a core; ``out`` keeps the scenes.
+    """Train every variant and peer with every seed, in one process per CPU core.
+
+    Args:
+        out: folder for the scenes, which a later run uses again.
 
     Returns:
-        ``ratio`` (the default's mIoU over that of the better peer), ``rows`` with the mean and spread of each variant, how far it
-        is ``ahead`` of the default seed by seed and the standard error of that, the curves of a run five times as long as the
-        demo's, with and without the noun contrast, and ``readings`` of the default at its end.
+        ``ratio`` (mIoU of the default over mIoU of the better peer), ``ahead_of_peers`` (their difference), ``rows`` (for each
+        variant and peer the mean mIoU and its standard deviation over seeds, ``ahead``, the mean over seeds of its mIoU minus
+        the default's with the same seed, and ``ahead_error``, the standard error of ``ahead``), ``curves`` (mIoU over samples
+        of two runs five times as long as the demo's, the default and captions alone), and ``readings`` (mIoU of the default at
+        the end of its long run with each inference setting of `READINGS`).
     """
     out = out.absolute()
     scene_runs.draw(out)

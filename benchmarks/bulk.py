@@ -1,9 +1,10 @@
-"""`vilseg segment` against a bare loop, Daft and a torch DataLoader: the same photos, model and output written.
+"""Photos per second of `vilseg segment`, a bare loop, Daft and a torch DataLoader, with the same photos, model and output.
 
-2,000 photos at their own sizes (those of the shared data, under several names where there are fewer) lie on the S3 store.
-Every way reads, decodes, segments, writes an indexed PNG a photo and rows with run lengths. A way's rate is that of its
-steady state: the photos between the first tenth and the last twentieth of those finished, over the time these took. So
-neither processes that start nor the last worker at work count, of which a long job has no more than a short one.
+2,000 photos at their own sizes are in the S3 store; photos of the shared data are repeated under other names to reach this
+number. Each of the four systems reads, decodes and segments photos, and writes one indexed PNG per photo and result rows with
+run lengths. Its rate is measured in the steady state: the photos finished between the first 10 % and the last 5 % of all, divided
+by the time in which they were finished. This leaves out the start of processes and the end, when only some workers are busy,
+which weigh no more in a long job than in a short one.
 """
 
 from __future__ import annotations
@@ -47,10 +48,14 @@ CLASSES = tuple(scene.name for scene in scenes.CLASSES)
 
 
 def main(out: Path) -> dict[str, Any]:
-    """Run the measurement; ``out`` keeps the object store and is replaced.
+    """Run the benchmark.
+
+    Args:
+        out: folder for the object store; replaced if it exists.
 
     Returns:
-        ``ratio`` (photos/s of `vilseg segment` over those of the bare loop, medians of the rounds) and the rates of all.
+        ``ratio`` (photos/s of `vilseg segment` over photos/s of the bare loop, medians of the rounds), ``ratio_daft`` and
+        ``ratio_dataloader`` (the same over the other two systems), and the rates and total seconds of every system and round.
     """
     shutil.rmtree(out, ignore_errors=True)
     with embedded_store(out.absolute() / "store"):
@@ -88,7 +93,7 @@ def main(out: Path) -> dict[str, Any]:
 
 
 def photo_files() -> list[Path]:
-    """The photos of the shared data."""
+    """Return the paths of the photos of the shared data."""
     data = shared_data("flickr8k_full/images", "coco_mini_dev/images")
     files = sorted((data / "flickr8k_full" / "images").glob("*.jpg"))
     return files + sorted((data / "coco_mini_dev" / "images").glob("*.jpg"))
@@ -107,7 +112,10 @@ def _upload() -> list[str]:
 
 
 def save_model(uri: str) -> None:
-    """The demo's model before training, which takes as long as afterwards, on images twice as large as there."""
+    """Save the demo's model, untrained and with an input size of 128 pixels, twice the demo's.
+
+    Training would not change its speed.
+    """
     config = RunConfig.load(
         str(Path(__file__).parent.parent / "configs" / "demo.yaml"), ["segmentation.input_size=128"]
     )
@@ -117,7 +125,11 @@ def save_model(uri: str) -> None:
 
 
 def steady(finished: Sequence[float]) -> float:
-    """Photos/s in the steady state; ``finished`` are the moments at which photos were, of a block all at once."""
+    """Return the photos per second in the steady state.
+
+    Args:
+        finished: time in seconds at which each photo was finished; photos of a block have the same time.
+    """
     times = sorted(finished)
     begin, end = (times[round(share * len(times))] for share in _STEADY)
     return (bisect_right(times, end) - bisect_right(times, begin)) / (end - begin)
@@ -137,7 +149,7 @@ def _vilseg(place: str, names: list[str]) -> list[float]:
 
 
 def run_vilseg(place: str) -> None:
-    """Prints the moments."""
+    """Segment the photos by `vilseg segment` into ``place``, and print the time at which each was finished, as a JSON list."""
     from cluster.ray_session import ray_session
     from jobs.segment import segment_job
     from jobs.segment.plan import plan
@@ -160,7 +172,7 @@ def _in_process(code: str) -> list[float]:
 
 
 class OnePhoto:
-    """Segment one photo and write its outputs, as the workers of every compared system do."""
+    """Processing of one photo (decode, segment, write the outputs), which is the same in all compared systems but vilseg."""
 
     def __init__(self, place: str) -> None:
         torch.set_num_threads(1)
@@ -225,7 +237,10 @@ def _daft(place: str, names: list[str]) -> list[float]:
 
 
 def run_daft(place: str, names: list[str]) -> None:
-    """Daft downloads, a pool of its class instances does the rest. Prints the moments."""
+    """Segment the photos by Daft, and print the time at which each was finished, as a JSON list.
+
+    Daft downloads the photos, and a pool of instances of a class decodes, segments and writes.
+    """
     import daft
     from daft.io import IOConfig, S3Config
 
@@ -274,7 +289,10 @@ class _Photos(torch.utils.data.Dataset):
 
 
 def run_data_loader(place: str, names: list[str]) -> None:
-    """Worker processes read and decode, this one has the model and writes. Prints the moments."""
+    """Segment the photos by a torch DataLoader, and print the time at which each was finished, as a JSON list.
+
+    Its worker processes read and decode; this process segments and writes.
+    """
     photo = OnePhoto(place)
     torch.set_num_threads(os.cpu_count() or 1)  # or the model would have one core alone
     loader = torch.utils.data.DataLoader(

@@ -1,10 +1,10 @@
-"""Overhead of `vilseg segment`: listing and bookkeeping for up to a million keys.
+"""Overhead of `vilseg segment` (listing and bookkeeping) for up to a million images.
 
-The images are 8 x 8 pixels under many names, and the model is replaced by a constant through its configuration
-(``model.image_encoder.factory``), so that little but reading remains. The overhead of an image is the time of the whole
-command, without its start, less that of a bare loop in one process a core that reads, decodes, segments and keeps the same
-rows, over the number of images, times the cores. Memory is the largest resident set: the driver's, and of all processes
-of the job together (pages that they share count for each).
+The images are 8 x 8 pixels, and the configuration key ``model.image_encoder.factory`` selects an encoder with constant output,
+so that little but reading remains. The overhead per image is (T - B) cores / images, where T is the time of a whole job without
+its start, and B the time of a bare loop, in one process per core, that reads, decodes and segments the same images and makes the
+same rows. Memory is the largest resident set size of the driver, and the largest sum of resident set sizes over all processes of
+the job, in which shared pages count once per process.
 """
 
 from __future__ import annotations
@@ -40,23 +40,25 @@ _SIDE = 8
 
 
 class Constant(nn.Module):
-    """An image encoder that says the same of every image."""
+    """Image encoder with the same output for every image."""
 
     num_features = 4
     patch_size = _SIDE
 
     def forward(self, images_B3HW: Tensor) -> ImageFeatures:
-        """One patch of ones."""
+        """Return one patch of ones per image. Shape: (B, 3, H, W) -> patches (B, 1, 4)."""
         return ImageFeatures(images_B3HW.new_ones(len(images_B3HW), 1, self.num_features), None, (1, 1))
 
 
 def main(out: Path) -> dict[str, Any]:
-    """Run the measurement; ``out`` keeps the images, and where they are already they are used again.
+    """Run the benchmark. The environment variable ``VILSEG_BULK_KEYS`` replaces the largest number of images.
 
-    ``VILSEG_BULK_KEYS`` takes the place of the largest size.
+    Args:
+        out: folder for the images, which a later run uses again.
 
     Returns:
-        ``ratio`` (0.3 ms over the overhead an image at the largest size) and the figures of every size.
+        ``ratio`` (0.3 ms over the overhead per image at the largest number of images), and ``sizes``: for each number of images
+        the overhead per image in milliseconds, the times in seconds and the memory in MB.
     """
     out = out.absolute()
     most = int(os.environ.get("VILSEG_BULK_KEYS", _SIZES[-1]))
@@ -159,7 +161,7 @@ def _vilseg(archive: Path, model: str, out: Path) -> dict[str, float]:
 
 
 def run(archive: str, model: str, out: str) -> None:
-    """One whole job in this process, the driver; prints the figures."""
+    """Run one whole job with this process as driver, and print its times (seconds) and memory (MB) as a JSON object."""
     from cluster.ray_session import ray_session
     from jobs.segment import segment_job
     from jobs.segment.plan import plan

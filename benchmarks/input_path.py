@@ -1,9 +1,9 @@
-"""The input path alone: batches of pairs from the object store, by Ray Data and by a DataLoader with webdataset.
+"""Photos/s of reading training batches from the object store, by Ray Data and by a torch DataLoader with webdataset.
 
-Both read the same shards from the same store with two processes, decode, crop, choose and tokenize a caption, find its nouns,
-shuffle, and hand batches to one consumer that does nothing with them. webdataset reads as its documentation does, by URL and
-with Pillow; a third way gives it this project's decoder, so that what comes from decoding can be told from what comes from the
-rest. What starting costs, some seconds once, is left out: the clock begins with the first batch.
+Both read the same shards from the same store in two processes; they decode, crop, choose and tokenize a caption, find its noun
+phrases and shuffle, and pass batches to one consumer that does nothing with them. webdataset reads by URL and decodes with
+Pillow, as its documentation shows. A third variant, webdataset with this project's image decoder, shows how much of the
+difference is due to decoding. The clock starts with the first batch, so that the start of processes is left out.
 """
 
 from __future__ import annotations
@@ -49,13 +49,17 @@ _SHUFFLED = 1000
 
 
 def main(out: Path) -> dict[str, Any]:
-    """Run the measurement; ``out`` keeps the object store.
+    """Run the benchmark.
+
+    Args:
+        out: folder for the object store.
 
     Returns:
-        ``ratio`` (photos/s of Ray Data over those of the DataLoader, median of the rounds) and the raw figures.
+        ``ratio`` (photos/s of Ray Data over photos/s of the DataLoader with webdataset and Pillow, median of the rounds), and the
+        rates of all variants and rounds.
 
     Raises:
-        DataError: the photos are not there.
+        DataError: the photos are not in the folder that ``VILSEG_SHARED_DATA`` names.
     """
     photos = shared_data("flickr8k_224/shards") / "flickr8k_224" / "shards"
     with embedded_store(out.absolute() / "store"):

@@ -73,19 +73,19 @@ _CASES: dict[str, tuple[str, ...]] = {
 
 
 def main(out: Path, *, against: str = "HEAD") -> dict[str, Any]:
-    """Train by both trees and compare; ``out`` keeps the figures and a log of each.
+    """Train with both trees and compare their metrics.
 
     Args:
-        out: emptied first.
-        against: the commit that the working tree, with what is not committed yet, is compared with.
+        out: folder for the metrics and a log of each tree; emptied first.
+        against: commit to compare with. The working tree is compared including its uncommitted changes.
 
     Returns:
-        ``equal``, ``ratio`` (1 where all is equal, else 0), and ``cases`` by name: ``equal``, ``steps``, ``first_difference``
-        (None, or the step, the figure's name and its value in each tree), ``last_loss`` and ``sha256`` (of all figures) of the
-        working tree, and ``seconds`` that the slower tree took.
+        ``equal``, ``ratio`` (1 if the metrics of all trainings are equal, else 0), and ``cases`` by name of the training:
+        ``equal``, ``steps``, ``first_difference`` (None, or the step, the name of the metric and its value in each tree),
+        ``last_loss`` and ``sha256`` (of all metrics) of the working tree, and ``seconds`` that the slower tree took.
 
     Raises:
-        UserError: there is no such commit, or a tree could not be started.
+        UserError: the commit does not exist, or a tree could not be started.
     """
     out = out.absolute()
     shutil.rmtree(out, ignore_errors=True)

@@ -1,9 +1,10 @@
-"""Trainings by the code of one tree, one after the other. ``loss_parity`` gives this file's text to ``python -c``, started in
-the tree's folder: the tree may be older than this file, so all that is asked of it is the command that its pyproject.toml
-declares.
+"""Program that runs trainings with the code of one tree, one after another.
 
-Reads a JSON object ``{"name", "arguments"}`` a line, the arguments those of ``vilseg``, and writes one ``{"name", "exit",
-"seconds"}`` for each.
+``loss_parity`` passes the text of this file to ``python -c``, started in the folder of the tree. The tree may be older than this
+file, so only the ``vilseg`` command declared in its pyproject.toml is used.
+
+Each line of stdin is a JSON object ``{"name", "arguments"}`` with arguments of ``vilseg``. For each, one line
+``{"name", "exit", "seconds"}`` is written to stdout.
 """
 
 import importlib
@@ -23,7 +24,7 @@ _INTERRUPTED = 130
 
 
 def main() -> None:
-    """Run what stdin asks for."""
+    """Run the trainings that stdin lists, until its end."""
     answers, sys.stdout = sys.stdout, sys.stderr
     scripts = tomllib.loads(Path("pyproject.toml").read_text())["project"]["scripts"]
     module, _, function = scripts["vilseg"].partition(":")
@@ -48,8 +49,10 @@ def main() -> None:
 
 
 def start_ray() -> None:
-    """Start a Ray of one CPU: one thread for the networks, so that no sum depends on how it was shared. The command takes the
-    Ray that its process is connected to."""
+    """Start a local Ray with one CPU, to which `run` connects.
+
+    With one CPU the networks use one thread, so that no sum depends on how it is divided among threads.
+    """
     for left in (2, 1, 0):
         try:
             ray.init(
@@ -64,12 +67,12 @@ def start_ray() -> None:
 
 
 def files(modules: tuple[str, ...]) -> list[str]:
-    """The files that modules are imported from."""
+    """Return the path of the file from which each module is imported."""
     return [str(importlib.import_module(name).__file__) for name in modules]
 
 
 def run(command: Callable[[], None], arguments: list[str]) -> int:
-    """The exit code of a verb."""
+    """Run ``vilseg`` with ``arguments`` in this process, and return its exit code."""
     sys.argv = ["vilseg", *arguments]
     try:
         command()

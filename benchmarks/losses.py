@@ -1,9 +1,10 @@
-"""Each loss beside a naive version that follows its formula: CPU seconds of forward and backward, the two in alternating rounds.
+"""CPU time of forward and backward of each loss, compared with a naive version that follows the loss's formula.
 
-The naive versions loop over what the formula sums over (images, captions, views, displacements), each turn a line of torch, as
-the formula is read. IIC is measured at 64 images of 14 x 14 patches and 25 clusters with the nine displacements of radius 1,
-beside equation 5 of Ji et al. 2019 as it is written (outer products of assignments, added up), and beside the authors' published
-way of computing it (one convolution with the other map for a kernel), which is no naive one.
+The naive versions are Python loops over the indices of the sums (images, captions, views, displacements) with one torch
+expression per iteration. IIC is measured for 64 images of 14 x 14 patches, 25 clusters and the nine displacements of radius 1. It
+is compared with equation 5 of Ji et al. 2019 as written (a sum of outer products of assignments), and separately with the
+published code of its authors (one convolution with the other map as kernel), which does not count as naive. The timed versions
+alternate in rounds.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ Loss = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """Two ways to the same loss."""
+    """Two implementations of the same loss, and inputs for both."""
 
     ours: Loss
     naive: Loss
@@ -53,14 +54,18 @@ class Case:
 
 
 def main(out: Path) -> dict[str, Any]:
-    """Run the measurement, on one thread of the CPU; ``out`` is not used.
+    """Run the benchmark on one CPU thread.
+
+    Args:
+        out: not used.
 
     Returns:
-        ``ratio`` (naive over ours, the smallest of all losses, each the median of the rounds), ``losses`` (the ratio and the
-        milliseconds of both for each) and ``iic_authors_ratio``.
+        ``ratio`` (time of the naive version over time of ours, median of the rounds, the smallest value of all losses),
+        ``losses`` (for each loss this ratio and the milliseconds of both versions), and ``iic_authors_ratio``, the ratio for
+        the authors' code.
 
     Raises:
-        AssertionError: the two ways do not give the same loss and gradient.
+        AssertionError: the two versions differ in the loss or its gradients.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

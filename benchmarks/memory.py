@@ -45,12 +45,16 @@ _PHRASES_IN_BATCH = 0.5
 
 
 def main(out: Path) -> dict[str, Any]:
-    """The table; nothing is written to ``out``."""
+    """Return the result of `table` for the configuration ``configs/vitb16_cc12m.yaml``; nothing is written to ``out``."""
     return table(RunConfig.load(str(CONFIG)))
 
 
 def table(config: RunConfig) -> dict[str, Any]:
-    """Gigabytes a worker of ``config`` holds, by what for, without and with sharding."""
+    """Compute the GPU memory of one worker in GB by purpose, without sharding (``none``) and with FSDP (``fsdp``).
+
+    Also returned: the number of parameters, the saved activations per image and caption in MB, and for cards of 40 and 80 GB
+    whether the worker fits and how many pairs per worker would.
+    """
     workers = config.trainer.min_workers
     pairs = config.trainer.batch_size // workers
     objective = _on_meta(config)

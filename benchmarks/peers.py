@@ -1,10 +1,10 @@
-"""Two published architectures trained from scratch on the same pairs, to set vilseg's figures beside.
+"""Two published architectures trained from scratch on the same pairs as vilseg, as a comparison.
 
-``GroupViTModel`` (Xu et al. 2022) groups patches inside the network and names its groups; ``CLIPModel`` (Radford et al. 2021)
-names every patch by its own embedding, through the projection that it learnt for the image as a whole. Both are the classes
-of ``transformers`` with their own loss, in sizes near to those of the demo's model and with patches of the same 4 pixels; they
-see the same images in the same order, cropped and flipped alike, through the same tokenizer. Their maps get the same
-refinement at the end as vilseg's, so that what is compared is the training.
+``GroupViTModel`` (Xu et al. 2022) groups patches inside the network and classifies its groups. ``CLIPModel`` (Radford et al.
+2021) classifies each patch by the embedding of this patch, through the projection that it has learned for the whole image. Both
+are the classes of ``transformers`` with their own loss, in sizes close to the demo's model, with patches of 4 pixels. They get
+the same images in the same order, with the same crops and flips, and use the same tokenizer. Their score maps are refined as
+vilseg's are, so that the comparison is of the training only.
 """
 
 from __future__ import annotations
@@ -39,7 +39,14 @@ _PROMPT = "the {}"
 
 
 def train(name: str, config: RunConfig, dataset: FolderDataset, rate: float) -> float:
-    """mIoU on ``dataset`` of a peer trained at ``rate``, with the pairs, steps, batch, views and seed of ``config``."""
+    """Train a peer and return its mIoU.
+
+    Args:
+        name: one of `PEERS`.
+        config: configuration with the pairs, steps, batch size, views and seed.
+        dataset: dataset to evaluate on.
+        rate: peak learning rate.
+    """
     with tempfile.TemporaryDirectory() as left:
         config = config.replace(name="peer", **{"trainer.storage": str(left)})
         prepared = run_setup.prepare(config, run_setup.open_run_directory(config, resume=False))

@@ -1,8 +1,8 @@
-"""Effect of each inference setting: mIoU, boundary IoU and time with one setting changed at a time.
+"""Effect of each inference setting: mIoU, boundary IoU and time, with one setting changed at a time.
 
-On unseen synthetic scenes with the demo's model, and on photos with that of ``benchmarks real_photos``; both are trained first
-unless an earlier run left them. What a model sees in an image is kept for all rows that see it alike, so a row costs the
-naming of the pixels.
+The datasets are unseen synthetic scenes, for the demo's model, and photos, for the model of ``benchmarks real_photos``. Both
+models are trained first unless an earlier run has left them. The dense features of an image are kept for all rows that compute
+them in the same way, so the time of a row is that of classifying pixels.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ Change = Callable[[Vocabulary], Vocabulary]
 
 @dataclass(frozen=True)
 class Row:
-    """A choice: what is changed of the settings that the model carries, and of the vocabulary."""
+    """Row of the results: overrides of the inference settings of the model, a change of the vocabulary, and the datasets."""
 
     axis: str
     name: str
@@ -96,14 +96,19 @@ ROWS = (
 
 
 def main(out: Path) -> dict[str, Any]:
-    """Measure every row; ``out`` keeps the models.
+    """Measure every row.
+
+    Args:
+        out: folder for the scenes and their model, which a later run uses again. The model for photos is kept in the folder of
+            ``benchmarks real_photos`` beside it.
 
     Returns:
-        ``rows``, a list of what was measured for each choice and dataset; ``ratio``, the boundary IoU of scenes with the default
-        refinement over that without; ``refinement_share``, the part of the time of a 512-pixel image that refinement takes.
+        ``rows``, a list with the metrics of each row and dataset; ``ratio``, the boundary IoU of scenes with the default
+        refinement over that without refinement; ``refinement_share``, the fraction of the time of a 512-pixel image that
+        refinement takes.
 
     Raises:
-        DataError: the photos are not where ``VILSEG_SHARED_DATA`` says.
+        DataError: the photos are not in the folder that ``VILSEG_SHARED_DATA`` names.
     """
     out = out.absolute()
     data = shared_data("flickr8k_224/shards", "coco_mini_dev/things")

@@ -1,10 +1,10 @@
 """Images/s of bulk segmentation and of training on one single-core node and on two of them.
 
-Every node is a `ray start` that is bound to a core of its own, with all that runs on it; the driver shares the head's core,
-as on a machine of its own it would. So one node really is one core, and the ratio is what a second machine adds. Photos,
-pairs and results lie in folders, so that no server has a share in the cores. A rate is that of the steady state: in bulk
-the photos between the first tenth and the last twentieth, as in the benchmark `bulk`; in training the median of the reports
-after the first third. The ratio of the benchmark is that of bulk segmentation.
+Every node is a ``ray start`` that is bound, with its workers, to one core. The driver shares the core of the head node, as it
+would on a machine of its own. So a node has exactly one core, and the ratio is the gain from a second machine. Photos, pairs and
+results are in folders, so that no server uses a core. Rates are measured in the steady state: in bulk segmentation the photos
+between the first 10 % and the last 5 % of those finished, as in ``benchmarks.bulk``; in training the median of the reports after
+the first third. The ratio of the benchmark is that of bulk segmentation.
 """
 
 from __future__ import annotations
@@ -37,13 +37,17 @@ _ROUNDS = 2
 
 
 def main(out: Path) -> dict[str, Any]:
-    """Run the measurement; ``out`` is replaced.
+    """Run the benchmark.
+
+    Args:
+        out: folder for photos, pairs, model and results; replaced if it exists.
 
     Returns:
-        ``ratio`` and ``ratio_training`` (two nodes over one, medians of the rounds), and the rates of all rounds.
+        ``ratio`` (bulk segmentation) and ``ratio_training`` (rate of two nodes over rate of one, medians of the rounds), and the
+        rates of all rounds.
 
     Raises:
-        ClusterError: fewer than two cores, or no `taskset` to bind nodes to them.
+        ClusterError: this machine has fewer than two cores, or no command ``taskset`` to bind a node to a core.
     """
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     if len(cores) < 2 or not shutil.which("taskset"):
@@ -98,7 +102,7 @@ def _driver(cluster: LocalCluster, host: Host, call: str) -> float:
 
 
 def run_bulk(out: str, place: str, nodes: int) -> None:
-    """Segment the photos; prints photos/s."""
+    """Segment the photos, and print the rate in photos/s; called in the driver process."""
     from cluster.ray_session import ray_session
     from jobs.segment import segment_job
     from jobs.segment.plan import plan
@@ -117,7 +121,7 @@ def run_bulk(out: str, place: str, nodes: int) -> None:
 
 
 def run_training(out: str, place: str, nodes: int) -> None:
-    """Train with a worker a node; prints images/s."""
+    """Train with one worker per node, and print the rate in images/s; called in the driver process."""
     from cluster.ray_session import ray_session
     from jobs.train import train_job
 

@@ -1,4 +1,4 @@
-"""Trainings of the demo's model on synthetic scenes in this process, for benchmarks that need many, or none of Ray."""
+"""Trainings of the demo's model on synthetic scenes in this process, without Ray, for benchmarks that need many of them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _PAIRS, _SHARD = 24_000, 2_000
 
 
 def draw(out: Path) -> None:
-    """Write pairs and unseen scenes into ``out``, unless an earlier run did."""
+    """Write training pairs and unseen scenes with masks to ``out``, unless an earlier run has written them."""
     size = config(out).data.canvas
     if (out / "unseen" / "classes.txt").exists():
         return
@@ -33,7 +33,14 @@ def draw(out: Path) -> None:
 
 
 def write_pairs(folder: str, pairs: int, shard: int, size: int) -> None:
-    """Write so many pairs of ``size`` pixels into ``folder``, ``shard`` of them a file."""
+    """Write pairs of synthetic scenes as shards with an index.
+
+    Args:
+        folder: folder for the shards.
+        pairs: number of pairs in total.
+        shard: number of pairs per shard.
+        size: side of the square images in pixels.
+    """
     shards = []
     for start in range(0, pairs, shard):
         drawn = scenes.pairs(shard, 0, size, start=start)
@@ -44,17 +51,18 @@ def write_pairs(folder: str, pairs: int, shard: int, size: int) -> None:
 
 
 def config(out: Path, *overrides: str) -> RunConfig:
-    """The demo's configuration, on the pairs in ``out`` and with one worker."""
+    """Return the demo's configuration with the pairs in ``out``, one worker and further overrides."""
     fixed = [f"data.source={out}/pairs", f"trainer.storage={out}/runs", "trainer.workers=1"]
     return RunConfig.load(str(CONFIG), [*fixed, *overrides])
 
 
 def train(config: RunConfig, on_checkpoint: Callable[[ViLSeg, int], None] = lambda model, step: None) -> ViLSeg:
-    """A trained model; of the run itself nothing is kept.
+    """Train a model in this process and return it; the run directory is deleted.
 
     Args:
-        config: with a name.
-        on_checkpoint: told the model, which it may put into evaluation mode, and the steps made, whenever a checkpoint is due.
+        config: configuration with a name.
+        on_checkpoint: function called at every checkpoint step with the model and the number of steps done; it may set the
+            model to evaluation mode.
     """
     storage.delete(f"{config.trainer.storage}/{config.name}")  # what was left of it when the benchmark was interrupted
     folder = run_setup.open_run_directory(config, resume=False)

@@ -1,6 +1,7 @@
-"""Effect of self-training: one more stage with the model's own confident labels, against the same stage without them.
+"""Effect of self-training: further training with confident labels of the model itself, compared with the same without labels.
 
-On scenes: the demo's configuration, then stages of as many more steps at a third of the learning rate, by the same pairs.
+The demo's configuration is trained on synthetic scenes first. Each further stage starts from this model, has its own overrides
+(`STAGES`) and trains on the same pairs with a third of the learning rate.
 """
 
 from __future__ import annotations
@@ -33,11 +34,14 @@ STAGES: dict[str, tuple[str, ...]] = {
 
 
 def main(out: Path) -> dict[str, Any]:
-    """Train and measure; ``out`` keeps the scenes and the first model.
+    """Train the first model and every stage, and measure them.
+
+    Args:
+        out: folder for the scenes and the first model, which a later run uses again.
 
     Returns:
-        ``miou`` by stage, of region and patch scores together and of patches alone; ``ratio``, the best stage with labels over
-        that without.
+        ``miou`` of the first model (``before``) and by stage: with region and patch scores together (``blend``) and with patch
+        scores alone (``patches``); ``ratio``, the best ``blend`` of a stage with labels over that of the stage without.
     """
     out = out.absolute()
     scene_runs.draw(out)

@@ -1,9 +1,9 @@
-"""`vilseg serve` against the bare `Segmenter` and LitServe: one model, one process that has it, the same photos and answers.
+"""Requests/s and latency of `vilseg serve`, the bare `Segmenter` and LitServe, with the same model, photos and answers.
 
-Clients send photos in closed loop: each waits for its answer before it sends the next. The bare loop decodes, segments
-and makes the same JSON in one process that does nothing else; no way computes clusters, which that JSON does not have.
-Under overload, four times as many requests a second as the best rate seen are sent whether answers come or not; goodput is
-the rate of those that are answered with a mask.
+Each system has one process that holds the model. Clients send photos in a closed loop: each waits for its answer before it sends
+the next photo. The bare loop decodes, segments and makes the same JSON in one process without a server. None of them computes
+clusters, which the JSON does not contain. Under overload, requests are sent at four times the best measured rate, without waiting
+for answers; the goodput is the rate of requests answered with a mask.
 """
 
 from __future__ import annotations
@@ -36,11 +36,15 @@ _ROOT = Path(__file__).parent.parent
 
 
 def main(out: Path) -> dict[str, Any]:
-    """Run the measurement; ``out`` holds the model and is replaced.
+    """Run the benchmark.
+
+    Args:
+        out: folder for the model; replaced if it exists.
 
     Returns:
-        ``ratio`` (requests/s at 8 clients over those of the bare loop), ``ratio_litserve`` (over those of LitServe),
-        ``added_p50_ms`` at 1 client, ``goodput`` at four times the peak over the peak; and the figures of all rounds.
+        ``ratio`` (requests/s of vilseg at 8 clients over those of the bare loop), ``ratio_litserve`` (over those of LitServe at 8
+        clients), ``added_p50_ms`` (median latency of vilseg at 1 client minus that of the bare loop), ``goodput`` (under
+        overload, as a fraction of vilseg's best rate), and the results of all rounds.
     """
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
@@ -86,7 +90,7 @@ def _run(function: str, *arguments: str) -> Any:
 
 
 def run_bare(model: str) -> None:
-    """One photo after the other in this process; prints the figures."""
+    """Segment photos one after another in this process, and print requests/s and latencies as a JSON object."""
     work = OnePhoto(model)
     photos = _photos()
     for photo in photos[:8]:
@@ -100,7 +104,7 @@ def run_bare(model: str) -> None:
 
 
 class OnePhoto:
-    """Segment one photo as the bare loop and LitServe do."""
+    """Function from an encoded photo to the JSON answer, which the bare loop and LitServe call."""
 
     def __init__(self, model: str) -> None:
         import torch

@@ -1,4 +1,4 @@
-"""The work of `benchmarks.serve` behind LitServe, with one worker: ``python -m benchmarks.serve_litserve MODEL PORT``."""
+"""LitServe server with one worker, for `benchmarks.serve`: ``python -m benchmarks.serve_litserve MODEL PORT``."""
 
 import sys
 

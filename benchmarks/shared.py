@@ -15,10 +15,13 @@ DATA_VARIABLE = "VILSEG_SHARED_DATA"
 
 
 def shared_data(*needed: str) -> Path:
-    """The folder that ``VILSEG_SHARED_DATA`` names, with ``needed`` in it.
+    """Return the folder that the environment variable ``VILSEG_SHARED_DATA`` names.
+
+    Args:
+        needed: subfolders that it must contain.
 
     Raises:
-        DataError: it is not set, or a folder is not there.
+        DataError: the variable is not set, or a subfolder is missing.
     """
     folder = os.environ.get(DATA_VARIABLE)
     if not folder:
@@ -31,7 +34,10 @@ def shared_data(*needed: str) -> Path:
 
 @contextmanager
 def embedded_store(folder: Path) -> Iterator[None]:
-    """An empty object store in ``folder``, whatever an earlier run left there; the ``AWS_*`` variables lead to it."""
+    """Run an empty object store in ``folder`` within the ``with`` block; existing content is deleted.
+
+    The ``AWS_*`` environment variables of this process are set to the store, also after the block.
+    """
     shutil.rmtree(folder, ignore_errors=True)
     store = ObjectStore.start(folder)
     try:

@@ -1,4 +1,4 @@
-"""Sections of RESULTS.md that a benchmark writes by itself."""
+"""Sections of ``RESULTS.md`` that benchmarks update."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from vilseg.errors import DataError
 
 
 def replace_section(file: Path, name: str, text: str) -> None:
-    """Put ``text`` between ``<!-- name -->`` and ``<!-- /name -->``, with today's date above it.
+    """Replace the text between ``<!-- name -->`` and ``<!-- /name -->`` in ``file`` by today's date and ``text``.
 
     Raises:
-        DataError: the file has no such marks.
+        DataError: the file does not contain both marks.
     """
     begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     before = file.read_text()

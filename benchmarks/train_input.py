@@ -1,8 +1,8 @@
-"""Does reading keep up with training? The same step on batches from Ray Data, and on batches already in memory.
+"""Training speed with batches from Ray Data, compared with the same steps on batches in memory.
 
-Both are timed in the same Ray Train workers with the same model, in blocks that alternate. A block of fed steps has a
-stream of its own, read from the object store and decoded beside the workers, and ends with it; so nothing is read while
-the steps in memory are timed, and none of the reading for a fed block escapes its clock but that for the first batch.
+Both are timed in the same Ray Train workers with the same model, in blocks of steps that alternate. Each block fed by Ray Data
+has its own stream, which is read from the object store and decoded beside the workers and ends with the block. So nothing is read
+while steps on batches in memory are timed, and all reading for a fed block is timed except that before its first batch.
 """
 
 from __future__ import annotations
@@ -47,10 +47,13 @@ _WARM_UP = 20
 
 
 def main(out: Path) -> dict[str, Any]:
-    """Run the measurement; ``out`` keeps the object store.
+    """Run the benchmark.
+
+    Args:
+        out: folder for the object store.
 
     Returns:
-        ``ratio`` (images/s fed over images/s from memory, medians over blocks) and the raw figures.
+        ``ratio`` (images/s fed by Ray Data over images/s from memory, medians over blocks), and the rates of all blocks.
     """
     with embedded_store(out.absolute() / "store"), ray_session() as session:
         return _measure(session)

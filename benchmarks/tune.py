@@ -1,8 +1,9 @@
 """Overhead of a sweep over its trainings, and time saved by early stopping.
 
-Overhead: the same training, with the same evaluations and checkpoints, in a trial under Tune and by itself, one after the
-other on one CPU. ASHA against a random search that trains every trial to its end: the same points in the same order, on all
-CPUs; compared is the time until a finished trial scores within 2 % of the best that either search found.
+Overhead: the same training, with the same evaluations and checkpoints, is timed as a trial under Tune and outside of Tune, one
+after the other on one CPU. Early stopping: ASHA is compared with a random search that trains every trial to its end, on the same
+points in the same order and on all CPUs. The compared value is the time until a trial ends with a score within 2 % of the best
+score that either search found.
 """
 
 from __future__ import annotations
@@ -45,13 +46,16 @@ _POINTS: dict[str, Any] = {
 
 
 def main(out: Path) -> dict[str, Any]:
-    """Run the measurement; ``out`` keeps the sweeps and is replaced.
+    """Run the benchmark.
+
+    Args:
+        out: folder for the scenes and the sweeps; replaced if it exists.
 
     Returns:
-        ``ratio`` (random search's time to within 2 % of the best over ASHA's), ``asha_share`` (its inverse),
-        ``overhead_seconds`` that one more trial costs beyond its training, ``overhead_share`` of a trial of two minutes,
-        ``sweep_seconds`` that a sweep costs once, ``rank_correlation`` of the measures without masks with mIoU over the
-        trials of the random search, and the raw figures.
+        ``ratio`` (time of the random search until a score within 2 % of the best, over that of ASHA; None if a search found
+        none), ``asha_share`` (its inverse), ``overhead_seconds`` (of one more trial, beyond its training), ``overhead_share``
+        (the same as a fraction of 120 s), ``sweep_seconds`` (cost of a sweep, independent of its number of trials),
+        ``rank_correlation`` (of the proxy metrics with mIoU over the trials of the random search), and the raw results.
     """
     out = out.absolute()
     shutil.rmtree(out, ignore_errors=True)

@@ -1,11 +1,12 @@
-"""Video against frame by frame: mIoU, steadiness and cost a frame on moving scenes whose masks and motion are exact.
+"""Video segmentation compared with segmentation frame by frame: mIoU, temporal consistency and CPU time per frame.
 
-A small model is trained first, on still scenes and their captions, in this process. The videos are from another stream.
+The videos are moving synthetic scenes with exact masks and motion. A small model is trained first, in this process, on still
+scenes and their captions, which are drawn independently of the videos.
 
-Steadiness is the temporal consistency of Liu et al. 2020 ("Efficient semantic video segmentation with per-frame
-inference", section 3.3): the mIoU between the labels of a frame and those of the frame before it brought along the motion,
-counted over each video and averaged over videos; here with the exact motion in the place of estimated flow, and without the
-pixels that were not visible before. ``flicker`` is the fraction of these pixels whose label changes, though none truly does.
+Temporal consistency follows Liu et al. 2020 ("Efficient semantic video segmentation with per-frame inference", section 3.3): the
+mIoU between the labels of a frame and those of the previous frame warped by the motion, computed over each video and averaged
+over videos. Here the motion is exact, not an estimated flow, and pixels that were not visible in the previous frame are left out.
+``flicker`` is the fraction of the remaining pixels whose label changes, although their true class does not.
 """
 
 from __future__ import annotations
@@ -46,12 +47,15 @@ Way = Callable[[Iterable[np.ndarray]], Iterable[Segmentation]]
 
 
 def main(out: Path) -> dict[str, Any]:
-    """Run the measurement, on one thread of the CPU; ``out`` keeps the model and is replaced.
+    """Run the benchmark on one CPU thread.
+
+    Args:
+        out: folder for the pairs and the model; replaced if it exists.
 
     Returns:
-        ``ratio`` (seconds a frame of frame by frame over ours, median of the rounds), ``ratio_vit_b16`` (the same for the
-        paper's encoder at 224 px, with random weights, as these take as long) and for both ways the mIoU,
-        ``temporal_consistency``, ``flicker`` and CPU milliseconds a frame.
+        ``ratio`` (CPU time per frame of frame-by-frame over video segmentation, median of the rounds), ``ratio_vit_b16`` (the
+        same for the paper's encoder at 224 px, with random weights, which take the same time), and for both methods the mIoU,
+        ``temporal_consistency``, ``flicker`` and CPU milliseconds per frame.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -60,7 +60,7 @@ class Session:
     def cpus_per_actor(self, actors: int) -> float:
         """Return the number of CPUs per actor for ``actors`` actors.
 
-        It is at most that of the smallest machine, because Ray would wait forever for more.
+        It is at most the number of CPUs of the smallest machine, because Ray would wait forever for more.
         """
         return min(self.cpus / actors, self.node_cpus or self.cpus)
 

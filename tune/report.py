@@ -149,8 +149,8 @@ def rank_correlations(records: Sequence[TrialRecord]) -> tuple[int, int, dict[st
     """Compute Spearman's rank correlation with mIoU for each proxy metric, over evaluations of trials at the same step.
 
     Returns:
-        The last step at which at least `_MIN_TRIALS` trials were evaluated, the number of these trials, and the correlations by
-        metric; (0, 0, {}) if there is no such step.
+        The last step at which at least `_MIN_TRIALS` trials were evaluated and a correlation is defined, the number of these
+        trials, and the correlations by proxy metric; (0, 0, {}) if there is no such step.
     """
     from scipy.stats import spearmanr
 

@@ -304,7 +304,7 @@ def format_value(value: Any) -> str:
 
 
 def config_at_point(config: RunConfig, point: Point) -> RunConfig:
-    """Return the configuration at a point of the space.
+    """Return ``config`` with the values of a point of the space.
 
     Raises:
         ConfigError: a key of the point is unknown, or its value is invalid.

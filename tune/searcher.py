@@ -30,7 +30,7 @@ def unfinished_points(space: SearchSpace, records: Sequence[TrialRecord]) -> lis
 def make_optuna_search(space: SearchSpace, records: Sequence[TrialRecord]) -> OptunaSearch:
     """Return Optuna's tree-structured Parzen estimator (Bergstra et al. 2011) for Ray Tune.
 
-    It is fitted to the ended trials of ``records``, and suggests the points of the unfinished ones first.
+    It is fitted to the ended trials of ``records``, and suggests the points of the unfinished trials of ``records`` first.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     storage = optuna.storages.InMemoryStorage()

@@ -117,8 +117,8 @@ class JobServer(JobSubmissionClient):
             job: job to start.
             variables: environment variables of the job and its workers. They may hold credentials and are not printed.
             name: id of the job; if None, one is made from the command and the time.
-            code: see `stage`.
-            own: see `stage`.
+            code: see `packaging.stage`.
+            own: see `packaging.stage`.
             cpus: number of CPUs reserved for the command's own process. If ``cpus`` and ``gpus`` are None, it runs on the head.
             gpus: number of GPUs reserved for the command's own process.
         """

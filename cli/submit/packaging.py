@@ -123,7 +123,7 @@ def fit(verb: Verb, *, here: bool) -> Job:
         here: True if the cluster consists of this machine only, so that paths are valid for the job too.
 
     Raises:
-        StorageError: a path that only this machine can read.
+        StorageError: an argument or the configuration has a path that only this machine can read.
     """
     name, *rest = verb.arguments
     files: dict[str, Path] = {}
@@ -237,7 +237,7 @@ def variables(*, here: bool) -> tuple[dict[str, str], list[str]]:
     """Return the environment variables that are sent with the job, including credentials, and notes about those left out.
 
     Args:
-        here: True if the cluster consists of this machine only; then all are sent.
+        here: True if the cluster consists of this machine only; then no variable is left out and nothing is checked.
 
     Raises:
         UserError: the object store listens on the loopback address, where the cluster cannot reach it.

@@ -76,15 +76,15 @@ class Progress:
     """Progress of a job."""
 
     done: int
-    """Number of inputs processed, including those of earlier calls."""
+    """Number of inputs processed, including those of earlier calls of `main` with the same output."""
     listed: int
     """Number of inputs listed so far, including those processed in earlier calls."""
     listing_ended: bool
     """All inputs are listed and all containers opened, so that `listed` is final."""
     rejected: int
-    """Number of inputs rejected in this call."""
+    """Number of inputs rejected in this call of `main`."""
     new_rejected: list[tuple[str, str]]
-    """Names and reasons of the inputs rejected since the last call."""
+    """(name, reason) of each input rejected since the progress function was last called."""
 
 
 def main(

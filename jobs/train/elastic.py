@@ -42,7 +42,7 @@ def most_workers_that_fit(trainer: TrainerConfig, session: Session, on_gpus: boo
 
 
 def wait_for_workers(trainer: TrainerConfig, *, on_gpus: bool = False) -> tuple[int, Session]:
-    """Wait for free resources, and return the largest number of workers that fits in them, with the current cluster.
+    """Wait for free resources, and return the largest number of workers that fits in them, and the `Session` at that time.
 
     For `_FULL_SIZE_TIMEOUT_S` seconds only the number that fits on the whole cluster is accepted, because the resources of a lost
     worker are not free at once. After that smaller numbers are accepted too.

@@ -27,9 +27,9 @@ class ProgressUpdate:
     bad: dict[BadPairId, str] = field(default_factory=dict)
     """Reasons why pairs could not be read, by pair; every pair is reported once per run."""
     read: int = 0
-    """Number of pairs read since the monitor was started."""
+    """Number of pairs taken from shards since the monitor was started, including unreadable and filtered ones."""
     bad_total: int = 0
-    """Number of unreadable pairs among them; a pair counts again in every epoch."""
+    """Number of unreadable pairs since the monitor was started; a pair counts again in every epoch."""
     failure: Exception | None = None
     """User error that a worker raised; the run cannot continue."""
 
@@ -61,8 +61,9 @@ class BadPairCounter:
         """Count pairs, and return an error message if too many could not be read, else None.
 
         Args:
-            read: number of pairs read since the last call, including the bad ones.
-            bad: the pairs among them that could not be read.
+            read: number of pairs newly taken from shards, including unreadable and filtered ones.
+            bad: pairs newly found unreadable. If an image could not be decoded, an earlier call may have counted the pair in
+                ``read``.
         """
         self.read += read
         self.bad += len(bad)
@@ -100,18 +101,21 @@ class TrainingMonitor:
         self._failure: Exception | None = None
 
     def add_pairs(self, read: int, bad: list[BadPair], filtered: int = 0) -> str | None:
-        """Count pairs, and return an error message if too many could not be read, else None.
+        """Count pairs, and return an error message if too many could not be read, else None. Readers call this.
 
         Args:
-            read: number of pairs read since the last call, including the bad ones.
-            bad: the pairs among them that could not be read.
-            filtered: number of pairs that the configured filters left out.
+            read: number of pairs that the reader has taken from shards since its last call, including unreadable and filtered
+                ones.
+            bad: pairs that the reader found unreadable since its last call. Those whose image could not be decoded may have been
+                counted in ``read`` of an earlier call.
+            filtered: number of pairs that the configured filters left out since the reader's last call. They may have been
+                counted in ``read`` of an earlier call too, and are not in ``bad``.
         """
         self._filtered += filtered
         return self._pairs.add(read, bad)
 
     def report(self, metrics: dict[str, float]) -> ReportReply:
-        """Store a report of rank 0 until the driver polls it."""
+        """Store metrics that rank 0 reports, until the driver calls `poll`, and return the reply to rank 0."""
         counts = {"bad_pairs": float(self._pairs.bad), "filtered_pairs": float(self._filtered)}
         self._new.metrics.append({**metrics, **counts})
         return ReportReply(self._stop, counts)
@@ -121,7 +125,7 @@ class TrainingMonitor:
         self._stop = False
 
     def request_stop(self) -> None:
-        """Request the run to stop at its next report."""
+        """Request the run to stop: from now on every reply to a report of rank 0 says so."""
         self._stop = True
 
     def fail(self, failure: Exception) -> None:
@@ -133,7 +137,7 @@ class TrainingMonitor:
         return self._failure is not None
 
     def poll(self) -> ProgressUpdate:
-        """Return the metrics and bad pairs since the last call, with the totals."""
+        """Return the metrics and bad pairs that no earlier call returned, the totals, and the user error if there is one."""
         new, self._new = self._new, ProgressUpdate()
         new.bad = self._pairs.take_new()
         new.read, new.bad_total, new.failure = self._pairs.read, self._pairs.bad, self._failure

@@ -152,7 +152,7 @@ def execution_options() -> ExecutionOptions:
 
 
 def worker_batches(shard: ray.data.DataIterator) -> Iterator[WorkerBatch]:
-    """Yield the batches of one training worker."""
+    """Yield the batches of one training worker from its ``shard``, the worker's split of the dataset of `stream_batches`."""
     # batch_size=None yields each block as one batch; Ray documents it, but its type annotation lacks it.
     for columns in shard.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2):  # type: ignore[arg-type]
         yield from unpack(columns)

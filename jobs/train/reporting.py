@@ -105,11 +105,15 @@ class TrainingReporter:
         return reply.stop
 
     def checkpoint(self) -> None:
-        """Start to write a checkpoint with the last metrics, in the background."""
+        """Start to write a checkpoint, with the metrics of the last report, in the background."""
         self._writer.write(self._trainer.state_dict(), self._last_metrics, also=self._metrics.sync)
 
     def save_model(self) -> None:
-        """Write the trained model to the run directory; with FSDP collective, so every rank has to gather the weights."""
+        """Write the trained model to the run directory.
+
+        With FSDP the weights are gathered from all ranks, so every other rank has to call `Trainer.model_weights` at the same
+        time.
+        """
         weights = self._trainer.model_weights()
         run_results.save_trained_model(
             self._trainer.objective.model, self._config, self._run_dir, self._last_metrics, weights

@@ -45,8 +45,8 @@ class TrainingSupervisor:
         monitor: handle of the run's `TrainingMonitor` actor.
         run_dir: directory of the run.
         steps: number of steps of the whole run.
-        progress: function called a few times per second with the updates of the monitor.
-        should_stop: function called equally often; once it returns True, the run stops with a checkpoint.
+        progress: function called a few times per second with the `ProgressUpdate` that polling the monitor returned.
+        should_stop: function called as often as ``progress``; once it returns True, the run stops with a checkpoint.
     """
 
     def __init__(
@@ -135,7 +135,10 @@ def _wait_for_end_on_error(ended: threading.Event) -> Iterator[None]:
 
 @contextmanager
 def collect_signals() -> Iterator[list[int]]:
-    """Collect every Ctrl-C and SIGTERM in a list. An exception raised inside one of Ray's calls could get lost."""
+    """Append the number of each signal (Ctrl-C, SIGTERM) in the ``with`` block to the yielded list, and raise no exception.
+
+    An exception raised inside one of Ray's calls could get lost. Outside the main thread the list stays empty.
+    """
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield received  # only the main thread receives signals

@@ -47,7 +47,7 @@ def main(
         session: the cluster.
         resume: continue from the last checkpoint of the run of that name.
         progress: function called a few times per second with the updates of the training monitor.
-        should_stop: function called equally often; once it returns True, the run stops with a checkpoint.
+        should_stop: function called as often as ``progress``; once it returns True, the run stops with a checkpoint.
 
     Raises:
         UserError: the configuration, the pairs or the storage has an error that the user can correct.
