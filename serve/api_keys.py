@@ -14,7 +14,7 @@ from vilseg.errors import ConfigError, UserError
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
 _LINE = re.compile(r"([^:\s]+):([0-9a-f]{64})")
 _REFRESH = 15.0
-"""Seconds between two reads of the file, which is read again so that keys can be added and removed while the server runs."""
+"""Seconds between two reads of the key file, which is read again so that keys can be added and removed while the server runs."""
 
 
 def add_key(uri: str, name: str) -> str:
@@ -75,7 +75,7 @@ class ApiKeys:
         return found
 
     def is_stale(self) -> bool:
-        """Return True if the file was last read more than `_REFRESH` seconds ago, so that `refresh` is due."""
+        """Return True if the key file was last read more than `_REFRESH` seconds ago, so that `refresh` is due."""
         return time.monotonic() - self._read_at > _REFRESH
 
     def refresh(self) -> None:

@@ -15,11 +15,11 @@ from typing import Any
 
 
 class Batcher:
-    """Queue that runs waiting items of the same group as one batch, in one thread and in order of arrival.
+    """Queue that runs waiting items of the same group as one batch, in order of arrival, in one background thread.
 
     Args:
-        run: Function called in the thread with a group (such as a model) and its items. It yields one result per item, in
-            order; each result is delivered immediately.
+        run: Function called in the background thread with a group (such as a model) and the items of a batch. It yields one
+            result per item, in order; each result is delivered immediately.
         size: Maximum number of items per batch.
 
     Example:
@@ -42,7 +42,7 @@ class Batcher:
 
         Args:
             group: Only items with equal groups are in one batch.
-            item: Argument for ``run``.
+            item: Item, which ``run`` gets in a list with the others of its batch.
 
         Raises:
             Exception: Exception of ``run``; raised for every item of the batch that has no result yet.
@@ -64,7 +64,7 @@ class Batcher:
     def _run_batch(
         self, loop: asyncio.AbstractEventLoop, batch: list[tuple[Hashable, Any, asyncio.Future[Any]]]
     ) -> None:
-        """Run one batch and deliver its results; called in the model's thread."""
+        """Run one batch and deliver its results; called in the background thread."""
         futures = deque(future for _, _, future in batch)
         try:
             for result in self._run(batch[0][0], [item for _, item, _ in batch]):
@@ -75,7 +75,7 @@ class Batcher:
                 loop.call_soon_threadsafe(_deliver, future, None, error)
 
     def _take(self) -> list[tuple[Hashable, Any, asyncio.Future[Any]]]:
-        """Remove and return the next batch: the oldest item that is not cancelled, and others of its group in order."""
+        """Remove and return the next batch: the oldest item that is not cancelled, and the next items of the same group."""
         batch: list[tuple[Hashable, Any, asyncio.Future[Any]]] = []
         remaining: deque[tuple[Hashable, Any, asyncio.Future[Any]]] = deque()
         for entry in self._waiting:

@@ -43,7 +43,7 @@ class LoadedModel:
 
 
 class Engine:
-    """Segmenter of requests. On a GPU, decoding, forward passes and encoding of different images run in parallel.
+    """Engine that decodes, segments and encodes the images of requests; on a GPU, these steps of different images overlap.
 
     Args:
         batch: Maximum number of images per forward pass on a GPU; on a CPU it is 1.

@@ -224,7 +224,7 @@ class _Exchange:
         return message
 
     def check_length(self) -> None:
-        """Raise HttpError if the received body or its Content-Length exceeds the limit."""
+        """Raise HttpError if the body received so far, or the Content-Length of the request, exceeds the limit."""
         stated = _header(self.scope, b"content-length")
         if self._received > self._limit or (stated.isdigit() and int(stated) > self._limit):
             raise HttpError(

@@ -17,9 +17,9 @@ from serve.request_types import SegmentRequest, SegmentResponse
 
 log = logging.getLogger("ray.serve")
 _OVERLOAD_S = 1.0
-"""Seconds after a refusal by the replicas for which they count as overloaded."""
+"""Seconds for which the replicas count as overloaded after an image was refused because the queue was full."""
 _ATTEMPTS = 3
-"""Maximum number of replicas that one request may lose. The last attempt runs while no other suspect request does."""
+"""Maximum number of attempts per request; only the loss of a replica leads to another one. Last attempts run one at a time."""
 
 
 async def await_or_cancel(response: Any) -> Any:
@@ -50,7 +50,7 @@ class Router:
         self._isolation = asyncio.Lock()
 
     def is_overloaded(self) -> bool:
-        """Return True if a replica refused an image within the last second and no fewer images are in progress now.
+        """Return True if an image was refused within the last second, and as many images as then, or more, are in progress now.
 
         Call this before a request's body is read, because under overload most time is spent on bodies of refused requests.
         """
@@ -125,7 +125,7 @@ class Router:
         return response
 
     async def _is_available(self, handle: Any, uri: str) -> bool:
-        """Return True if a replica has loaded the model, or can load it, and responds."""
+        """Return True if a replica responds that it has the model, which it loads if necessary."""
         try:
             return await await_or_cancel(handle.load.remote(uri)) is None
         except (BackPressureError, DeploymentUnavailableError, RayActorError):

@@ -90,7 +90,7 @@ class VideoJobs:
         return state
 
     def touch(self, video_id: str) -> None:
-        """Update the time of a queued job, so that it does not count as failed while it waits."""
+        """Write the current time to ``job.json`` of a queued job, so that it does not count as failed while it waits."""
         state = self.state(video_id)
         if state is not None and state["status"] == "queued":
             write_state(self.directory(video_id), state)

@@ -23,7 +23,7 @@ SegmentVideo = Callable[[VideoJob], Awaitable[None]]
 
 
 class VideoUploads:
-    """Receiver of videos: stores them, queues their segmentation, and reports its state.
+    """Receiver of videos: stores each video, queues its segmentation, and reports the state of that job.
 
     Args:
         config: Configuration with the storage directory and the queue of videos.

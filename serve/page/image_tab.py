@@ -114,7 +114,7 @@ class ImageTab:
         return await asyncio.to_thread(viewer, "picture", response.body, context), state
 
     async def show_if_changed(self, state: dict[str, Any], *controls: Any) -> tuple[Any, Any]:
-        """Show the result for changed controls; do nothing if it is already displayed.
+        """Segment as `show` does if the controls have changed; do nothing if the result for them is already displayed.
 
         The class field also reports changes that an example or a link made, whose result is already displayed.
         """
@@ -123,11 +123,11 @@ class ImageTab:
         return await self.show(state, *controls)
 
     async def upload(self, path: str | None, *controls: Any) -> tuple[str, dict[str, Any]]:
-        """Show the result for an uploaded image."""
+        """Segment the uploaded image at ``path``; return the result as HTML and the new state."""
         return await self.show(await self.open(await self._backend.read(path)) if path else {}, *controls)
 
     async def example(self, index: int, *controls: Any) -> tuple[Any, ...]:
-        """Open an example and segment it; return path, class list, result and state."""
+        """Segment an example image; return its path and class list, the result as HTML, and the new state."""
         chosen = list(self._cache.examples.values())[index]
         names = list(chosen.classes)
         html, state = await self.show(await self.open(chosen.image), names, *controls[1:])
@@ -135,7 +135,7 @@ class ImageTab:
         return path, names, html, state
 
     async def restore(self, request: gr.Request) -> tuple[Any, ...]:
-        """Restore the page from the query parameters of its address; return image path, controls, result and state."""
+        """Restore the page from the query parameters of its address; return image path, controls, result (HTML) and state."""
         query = dict(request.query_params)
         models = self._backend.models()
         if not query.keys() & {"picture", "classes"}:
@@ -194,7 +194,7 @@ class ImageTab:
         )
 
     def _link(self, image_id: str, names: list[str], has_background: bool, bias: float, model: str) -> dict[str, Any]:
-        """Return the query parameters of a link to this result; the browser adds those of view, opacity and threshold."""
+        """Return the query parameters of a link that restores a result; the browser adds those of view, opacity and threshold."""
         return {
             "picture": image_id,
             "classes": json.dumps(names, ensure_ascii=False),

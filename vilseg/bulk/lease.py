@@ -44,7 +44,7 @@ class _Holder:
 
 
 class Lease:
-    """Lease held by this process; created by :func:`lease`."""
+    """Lease on an output folder, held by this process and renewed in a background thread; created by :func:`lease`."""
 
     def __init__(self, uri: str, expiry: float, renew: float) -> None:
         self._uri = storage.join(uri, LOCK)

@@ -182,7 +182,7 @@ class _Glob:
         return states
 
     def _past_folders(self, states: set[int]) -> set[int]:
-        """Add to ``states`` those that skip a ``**``, which may match no folder, and return them."""
+        """Add to ``states`` the states reached by skipping a ``**``, because it may match no folder; return ``states``."""
         for state in sorted(states):
             while state < len(self._parts) and self._parts[state] is None:
                 state += 1
@@ -204,7 +204,7 @@ def _is_list(uri: str) -> bool:
 
 
 def _lines(uri: str, columns: ColumnsConfig) -> Iterator[Input | Container]:
-    """Yield the inputs in a list file; a line that is no supported URI becomes an input with a `problem`."""
+    """Yield the inputs in a list file; a URI that is not supported becomes an input with a `problem`."""
     folder, number = storage.parent(uri), 0
     # Read a local copy, because a connection would have to stay open until the last image is scheduled.
     with ExitStack() as stack:

@@ -47,10 +47,10 @@ _GROUP = 1024
 
 
 class Names:
-    """Compact set of names: sorted 120-bit hashes, stored in 16 bytes each. Two names collide with probability 2^-120.
+    """Compact set of input names (paths): sorted 120-bit hashes of 16 bytes each. Two names collide with probability 2^-120.
 
     Args:
-        digests: hashes of the names; use `Names.of` for names as text.
+        digests: hashes of the names; `Names.of` takes the names themselves.
     """
 
     def __init__(self, digests: Iterable[bytes]) -> None:
@@ -58,7 +58,7 @@ class Names:
 
     @classmethod
     def of(cls, names: Iterable[str]) -> Names:
-        """Build the set of a list of names (paths of inputs)."""
+        """Return a set that contains all of ``names``, which are paths of inputs."""
         return cls(_digest(name) for name in names)
 
     def __len__(self) -> int:
@@ -84,9 +84,9 @@ def write_part(out: str, rows: list[dict[str, Any]]) -> None:
 
 
 def names_done(out: str) -> Names:
-    """Return the paths that need no further work: those of all rows in ``out``, except duplicates without a row of the original.
+    """Return the set of paths that need no further work: all that have a row, except duplicates whose original has none.
 
-    The rows are those of ``results.parquet`` and of the part files.
+    Rows are those in ``results.parquet`` and the part files of the output folder ``out``.
     """
     orphans = {path for path, _ in _orphans(out)}
 
@@ -106,7 +106,7 @@ def _files(out: str) -> list[str]:
 
 
 def claims(out: str) -> dict[str, str]:
-    """Return SHA-256 -> path of every input that has a row in ``out`` and is not a duplicate."""
+    """Return a dictionary from SHA-256 to path of the inputs that have a row in the folder ``out`` and are no duplicates."""
     found: dict[str, str] = {}
     for uri in _files(out):
         for row in _read_rows(uri, ["path", "sha256", "duplicate_of"]):
@@ -128,7 +128,7 @@ def duplicates(out: str) -> Iterator[tuple[str, str]]:
 
 
 def _orphans(out: str) -> list[tuple[str, str]]:
-    """Return the `duplicates` whose original has no row, because the actor that segmented it died before writing."""
+    """Return (path, path of its original) of duplicates whose original has no row because its actor died before writing."""
     pairs = list(duplicates(out))
     firsts = {first for _, first in pairs}
     if firsts:
@@ -143,8 +143,9 @@ def merge(out: str) -> int:
     """Merge the part files into ``results.parquet``, sorted by path, each path once; return the number of rows.
 
     A merge sort: a file is open only while its range of paths overlaps the current position. A block of inputs is a range
-    of neighbouring paths, so few files are open at once, and memory holds a batch of rows of each and the originals of
-    duplicates. If the listing was not sorted, all ranges overlap; files are then first merged in groups into longer ones.
+    of neighbouring paths, so few files are open at once. Memory holds a batch of rows of each open file, and the rows of the
+    originals of duplicates. If the listing was not sorted, all ranges overlap; files are then first merged in groups into
+    longer ones.
     """
     files = _files(out)
     results = storage.join(out, RESULTS)
@@ -184,7 +185,12 @@ def _write(uri: str, rows: Iterable[dict[str, Any]], firsts: Mapping[str, dict[s
 
 
 def _each_once(rows: Iterable[dict[str, Any]], firsts: Mapping[str, dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Yield one row per path; a duplicate, which has no result in a part file, gets the result of its original."""
+    """Yield one row per path; a duplicate, whose row in a part file has no result, gets the result of its original.
+
+    Args:
+        rows: rows sorted by path.
+        firsts: path of each original -> its row.
+    """
     for path, same in itertools.groupby(rows, lambda row: row["path"]):
         best = None
         for row in same:
@@ -216,7 +222,7 @@ def _bounds(files: Sequence[str]) -> list[_Bounds]:
 
 
 def _ends(uri: str) -> list[str]:
-    """Return the paths in the first and last row group of a file."""
+    """Return all paths in the first and in the last row group of a file, in the order of the file; empty if it has no rows."""
     with storage.reading(uri) as file:
         table = pq.ParquetFile(file)
         groups = sorted({0, table.num_row_groups - 1} if table.num_row_groups else [])

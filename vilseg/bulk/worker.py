@@ -75,8 +75,9 @@ class BlockSegmenter:
         outputs: output folder and the files to write.
         rules: limits on the inputs.
         readers: number of threads that read and decode.
-        claim: function that gets the SHA-256 of an input and its name, and returns the name of the first input with that
-            hash. An input with another first name becomes a duplicate of it. If None, equal inputs are segmented separately.
+        claim: function that gets the SHA-256 and the name of an input, and returns the name of the first input with that hash.
+            If it returns the name of another input, the input becomes a duplicate of that one. If None, equal inputs are
+            segmented separately.
     """
 
     def __init__(
@@ -249,10 +250,10 @@ def _summary(found: VideoResult | GeoMask, areas: list[int]) -> dict[str, Any]:
 
 
 class _Ahead:
-    """Iterator over inputs that threads read and decode ahead, in order; reading starts on construction.
+    """Iterator over decoded inputs, in order. The threads of ``pool`` read and decode ahead; they start on construction.
 
     At most ``most`` inputs are being decoded at once, because their sizes are not known yet. No further input is started while
-    decoded images with `_AHEAD_PIXELS` or more pixels wait.
+    the decoded images that wait have `_AHEAD_PIXELS` or more pixels in total.
     """
 
     def __init__(
@@ -337,7 +338,7 @@ def _finished(row: dict[str, Any]) -> Future[dict[str, Any]]:
 
 
 def _batched(items: Iterable[_Loaded], size: int) -> Iterator[list[_Loaded]]:
-    """Yield batches of at most ``size`` items; a batch ends early if its images exceed `_AHEAD_PIXELS` pixels."""
+    """Yield batches of at most ``size`` items; a batch ends once its images have more than `_AHEAD_PIXELS` pixels in total."""
     batch: list[_Loaded] = []
     for item in items:
         batch.append(item)

@@ -77,13 +77,13 @@ class BoundaryCounts:
         """Compute the mean of `iou` over the classes that are present in the ground truth, in 0..1; nan if none is.
 
         Args:
-            measured: indices of the classes to average over; None averages over all.
+            measured: indices of the classes to which the mean is restricted further; None adds no restriction.
         """
         return mean_over(self.iou(), self.counts[:, 1] > 0, measured)
 
 
 def near_contours(labels: np.ndarray, distance: int) -> np.ndarray:
-    """Find the pixels that are near another label or the image border.
+    """Find the pixels that are near a pixel with a different label, or near the image border.
 
     Args:
         labels: (H, W) integers.

@@ -74,7 +74,7 @@ class ConfusionMatrix:
         not averaged itself, because then the metric would depend on which absent classes happened to be predicted once.
 
         Args:
-            measured: indices of the classes to average over; None averages over all.
+            measured: indices of the classes to which the mean is restricted further; None adds no restriction.
         """
         return mean_over(self.iou(), self.present, measured)
 
@@ -84,7 +84,7 @@ class ConfusionMatrix:
         return self.accuracy()
 
     def accuracy(self, measured: Sequence[int] | None = None) -> float:
-        """Compute the fraction of the pixels with a true class that have the right prediction, in 0..1; nan without pixels.
+        """Compute the fraction of pixels with the right prediction, among those not ignored, in 0..1; nan if none counts.
 
         Args:
             measured: indices of the true classes whose pixels count; None counts all.
@@ -95,7 +95,7 @@ class ConfusionMatrix:
 
 
 def known_pixels(prediction: np.ndarray, truth: np.ndarray, ignore: int, count: int) -> np.ndarray:
-    """Compute the mask of the pixels that have a true class, and check the values of these pixels.
+    """Compute the mask of the pixels that are not ignored, and check truth and prediction at these pixels.
 
     Args:
         prediction: (H, W) integers.

@@ -16,7 +16,7 @@ _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 class MaskedDataset(Protocol):
-    """Dataset to evaluate on: class names, number of images, and iteration from the start on every pass."""
+    """Interface of a dataset to evaluate on: class names, number of images, and iterators that each begin at the first image."""
 
     @property
     def classes(self) -> tuple[str, ...]:

@@ -28,7 +28,7 @@ class BatchSegmenter(Protocol):
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Class names, in the order of the labels."""
+        """Class names; label i of a segmentation means the class with index i."""
 
     def batch(self, images: list[np.ndarray], /) -> Sequence[Segmentation]:
         """Return one segmentation for each image; images are (H, W, 3) uint8 RGB."""
@@ -69,17 +69,17 @@ class Evaluation:
 
     @property
     def miou(self) -> float:
-        """Mean IoU over the measured classes that are present in the truth, in 0..1."""
+        """Mean IoU over the measured classes that are present in the ground truth, in 0..1; nan if none is."""
         return self.confusion.mean_iou(self.measured)
 
     @property
     def boundary_iou(self) -> float:
-        """Mean boundary IoU over the evaluated classes that occur in the ground truth, in 0..1; nan if it was not computed."""
+        """Mean boundary IoU over the classes that `miou` averages over, in 0..1; nan if there are none or `boundary` is None."""
         return math.nan if self.boundary is None else self.boundary.mean_iou(self.measured)
 
     @property
     def pixel_accuracy(self) -> float:
-        """Fraction of the pixels of measured classes with the right label, in 0..1."""
+        """Fraction of the pixels of measured classes with the right label, in 0..1; nan if there are no such pixels."""
         return self.confusion.accuracy(self.measured)
 
     @property
@@ -95,12 +95,12 @@ class Evaluation:
 
     @property
     def per_class(self) -> dict[str, float]:
-        """IoU of every class in 0..1; nan for a class that is in neither truth nor prediction."""
+        """IoU in 0..1 by class name; nan for a class that is in neither ground truth nor prediction."""
         return dict(zip(self.confusion.classes, self.confusion.iou().tolist(), strict=True))
 
     @property
     def boundary_per_class(self) -> dict[str, float]:
-        """Boundary IoU of every class in 0..1; nan as in `per_class`, and empty if it was not measured."""
+        """Boundary IoU in 0..1 by class name; nan for the same classes as in `per_class`; empty if `boundary` is None."""
         if self.boundary is None:
             return {}
         return dict(zip(self.boundary.classes, self.boundary.iou().tolist(), strict=True))
@@ -232,7 +232,7 @@ def evaluate(
 
 
 class _Worst:
-    """The `count` examples with the lowest mIoU; among equal ones those added first."""
+    """Collection of the `count` added examples with the lowest mIoU; of examples with equal mIoU, those added first are kept."""
 
     def __init__(self, count: int) -> None:
         self._count = count

@@ -57,7 +57,7 @@ def under(dataset: MaskedDataset, protocol: EvaluationProtocol) -> tuple[MaskedD
 
 
 class WithoutBackground:
-    """Dataset without its class background, whose pixels are ignored; indices of later classes decrease by one."""
+    """Dataset without its class background: pixels of that class are ignored, and indices of later classes decrease by one."""
 
     def __init__(self, dataset: MaskedDataset) -> None:
         self._dataset = dataset

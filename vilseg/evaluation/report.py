@@ -121,7 +121,7 @@ def _per_cent(value: float) -> tuple[str, str]:
 
 
 def _stages(seconds: Mapping[str, float]) -> str:
-    """Render the stages as a bar with one segment each, proportional to its time, with a legend of the times."""
+    """Render the wall times of a run's stages as a bar, with one segment per stage, and a legend with the times."""
     if not seconds:
         return ""
     # One hue from strong to pale, so that no stage resembles the colour of a class.

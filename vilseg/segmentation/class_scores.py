@@ -168,7 +168,7 @@ def select_top_classes(
 
 
 def _join_synonyms(names_BNE: Tensor, classes: ClassEmbeddings, config: SegmentationConfig) -> Tensor:
-    """Reduce the scores of a class and its synonyms to one. Shape: (B, N, C + S) -> (B, N, C)."""
+    """Combine the scores of each class and its synonyms into one score per class. Shape: (B, N, C + S) -> (B, N, C)."""
     scores_BNC, synonyms_BNS = names_BNE.tensor_split((classes.num_classes,), dim=2)
     if not synonyms_BNS.shape[2]:
         return scores_BNC

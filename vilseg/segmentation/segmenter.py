@@ -120,7 +120,7 @@ class Segmenter:
         The size of these batches is limited, so memory use is bounded.
 
         Raises:
-            DataError: one is not an image, or is an array of another shape or type.
+            DataError: an element of ``images`` is not an image, or is an array that is not (H, W, 3) uint8.
             StorageError: a path or URI cannot be read.
         """
         arrays = [to_array(image, self._max_pixels) for image in images]

@@ -90,12 +90,12 @@ class WindowAxis:
         return np.sin(np.pi / 2 * np.clip(2 * np.minimum(rise, fall) - 0.5, 0, 1)) ** 2 * np.ones(len(inside))
 
     def upsampling_matrix(self, index: int, start: int, stop: int, cells: int) -> Float[Tensor, "length cells"]:
-        """Return the matrix that upsamples a window's scores bilinearly to pixels along the side, times the weights.
+        """Return the matrix that upsamples a window's scores bilinearly along the side and multiplies them by `weights`.
 
         Args:
-            index: number of the window.
-            start: first pixel.
-            stop: end of the pixels, excluded.
+            index: index of the window in `starts`.
+            start: first pixel of the side to upsample to.
+            stop: last such pixel plus 1.
             cells: number of grid cells of the window's scores along this side; their centres are as in
                 ``torch.nn.functional.interpolate(align_corners=False)``.
 

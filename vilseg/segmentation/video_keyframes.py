@@ -32,7 +32,7 @@ it is below 0.19 even for frames two apart, and above 0.85 at every cut (above 0
 
 @dataclass(frozen=True, eq=False)
 class _PendingFrame:
-    """Frame that is segmented when the next keyframe is known."""
+    """Frame after the most recent keyframe of a shot; it is segmented when the next keyframe is known or the shot ends."""
 
     image: np.ndarray
     """Shape: (H, W, 3), uint8 RGB."""
@@ -92,7 +92,10 @@ def _segment(
 
 
 class _Shot:
-    """Shot of a video, from one cut to the next: scores of the last keyframe, and the frames after it."""
+    """Shot of a video, from one cut to the next, read frame by frame.
+
+    Holds the class scores of the most recent keyframe, and the pending frames: those read since then and not yet segmented.
+    """
 
     def __init__(self, segmenter: Segmenter, image: np.ndarray) -> None:
         self.pending: list[_PendingFrame] = []
@@ -133,7 +136,7 @@ class _Shot:
         self.keyframe_Chw, self.pending = keyframe_Chw, []
 
     def finish(self) -> Iterator[Segmentation]:
-        """Yield the segmentations of the pending frames at the end of the shot, from the last keyframe alone."""
+        """Yield the segmentations of the frames that are pending when the shot ends, propagated from the last keyframe alone."""
         classes_A = best_classes(self.keyframe_Chw)
         for frame, propagated in zip(self.pending, self._propagate_forward(classes_A), strict=True):
             scores_Chw = _fill_other_classes(propagated.scores_Ahw, classes_A, self.keyframe_Chw)
@@ -151,7 +154,7 @@ class _Shot:
 
 @torch.inference_mode()
 def _propagate_backward(scores: PropagatedScores, frames: list[_PendingFrame]) -> list[PropagatedScores]:
-    """Return the scores of the last frame propagated back to each of the frames."""
+    """Propagate ``scores``, those of the last frame, back to all ``frames``; return one result per frame, in order."""
     backward = [scores]
     for frame in reversed(frames[1:]):
         scores = video_propagation.propagate(scores, video_propagation.reverse_distances(frame.distances_Ohw))
@@ -161,7 +164,10 @@ def _propagate_backward(scores: PropagatedScores, frames: list[_PendingFrame]) -
 
 @torch.inference_mode()
 def _fill_other_classes(scores_Ahw: Tensor, classes_A: Tensor, others_Chw: Tensor) -> Tensor:
-    """Return the scores of all classes: those not propagated are limited so that they cannot win. Shape: -> (C, h, w)."""
+    """Insert the propagated scores of ``classes_A`` into ``others_Chw``; other classes are limited so that they cannot win.
+
+    Shape: -> (C, h, w).
+    """
     return torch.minimum(others_Chw, scores_Ahw.amax(0)).index_copy_(0, classes_A, scores_Ahw)
 
 
