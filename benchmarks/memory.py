@@ -1,14 +1,14 @@
-"""GPU memory of the paper's setting, configs/vitb16_cc12m.yaml: computed, and measured on a CPU where that is possible.
+"""GPU memory of the paper's setting, ``configs/vitb16_cc12m.yaml``, estimated on a CPU.
 
-    weights, gradients, AdamW   parameters counted on the meta device, float32
-    activations of the towers   bytes that autograd keeps for one image or caption more, measured: a forward pass of two
-                                and of one in bfloat16 autocast on the CPU, every storage once, weights left out
-    losses                      bytes that autograd keeps for the shapes of one worker, measured on the meta device; as much
-                                again for gradients, which is more than ever live at once
-    copies in bfloat16          of the matrices that autocast casts, kept for the pass
+    weights, gradients, AdamW   number of parameters, counted on the meta device, in float32
+    activations of the towers   bytes that autograd keeps per image or caption: the difference between forward passes of two and
+                                of one in bfloat16 autocast on the CPU; every storage counts once, weights are left out
+    losses                      bytes that autograd keeps for the tensor shapes of one worker, measured on the meta device; the
+                                same number is added for gradients, which is an upper bound
+    copies in bfloat16          copies of the matrices that autocast casts, kept for the forward and backward pass
 
-Not in the table: CUDA's own context, NCCL's buffers and what the allocator cannot use, together 2 to 4 GB as a rule of
-thumb; the column ``fits`` leaves a tenth of the card free for them.
+Not included are CUDA's context, NCCL's buffers and fragmentation of the allocator, together 2 to 4 GB as a rule of thumb. The
+values ``fits_…`` and ``pairs_that_fit_…`` leave a tenth of the card free for them.
 """
 
 from __future__ import annotations

@@ -193,7 +193,7 @@ def print_findings(found: Sequence[Any]) -> None:
 
 @contextmanager
 def timed_stage(name: str, seconds: dict[str, float]) -> Iterator[None]:
-    """Print the name of a stage at its start, and store its wall time in ``seconds[name]`` if it ends without an error."""
+    """Print the name of a stage at its start, and store its wall time in seconds in ``seconds[name]`` unless it fails."""
     log(f"[{name}]")
     started = time.perf_counter()
     yield

@@ -13,7 +13,7 @@ from vilseg.errors import UserError
 
 @contextmanager
 def exclusive_lock(folder: Path, lock: str, error: type[UserError], what: str) -> Iterator[None]:
-    """Hold an exclusive lock in ``folder``; other processes that request the same lock wait.
+    """Hold an exclusive lock on a file in ``folder`` within the ``with`` block; other processes that request it wait.
 
     Args:
         folder: folder of the lock file; created if it does not exist.

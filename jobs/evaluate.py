@@ -59,7 +59,8 @@ def main(
         settings: function that changes the inference settings stored with the model.
         progress: function called with the number of evaluated images and the number of all images.
         command: command line to show in the report.
-        session: cluster over which the images are distributed. If None, this process evaluates them. The metrics are identical.
+        session: cluster over which the images are distributed. If None, this process evaluates them; the metrics
+            are the same in both cases.
 
     Raises:
         ConfigError: ``protocol`` is unknown, or ``boundary_width`` is not in (0, 1].

@@ -158,8 +158,8 @@ def plan_trials(config: RunConfig, session: Session) -> TrialResources:
     """Return the number of trials that run at the same time, and the resources of each.
 
     A trial with one worker uses one CPU (and one GPU, if there are any) and reads its own pairs. A trial with several workers is
-    a process that mostly waits, plus Ray Train workers and their readers. These get an equal fraction of the cluster, so that no
-    trial waits for a CPU that another one holds until its end.
+    a process that mostly waits, plus Ray Train workers and their readers. Every trial gets an equal fraction of the cluster for
+    them, so that no trial waits for a CPU that another trial holds until its end.
 
     Raises:
         ConfigError: there are more workers than CPUs or GPUs, or ``trainer.workers`` is a range.

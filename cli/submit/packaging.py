@@ -123,7 +123,8 @@ def fit(verb: Verb, *, here: bool) -> Job:
         here: True if the cluster consists of this machine only, so that paths are valid for the job too.
 
     Raises:
-        StorageError: an argument or the configuration has a path that only this machine can read.
+        StorageError: ``here`` is False, and the arguments or the configuration contain a relative path, which is valid only on
+            this machine.
     """
     name, *rest = verb.arguments
     files: dict[str, Path] = {}
