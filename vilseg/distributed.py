@@ -58,14 +58,17 @@ class _SumOverWorkers(torch.autograd.Function):
 
 
 def gather_rows(rows: Tensor) -> Tensor:
-    """Concatenate the rows of all workers in rank order, with gradient. Shape: (B, ...) -> (workers x B, ...)."""
+    """Concatenate the rows of all workers in rank order; backward sums the gradients of all workers for these rows.
+
+    Shape: (B, ...) -> (workers x B, ...).
+    """
     if world_size() == 1:
         return rows
     return _GatherRows.apply(rows)
 
 
 def mean_over_workers(value: Tensor) -> Tensor:
-    """Return the mean of a tensor over the workers, differentiable: backward averages the gradients of all workers."""
+    """Return the elementwise mean of the workers' tensors, differentiable: backward averages the gradients of all workers."""
     if world_size() == 1:
         return value
     return _SumOverWorkers.apply(value) / world_size()
@@ -84,7 +87,7 @@ def gather_objects(value: T) -> list[T]:
 def average_gradients(parameters: Iterable[Tensor]) -> None:
     """Replace the gradients by their means over the workers, as data-parallel training does after its backward pass.
 
-    A parameter without a gradient on every worker keeps none. A gradient that only some workers lack counts as zero there.
+    A parameter that has no gradient on any worker keeps none. If only some workers lack its gradient, theirs count as zero.
     """
     if world_size() == 1:
         return

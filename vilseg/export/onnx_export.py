@@ -80,7 +80,7 @@ def export_model(
     overwrite: bool = False,
     say: Callable[[str], None] = lambda text: None,
 ) -> ExportResult:
-    """Write ``model`` as a folder of ONNX files and compare their outputs with it; the module's docstring lists the files.
+    """Write ``model`` as a folder and compare the outputs of its ONNX files with torch; the module's docstring lists the files.
 
     Args:
         model: model to export; it is moved to the CPU, to float32 and to evaluation mode.
@@ -93,7 +93,7 @@ def export_model(
     Raises:
         ModelError: the model has operations that ONNX cannot express, or an output differs from torch by more than 1e-4.
         StorageError: ``out`` exists and may not be replaced (see `check_target`), or cannot be written.
-        UserError: a package is missing.
+        UserError: a package of the extra ``export`` is missing.
     """
     require_packages()
     check_target(out, overwrite=overwrite)
@@ -117,7 +117,11 @@ def export_model(
 
 
 def _write_image_tower(model: ViLSeg, path: Path) -> tuple[tuple[int, int] | None, float]:
-    """Write and check the image tower; return the only size it accepts (or None) and the largest difference from torch."""
+    """Write the image tower and compare it with torch.
+
+    Returns:
+        (H, W) in pixels if the tower accepts only this size, None if it accepts any size; and the largest absolute difference.
+    """
     patch = patch_size(model)
     side = max(1, round(model.segmentation.input_size / patch)) * patch
     tower = ImageTower(model).eval()
@@ -154,7 +158,7 @@ def _write_image_tower(model: ViLSeg, path: Path) -> tuple[tuple[int, int] | Non
 
 
 def _write_text_tower(model: ViLSeg, path: Path) -> float:
-    """Write and check the text tower; return the largest difference from torch."""
+    """Write the text tower and compare it with torch; return the largest absolute difference."""
     encoder, tower = model.text_encoder, TextTower(model).eval()
     fixed = encoder.fixed_length or encoder.max_tokens < 3
     texts = [prompt.format(word) for prompt in model.segmentation.prompts for word in _WORDS]
@@ -174,7 +178,7 @@ def _write_text_tower(model: ViLSeg, path: Path) -> float:
 
 
 def _write_tokenizer(model: ViLSeg, folder: Path) -> None:
-    """Write the tokenizer's files; ``tokenizer.json`` pads and truncates rows to the text tower's input."""
+    """Write the tokenizer's files; ``tokenizer.json`` pads and truncates rows to lengths that the text tower accepts."""
     encoder = model.text_encoder
     encoder.tokenizer.save_pretrained(str(folder))
     fixed = encoder.fixed_tokenizer()

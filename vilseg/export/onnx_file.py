@@ -1,4 +1,4 @@
-"""Writing of a torch module as an ONNX file, and comparison of their outputs by onnxruntime."""
+"""Writing of a torch module as an ONNX file, and comparison of the file's outputs in onnxruntime with the module's."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def write_onnx(
     Args:
         tower: module with one input tensor.
         example: input that the module is traced with.
-        axes: numbers of the input's axes that may have any length.
+        axes: indices of the input's axes that may have any length.
         inputs: name of the input, mapped to the size or the name of each of its axes.
         outputs: name of each output, mapped to the sizes or names of its axes.
         path: path of the file; weights that are too large for it go into a second file in the same directory.
@@ -76,7 +76,7 @@ def write_onnx(
 
 @contextmanager
 def _quiet_exporter() -> Iterator[None]:
-    """Silence the exporter's warnings about packages that are not needed and about its own deprecations."""
+    """Silence the exporter's warnings within the ``with`` block: of unneeded packages, and of its own deprecations."""
     logs = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
     levels = [log.level for log in logs]
     for log in logs:
@@ -113,15 +113,15 @@ def fixed_positions(encoder: nn.Module) -> Iterator[None]:
 
 
 def largest_difference(tower: nn.Module, batches: Sequence[Tensor], path: Path) -> float:
-    """Return the largest absolute difference between the outputs of onnxruntime and torch.
+    """Return the largest absolute difference between the outputs of onnxruntime and torch, over all outputs and batches.
 
     Args:
         tower: the torch module.
-        batches: inputs to compare for.
+        batches: input tensors that both compute the outputs for.
         path: ONNX file of the module.
 
     Raises:
-        ModelError: a difference is above `TOLERANCE` or NaN, or an output has another shape.
+        ModelError: a difference is above `TOLERANCE` or NaN, or the shape of an output differs from torch's.
     """
     import onnxruntime
 

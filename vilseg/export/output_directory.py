@@ -28,7 +28,8 @@ def check_target(out: str, *, overwrite: bool = False) -> None:
     """Check that an export may be written to ``out``; files that no export wrote are never replaced.
 
     Raises:
-        StorageError: ``out`` is a file, has other files, has an export while ``overwrite`` is False, or cannot be reached.
+        StorageError: ``out`` is a file, has files that no export wrote, has an export while ``overwrite`` is
+            False, or cannot be reached.
     """
     storage.require_bucket(out)
     if not storage.exists(out):
@@ -48,8 +49,8 @@ def check_target(out: str, *, overwrite: bool = False) -> None:
 def output_folder(out: str) -> Iterator[Path]:
     """Yield an empty local folder to fill; it replaces ``out`` only if the ``with`` block ends without an exception.
 
-    If ``out`` is on a local disk, the folder is renamed to it, so ``out`` never holds an incomplete export. An object store has
-    no renaming: the old files are deleted, then the new ones are uploaded, with ``export.json`` last.
+    If ``out`` is on a local disk, the folder is renamed to ``out``, so ``out`` never holds an incomplete export. An object store
+    has no renaming: the old files are deleted, then the new ones are uploaded, with ``export.json`` last.
 
     Raises:
         StorageError: ``out`` cannot be written.

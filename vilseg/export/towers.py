@@ -34,5 +34,5 @@ class TextTower(nn.Module):
         self.model = model
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Return the embedding of each row of token ids; padding is recognised by its id."""
+        """Return the embedding of each row of token ids; padding is recognised by its token id."""
         return self.model.embed_text(self.model.text_encoder(tokens))

@@ -18,9 +18,9 @@ from vilseg.features.encoders import FrozenEncoders
 def cache_key(config: RunConfig, shards: Sequence[storage.FileEntry], encoders: FrozenEncoders) -> str:
     """Return the hash of everything that cached features and captions depend on, as 16 hexadecimal digits.
 
-    The hash does not include the contents of a source shard but its name, size and modification time, because reading every
-    shard would cost as much as writing the cache. The size alone is not enough: tar files are padded, so a rewritten one often
-    has the same size.
+    The hash does not include the contents of a source shard but its relative path, size and modification time, because reading
+    every shard would cost as much as writing the cache. The size alone is not enough: tar files are padded, so a rewritten one
+    often has the same size.
 
     Args:
         config: configuration of the run.

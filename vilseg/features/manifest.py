@@ -29,7 +29,7 @@ class ShardSummary(TypedDict):
     target: str
     """URI of the cached shard."""
     pairs: int
-    """Number of image-caption pairs in the shard."""
+    """Number of image-caption pairs in the cached shard; rejected pairs are not counted."""
     patches: int
     """Number of feature rows per image, as in `CacheManifest`."""
     features: int

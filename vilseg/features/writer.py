@@ -46,7 +46,7 @@ class FeatureWriter:
         canvas: side, in pixels, of the square that every image is resized and cropped to.
         max_pixels: maximum width x height of an image; larger images are rejected.
         columns: names of the columns in the source's Parquet shards.
-        variants: number of feature sets for each image; the first is of the central square, the others are of random views.
+        variants: number of feature sets for each image: one of the central square, the others of random views.
         views: settings of the random views (crops, flips and colours); None takes the defaults.
 
     Example:
@@ -84,7 +84,7 @@ class FeatureWriter:
         self._variants, self._views = variants, (views or ViewsConfig()).replace(global_size=canvas)
 
     def write(self, source: str, target: str) -> ShardSummary:
-        """Write the features of the shard at URI ``source`` to URI ``target``, and return the summary.
+        """Write the features of the shard at URI ``source`` to URI ``target``, and return the summary of ``target``.
 
         If ``target`` exists, nothing is written and the summary is read from it.
         """
@@ -125,7 +125,10 @@ class FeatureWriter:
     def _decoded_batches(
         self, source: str, rejected: list[tuple[str, str]]
     ) -> Iterator[tuple[list[Pair], list[np.ndarray]]]:
-        """Yield batches of the readable pairs of a shard with their images; append (key, reason) of others to ``rejected``."""
+        """Yield batches of the readable pairs of a shard with their images.
+
+        For each unreadable pair (key, reason) is appended to ``rejected``.
+        """
         pairs: list[Pair] = []
         images: list[np.ndarray] = []
         for pair in read_shard(source, self._columns):
@@ -146,7 +149,7 @@ class FeatureWriter:
             yield pairs, images
 
     def _image_features(self, pairs: Sequence[Pair], images: Sequence[np.ndarray]) -> list[list[bytes]]:
-        """Return, for each column of the cache, the float16 features of each image as bytes."""
+        """Return, for each column of image features, a list with the float16 features of each image as bytes."""
         columns = [[b""] * len(pairs) for _ in range(self._variants)]
         for variant in range(self._variants):
             rows_BRF = self._encode(self._pixels(pairs, images, variant))
@@ -155,7 +158,10 @@ class FeatureWriter:
         return columns
 
     def _pixels(self, pairs: Sequence[Pair], images: Sequence[np.ndarray], variant: int) -> Tensor:
-        """Return the square crop of each image for one variant. Shape: -> (B, 3, canvas, canvas), float32 in 0..1."""
+        """Return one variant of each image: the central square (variant 0), or a random view within a random square.
+
+        Shape: -> (B, 3, canvas, canvas), float32 in 0..1.
+        """
         seeds = [variant_seed(pair.key, variant) for pair in pairs]
         # Training without a cache chooses the square, and the random view within it, in the same manner.
         positions = [(seed & 0xFFFF) / 0xFFFF if variant else 0.5 for seed in seeds]

@@ -158,7 +158,7 @@ def _matching(images_BD: Tensor, texts_BD: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _own_columns(rows_BQ: Tensor) -> Tensor:
-    """Return the column of each image's own caption among the captions of all workers. Shape: -> (B,)."""
+    """Return the index of the column of each image's own caption among the captions of all workers. Shape: -> (B,)."""
     count = len(rows_BQ)
     return torch.arange(count, device=rows_BQ.device) + rank() * count
 

@@ -28,7 +28,7 @@ def crop_info_nce_loss(
     Args:
         student_VBD: unit-length student outputs for all views, the global ones first. V >= 2.
         teacher_GBD: unit-length teacher outputs for the global views; no gradient flows to them. G <= V.
-        temperature: tau_s above.
+        temperature: tau_s in the module's docstring.
 
     Returns:
         Loss of this worker's images; its mean over the workers is the loss of the whole batch.

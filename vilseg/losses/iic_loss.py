@@ -8,7 +8,7 @@ the patch grid,
 
 and the loss is -mean_t I_t. Here z_b(u) are the soft assignments of the patch at u of image b, z' those of the transformed image,
 already resampled onto the grid of z, and n counts the pairs of patches in the sum. An entropy weight a > 1 rewards balanced
-marginals and keeps clusters from collapsing (section 3.2 of the paper's published code).
+marginals and keeps clusters from collapsing (IIC, section 3.2, and its published code).
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ def iic_loss(
         valid_Bhw: weight in 0..1 of each patch of ``second_BKhw``; 0 if the transformed image does not cover the patch. None
             gives all patches weight 1.
         radius: largest displacement in patches; 0 compares each patch only with the one at the same position.
-        entropy_weight: a above.
+        entropy_weight: a in the module's docstring.
 
     Returns:
         Loss of the whole batch, the same on every worker; at least -(2 entropy_weight - 1) log K. Displacements at which no
-        patches overlap are left out of the mean. If that is all of them, the loss is 0.
+        patches overlap are left out of the mean. If patches overlap at none, the loss is 0.
 
     Raises:
-        ValueError: the shapes of the two maps differ, or ``radius`` is not smaller than both sides of the grid.
+        ValueError: the shapes of the two assignment maps differ, or ``radius`` is not smaller than both sides of the grid.
 
     Example:
         >>> labels = torch.tensor([[[0, 0], [1, 1]]])  # one image of 2 x 2 patches in two clusters of equal size
@@ -70,13 +70,14 @@ def unnormalized_joints(
     *,
     radius: int = 1,
 ) -> Float[Tensor, "O K K"]:
-    """Compute n P_t above for every displacement, before it is made symmetric and normalised.
+    """Compute n P_t of the module's docstring for every displacement, before P_t is made symmetric and normalised.
 
     The result is a sum over images, so the results of the chunks of a batch can be added up. Arguments and errors are those of
     :func:`iic_loss`.
 
     Returns:
-        One K x K matrix for each of the O = (2 radius + 1)^2 displacements, row by row from (-radius, -radius).
+        One K x K matrix for each of the O = (2 radius + 1)^2 displacements (rows, columns), in
+        row-major order from (-radius, -radius) to (radius, radius).
 
     Example:
         >>> labels = torch.tensor([[[0, 0], [0, 1]]])  # one image of 2 x 2 patches, three of them in the first cluster
@@ -99,6 +100,8 @@ def unnormalized_joints(
 
 def iic_loss_from_joints(joints_OKK: Float[Tensor, "O K K"], entropy_weight: float = 1.0) -> Float[Tensor, ""]:
     """Compute the loss of :func:`iic_loss` from the :func:`unnormalized_joints` of this worker's images.
+
+    The loss is that of the whole batch, the same on every worker.
 
     Example:
         >>> joints = torch.tensor([[[2.0, 0.0], [0.0, 2.0]]])  # two clusters of equal size that agree in both views
@@ -172,7 +175,7 @@ class _JointSums(torch.autograd.Function):
 
 
 def _framed_rows(map_BKhw: Tensor, frame: int) -> Tensor:
-    """Pad a map with ``frame`` zeros on each side, one row per patch. Shape: -> (B (h + 2 frame) (w + 2 frame), K)."""
+    """Pad a map with ``frame`` zeros on each side; one row per position. Shape: -> (B x (h + 2 frame) x (w + 2 frame), K)."""
     return F.pad(map_BKhw.permute(0, 2, 3, 1), (0, 0, *[frame] * 4)).flatten(0, 2)
 
 
@@ -184,7 +187,7 @@ def _unframed(rows_RK: Tensor, grid: tuple[int, int], frame: int) -> Tensor:
 
 
 def _shifts(rows: int, w: int, radius: int) -> tuple[slice, list[slice]]:
-    """Return the slice of rows that holds all patches, and for each displacement the slice that it is multiplied with."""
+    """Return the slice of the first map's rows that holds all patches, and each displacement's slice of the second map's rows."""
     wide = w + 2 * radius
     margin = radius * wide + radius
     displacements = range(-radius, radius + 1)

@@ -26,7 +26,7 @@ def top_k_pooled_scores(
     Args:
         patches_BND: unit-length patch embeddings.
         phrases_PD: unit-length phrase embeddings.
-        top_patches: number of patches in the mean, k above; all patches if an image has fewer.
+        top_patches: number of patches in the mean, k in the module's docstring; all patches if an image has fewer.
 
     Example:
         >>> patches = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])  # one image with two patches
@@ -73,7 +73,7 @@ def multi_label_loss(
 
 
 def _multi_positive(logits_QP: Tensor, positives_QP: Tensor) -> Tensor:
-    """Average the negative log-likelihood over the positives of each row, then over the rows that have one."""
+    """Average the negative log-likelihood over the positives of each row, then over the rows with at least one positive."""
     counts_Q = positives_QP.sum(1)
     row_losses_Q = -(logits_QP.log_softmax(1) * positives_QP).sum(1) / counts_Q.clamp(min=1)
     return row_losses_Q.sum() / (counts_Q > 0).sum().clamp(min=1)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def check_views(student_VBK: Tensor, teacher_GBK: Tensor) -> None:
-    """Raise ValueError if the shapes do not match, if there are more teacher views than student views, or if V < 2."""
+    """Raise ValueError if B or K differ, if there are more teacher views than student views, or if V < 2."""
     views, globals_ = len(student_VBK), len(teacher_GBK)
     if student_VBK.shape[1:] != teacher_GBK.shape[1:] or globals_ > views or views < 2:
         raise ValueError(

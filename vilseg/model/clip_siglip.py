@@ -48,8 +48,9 @@ def is_clip_or_siglip(tree: Any) -> bool:
 def segmentation_config(tree: dict[str, Any]) -> SegmentationConfig:
     """Return inference settings for the model: each patch is classified separately, at the image size of the model's training.
 
-    CLIP gets ``attention`` naclip, because its own last block was not trained for patches and the papers measured a gain on CLIP.
-    SigLIP keeps its own attention, because neither paper measured other variants on it.
+    CLIP gets ``attention`` naclip, because its own last block was not trained for patches, and the papers on SCLIP and NACLIP
+    (see ``correlated_attention``) measured a gain on CLIP. SigLIP keeps its own attention, because neither paper measured other
+    variants on it.
 
     Args:
         tree: content of the model's ``config.json``.

@@ -282,7 +282,7 @@ class HuggingFaceImageEncoder(nn.Module):
 
 
 def _as_patches(pixels_B3HW: Float[Tensor, "B 3 H W"], grid: tuple[int, int], patch: int) -> dict[str, Tensor]:
-    """Build the input of SigLIP 2: flattened patches (B, N, patch² 3), channels fastest, with the grid and a mask of ones."""
+    """Build the input of SigLIP 2: flattened patches (B, N, patch² x 3), channels fastest, with the grid and a mask of ones."""
     (h, w), count = grid, pixels_B3HW.shape[0]  # ONNX export traces shapes, but not len()
     cut = pixels_B3HW[:, :, : h * patch, : w * patch].unflatten(3, (w, patch)).unflatten(2, (h, patch))
     patches_BNF = cut.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
@@ -320,7 +320,7 @@ def checkpoint_layers(model: nn.Module, *, key: str, optional: bool = False) -> 
 
 
 def _parameters(model: nn.Module) -> set[str]:
-    """Return the argument names of a model's ``forward`` method, without the decorators of transformers."""
+    """Return the argument names of a model's ``forward`` method as written, before transformers' decorators wrap it."""
     return set(inspect.signature(inspect.unwrap(model.forward)).parameters)
 
 
@@ -376,7 +376,10 @@ def checkpoint_folder(checkpoint: str) -> Iterator[str]:
 def read_normalisation(
     folder: str, mean: tuple[float, ...] = IMAGENET_MEAN, std: tuple[float, ...] = IMAGENET_STD
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Read mean and standard deviation of the pixel normalisation from a folder or hub id; return the defaults if it has none."""
+    """Read mean and standard deviation of the pixel normalisation from a folder or hub id.
+
+    If the folder has none, ``mean`` and ``std`` are returned.
+    """
     names = ("preprocessor_config.json", "processor_config.json")
     if Path(folder).is_dir() and not any((Path(folder) / name).exists() for name in names):
         return mean, std

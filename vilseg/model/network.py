@@ -92,7 +92,7 @@ class Network(nn.Module):
         self.check_attention()
 
     def train(self, mode: bool = True) -> Network:
-        """Set training mode; frozen encoders stay in evaluation mode."""
+        """Set training mode, or evaluation mode if ``mode`` is False; frozen encoders stay in evaluation mode."""
         super().train(mode)
         if self.config.image_encoder.frozen:
             self.image_encoder.eval()

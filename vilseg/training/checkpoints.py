@@ -54,15 +54,15 @@ class CheckpointWriter:
     def write(
         self, state: dict[str, Any], metrics: dict[str, float], *, also: Callable[[], None] = lambda: None
     ) -> None:
-        """Start to write a checkpoint; first wait until the one before is written.
+        """Start to write a checkpoint in the background thread; first wait until the previous one is written.
 
         Args:
             state: state that training resumes from, with its ``step``. Its tensors are copied before this returns.
-            metrics: metrics of the last report.
-            also: function that writes other files; called in the same thread before the checkpoint is written.
+            metrics: metrics of the last report, from which the value of ``best_by`` is stored with the checkpoint.
+            also: function that writes other files; called in the background thread, before the checkpoint is written.
 
         Raises:
-            StorageError: the checkpoint before this one could not be written.
+            StorageError: the previous checkpoint could not be written; this one is not started.
         """
         # One at a time: if storage is slower than training, training waits, and memory holds at most one copy.
         self.wait()
@@ -83,7 +83,7 @@ class CheckpointWriter:
         """Wait until the last checkpoint is written.
 
         Raises:
-            StorageError: it could not be written; earlier checkpoints are intact.
+            StorageError: the last checkpoint could not be written; earlier checkpoints are intact.
         """
         writing, self._writing = self._writing, None
         if writing is not None:
@@ -144,7 +144,12 @@ def require_metric(name: str, metrics: Mapping[str, float]) -> None:
 
 
 def best_step(kept: Mapping[int, Manifest], *, lower_is_better: bool) -> int | None:
-    """Return the step of the checkpoint with the best metric value, the later one of equals; None if none has a value."""
+    """Return the step of the checkpoint with the best metric value; None if no checkpoint has a value.
+
+    Args:
+        kept: manifests of the checkpoints, by step. Of checkpoints with equal values the latest is chosen.
+        lower_is_better: True if the smallest value is the best.
+    """
     sign = -1 if lower_is_better else 1
     rated = [
         (sign * manifest.metric_value, step) for step, manifest in kept.items() if manifest.metric_value is not None

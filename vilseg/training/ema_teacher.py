@@ -13,7 +13,7 @@ from vilseg.training.fsdp import local_shard
 
 
 class ProjectionHead(nn.Module):
-    """DINO's projection head: an MLP, a bottleneck of unit length, and a linear map to the prototypes (section 3.2).
+    """DINO's projection head: an MLP, a bottleneck of unit length, and a linear map to the prototypes (DINO, section 3.2).
 
     Args:
         features: number of features of the image encoder, F.
@@ -61,7 +61,7 @@ class EMATeacher(nn.ModuleDict):
         Args:
             encoder: the student's image encoder; None if it is frozen.
             head: the student's projection head.
-            start: momentum at the beginning of the run; it rises to 1 by a cosine (section 3.2).
+            start: momentum at the beginning of the run; it rises to 1 by a cosine (DINO, section 3.2).
             progress: fraction of the run's steps that are done, 0..1.
         """
         momentum = 1 - (1 - start) * (math.cos(math.pi * progress) + 1) / 2

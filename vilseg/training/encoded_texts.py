@@ -59,7 +59,7 @@ class TextEmbedder:
         return model.embed_text(features.float())
 
     def embed_phrases(self, phrase_ids_P: Tensor, precision: torch.dtype) -> Tensor:
-        """Embed phrases by index. Shape: (P,) -> (P, D), unit length.
+        """Embed phrases by their indices in the list of all phrases of the corpus. Shape: (P,) -> (P, D), unit length.
 
         A frozen text encoder encodes all phrases of the corpus on the first call; later calls reuse these features.
         """

@@ -39,7 +39,7 @@ class EncodedViews(NamedTuple):
         return self.pixels_GB3HW is None
 
     def view(self, number: int) -> ImageFeatures:
-        """Return the features of a global view after feature dropout, in float32."""
+        """Return the features of the global view with index ``number`` after feature dropout, in float32."""
         features = as_float32(self.global_[number])
         if self.factors_GBF is None:
             return features
@@ -48,7 +48,7 @@ class EncodedViews(NamedTuple):
         return features._replace(patches=features.patches * factors_BF.unsqueeze(1), pooled=pooled)
 
     def pooled(self, number: int) -> Tensor:
-        """Return the pooled features of a global view after feature dropout. Shape: -> (B, F)."""
+        """Return the pooled features of the global view with index ``number`` after feature dropout. Shape: -> (B, F)."""
         pooled_BF = pooled_features(self.global_[number])
         return pooled_BF if self.factors_GBF is None else pooled_BF * self.factors_GBF[number]
 
@@ -82,7 +82,9 @@ def encode_views(
 
 
 def _factors(views: list[ImageFeatures], seeds_B: Tensor, share: float) -> Tensor | None:
-    """Return the factors of feature dropout, one per channel for all patches of an image; None if the probability is 0.
+    """Return the factors of feature dropout, one per channel for all patches of an image.
+
+    They are None if the dropout probability ``share`` is 0.
 
     The dropped channels follow from the pair's seed. Shape: -> (G, B, F).
     """

@@ -43,7 +43,10 @@ def logits_with_feature_dropout(head: nn.Sequential, patches_BNF: Tensor, factor
 
 
 class _DroppedLogits(torch.autograd.Function):
-    """Logits of the formula above, with its gradient. In names of tensors, ``b`` counts the images of one slice of the batch."""
+    """Logits z_n of the module's docstring, with their gradient.
+
+    In names of tensors, ``b`` counts the images of one slice of the batch.
+    """
 
     @staticmethod
     def forward(

@@ -90,7 +90,7 @@ def full_state(state: Any) -> Any:
 def shard_like(value: Tensor, pattern: Tensor) -> Tensor:
     """Shard a full tensor in the same way as ``pattern``; every worker must pass the same tensor.
 
-    It is returned unchanged if ``pattern`` is not sharded.
+    ``value`` is returned unchanged if ``pattern`` is not sharded.
     """
     if not is_sharded(pattern):
         return value

@@ -31,11 +31,11 @@ Tree = TypeVar("Tree", Tensor, Representations)
 
 
 def backward_in_chunks(objective: Objective, batch: TensorBatch, size: int) -> dict[str, Tensor]:
-    """Compute the losses of ``objective(batch)`` and their gradients in the parameters, averaged over the workers.
+    """Compute the losses of ``objective(batch)``, and the gradient of ``loss`` in the parameters, averaged over the workers.
 
     The gradient is exact if the encoders process every image and text independently; see :func:`require_per_sample_encoders`.
     The number of communications between workers does not depend on the number of chunks: captions and phrases are gathered
-    once, then come those of the losses, and gradients are averaged once at the end.
+    once, then the losses communicate, and gradients are averaged once at the end.
 
     Args:
         objective: the objective itself, not its data-parallel wrapper.
@@ -43,7 +43,7 @@ def backward_in_chunks(objective: Objective, batch: TensorBatch, size: int) -> d
         size: number of pairs per chunk, and number of phrases that are embedded at once.
 
     Returns:
-        Losses and metrics by name, without graph.
+        This worker's losses and metrics by name, as `Objective.forward` returns them, but detached from the graph.
     """
     device, embedder, precision = batch.seeds.device, objective.text_embedder, objective.autocast
     phrase_ids_P = objective.present_phrases(batch)
@@ -86,7 +86,7 @@ def require_per_sample_encoders(objective: Objective) -> None:
 
 
 class _Recomputed(Generic[Chunk, Tree]):
-    """Results of a function for every chunk: computed without a graph, then again with one once their gradients are known.
+    """Results of a function for every chunk: computed without a graph, then again with a graph when their gradients are known.
 
     Args:
         function: function from a chunk to tensors.

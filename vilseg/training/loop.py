@@ -79,8 +79,8 @@ class Trainer:
     def state_dict(self) -> dict[str, Any]:
         """Return the state that a run resumes from: tensors and plain Python values, loadable with ``weights_only``.
 
-        It does not depend on the number of workers or on sharding. With sharded weights this is collective: call it on every
-        rank; only rank 0 gets the full tensors.
+        It does not depend on the number of workers or on sharding. With sharded weights the method is collective: call it
+        on every rank; only rank 0 gets the full tensors, the others get None in their place.
         """
         return {
             "step": self.step,
@@ -89,7 +89,10 @@ class Trainer:
         }
 
     def model_weights(self) -> dict[str, Any]:
-        """Return the model's weights by name. With sharded weights it is collective; only rank 0 gets the full tensors."""
+        """Return the model's weights by name.
+
+        With sharded weights the method is collective: call it on every rank; only rank 0 gets the full tensors.
+        """
         return full_state(dict(self.objective.model.state_dict()))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -122,15 +125,16 @@ class Trainer:
 
         Args:
             batches: batches from the current step on.
-            on_report: function of the metrics, called every ``log_every`` steps and before every checkpoint. Metrics are losses
-                and the gradient norm before clipping (means over the steps since the last report), learning rate, images per
-                second, fraction of time spent waiting for data, and more.
-            on_checkpoint: function called every ``checkpoint_every`` steps, at the end, and before a stop.
+            on_report: function of the metrics, called every ``log_every`` steps and before every checkpoint that is not due to
+                ``should_stop``. Metrics are losses and the gradient norm before clipping (means over workers and over the steps
+                since the last report), learning rate, images per second of all workers together, fraction of time that this
+                worker spent waiting for data, and more.
+            on_checkpoint: function called every ``checkpoint_every`` steps, after the last step, and before a stop.
             should_stop: function called after every step; True stops the training after a checkpoint.
 
         Raises:
             DataError: the batches end before the last step.
-            NonFiniteLossError: the loss or the norm of its gradient is NaN or infinite.
+            NonFiniteLossError: the loss or the norm of its gradient was NaN or infinite in a step since the last report.
         """
         self._module.train()
         if self.trainer.chunk_size is not None:
@@ -153,7 +157,7 @@ class Trainer:
                 return
 
     def train_step(self, batch: TensorBatch) -> dict[str, Tensor]:
-        """Make one optimiser step; return the losses and ``gradient_norm``, the norm before clipping."""
+        """Make one optimiser step; return this worker's losses by name, and ``gradient_norm``, the norm before clipping."""
         # Dropout inside the encoders draws from torch's generator. Seeded by step and rank, a resumed run repeats the draws of
         # an uninterrupted one, and the workers draw different numbers.
         torch.manual_seed(hash((self.trainer.seed, self.step, rank())))
@@ -169,7 +173,8 @@ class Trainer:
     def _update(self, norm: Tensor) -> None:
         """Update the weights unless the gradient norm, which is the same on all workers, is NaN or infinite.
 
-        On a GPU the optimiser's kernel checks the norm, so that the host does not wait for it. The next report raises the error.
+        On a GPU the optimiser's kernel checks the norm, so that the host does not wait for it. The next report raises
+        `NonFiniteLossError`.
         """
         if self._skips_on_device:
             self._adamw.found_inf = norm.isfinite().logical_not().float()  # type: ignore[attr-defined]
@@ -180,7 +185,7 @@ class Trainer:
             self._skipped = True
 
     def _backward(self, batch: TensorBatch) -> dict[str, Tensor]:
-        """Compute the losses, and their gradients in the parameters."""
+        """Return this worker's losses by name; the gradient of ``loss`` is stored in the parameters."""
         size = self.trainer.chunk_size
         if size is not None and size < len(batch):
             return backward_in_chunks(self.objective, batch, size)
@@ -252,7 +257,11 @@ class _Meter:
         self._keys.append(keys)
 
     def read(self) -> tuple[dict[str, float], list[_Step]]:
-        """Return the metrics since the last call (losses averaged over steps and workers, total speed), and the steps."""
+        """Return the metrics of the steps since the last call, and a list of these steps.
+
+        Metrics are the losses by name (means over the steps and the workers), ``images_per_second`` of all workers together, and
+        ``data_wait``, the fraction of time that this worker spent waiting for batches.
+        """
         names = sorted(self._losses[0])
         # One row per step, one column per name.
         table = torch.stack([torch.stack([losses[name] for name in names]) for losses in self._losses])

@@ -63,7 +63,10 @@ class MetricsFile:
         self._events.add_image(name, image_HW3, step, dataformats="HWC")
 
     def sync(self) -> None:
-        """Copy all files to the run directory; requests are repeated while the object store does not answer."""
+        """Copy ``metrics.jsonl`` and the TensorBoard files to the run directory.
+
+        Requests are repeated while the object store does not answer.
+        """
         self._events.flush()
         text = "".join(f"{line}\n" for line in list(self._lines))
         storage.write_text(self._run_dir.metrics, text)
@@ -146,7 +149,10 @@ class _Mlflow:
             del self._unsent[: len(some)]
 
     def _tell(self, action: Callable[[], object]) -> bool:
-        """Call MLflow and return True; if that fails, warn once and return False, because training continues without it."""
+        """Call ``action``, a request to MLflow, and return True; return False if it fails, as training continues without it.
+
+        Only the first failure warns.
+        """
         from mlflow.exceptions import MlflowException
 
         try:

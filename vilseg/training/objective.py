@@ -40,7 +40,7 @@ class Objective(nn.Module):
         views: settings of the augmentation.
         phrases: all noun phrases of the corpus; batches refer to them by index.
         autocast: dtype of the networks; float32 turns autocast off.
-        self_training: True to add the loss on pseudo labels, which a copy of the model as it is now gives to patches.
+        self_training: True to add the loss on pseudo labels, which a copy of ``model``, made on construction, gives.
         extra_terms: terms in addition to those of the configuration.
     """
 
@@ -76,7 +76,8 @@ class Objective(nn.Module):
     def forward(self, batch: TensorBatch) -> dict[str, Tensor]:
         """Return the weighted sum of this worker's losses as ``loss``, each unweighted loss as ``loss/NAME``, and metrics.
 
-        The means over the workers of ``loss`` and of its gradient are those of the whole batch.
+        The metrics are those that :meth:`Term.metrics` returns. The means over the workers of ``loss`` and of its gradient are
+        those of the whole batch.
         """
         phrase_ids_P = self.present_phrases(batch)
         captions_BD = self.text_embedder.embed_captions(batch.tokens, self.autocast)

@@ -33,7 +33,7 @@ class PseudoLabeler:
     """Labeler of patches by a frozen copy of the model, which is neither trained nor saved.
 
     Args:
-        model: model that is copied as it is now.
+        model: model that is copied on construction; the copy does not follow later changes.
         tokens_PT: tokens of all phrases of the corpus.
         confidence: minimum score of a label, in standard deviations above the mean for the phrase.
     """
@@ -59,7 +59,7 @@ class PseudoLabeler:
             own_BP: True if one of the image's captions contains the phrase. Shape: (B, P), bool.
 
         Returns:
-            Positions in ``present_P``, or ``UNLABELED``. Shape: (B, N).
+            Label of each patch: the index in ``present_P`` of its phrase, or ``UNLABELED``. Shape: (B, N).
         """
         if not len(present_P):
             return torch.full(features.patches.shape[:2], UNLABELED, device=features.patches.device)
@@ -91,8 +91,8 @@ def pseudo_label_losses(patches_BND: Tensor, phrases_PD: Tensor, labels_BN: Tens
         scale: inverse temperature. It gets no gradient, because this loss would only ever increase it.
 
     Returns:
-        Two columns: the mean loss over the image's labelled patches (0 if it has none); 1 if it has one, otherwise 0.
-        Shape: (B, 2).
+        Two columns: the mean loss over the image's labelled patches (0 if it has none), and the number 1 if the
+        image has a labelled patch, otherwise 0. Shape: (B, 2).
     """
     if not len(phrases_PD):
         return patches_BND.new_zeros(len(patches_BND), 2)

@@ -29,7 +29,7 @@ class Manifest:
     step: int
     """Number of training steps done."""
     bytes: int
-    """Size of the state file."""
+    """Size of the state file in bytes."""
     metric_value: float | None
     """Value of the metric that chooses the best checkpoint; None if the last report before the checkpoint did not have it."""
 

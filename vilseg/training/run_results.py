@@ -28,7 +28,10 @@ def load_model_at_step(run_dir: RunDirectory, step: int) -> ViLSeg:
 
 @contextmanager
 def record_nonfinite(run_dir: RunDirectory) -> Iterator[None]:
-    """Write the step, its losses and the keys of its pairs to the run directory if the loss becomes NaN or infinite."""
+    """Write the details of a NonFiniteLossError that the ``with`` block raises to the run directory, then raise it again.
+
+    The details are the step, its losses and the keys of its pairs. The error raised again also names the file.
+    """
     try:
         yield
     except NonFiniteLossError as error:
@@ -68,7 +71,7 @@ def model_card(config: RunConfig, trained: str, metrics: dict[str, float]) -> st
     Args:
         config: configuration of the run.
         trained: description of the training so far.
-        metrics: metrics by name, shown in a table; none if empty.
+        metrics: metrics by name, shown in a table; without metrics there is no table.
     """
     rows = "".join(f"| {name} | {value:.4g} |\n" for name, value in metrics.items())
     table = f"\n## Metrics at the end of training\n\n| | |\n|---|---|\n{rows}" if rows else ""

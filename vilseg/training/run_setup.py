@@ -78,7 +78,14 @@ def resume(config: RunConfig, run_dir: RunDirectory) -> PreparedRun:
 
 
 def preflight(config: RunConfig, *, resume: bool) -> None:
-    """Check a configuration before anything is started; raise the errors of :func:`open_run_directory` and :func:`prepare`."""
+    """Check a configuration before anything is started; a run without a name is not looked for.
+
+    Raises:
+        ConfigError: the batch cannot be divided evenly among the workers, no source is set, or ``resume`` is True but there is
+            no run of that name.
+        DataError: a source has no shards.
+        StorageError: a source or the storage cannot be reached, or the run exists but ``resume`` is False.
+    """
     config.trainer.check_even_split()
     for part in require_sources(config).values():
         list_shards(part.source, without=config.data.held_out)

@@ -53,12 +53,12 @@ class CaptionTerm(Term[CaptionRepresentations]):
         self._new_bias = nn.Parameter(torch.tensor(_START_BIAS)) if new_bias else None
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Return the bias of the sigmoid loss, if the term has its own."""
+        """Return the bias of the sigmoid loss; empty if the model has this bias or the loss is InfoNCE."""
         # A scalar is not sharded by FSDP, and moving the objective to a device keeps the same parameter object.
         return {} if self._new_bias is None else {"logit_bias": self._new_bias}
 
     def represent(self, images: EncodedImages) -> CaptionRepresentations:
-        """Compute global embeddings and, if ``patch_share`` is above 0, pooled patches."""
+        """Compute global embeddings and, if ``patch_share`` is above 0, mean patch embeddings or pooled scores."""
         views, config = images.views, self._config
         images_BD = self._model.embed_pooled(views.global_[0]._replace(pooled=views.pooled(0)))
         if not config.patch_share:

@@ -27,7 +27,7 @@ class SelfTrainingTerm(Term[SelfTrainingRepresentations]):
     """Cross-entropy with pseudo labels; ``loss.self_training`` in the configuration, only in the stage ``self-train``.
 
     Args:
-        model: the student; a copy of it as it is now gives the labels.
+        model: the student; a copy of it, made on construction, gives the labels.
         config: weight of the loss and minimum confidence of a label.
         tokens_PT: tokens of all phrases of the corpus.
     """

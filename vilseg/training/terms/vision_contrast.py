@@ -40,7 +40,7 @@ class _Student:
         return [] if self._trained_encoder is None else [self.teacher["encoder"]]
 
     def project(self, images: EncodedImages) -> tuple[Tensor, Tensor]:
-        """Return the head's outputs of the student for all views, the global ones first, and of the teacher for the global ones.
+        """Return the student's head outputs for all views, the global ones first, and the teacher's for the global views.
 
         Shape: (V, B, K) and (G, B, K), the second without gradient.
         """
@@ -113,7 +113,7 @@ class DINOTerm(SummedTerm[DINORepresentations]):
         return {"vision_head": modules["vision_head"], "vision_loss": self._loss, "teacher": modules["teacher"]}
 
     def encoders(self) -> list[nn.Module]:
-        """Return the teacher's encoder, if it has its own."""
+        """Return the teacher's encoder; empty if the image encoder is frozen, because the teacher then has no copy."""
         return self._student.encoders()
 
     def represent(self, images: EncodedImages) -> DINORepresentations:
@@ -123,7 +123,7 @@ class DINOTerm(SummedTerm[DINORepresentations]):
         return DINORepresentations(agreement, teacher_GBK.mean(0).sum(0))
 
     def losses(self, representations: DINORepresentations, texts: OwnTexts) -> dict[str, Tensor]:
-        """Return the mean loss over images."""
+        """Return the mean DINO loss over this worker's images."""
         return {"vision": representations.agreement / len(texts.captions_BD)}
 
     def after_losses(self, representations: DINORepresentations, texts: OwnTexts) -> None:
@@ -165,7 +165,7 @@ class CropInfoNCETerm(Term[CropRepresentations]):
         return self._student.modules()
 
     def encoders(self) -> list[nn.Module]:
-        """Return the teacher's encoder, if it has its own."""
+        """Return the teacher's encoder; empty if the image encoder is frozen, because the teacher then has no copy."""
         return self._student.encoders()
 
     def represent(self, images: EncodedImages) -> CropRepresentations:
