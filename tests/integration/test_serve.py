@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import copy
 import io
 import json
 import os
@@ -346,16 +345,6 @@ def test_whatever_the_schema_allows_and_what_it_does_not(server: Server, mode: s
         if takes_something or mode is schemathesis.GenerationMode.POSITIVE:
             try_out(operation)
     assert sum(answered.values()) > 50
-
-
-def test_a_deployment_that_does_not_start_leaves_the_one_before(server: Server, photo: bytes) -> None:
-    broken = copy.deepcopy(server.tree)
-    broken["applications"][0]["args"]["models"] = {"default": "/no/such/model"}
-    with pytest.raises(RuntimeError, match="cannot be served"):
-        deploy(broken)
-    assert post(server.url, photo).status_code == 200
-    deploy(server.tree)
-    assert post(server.url, photo).status_code == 200
 
 
 def test_what_is_in_flight_when_the_application_is_taken_down_is_answered(server: Server, heavy: bytes) -> None:

