@@ -75,14 +75,14 @@ def wait_for_workers(trainer: TrainerConfig, *, on_gpus: bool = False) -> tuple[
 
 
 class ScaleUpTrigger:
-    """Function that returns True once the cluster has free resources for more workers than a run has.
+    """Function that returns True once the cluster has free resources for at least one worker more than a run has.
 
     It may be called often, because it queries the cluster only every `_CHECK_INTERVAL_S` seconds.
 
     Args:
         trainer: settings of the trainer.
         workers: current number of workers of the run.
-        session: the cluster at the time when these workers were placed.
+        session: CPUs and GPUs of the cluster when these workers were placed; they give the resources that each one holds.
     """
 
     def __init__(self, trainer: TrainerConfig, workers: int, session: Session) -> None:
