@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from ray.exceptions import RayActorError
@@ -15,7 +18,7 @@ _PAUSE = 1.0
 """Seconds between two attempts to load a model."""
 _MAX_LOST = 3
 """Number of replicas lost while loading a model after which it is given up; one or two may be a coincidence."""
-LOG_DIRECTORY = "/tmp/ray/session_latest/logs"
+LOG_DIRECTORY = str(Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir(), "ray", "session_latest", "logs"))
 """Directory of Ray's logs if the cluster was started without ``--temp-dir``; logs of Serve are in its ``serve/``."""
 
 
