@@ -329,7 +329,7 @@ def _accept_click(name: str, arguments: list[str]) -> None:
     command.make_context(verb, [str(ROOT / word) if (ROOT / word).is_file() else word for word in rest])
 
 
-def _run(words: list[str], server: Callable[[], str], *, small: bool = False) -> str:
+def _run(words: list[str], server: Callable[[], str]) -> str:
     """Run a command and return what it printed on stdout."""
     name, *rest = words
     if name == "curl":
@@ -337,9 +337,8 @@ def _run(words: list[str], server: Callable[[], str], *, small: bool = False) ->
         return subprocess.run(["curl", "--fail", "-s", *rest], check=True, capture_output=True).stdout.decode("latin-1")
     if name != "vilseg":
         return ""
-    arguments = [*rest, *shlex.split(SMALL.get(rest[0], ""))] if small else rest
     with redirect_stdout(StringIO()) as printed:
-        assert command_line.run(arguments) == 0, words
+        assert command_line.run(rest) == 0, words
     return printed.getvalue()
 
 
